@@ -12,11 +12,14 @@ Source: paper (arXiv 1904.00420) section 3.4 and table 1; official `src/Search/b
 """
 import dataclasses
 import functools
+import itertools
 import re
+import reprlib
 from typing import NamedTuple
 
 from utils import UserError, read_json
 
+MAX_BLOCKS = 1000
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
 
 
@@ -108,22 +111,25 @@ class SearchSpace:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, (tuple, list)) else (value,)
+            shown = reprlib.repr(value)  # short, whatever a damaged checkpoint holds
             if field.name == "operations":
-                if not isinstance(value, (tuple, list)) or not value or not set(value) <= set(OPERATIONS):
-                    raise UserError(f"search space: operations {value!r} are not all of {', '.join(OPERATIONS)}")
-            elif type(value) is not type(field.default) and not isinstance(value, list) or not numbers:
-                raise UserError(f"search space: {field.name} is {value!r}, not of the form {field.default!r}")
+                if not isinstance(value, (tuple, list)) or not value or any(op not in OPERATIONS for op in value):
+                    raise UserError(f"search space: operations {shown} are not all of {', '.join(OPERATIONS)}")
+            elif isinstance(value, (tuple, list)) != isinstance(field.default, tuple) or not numbers:
+                raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
             elif any(type(n) is not int or not 1 <= n <= 1_000_000 for n in numbers):
-                raise UserError(f"search space: {field.name} is {value!r}, not made of positive whole numbers")
+                raise UserError(f"search space: {field.name} is {shown}, not made of positive whole numbers")
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
         if not len(self.stage_strides) == len(self.stage_blocks) == len(self.stage_channels):
             raise UserError("search space: stage_strides, stage_blocks and stage_channels differ in length")
+        if self.n_blocks > MAX_BLOCKS:
+            raise UserError(f"search space: {self.n_blocks} blocks, more than {MAX_BLOCKS}")
         if any(c % 2 for c in self.stage_channels):
-            raise UserError(f"search space: stage_channels {self.stage_channels} are not all even")
+            raise UserError(f"search space: stage_channels {reprlib.repr(self.stage_channels)} are not all even")
         channels = (self.stem_channels, *self.stage_channels)
-        if any(a >= b for a, b in zip(channels, channels[1:])):
-            raise UserError(f"search space: channels {channels} do not grow from stage to stage")
+        if any(a >= b for a, b in itertools.pairwise(channels)):
+            raise UserError(f"search space: channels {reprlib.repr(channels)} do not grow from stage to stage")
 
     @classmethod
     def for_images(cls, input_size=224, n_classes=1000):
@@ -135,7 +141,7 @@ class SearchSpace:
         """The space that `to_dict` wrote (a checkpoint carries it). Raises UserError on unknown or bad entries."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or not set(values) <= names:
-            raise UserError(f"search space: {values!r} has entries other than {', '.join(sorted(names))}")
+            raise UserError(f"search space: {reprlib.repr(values)} has entries other than {', '.join(sorted(names))}")
         return cls(**values)
 
     def to_dict(self):
@@ -174,7 +180,7 @@ class SearchSpace:
             raise UserError(f"architecture has {len(candidate)} blocks, this search space has {self.n_blocks}")
         for i, choice in enumerate(candidate, 1):
             if type(choice) is not int or not 0 <= choice < len(self.operations):
-                raise UserError(f"architecture: block {i} chooses {choice!r}, not 0 to {len(self.operations) - 1}")
+                raise UserError(f"architecture: block {i} chooses {reprlib.repr(choice)}, not 0 to {len(self.operations) - 1}")
         return candidate
 
     def random_candidate(self, rng):
@@ -279,8 +285,8 @@ class SearchSpace:
             raise UserError(f"architecture is a {type(architecture).__name__}, not a one-hot object or a list of ints")
         names = [f"LayerChoice{i}" for i in range(1, self.n_blocks + 1)]
         if set(architecture) != set(names):
-            odd = sorted(set(architecture) ^ set(names))[0]
-            raise UserError(f"architecture: {odd[:80]!r} is {'missing' if odd in names else 'unknown'}")
+            odd = min(set(architecture) ^ set(names), key=str)
+            raise UserError(f"architecture: {reprlib.repr(odd)} is {'missing' if odd in names else 'unknown'}")
         candidate = []
         for name in names:
             hot = architecture[name]
@@ -293,7 +299,8 @@ class SearchSpace:
 
     def load_architecture(self, path):
         """The candidate in a JSON file of either form. Raises UserError that names the file."""
+        architecture = read_json(path)
         try:
-            return self.from_architecture(read_json(path))
+            return self.from_architecture(architecture)
         except UserError as error:
-            raise UserError(error if str(path) in str(error) else f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None

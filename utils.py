@@ -144,6 +144,7 @@ def add_data_flags(parser):
     group.add_argument("--heldout-per-class", type=count(1, 1_000_000), metavar="N", help="training images kept for the search (50)")
     group.add_argument("--split-seed", type=count(0), metavar="N", help="of the choice of held-out images (0)")
     group.add_argument("--loader", choices=("auto", "dali", "torchvision", "synthetic"), default="auto", help="default: DALI where installed")
+    group.add_argument("--eval-batch-size", type=count(1, 100_000), default=200, metavar="N", help="images a step of validation (default: 200)")
     group.add_argument("--workers", type=count(0, 256), help="loader processes or threads (default: up to 8)")
 
 
@@ -162,16 +163,19 @@ def add_training_flags(parser, iterations):
     group.add_argument("--resume", choices=("auto", "none"), default="auto", help="go on from the newest checkpoint, or start anew (default: auto)")
 
 
-def add_checkpoint_flag(parser):
-    parser.add_argument("--checkpoint", metavar="FILE", help="supernet weights, ours or official (default: newest in OUT/checkpoints/supernet)")
+def add_checkpoint_flag(parser, kind):
+    parser.add_argument("--checkpoint", metavar="FILE", help=f"weights, ours or official (default: newest in OUT/checkpoints/{kind})")
+
+
+def add_architecture_flag(parser, default):
+    parser.add_argument("--architecture", metavar="FILE", help=f"architecture, one-hot or a plain list (default: {default})")
 
 
 def add_evaluation_flags(parser):
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--bn", choices=("ema", "average"), default="ema", help="BN statistics: exponential average, momentum 0.1, or plain (default: ema)")
+    group.add_argument("--bn", choices=("ema", "average"), default="ema", help="BN statistics: exponential or plain average (default: ema)")
     group.add_argument("--bn-batches", type=count(), default=200, metavar="N", help="batches that recalibrate BN (default: 200)")
     group.add_argument("--bn-batch-size", type=count(2, 100_000), default=128, metavar="N", help="default: 128")
-    group.add_argument("--eval-batch-size", type=count(1, 100_000), default=200, metavar="N", help="images a step of validation (default: 200)")
 
 
 # --- files ---------------------------------------------------------------------------------------------------

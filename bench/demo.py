@@ -1,0 +1,143 @@
+"""The whole pipeline on the bundled images, at most 15 minutes on two CPU cores: `make demo`.
+
+Runs the four commands as a person would type them, below OUT (default: demo/), and ends with a table. The winner of the
+search must reach 86% on the test images and beat logistic regression on the same pixels, or the exit code is 1. The random
+candidate is the first legal draw of the seed and is fixed before the search. What is finished is not run again:
+an interrupted demo goes on, and a finished one only prints its table (`rm -r demo` starts anew).
+"""
+import argparse
+import json
+import pathlib
+import random
+import shlex
+import subprocess
+import sys
+import time
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import scratch  # noqa: E402
+from dataloader import Data, DataConfig, Loader, evaluation_plan  # noqa: E402
+from search_space import SearchSpace  # noqa: E402
+from utils import read_json, write_json  # noqa: E402
+
+TARGET = 86.0  # percent, top-1 of the retrained winner
+
+
+class Steps:
+    """Runs each named step once, and keeps what it returned and the seconds it took in OUT/demo.json."""
+
+    def __init__(self, out):
+        self.path = out / "demo.json"
+        self.done = read_json(self.path) if self.path.exists() else {}
+
+    def run(self, name, function):
+        if name not in self.done:
+            start = time.perf_counter()
+            value = function()
+            self.done[name] = {"value": value, "seconds": time.perf_counter() - start}
+            write_json(self.path, self.done, indent=1)
+        return self.done[name]["value"]
+
+    def seconds(self, *names):
+        return sum(self.done[name]["seconds"] for name in names)
+
+
+def command(*words):
+    """Runs one of the project's scripts; returns the last line that it printed."""
+    words = [str(w) for w in words]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    lines = []
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        sys.exit(f"demo: {words[0]} ended with exit code {process.returncode}")
+    return lines[-1]
+
+
+def logistic_regression(args):
+    """Top-1 percent on val of multinomial logistic regression on the same pixels, all of train, L2 weight 1e-3."""
+    config = DataConfig.from_args(args)
+    data = Data(args, config)
+
+    def pixels(images):
+        batches = list(Loader(images, config, False, backend=args.loader).batches(evaluation_plan(len(images), 500)))
+        return torch.cat([x.flatten(1) / 255 for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    (x, y), (x_val, y_val) = pixels(data.train), pixels(data.val)
+    model = torch.nn.Linear(x.shape[1], len(data.classes))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y) + 1e-3 * model.weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.inference_mode():
+        return (model(x_val).argmax(1) == y_val).double().mean().item() * 100
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=ROOT / "demo", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="after --: flags for supernet.py and scratch.py, such as --iterations 20")
+    options = parser.parse_args()
+    out, overrides = options.out.resolve(), options.overrides[1:]
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    common = ("--demo", "--seed", options.seed)
+    steps = Steps(out)
+
+    steps.run("supernet", lambda: command("supernet.py", *common, "--out", out, *overrides))
+    command("tester.py", "--mode", "gen", "--out", out)
+    args = scratch.parse_args(["--demo"])
+    config = DataConfig.from_args(args)
+    space = SearchSpace.for_images(config.input_size, len(Data(args, config).classes))
+    limit, rng = space.flops_value("59%"), random.Random(options.seed)
+    chosen = next(c for c in iter(lambda: space.random_candidate(rng), None) if space.flops(c) <= limit)
+    write_json(out / "random.json", space.to_architecture(chosen))
+    test = ("tester.py", "--mode", "test", *common, "--out", out, "--architecture", out / "random.json")
+    in_supernet = json.loads(steps.run("random in supernet", lambda: command(*test)))
+    resume = ["--resume"] if (out / "acc").exists() and "search" not in steps.done else []
+    steps.run("search", lambda: command("search.py", *common, "--out", out, *resume))
+    retrained = {}
+    for name, file in (("winner", out / "checkpoints" / "best.json"), ("random", out / "random.json")):
+        words = ("scratch.py", *common, "--architecture", file, "--out", out / name, *overrides)
+        retrained[name] = json.loads(steps.run(f"{name} retrained", lambda words=words: command(*words)))
+    regression = steps.run("logistic regression", lambda: logistic_regression(args))
+
+    population = [json.loads(line) for line in open(out / "acc" / "000.jsonl")]
+    measured = [json.loads(line) for path in sorted((out / "acc").glob("*.jsonl")) for line in open(path)]
+    winner_candidate = space.load_architecture(out / "checkpoints" / "best.json")
+    winner = next(r for r in measured if tuple(r["architecture"]) == winner_candidate)
+
+    def row(name, measured_on, acc1, candidate, seconds):
+        flops = f"{space.flops(candidate) / 1e6:.1f}" if candidate else "-"
+        params = f"{space.params(candidate) / 1e6:.2f}" if candidate else "-"
+        print(f"| {name:<44} | {measured_on:<8} | {acc1:6.2f} | {flops:>5} | {params:>6} | {seconds:7.0f} |")
+
+    print(f"\n| {'':<44} | images   | top-1  | FLOPs | params | seconds |")
+    print(f"|{'-' * 46}|{'-' * 10}|{'-' * 8}|{'-' * 7}|{'-' * 8}|{'-' * 9}|")
+    acc1 = [r["acc1"] for r in population if r["acc1"] is not None]
+    row(f"supernet, mean of {len(acc1)} random candidates", "held-out", sum(acc1) / len(acc1), None, steps.seconds("supernet"))
+    row(f"best of the search, {len(measured)} candidates, in the supernet", "held-out", winner["acc1"], winner_candidate, steps.seconds("search"))
+    row("a random candidate, in the supernet", "held-out", in_supernet["acc1"], chosen, steps.seconds("random in supernet"))
+    row("best of the search, retrained", "test", retrained["winner"]["acc1"], winner_candidate, steps.seconds("winner retrained"))
+    row("the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, steps.seconds("random retrained"))
+    row("logistic regression on the same pixels", "test", regression, None, steps.seconds("logistic regression"))
+    print(f"\nFLOPs (multiply-adds) and parameters in millions; the limit of the search was {limit / 1e6:.1f}M. "
+          f"This run took {time.perf_counter() - start:.0f} s.")  # fmt: skip
+    if not overrides and not max(TARGET, regression) <= retrained["winner"]["acc1"]:
+        sys.exit(f"demo: the winner should reach {TARGET}% and beat logistic regression, {regression:.2f}%")
+
+
+if __name__ == "__main__":
+    main()

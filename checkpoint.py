@@ -1,0 +1,134 @@
+"""Checkpoints: written whole or not at all, read without executing anything, complete enough to go on from.
+
+A file holds plain containers and tensors: version, kind ("supernet" or "scratch"), step, model, optimizer, the search space,
+the data settings (preprocessing, augmentation, split), class names, the architecture (scratch) and the settings of the run.
+"""
+import dataclasses
+import pathlib
+import re
+
+import torch
+
+from dataloader import DataConfig
+from network import ShuffleNetV2, ShuffleNetV2OneShot, load_file, load_weights, parse_state_dict
+from search_space import SearchSpace
+from utils import UserError, atomic_write, log
+
+VERSION = 1
+# Settings in which a run may differ from the checkpoint that it goes on from, with the same result.
+HARMLESS = {"config", "demo", "out", "data_dir", "loader", "workers", "threads", "device", "keep", "resume", "save_every", "val_every"}
+
+
+@dataclasses.dataclass
+class Stored:
+    """What a checkpoint says beside the weights; official files say nothing, and `data`, `split`, `classes` are None."""
+
+    path: str
+    kind: str
+    space: SearchSpace
+    weights: dict
+    data: DataConfig | None = None
+    split: dict | None = None
+    classes: tuple | None = None
+    architecture: tuple | None = None
+    content: dict | None = None
+
+
+def save(path, **content):
+    """Writes a checkpoint under a temporary name, then renames it. Raises UserError where the disk is full."""
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save({"version": VERSION, **content}, file)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def newest(folder):
+    """The checkpoint of the highest step in a folder, None where there is none."""
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def checkpoints(folder):
+    """The checkpoints in a folder, by rising step."""
+    found = [p for p in pathlib.Path(folder).glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+\.pth", p.name)]
+    return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
+
+
+def prune(folder, keep):
+    """Removes all but the newest `keep` checkpoints."""
+    found = checkpoints(folder)
+    for path in found[: len(found) - keep]:
+        path.unlink(missing_ok=True)
+
+
+def load(path, kind, space=None):
+    """A Stored from our own or an official file; `space` is what an official one, which carries none, is taken to be of.
+
+    Raises UserError where the file is missing, damaged, of another kind or version.
+    """
+    content = load_file(path)
+    weights = parse_state_dict(content, path)
+    if "version" not in content:
+        return Stored(str(path), kind, space or SearchSpace(), weights)
+    if content["version"] != VERSION:
+        raise UserError(f"{path}: checkpoint version {content['version']!r}, this program reads version {VERSION}")
+    if content.get("kind") != kind:
+        raise UserError(f"{path}: a {content.get('kind')} checkpoint, not a {kind} one")
+    try:
+        return Stored(
+            path=str(path), kind=kind, weights=weights, space=SearchSpace.from_dict(content["space"]),
+            data=DataConfig.from_dict(content["data"]), split=content["split"], classes=tuple(content["classes"]),
+            architecture=content.get("architecture") and tuple(content["architecture"]), content=content,
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error})") from None
+
+
+def load_supernet(path, out, space=None):
+    """(the supernet, its Stored) from `path`, or from the newest checkpoint below `out` where path is None."""
+    path = path or newest(pathlib.Path(out) / "checkpoints" / "supernet")
+    if path is None:
+        raise UserError(f"--checkpoint: no supernet in {pathlib.Path(out) / 'checkpoints' / 'supernet'}; train one with supernet.py")
+    stored = load(path, "supernet", space)
+    model = ShuffleNetV2OneShot(space=stored.space)
+    load_weights(model, stored.weights, path)
+    return model, stored
+
+
+def load_network(path, architecture=None, space=None):
+    """(the retrained network, its Stored) from `path`; an official file needs the architecture told."""
+    stored = load(path, "scratch", space)
+    stored.architecture = stored.architecture or architecture
+    if stored.architecture is None:
+        raise UserError(f"{path}: does not say its architecture; name it with --architecture")
+    if architecture is not None and stored.architecture != tuple(architecture):
+        raise UserError(f"--architecture contradicts {path}, which is of {list(stored.architecture)}")
+    model = ShuffleNetV2(stored.architecture, space=stored.space)
+    load_weights(model, stored.weights, path)
+    return model, stored
+
+
+def check_split(stored, split):
+    """Whether the held-out images were kept from the supernet's training. Raises UserError where another split was used."""
+    if stored.split is None:
+        log.warning("%s carries no split: the search images were probably seen in training", stored.path)
+    elif stored.split != split:
+        raise UserError(f"{stored.path}: trained on another split of the images ({stored.split}, here {split}); use the same --data-dir")
+
+
+def check_classes(stored, classes):
+    """Raises UserError where the data's classes are not the checkpoint's."""
+    if stored.space.n_classes != len(classes):
+        raise UserError(f"{stored.path}: has {stored.space.n_classes} classes, the data {len(classes)}; use the same --data-dir")
+    if stored.classes is not None and stored.classes != tuple(classes):
+        raise UserError(f"{stored.path}: its class names are not those of the data; use the same --data-dir")
+
+
+def check_settings(stored, settings, folder):
+    """Raises UserError that names the flags in which a run differs from the one that it would go on from."""
+    before = stored.content["settings"]
+    odd = sorted(k for k in before.keys() | settings.keys() if k not in HARMLESS and before.get(k) != settings.get(k))
+    if odd:
+        changes = ", ".join(f"--{k.replace('_', '-')} {settings.get(k)} (was {before.get(k)})" for k in odd)
+        raise UserError(f"{folder} has a run with other settings: {changes}; use them, another --out, or --resume none")

@@ -1,0 +1,114 @@
+"""Retrains one architecture from scratch, by default the published winner, and measures it on val.
+
+    python scratch.py                                          architecture_final.json on ImageNet, official settings
+    python scratch.py --demo --architecture checkpoints/best.json
+    python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours or official
+
+Reads all of DIR/train, and DIR/val for the numbers reported. Writes OUT/checkpoints/scratch/: checkpoint-STEP.pth,
+bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is JSON.
+A run that was interrupted goes on where it stopped.
+Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 73.7; published: 74.4); not run here.
+Source: paper section 4.1; official `src/Evaluation/train.py`.
+"""
+import json
+import pathlib
+
+import torch
+
+import checkpoint
+from dataloader import Data, DataConfig, FixedBatches, Loader, evaluation_plan, training_plan
+from evaluation import accuracy, recalibrate_bn, resolve_device
+from network import ShuffleNetV2
+from search_space import SearchSpace
+from training import Run, train
+from utils import (
+    HERE, Parser, UserError, add_architecture_flag, add_checkpoint_flag, add_data_flags, add_run_flags, add_training_flags, count, log, run_script,
+    start_logging,
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__, "scratch")
+    add_architecture_flag(parser, default="the published architecture_final.json")
+    parser.add_argument("--eval", action="store_true", help="measure --checkpoint on val instead of training")
+    add_checkpoint_flag(parser, "scratch")
+    add_run_flags(parser)
+    add_data_flags(parser)
+    add_training_flags(parser, iterations=300_000)
+    parser.add_argument("--bn-pass", type=count(0), default=1250, metavar="N", help="training batches of the final BN pass (default: 1250)")
+    return parser.parse(argv)
+
+
+def evaluate_checkpoint(args, folder):
+    """--eval: top-1 and top-5 of a retrained network on val."""
+    final = folder / "bnps-checkpoint.pth"
+    path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
+    if path is None:
+        raise UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
+    given = SearchSpace.for_images(args.input_size or 224)
+    model, stored = checkpoint.load_network(path, args.architecture, given)
+    config = DataConfig.from_args(args, stored.data, stored.path)
+    data = Data(args, config)
+    checkpoint.check_classes(stored, data.classes)
+    device = resolve_device(args)
+    model.to(device, memory_format=torch.channels_last).eval()
+    return summary(model, accuracy(model, validation_batches(args, config, data, device)))
+
+
+def validation_batches(args, config, data, device):
+    loader = Loader(data.val, config, False, args.seed, device, args.loader, args.workers)
+    return FixedBatches(loader, evaluation_plan(len(data.val), args.eval_batch_size))
+
+
+def summary(model, measured):
+    acc1, acc5, n_images = measured
+    space, candidate = model.space, model.architecture
+    return {
+        "architecture": list(candidate), "flops": space.flops(candidate), "params": space.params(candidate),
+        "acc1": acc1, "acc5": acc5, "n_images": n_images,
+    }  # fmt: skip
+
+
+def retrain(args, folder):
+    """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
+    config = DataConfig.from_args(args)
+    data = Data(args, config)
+    device = resolve_device(args)
+    space = SearchSpace.for_images(config.input_size, len(data.classes))
+    candidate = space.load_architecture(args.architecture or HERE / "architecture_final.json")
+    start_logging(folder, args, device)
+    loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
+    validation = validation_batches(args, config, data, device)
+
+    torch.manual_seed(args.seed)
+    model = ShuffleNetV2(candidate, space=space)
+    log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), space.flops(candidate) / 1e6, space.params(candidate) / 1e6)
+
+    def validate(step):
+        acc1, acc5, n_images = accuracy(model.eval(), validation)
+        log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
+        return {"val/acc1": acc1, "val/acc5": acc5}
+
+    stored = {
+        "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
+        "architecture": list(candidate),
+    }  # fmt: skip
+    metrics = train(Run(args, folder, device, "scratch", stored), model, loader, lambda images, step: model(images), validate)
+    before = {"acc1_no_pass": metrics["val/acc1"], "acc5_no_pass": metrics["val/acc5"], "seconds": metrics["seconds"]}
+    # Official `bnps-` checkpoint: BN momentum 1/i over training batches at learning rate 0, so a plain average.
+    if args.bn_pass:
+        plan = training_plan(len(data.train), args.batch_size, args.seed, args.iterations, args.iterations + args.bn_pass)
+        recalibrate_bn(model, model, loader.batches(plan), "average")
+    result = summary(model, accuracy(model.eval(), validation)) | before
+    checkpoint.save(folder / "bnps-checkpoint.pth", kind="scratch", step=args.iterations, model=model.state_dict(), metrics=result, **stored)
+    log.info("val after the BN pass: top-1 %.2f%%, top-5 %.2f%%", result["acc1"], result["acc5"])
+    return result
+
+
+def main(args):
+    folder = pathlib.Path(args.out) / "checkpoints" / "scratch"
+    print(json.dumps((evaluate_checkpoint if args.eval else retrain)(args, folder)))
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

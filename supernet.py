@@ -1,0 +1,86 @@
+"""Trains the supernet: one path, drawn uniformly under the FLOPs bins, a step.
+
+    python supernet.py                                  ImageNet at data/imagenet, official settings
+    python supernet.py --demo                           the bundled images, minutes on two CPU cores
+    python supernet.py --data-dir DIR --input-size 64   any other <class>/<image> tree
+
+Reads DIR/train (without the images held out for the search). Writes OUT/checkpoints/supernet/: checkpoint-STEP.pth,
+log.jsonl, run.log, config.yml, tensorboard/. A run that was interrupted goes on where it stopped.
+Expected on ImageNet: training error about .417 at the end (official log); not run here.
+Source: paper section 3.3 and 4.1; official `src/Supernet/train.py`.
+"""
+import copy
+import json
+import pathlib
+import random
+
+import torch
+
+from dataloader import Data, DataConfig, FixedBatches, Loader, calibration_plan, evaluation_plan
+from evaluation import evaluate, resolve_device
+from network import ShuffleNetV2OneShot
+from sampler import PathSampler, default_flops_range
+from search_space import SearchSpace
+from training import Run, train
+from utils import (
+    Parser, add_data_flags, add_evaluation_flags, add_run_flags, add_training_flags, count, log, run_script, start_logging,
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__, "supernet")
+    add_run_flags(parser)
+    add_data_flags(parser)
+    add_training_flags(parser, iterations=150_000)
+    add_evaluation_flags(parser)
+    group = parser.add_argument_group("paths")
+    group.add_argument("--sampler", choices=("flops-uniform", "uniform"), default="flops-uniform", help="default: flat over FLOPs bins")
+    group.add_argument("--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)")
+    group.add_argument("--flops-bins", type=count(1, 1000), default=7, metavar="N", help="default: 7")
+    group.add_argument("--val-paths", type=count(1, 1000), default=3, metavar="N", help="fixed paths to validate (default: 3)")
+    return parser.parse(argv)
+
+
+def main(args):
+    config = DataConfig.from_args(args)
+    data = Data(args, config)
+    device = resolve_device(args)
+    folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
+    start_logging(folder, args, device)
+
+    space = SearchSpace.for_images(config.input_size, len(data.classes))
+    flops_range = None
+    if args.sampler == "flops-uniform":
+        flops_range = [space.flops_value(v) for v in args.flops_range] if args.flops_range else default_flops_range(space)
+        log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range))
+    sampler = PathSampler(space, args.seed, flops_range, args.flops_bins)
+
+    images = data.images("supernet")
+    loader = Loader(images, config, True, args.seed, device, args.loader, args.workers)
+    calibration = FixedBatches(loader, calibration_plan(images.labels, args.bn_batches, args.bn_batch_size, args.seed))
+    heldout = data.images("search")
+    validation = FixedBatches(
+        Loader(heldout, config, False, args.seed, device, args.loader, args.workers), evaluation_plan(len(heldout), args.eval_batch_size)
+    )
+    rng = random.Random(args.seed)
+    fixed_paths = [space.random_candidate(rng) for _ in range(args.val_paths)]
+
+    torch.manual_seed(args.seed)
+    model = ShuffleNetV2OneShot(space=space)
+
+    def validate(step):
+        results = list(evaluate(copy.deepcopy(model), fixed_paths, calibration, validation, args.bn))
+        acc1, acc5 = (sum(r[k] for r in results) / len(results) for k in ("acc1", "acc5"))
+        log.info("step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results))
+        return {"val/acc1": acc1, "val/acc5": acc5}
+
+    run = Run(args, folder, device, "supernet", {
+        "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
+        "flops_range": flops_range and list(flops_range),
+    })  # fmt: skip
+    metrics = train(run, model, loader, lambda images, step: model(images, sampler.path(step)), validate)
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,105 @@
+"""Generates the search space, and evaluates candidates in the supernet.
+
+    python tester.py --mode gen                          writes OUT/nni_auto_gen_search_space.json
+    python tester.py --mode test --architecture FILE     evaluates one candidate; the last line printed is JSON
+    python tester.py --mode test                         as an NNI trial: takes its candidates from NNI
+
+A candidate's BN statistics are recalibrated on training images, then it is measured on the images held out for the search
+(`--split search`) or on val (`--split val`). Reads OUT/checkpoints/supernet (newest) or --checkpoint, our own or official.
+Source: paper section 3.4; official `src/Search/tester.py`.
+"""
+import json
+import os
+import pathlib
+import sys
+
+import torch
+
+import checkpoint
+from dataloader import Data, DataConfig, FixedBatches, Loader, calibration_plan, evaluation_plan
+from evaluation import evaluate, resolve_device
+from search_space import SearchSpace
+from utils import (
+    Parser, UserError, add_architecture_flag, add_checkpoint_flag, add_data_flags, add_evaluation_flags, add_run_flags, log,
+    run_script, start_logging, write_json,
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__, "tester")
+    parser.add_argument("--mode", choices=("gen", "test"), default="test", help="default: test")
+    add_architecture_flag(parser, default="what NNI asks for")
+    add_checkpoint_flag(parser, "supernet")
+    parser.add_argument("--split", choices=("search", "val"), default="search", help="held-out training images, or val (default: search)")
+    add_run_flags(parser)
+    add_data_flags(parser)
+    add_evaluation_flags(parser)
+    return parser.parse(argv)
+
+
+def generate(args):
+    """Writes the search space in NNI's form; it is the same for every image size and class count."""
+    path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
+    space = SearchSpace()
+    write_json(path, space.nni_search_space(), indent=1)
+    print(f"{path}: {space.n_blocks} choice blocks of {len(space.operations)} operations")
+
+
+class Evaluator:
+    """The supernet of the arguments with its calibration and validation images; `evaluate(candidates)` yields results."""
+
+    def __init__(self, args):
+        given = SearchSpace.for_images(args.input_size or 224)
+        self.supernet, stored = checkpoint.load_supernet(args.checkpoint, args.out, given)
+        config = DataConfig.from_args(args, stored.data, stored.path)
+        data = Data(args, config)
+        checkpoint.check_classes(stored, data.classes)
+        checkpoint.check_split(stored, data.split)
+        device = resolve_device(args)
+        self.space, self.bn = stored.space, args.bn
+        self.supernet.to(device, memory_format=torch.channels_last)
+        train, images = data.images("supernet"), data.images(args.split)
+        common = (args.seed, device, args.loader, args.workers)
+        self.calibration = FixedBatches(
+            Loader(train, config, True, *common), calibration_plan(train.labels, args.bn_batches, args.bn_batch_size, args.seed)
+        )
+        self.validation = FixedBatches(Loader(images, config, False, *common), evaluation_plan(len(images), args.eval_batch_size))
+
+    def evaluate(self, candidates):
+        return evaluate(self.supernet, [self.space.check(c) for c in candidates], self.calibration, self.validation, self.bn)
+
+
+def trial(args):
+    """An NNI trial: evaluates the candidates that NNI hands over, reporting each as soon as it is known.
+
+    What was evaluated is part of the report: NNI swaps parameters between concurrent trials, so nothing else is believed.
+    """
+    import nni
+
+    candidates = nni.get_next_parameter()["candidates"]
+    results = []
+    for result in Evaluator(args).evaluate(candidates):
+        results.append(result)
+        nni.report_intermediate_result({"default": result["acc1"], "result": result})
+    nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results})
+
+
+def main(args):
+    if args.mode == "gen":
+        generate(args)
+    elif args.architecture:
+        evaluator = Evaluator(args)
+        candidate = evaluator.space.load_architecture(args.architecture)
+        start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args)
+        (result,) = evaluator.evaluate([candidate])
+        log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
+        print(json.dumps(result))
+    elif os.environ.get("NNI_PLATFORM"):
+        trial(args)
+    else:
+        raise UserError("--architecture: name the architecture file to evaluate (search.py starts trials without it)")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

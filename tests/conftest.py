@@ -1,0 +1,54 @@
+"""Shared fixtures: small trees of coloured images, and the scripts run as a person runs them."""
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CLASSES = ("apple", "bird", "car")
+
+torch.set_num_threads(1)  # the same numbers on every machine, and no fight over two cores
+
+
+def coloured_image(rng, height, width):
+    """A smooth image in colour: every channel differs from the others everywhere, so a swap of channels shows."""
+    field = rng.integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(field).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def make_tree(root, train=12, val=7):
+    """A `{train,val}/<class>/` tree of JPEG files of several sizes, `train` and `val` images a class."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("val", val)):
+        for name in CLASSES:
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                height, width = (int(v) for v in rng.integers(40, 90, 2))
+                coloured_image(rng, height, width).save(folder / f"{i:03d}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def data_args(tree):
+    return argparse.Namespace(data_dir=str(tree), loader="auto", demo=False)
+
+
+def run(script, *words, code=0, **kwargs):
+    """Runs a script in a process of its own; returns (standard output, standard error)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [str(w) for w in words]
+    result = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout, result.stderr

@@ -1,0 +1,307 @@
+"""Folders, splits, order, augmentation and the loaders."""
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, coloured_image, make_tree
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+import dataloader
+from dataloader import (
+    Augmentation,
+    Data,
+    DataConfig,
+    FixedBatches,
+    ImageSet,
+    Loader,
+    calibration_plan,
+    draw_augmentation,
+    evaluation_plan,
+    scan,
+    stratified_order,
+    training_plan,
+    validation_geometry,
+)
+from utils import UserError
+
+CONFIG = DataConfig(input_size=32, val_resize=37, heldout_per_class=3)
+BACKENDS = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(
+    not dataloader.importlib.util.find_spec("nvidia.dali"), reason="DALI is not installed"))]  # fmt: skip
+
+
+def single(folder, image, **save):
+    """An ImageSet of one image file."""
+    (folder / "c").mkdir(parents=True, exist_ok=True)
+    image.save(folder / "c" / "image.png", **save)
+    return ImageSet(str(folder), ("c/image.png",), np.zeros(1, np.int64), ("c",))
+
+
+def first(images, config, augment, backend, **kwargs):
+    """The first decoded image (H, W, 3) of a set."""
+    loader = Loader(images, config, augment, backend=backend, workers=0, **kwargs)
+    return next(iter(loader.decode(evaluation_plan(1, 1))))[0][0]
+
+
+# --- folders and splits
+
+
+def test_scan_is_sorted_and_labelled(tree):
+    images = scan(tree / "train")
+    assert images.classes == CLASSES
+    assert list(images.paths) == sorted(images.paths)
+    assert all(images.classes[label] == path.split("/")[0] for path, label in zip(images.paths, images.labels))
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda d: shutil.rmtree(d / "train"), "no such folder"),
+        (lambda d: [shutil.rmtree(p) for p in (d / "train").iterdir()], "no class folders"),
+        (lambda d: [p.unlink() for p in (d / "train" / "bird").iterdir()], "bird: a class without images"),
+        (lambda d: (d / "train" / "bird" / "deeper").mkdir(), "a folder inside a class folder"),
+        (lambda d: (d / "val" / "bird").rename(d / "val" / "cow"), "'bird' is in only one of train and val"),
+        (lambda d: [p.unlink() for p in sorted((d / "train" / "car").iterdir())[3:]], "'car' has 3 images"),
+    ],
+)
+def test_wrong_folders_are_named(tmp_path, data_args, break_it, message):
+    data_args.data_dir = make_tree(tmp_path / "d", 4, 1)
+    break_it(data_args.data_dir)
+    with pytest.raises(UserError, match=message):
+        Data(data_args, CONFIG)
+
+
+def test_split_is_disjoint_deterministic_and_per_class(data_args):
+    data, again = Data(data_args, CONFIG), Data(data_args, CONFIG)
+    held, rest = data.images("search"), data.images("supernet")
+    assert not set(held.paths) & set(rest.paths)
+    assert set(held.paths) | set(rest.paths) == set(data.images("train").paths)
+    assert np.bincount(held.labels).tolist() == [3, 3, 3]
+    assert data.split == again.split and again.images("search").paths == held.paths
+    other = Data(data_args, dataclasses.replace(CONFIG, split_seed=1))
+    assert other.split["hash"] != data.split["hash"]
+
+
+def test_config_flags_against_a_checkpoint(data_args):
+    for field in dataclasses.fields(DataConfig):
+        setattr(data_args, field.name, None)
+    assert DataConfig.from_args(data_args) == DataConfig()
+    data_args.input_size = 32
+    assert DataConfig.from_args(data_args).val_resize == 37
+    stored = DataConfig.from_dict(CONFIG.to_dict())
+    assert stored == CONFIG and DataConfig.from_args(data_args, stored, "x.pth") == CONFIG
+    data_args.preprocessing = "imagenet"
+    with pytest.raises(UserError, match="--preprocessing imagenet contradicts x.pth, which has spos"):
+        DataConfig.from_args(data_args, stored, "x.pth")
+
+
+# --- order
+
+
+def test_training_plan_visits_every_image_once_an_epoch():
+    plan = np.stack(list(training_plan(20, 5, seed=3, steps=8)))
+    for epoch in (0, 1):
+        part = plan[4 * epoch : 4 * epoch + 4].reshape(-1, 2)
+        assert (part[:, 0] == epoch).all() and sorted(part[:, 1]) == list(range(20))
+    assert (plan[0, :, 1] != plan[4, :, 1]).any()
+
+
+def test_training_plan_does_not_depend_on_ranks_or_resume():
+    whole = np.stack(list(training_plan(50, 12, seed=1, steps=9)))
+    parts = [np.stack(list(training_plan(50, 4, seed=1, steps=9, rank=r, world=3))) for r in range(3)]
+    assert (np.concatenate(parts, axis=1) == whole).all()
+    assert (np.stack(list(training_plan(50, 12, seed=1, start=5, steps=9))) == whole[5:]).all()
+
+
+def test_training_plan_refuses_a_batch_larger_than_the_data():
+    with pytest.raises(UserError, match="--batch-size 64"):
+        next(training_plan(63, 64, 0))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_evaluation_plan_counts_every_image_once(world):
+    batches = [b for r in range(world) for b in evaluation_plan(23, 4, r, world)]
+    assert sorted(np.concatenate(batches)[:, 1]) == list(range(23))
+
+
+def test_stratified_prefixes_have_equal_shares():
+    labels = np.repeat([0, 1, 2], [30, 10, 20])
+    order = stratified_order(labels, 0)
+    assert sorted(order) == list(range(60))
+    assert np.bincount(labels[order[:30]]).tolist() == [10, 10, 10]
+
+
+def test_calibration_plan_is_stratified_and_augments_repeats_anew():
+    labels = np.repeat([0, 1], 8)
+    plan = calibration_plan(labels, batches=4, batch_size=10, seed=0)
+    samples = np.concatenate(plan)
+    assert [len(b) for b in plan] == [10] * 4
+    assert len(np.unique(samples, axis=0)) == 40
+    assert np.bincount(labels[samples[:, 1]]).tolist() == [20, 20]
+
+
+# --- augmentation
+
+
+def test_augmentation_is_a_pure_function_of_seed_epoch_and_index():
+    draws = [draw_augmentation(CONFIG, s, e, i, 50, 60) for s in (0, 1) for e in (0, 1) for i in (0, 1)]
+    assert len({d.window + (d.brightness,) for d in draws}) == 8
+    assert draws[0] == draw_augmentation(CONFIG, 0, 0, 0, 50, 60)
+
+
+def test_augmentation_has_the_official_distribution():
+    height, width = 300, 400
+    draws = [draw_augmentation(DataConfig(), 0, 0, i, height, width) for i in range(4000)]
+    windows = np.array([d.window for d in draws], float)
+    top, left, h, w = windows.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    area, ratio = h * w / (height * width), w / h
+    assert 0.075 < area.min() < 0.1 and area.max() > 0.9
+    assert ratio.min() > 0.74 and ratio.max() < 1.35
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], float)
+    for ours, official in zip((top, left, h, w), theirs.T):
+        assert np.quantile(ours, [0.1, 0.25, 0.5, 0.75, 0.9]) == pytest.approx(np.quantile(official, [0.1, 0.25, 0.5, 0.75, 0.9]), abs=9)
+    jitter = np.array([(d.brightness, d.contrast, d.saturation) for d in draws])
+    assert (abs(jitter - 1) <= 0.4).all() and (jitter.min(0) < 0.62).all() and (jitter.max(0) > 1.38).all()
+    assert 0.47 < np.mean([d.mirror for d in draws]) < 0.53
+
+
+def test_augmentation_falls_back_to_the_centre():
+    window = draw_augmentation(DataConfig(crop_scale=(1, 1)), 0, 0, 0, 10, 100).window
+    assert window == (0, 43, 10, 13)  # ratio 4/3, as large as fits
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((500, 375), ((341, 256), (58, 16))), ((375, 500), ((256, 341), (16, 58))), ((256, 256), ((256, 256), (16, 16))), ((100, 333), ((256, 852), (16, 314))),
+])  # fmt: skip
+def test_validation_geometry_is_the_official_one(size, expected):
+    assert validation_geometry(DataConfig(), *size) == expected
+
+
+# --- loaders
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_colour_order_and_range(tmp_path, backend):
+    images = single(tmp_path, Image.new("RGB", (40, 40), (250, 100, 3)))
+    loader = Loader(images, CONFIG, False, backend=backend, workers=0)
+    batch, _ = next(loader.batches(evaluation_plan(1, 1)))
+    assert batch.dtype == torch.float32 and batch.shape == (1, 3, 32, 32)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    assert batch[0].mean(dim=(1, 2)).tolist() == [3, 100, 250]  # BGR, not scaled
+    loader = Loader(images, dataclasses.replace(CONFIG, preprocessing="imagenet"), False, backend=backend, workers=0)
+    batch, _ = next(loader.batches(evaluation_plan(1, 1)))
+    expected = [(250 / 255 - 0.485) / 0.229, (100 / 255 - 0.456) / 0.224, (3 / 255 - 0.406) / 0.225]
+    assert batch[0].mean(dim=(1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jitter_uses_the_luma_of_rgb(tmp_path, backend, monkeypatch):
+    images = single(tmp_path, Image.new("RGB", (40, 40), (0, 0, 255)))
+    monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_: Augmentation((0, 0, 40, 40), saturation=0.0))
+    grey = first(images, CONFIG, True, backend).float().mean(dim=(0, 1))
+    assert grey.tolist() == pytest.approx([29] * 3, abs=1)  # 0.114 * 255; twisted as BGR it would be 76
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mirror_and_crop_follow_the_parameters(tmp_path, backend, monkeypatch):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32, :32] = 200  # the upper left quarter
+    images = single(tmp_path, Image.fromarray(pixels))
+    for mirror, column in ((False, 0), (True, 1)):
+        monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_, m=mirror: Augmentation((0, 0, 64, 64), mirror=m))
+        quarters = first(images, CONFIG, True, backend).float().mean(dim=2).reshape(2, 16, 2, 16).mean(dim=(1, 3))
+        assert quarters[0, column] > 190 and quarters.sum() - quarters[0, column] < 30
+    monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_: Augmentation((0, 0, 32, 32)))
+    assert first(images, CONFIG, True, backend).float().mean() > 195
+
+
+def bilinear(image, size):
+    """cv2.INTER_LINEAR's definition in float64: half-pixel centres, clamped, no antialias. (H, W, 3) -> (*size, 3)."""
+    for axis in (0, 1):
+        n, out = image.shape[axis], size[axis]
+        x = np.clip((np.arange(out) + 0.5) * n / out - 0.5, 0, n - 1)
+        low = np.floor(x).astype(int)
+        share = (x - low).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        image = np.take(image, low, axis) * (1 - share) + np.take(image, np.minimum(low + 1, n - 1), axis) * share
+    return image
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_validation_transform_is_cv2s_resize_and_the_centre(tmp_path, backend):
+    image = coloured_image(np.random.default_rng(5), 90, 61)
+    config = DataConfig(input_size=32, val_resize=40)
+    (height, width), (top, left) = validation_geometry(config, 90, 61)
+    assert (height, width) == (59, 40)
+    expected = bilinear(np.asarray(image, float), (height, width))[top : top + 32, left : left + 32]
+    difference = np.abs(first(single(tmp_path, image), config, False, backend).numpy() - expected)
+    assert difference.max() <= 1.5 and difference.mean() < 0.6
+
+
+@pytest.mark.skipif(not dataloader.importlib.util.find_spec("nvidia.dali"), reason="DALI is not installed")
+@pytest.mark.parametrize("augment, jitter, mean", [(False, 0.4, 0.4), (True, 0.0, 0.4), (True, 0.4, 10.0)])
+def test_dali_and_torchvision_agree(tree, augment, jitter, mean):
+    """With jitter they differ in what contrast turns about: 128 in DALI, the image's mean in torchvision."""
+    images, config = scan(tree / "train"), dataclasses.replace(CONFIG, jitter=jitter)
+    plan = list(training_plan(len(images), 7, 0, steps=6)) + evaluation_plan(len(images), 7)
+    got = [list(Loader(images, config, augment, 1, backend=b, workers=1).decode(plan)) for b in ("dali", "torchvision")]
+    assert len(got[0]) == len(got[1]) == len(plan)
+    for (a, labels_a), (b, labels_b), batch in zip(*got, plan):
+        assert (labels_a == labels_b).all() and (labels_a.numpy() == images.labels[batch[:, 1]]).all()
+        assert (a.float() - b.float()).abs().mean() < mean
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_workers_and_ragged_batches_change_nothing(tree, backend):
+    images = scan(tree / "val")
+    a, b = (list(Loader(images, CONFIG, True, backend=backend, workers=w).decode(evaluation_plan(21, s))) for w, s in ((0, 8), (2, 5)))
+    assert [len(x) for x, _ in a] == [8, 8, 5] and [len(x) for x, _ in b] == [5, 5, 5, 5, 1]
+    assert torch.equal(torch.cat([x for x, _ in a]), torch.cat([x for x, _ in b]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"text"), lambda p: p.write_bytes(p.read_bytes()[:300])])
+def test_a_damaged_image_is_named(tmp_path, backend, damage):
+    images = scan(make_tree(tmp_path / "d", 4, 1) / "train")
+    damage(tmp_path / "d" / "train" / "bird" / "001.jpg")
+    with pytest.raises(UserError, match=r"bird/001\.jpg"):
+        list(Loader(images, CONFIG, False, backend=backend, workers=2).decode(evaluation_plan(len(images), 5)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode, size", [("L", (40, 30)), ("P", (40, 30)), ("RGBA", (40, 30)), ("RGB", (1, 1))])
+def test_unusual_images_are_accepted(tmp_path, backend, mode, size):
+    image = Image.new("RGB", size, (10, 200, 100)).convert(mode)
+    got = first(single(tmp_path, image), CONFIG, False, backend).float().mean(dim=(0, 1))
+    expected = np.asarray(image.convert("RGB"), float).mean((0, 1))
+    assert got.tolist() == pytest.approx(expected.tolist(), abs=1.5)
+
+
+def test_synthetic_images_need_no_files(data_args):
+    data_args.loader = "synthetic"
+    data = Data(data_args, DataConfig(input_size=32))
+    loader = Loader(data.images("supernet"), CONFIG, True, backend="synthetic")
+    images, labels = next(loader.batches(training_plan(len(loader.images), 6, 0)))
+    assert images.shape == (6, 3, 32, 32) and labels.shape == (6,) and len(data.classes) == 1000
+
+
+def test_fixed_batches_decode_once(tree):
+    loader = Loader(scan(tree / "val"), CONFIG, True, backend="torchvision", workers=0)
+    fixed = FixedBatches(loader, evaluation_plan(21, 8))
+    before = [x.clone() for x, _ in fixed]
+    loader.decode = None
+    assert len(fixed) == 3 and all(torch.equal(a, b) for a, (b, _) in zip(before, fixed))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_arrive_on_the_gpu(tree, backend):
+    images = scan(tree / "val")
+    (a, _), (b, labels) = (next(Loader(images, CONFIG, True, device=d, backend=backend).batches(evaluation_plan(21, 8))) for d in ("cpu", "cuda"))
+    assert b.device.type == labels.device.type == "cuda"
+    assert (a - b.cpu()).abs().mean() < 3

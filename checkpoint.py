@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from dataloader import DataConfig
+from dataset import DataConfig
 from network import ShuffleNetV2, ShuffleNetV2OneShot, load_file, load_weights, parse_state_dict
 from search_space import SearchSpace
 from utils import UserError, atomic_write, log
@@ -58,7 +58,7 @@ def checkpoints(folder):
 def prune(folder, keep):
     """Removes all but the newest `keep` checkpoints."""
     found = checkpoints(folder)
-    for path in found[: len(found) - keep]:
+    for path in found[: max(0, len(found) - keep)]:
         path.unlink(missing_ok=True)
 
 

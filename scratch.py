@@ -16,7 +16,8 @@ import pathlib
 import torch
 
 import checkpoint
-from dataloader import Data, DataConfig, FixedBatches, Loader, evaluation_plan, training_plan
+from dataloader import FixedBatches, Loader
+from dataset import Data, DataConfig, evaluation_plan, training_plan
 from evaluation import accuracy, recalibrate_bn, resolve_device
 from network import ShuffleNetV2
 from search_space import SearchSpace

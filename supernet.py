@@ -16,7 +16,8 @@ import random
 
 import torch
 
-from dataloader import Data, DataConfig, FixedBatches, Loader, calibration_plan, evaluation_plan
+from dataloader import FixedBatches, Loader
+from dataset import Data, DataConfig, calibration_plan, evaluation_plan
 from evaluation import evaluate, resolve_device
 from network import ShuffleNetV2OneShot
 from sampler import PathSampler, default_flops_range

@@ -16,7 +16,8 @@ import sys
 import torch
 
 import checkpoint
-from dataloader import Data, DataConfig, FixedBatches, Loader, calibration_plan, evaluation_plan
+from dataloader import FixedBatches, Loader
+from dataset import Data, DataConfig, calibration_plan, evaluation_plan
 from evaluation import evaluate, resolve_device
 from search_space import SearchSpace
 from utils import (

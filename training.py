@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import checkpoint
-from dataloader import training_plan
+from dataset import training_plan
 from evaluation import correct_counts
 from utils import UserError, log
 

@@ -20,7 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import scratch  # noqa: E402
-from dataloader import Data, DataConfig, Loader, evaluation_plan  # noqa: E402
+from dataloader import Loader  # noqa: E402
+from dataset import Data, DataConfig, evaluation_plan  # noqa: E402
 from search_space import SearchSpace  # noqa: E402
 from utils import read_json, write_json  # noqa: E402
 

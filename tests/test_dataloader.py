@@ -10,13 +10,12 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import dataloader
-from dataloader import (
+from dataloader import FixedBatches, Loader
+from dataset import (
     Augmentation,
     Data,
     DataConfig,
-    FixedBatches,
     ImageSet,
-    Loader,
     calibration_plan,
     draw_augmentation,
     evaluation_plan,
@@ -175,9 +174,15 @@ def test_augmentation_falls_back_to_the_centre():
     assert window == (0, 43, 10, 13)  # ratio 4/3, as large as fits
 
 
-@pytest.mark.parametrize("size, expected", [
-    ((500, 375), ((341, 256), (58, 16))), ((375, 500), ((256, 341), (16, 58))), ((256, 256), ((256, 256), (16, 16))), ((100, 333), ((256, 852), (16, 314))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((500, 375), ((341, 256), (58, 16))),
+        ((375, 500), ((256, 341), (16, 58))),
+        ((256, 256), ((256, 256), (16, 16))),
+        ((100, 333), ((256, 852), (16, 314))),
+    ],
+)
 def test_validation_geometry_is_the_official_one(size, expected):
     assert validation_geometry(DataConfig(), *size) == expected
 

@@ -1,0 +1,205 @@
+"""The training recipe, resuming, and what a step leaves alone."""
+import argparse
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import scratch
+import supernet
+from checkpoint import checkpoints, load, newest
+from network import ShuffleNetV2, ShuffleNetV2OneShot
+from sampler import PathSampler
+from search_space import SearchSpace
+from training import Run, learning_rate, parameter_groups, train
+from utils import UserError
+
+SPACE = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
+
+
+class Images:
+    """A loader of random images whose batch is a pure function of the step, as the real ones are."""
+
+    images = range(64)
+
+    def batches(self, plan):
+        for batch in plan:
+            generator = torch.Generator().manual_seed(int(batch[:, 1].sum()))
+            yield torch.rand(len(batch), 3, 32, 32, generator=generator) * 255, torch.from_numpy(batch[:, 1] % 3)
+
+
+def settings(**changes):
+    values = dict(
+        iterations=20, batch_size=8, lr=0.5, warmup=0, momentum=0.9, weight_decay=4e-5, label_smoothing=0.1, seed=0, val_every=1000,
+        save_every=1000, keep=3, resume="auto",
+    )  # fmt: skip
+    return argparse.Namespace(**{**values, **changes})
+
+
+def supernet_run(folder, args, model=None, sampler=None):
+    torch.manual_seed(0)
+    model = model or ShuffleNetV2OneShot(space=SPACE)
+    sampler = sampler or PathSampler(SPACE, args.seed)
+    stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(args, folder, torch.device("cpu"), "supernet", stored)
+    metrics = train(run, model, Images(), lambda x, step: model(x, sampler.path(step)), lambda step: {"val/acc1": 1.0})
+    return model, metrics
+
+
+def test_learning_rate_is_the_official_line():
+    assert learning_rate(1, 150_000, 0.5) == 0.5 * (1 - 1 / 150_000)
+    assert learning_rate(75_000, 150_000, 0.5) == 0.25
+    assert learning_rate(150_000, 150_000, 0.5) == 0
+    assert [learning_rate(k, 10, 1.0, warmup=4) for k in (1, 2, 4, 5)] == pytest.approx([0.9 / 4, 0.8 / 2, 0.6, 0.5])
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_only_weights_with_more_than_one_dimension_decay(affine):
+    model = ShuffleNetV2([0] * 20, affine=affine, space=SPACE)
+    groups = parameter_groups(model, 4e-5)
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert len(groups) == 1 + affine and len(decay) == len(list(model.parameters()))
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            assert decay[id(parameter)] == (0 if isinstance(module, nn.BatchNorm2d) else 4e-5)
+
+
+def test_twenty_steps_are_the_official_recipe_bit_for_bit(tmp_path):
+    """Against SGD written out: learning rate, momentum, decay, smoothing, path and parameters without a gradient."""
+    args = settings()
+    model, _ = supernet_run(tmp_path, args)
+    torch.manual_seed(0)
+    other = ShuffleNetV2OneShot(space=SPACE).to(memory_format=torch.channels_last)
+    sampler, momentum = PathSampler(SPACE, 0), {}
+    from dataset import training_plan
+
+    for step, (images, labels) in enumerate(Images().batches(training_plan(64, 8, 0, steps=20)), 1):
+        torch.manual_seed(step)  # dropout
+        logits = other(images, sampler.path(step))
+        smooth = torch.full_like(logits, 0.1 / 3).scatter_(1, labels[:, None], 0.9 + 0.1 / 3)
+        loss = -(smooth * logits.log_softmax(1)).sum(1).mean()
+        for p in other.parameters():
+            p.grad = None
+        # The criterion's own backward pass is used for the gradient: another order of summing is another last bit.
+        nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+        assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-5)
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                if p.grad is None:
+                    continue
+                gradient = p.grad.add(p, alpha=4e-5)
+                momentum[name] = momentum[name].mul_(0.9).add_(gradient) if name in momentum else gradient.clone()
+                p.add_(momentum[name], alpha=-0.5 * (1 - step / 20))
+    expected = dict(other.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    stored = load(newest(tmp_path), "supernet").content["optimizer"]
+    names = [name for name, _ in other.named_parameters()]
+    buffers = {names[i]: state["momentum_buffer"] for i, state in stored["state"].items() if state}
+    assert buffers.keys() == momentum.keys()
+    assert all(torch.equal(buffers[name], momentum[name]) for name in momentum)
+
+
+def test_what_is_not_sampled_stays_as_it_is(tmp_path):
+    """Operations not sampled stay bit-identical, momentum included, although earlier steps moved them."""
+
+    class TwoPaths:
+        def path(self, step):
+            return (0,) * 20 if step <= 5 else (1,) * 20
+
+    supernet_run(tmp_path, settings(save_every=5, iterations=9), sampler=TwoPaths())
+    before, after = (load(p, "supernet").content for p in checkpoints(tmp_path))
+    names = [name for name, _ in ShuffleNetV2OneShot(space=SPACE).named_parameters()]
+    for i, name in enumerate(names):
+        same = torch.equal(before["model"][name], after["model"][name])
+        operation = int(name.split(".")[2]) if name.startswith("features") else None
+        assert same == (operation in (0, 2, 3)), name
+        if operation == 0:
+            assert torch.equal(before["optimizer"]["state"][i]["momentum_buffer"], after["optimizer"]["state"][i]["momentum_buffer"])
+        if operation in (2, 3):
+            assert i not in after["optimizer"]["state"]
+
+
+def test_channels_last_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = ShuffleNetV2OneShot(space=SPACE).double()
+    images, path = torch.rand(8, 3, 32, 32).double() * 255, PathSampler(SPACE, 0).path(1)
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = model.to(memory_format=layout).eval()
+        model.train()
+        model.dropout.eval()
+        model.zero_grad()
+        model(images.to(memory_format=layout), path).square().sum().backward()
+        gradients.append([p.grad.contiguous() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients):
+        assert (a - b).abs().max() <= 1e-9 * a.abs().max()
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_resumed_run_ends_bit_identical(tmp_path, stop):
+    straight, metrics = supernet_run(tmp_path / "a", settings(iterations=8))
+    args = settings(iterations=8, save_every=stop)
+    supernet_run(tmp_path / "b", args)
+    for path in checkpoints(tmp_path / "b"):
+        if path.stem != f"checkpoint-{stop:07d}":
+            path.unlink()
+    resumed, again = supernet_run(tmp_path / "b", args)
+    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
+    last = [json.loads(line) for line in open(tmp_path / "b" / "log.jsonl")][-1]
+    assert last["step"] == 8 and again["val/acc1"] == metrics["val/acc1"]
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    supernet_run(tmp_path, settings(iterations=2))
+    with pytest.raises(UserError, match=r"--lr 0.3 \(was 0.5\).*--out.*--resume none"):
+        supernet_run(tmp_path, settings(iterations=2, lr=0.3))
+    supernet_run(tmp_path, settings(iterations=2, keep=7))  # harmless
+    supernet_run(tmp_path, settings(iterations=2, lr=0.3, resume="none"))
+    assert load(newest(tmp_path), "supernet").content["settings"]["lr"] == 0.3
+
+
+def test_keep_bounds_the_checkpoints(tmp_path):
+    supernet_run(tmp_path, settings(iterations=7, save_every=1, keep=2))
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-0000006.pth", "checkpoint-0000007.pth"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
+    class Poisoned(PathSampler):
+        def path(self, step):
+            if step == 4:
+                model.first_conv[0].weight.data.fill_(float("nan"))
+            return super().path(step)
+
+    torch.manual_seed(0)
+    model = ShuffleNetV2OneShot(space=SPACE)
+    with pytest.raises(UserError, match="loss of step 4 is not finite"):
+        supernet_run(tmp_path, settings(save_every=3, iterations=9), model, Poisoned(SPACE, 0))
+    assert newest(tmp_path).name == "checkpoint-0000003.pth"
+
+
+def test_a_signal_saves_and_ends(tmp_path):
+    import os
+    import signal
+
+    class Stopping(PathSampler):
+        def path(self, step):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().path(step)
+
+    with pytest.raises(SystemExit) as stopped:
+        supernet_run(tmp_path, settings(), sampler=Stopping(SPACE, 0))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert newest(tmp_path).name == "checkpoint-0000004.pth"
+
+
+def test_both_scripts_have_the_official_defaults():
+    for script, iterations in ((supernet, 150_000), (scratch, 300_000)):
+        args = script.parse_args([])
+        assert (args.iterations, args.batch_size, args.lr, args.warmup, args.momentum) == (iterations, 1024, 0.5, 0, 0.9)
+        assert (args.weight_decay, args.label_smoothing) == (4e-5, 0.1)
+    args = supernet.parse_args([])
+    assert (args.sampler, args.flops_bins, args.bn, args.bn_batches, args.bn_batch_size) == ("flops-uniform", 7, "ema", 200, 128)
+    assert scratch.parse_args([]).bn_pass == 1250

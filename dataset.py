@@ -172,12 +172,16 @@ class Data:
 # A plan is an iterable of batches; a batch is an int array (N, 2) of epoch and image index.
 
 
+def steps_per_epoch(n_images, batch_size, world=1):
+    """Whole batches in the images. Raises UserError where there is none."""
+    if n_images < batch_size * world:
+        raise UserError(f"--batch-size {batch_size} (times {world} processes) is larger than the data set, {n_images} images")
+    return n_images // (batch_size * world)
+
+
 def training_plan(n_images, batch_size, seed, start=0, steps=None, rank=0, world=1):
     """Batches of this rank from step `start` on: every epoch a new permutation, whose last images that fill no batch are left out."""
-    per_epoch = n_images // (batch_size * world)
-    if per_epoch == 0:
-        raise UserError(f"--batch-size {batch_size} (times {world} processes) is larger than the data set, {n_images} images")
-    epoch = None
+    per_epoch, epoch = steps_per_epoch(n_images, batch_size, world), None
     for step in itertools.count(start) if steps is None else range(start, steps):
         if step // per_epoch != epoch:
             epoch = step // per_epoch

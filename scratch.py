@@ -17,7 +17,7 @@ import torch
 
 import checkpoint
 from dataloader import FixedBatches, Loader
-from dataset import Data, DataConfig, evaluation_plan, training_plan
+from dataset import Data, DataConfig, evaluation_plan, steps_per_epoch, training_plan
 from evaluation import accuracy, recalibrate_bn, resolve_device
 from network import ShuffleNetV2
 from search_space import SearchSpace
@@ -77,6 +77,7 @@ def retrain(args, folder):
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     candidate = space.load_architecture(args.architecture or HERE / "architecture_final.json")
+    steps_per_epoch(len(data.train), args.batch_size)
     start_logging(folder, args, device)
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
     validation = validation_batches(args, config, data, device)

@@ -17,7 +17,7 @@ import random
 import torch
 
 from dataloader import FixedBatches, Loader
-from dataset import Data, DataConfig, calibration_plan, evaluation_plan
+from dataset import Data, DataConfig, calibration_plan, evaluation_plan, steps_per_epoch
 from evaluation import evaluate, resolve_device
 from network import ShuffleNetV2OneShot
 from sampler import PathSampler, default_flops_range
@@ -46,23 +46,23 @@ def main(args):
     config = DataConfig.from_args(args)
     data = Data(args, config)
     device = resolve_device(args)
-    folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    start_logging(folder, args, device)
-
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     flops_range = None
     if args.sampler == "flops-uniform":
-        flops_range = [space.flops_value(v) for v in args.flops_range] if args.flops_range else default_flops_range(space)
-        log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range))
+        flops_range = [space.flops_value(v) for v in args.flops_range] if args.flops_range else list(default_flops_range(space))
     sampler = PathSampler(space, args.seed, flops_range, args.flops_bins)
 
-    images = data.images("supernet")
+    images, heldout = data.images("supernet"), data.images("search")
+    steps_per_epoch(len(images), args.batch_size)
     loader = Loader(images, config, True, args.seed, device, args.loader, args.workers)
     calibration = FixedBatches(loader, calibration_plan(images.labels, args.bn_batches, args.bn_batch_size, args.seed))
-    heldout = data.images("search")
     validation = FixedBatches(
         Loader(heldout, config, False, args.seed, device, args.loader, args.workers), evaluation_plan(len(heldout), args.eval_batch_size)
     )
+    folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
+    start_logging(folder, args, device)
+    if flops_range:
+        log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range))
     rng = random.Random(args.seed)
     fixed_paths = [space.random_candidate(rng) for _ in range(args.val_paths)]
 
@@ -77,7 +77,7 @@ def main(args):
 
     run = Run(args, folder, device, "supernet", {
         "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
-        "flops_range": flops_range and list(flops_range),
+        "flops_range": flops_range,
     })  # fmt: skip
     metrics = train(run, model, loader, lambda images, step: model(images, sampler.path(step)), validate)
     print(json.dumps(metrics))

@@ -1,0 +1,192 @@
+"""Who may import whom, what the project's files may not say, and that every requirement is pinned and has a reason."""
+import ast
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from utils import HERE
+
+SCRIPTS = {"supernet", "tester", "search", "scratch"}
+MODULES = {path.stem: path for path in sorted(HERE.glob("*.py"))}
+MAX_FILE_BYTES = 2**20
+ARCHIVE = "data/fashion-mnist.tar.xz"
+
+
+def imports(tree):
+    """(full name, node) of all that a tree imports, in functions too; `from a import b` counts as a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import in a flat project"
+            yield node.module, node
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def at_import(tree):
+    """The same, of what runs when the module is imported: not in a function."""
+    inner = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for node in ast.walk(f)}
+    return ((name, node) for name, node in imports(tree) if id(node) not in inner)
+
+
+def parse(module):
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"), str(MODULES[module]))
+
+
+def names(found):
+    return {name for name, _ in found}
+
+
+def packages(found):
+    """First parts of imported names."""
+    return {name.split(".")[0] for name in names(found)}
+
+
+def users(package):
+    """The modules that import a package, or a part of one ("nvidia.dali")."""
+    return {m for m in MODULES if any(f"{name}.".startswith(f"{package}.") for name in names(imports(parse(m))))}
+
+
+def test_import_finder_sees_every_form():
+    tree = ast.parse("import a.b\nfrom c import d\ndef f():\n    import e as g\n    from h.i import j\nclass K:\n    import l\n")
+    assert names(imports(tree)) == {"a.b", "c", "c.d", "e", "h.i", "h.i.j", "l"}
+    assert names(at_import(tree)) == {"a.b", "c", "c.d", "l"}
+
+
+def test_only_the_search_imports_nni():
+    assert users("nni") <= {"evolution_tuner", "search", "tester"}
+
+
+def test_tester_imports_nni_only_as_a_trial():
+    assert "nni" not in packages(at_import(parse("tester")))
+
+
+def test_only_the_dataloader_imports_dali_and_only_when_used():
+    assert users("nvidia") <= {"dataloader"}
+    assert "nvidia" not in packages(at_import(parse("dataloader")))
+
+
+def test_no_script_is_imported():
+    for module in MODULES:
+        assert not packages(imports(parse(module))) & SCRIPTS, module
+
+
+def test_utils_imports_nothing_of_ours():
+    assert not packages(imports(parse("utils"))) & MODULES.keys()
+
+
+@pytest.mark.parametrize("module", ["search_space", "bundled"])
+def test_needs_only_utils_and_the_standard_library(module):
+    assert packages(imports(parse(module))) <= sys.stdlib_module_names | {"utils"}
+
+
+def test_utils_needs_only_the_standard_library_when_imported():
+    assert packages(at_import(parse("utils"))) <= sys.stdlib_module_names
+
+
+def test_blocks_need_only_torch():
+    assert packages(imports(parse("blocks"))) <= {"torch"}
+
+
+def test_evolution_needs_no_torch():
+    for module in {"evolution_tuner", "search_space"} & MODULES.keys():
+        assert not packages(imports(parse(module))) & {"torch", "torchvision"}, module
+
+
+def test_imports_make_no_circle():
+    needs = {m: packages(imports(parse(m))) & MODULES.keys() for m in MODULES}
+    while free := {m for m, others in needs.items() if not others & needs.keys()}:
+        needs = {m: others for m, others in needs.items() if m not in free}
+    assert not needs
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tracked():
+    """The files in git, as paths relative to the project."""
+    try:
+        result = subprocess.run(["git", "-C", str(HERE), "ls-files", "-z"], capture_output=True, text=True, timeout=30)
+    except OSError:
+        pytest.skip("needs git")
+    if result.returncode or not (HERE / ".git").exists():
+        pytest.skip("needs a git checkout")
+    return [path for path in result.stdout.split("\0") if path and (HERE / path).is_file()]
+
+
+FORBIDDEN = (
+    r"(?<![\w.~*])/(?:work|root|home|Users)/",
+    r"[A-Za-z]:\\Users\\",
+    r"(?:deb|ftp)\.debian\.org|archive\.ubuntu\.com",
+    r"pypi\.org/simple|pythonhosted\.org|index-url +http://",
+)
+
+
+@pytest.mark.parametrize("text", ["see /work/x", "'/root/a'", "cd /home/me", "https://deb.debian.org/", "pypi.org/simple"])
+def test_forbidden_patterns_match(text):
+    assert any(re.search(pattern, text) for pattern in FORBIDDEN)
+
+
+def test_files_name_no_machine_and_no_registry(tracked):
+    found = []
+    for path in tracked:
+        data = (HERE / path).read_bytes()
+        if b"\0" in data or path == "tests/test_layout.py":  # which has them to test them
+            continue
+        for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+            found += [f"{path}:{number}: {line.strip()}" for pattern in FORBIDDEN if re.search(pattern, line)]
+    assert not found
+
+
+def test_files_are_small(tracked):
+    large = {path for path in tracked if (HERE / path).stat().st_size > MAX_FILE_BYTES}
+    assert large <= {ARCHIVE}
+
+
+def test_outputs_are_not_tracked(tracked):
+    outputs = ("checkpoints/", "acc/", "id2cand/", "demo/", ".venv/", "data/fashion-mnist/", "data/imagenet/")
+    assert not [path for path in tracked if path.startswith(outputs)]
+
+
+# --- requirements --------------------------------------------------------------------------------------------
+
+
+def requirements():
+    """(name, version, marker, reason) of every line; a line of another form fails."""
+    for line in (HERE / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([a-z0-9-]+)(==[0-9.]+|<[0-9.]+)(?:; ([^#]+?))?  # (\S.+)", line)
+            assert match, f"not name, pinned version, marker, and reason: {line}"
+            yield match.groups()
+
+
+def test_requirements_are_pinned_and_say_why():
+    found = list(requirements())
+    assert len({name for name, *_ in found}) == len(found) >= 10
+    assert {name: version for name, version, *_ in found if not version.startswith("==")} == {"setuptools": "<82"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "machine", "python", "expected"),
+    [
+        ("linux", "x86_64", "3.11", {"nvidia-dali-cuda110", "nni"}),
+        ("linux", "x86_64", "3.13", {"nvidia-dali-cuda130", "nni"}),
+        ("linux", "aarch64", "3.11", {"nvidia-dali-cuda130"}),
+        ("darwin", "arm64", "3.11", set()),
+        ("win32", "AMD64", "3.12", {"nni"}),
+    ],
+)
+def test_requirements_fit_the_platform(platform, machine, python, expected):
+    markers = pytest.importorskip("packaging.markers")
+    environment = {"sys_platform": platform, "platform_machine": machine, "python_version": python}
+    assert {name for name, _, marker, _ in requirements() if marker and markers.Marker(marker).evaluate(environment)} == expected
+
+
+def test_installed_versions_are_those_required():
+    for name, version, marker, _ in requirements():
+        if not marker and version.startswith("=="):
+            assert metadata.version(name).split("+")[0] == version[2:], name

@@ -2,7 +2,6 @@
 
 Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/network.py`.
 """
-import pickle
 import warnings
 
 import torch
@@ -101,9 +100,10 @@ def load_file(path):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a whole checkpoint of plain tensors ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged file makes torch raise nearly anything: struct.error, AssertionError, IndexError...
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a whole checkpoint of plain tensors ({reason[:100]})") from None
 
 
 def load_and_parse_state_dict(path):
@@ -120,15 +120,21 @@ def parse_state_dict(content, path):
         for key in ("state_dict", "model"):
             if isinstance(content.get(key), dict):
                 content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise UserError(f"{path}: holds no state dict")
+    if not isinstance(content, dict) or not content or not all(_is_plain_tensor(v) for v in content.values()):
+        raise UserError(f"{path}: holds no state dict of plain tensors")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _is_plain_tensor(value):
+    """Whether it can be copied into a weight: neither sparse, quantized, nested nor without data."""
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and not value.is_quantized and not value.is_nested
 
 
 def load_weights(model, state_dict, path):
     """Loads strictly. Raises UserError that names the first entry that does not fit."""
     own = model.state_dict()
-    for name in own.keys() | state_dict.keys():
+    for name in sorted(own.keys() | state_dict.keys()):
         if name not in state_dict or name not in own:
             where = "missing" if name in own else "of another model"
             raise UserError(f"{path}: entry {name!r} is {where}; the model is {type(model).__name__}, {model.space.n_classes} classes")

@@ -18,6 +18,7 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
+PATHS = ("data-dir", "out", "checkpoint", "architecture")  # flags that name files
 MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
 
 log = logging.getLogger("spos")
@@ -66,7 +67,10 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _yaml_arguments(self, path):
-        """The YAML's `common` section and this script's own, as command-line words, checked as such."""
+        """The YAML's `common` section and this script's own, as command-line words, checked as such.
+
+        Paths are relative to the YAML file.
+        """
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):
@@ -85,6 +89,8 @@ class Parser(argparse.ArgumentParser):
                 values = value if isinstance(value, list) else [value]
                 if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) for v in values):
                     raise UserError(f"{path}: {key} is {value!r}, not a plain value")
+                if key in PATHS:
+                    values = [os.path.join(os.path.dirname(path), v) for v in values]
                 words += [f"--{key}", *map(str, values)]
         self.source = f"{path}: "
         self.parse_args(words)
@@ -133,7 +139,7 @@ def add_run_flags(parser):
 def add_data_flags(parser):
     """Flags of the data. None stands for "as the checkpoint says, or else the official value named in the help"."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", default="data/imagenet", metavar="DIR", help="has train/<class>/ and val/<class>/")
+    group.add_argument("--data-dir", default=str(HERE / "data" / "imagenet"), metavar="DIR", help="has train/<class>/ and val/<class>/")
     group.add_argument("--input-size", type=count(16, 2048), metavar="PX", help="side of the network's input (224)")
     group.add_argument("--val-resize", type=count(16, 4096), metavar="PX", help="shorter side before the centre crop (256/224 of the input size)")
     group.add_argument("--preprocessing", choices=("spos", "imagenet"), help="BGR in [0, 255], or RGB with mean and standard deviation (spos)")
@@ -268,6 +274,7 @@ def start_logging(folder, args, device="cpu"):
         log.addHandler(handler)
     section = pathlib.Path(sys.argv[0]).stem
     settings = {k.replace("_", "-"): v for k, v in vars(args).items() if v is not None and k not in ("config", "demo")}
+    settings |= {k: os.path.abspath(v) for k, v in settings.items() if k in PATHS}
     with atomic_write(folder / "config.yml") as file:
         yaml.safe_dump({section: settings}, file)
     log.info("command: %s", shlex.join(sys.argv))

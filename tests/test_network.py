@@ -1,0 +1,400 @@
+"""Both networks against reference_spos.py, an implementation that shares no line with them, and official weight files."""
+import functools
+import io
+import pathlib
+import pickle
+import random
+
+import pytest
+import reference_spos
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import blocks
+import network
+from search_space import SearchSpace
+from utils import UserError
+
+CLASSES = 10
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+SMALL = SearchSpace(16, 5, 1, (2, 2), (1, 2), (8, 16), 4, 16)  # for tests of files, where the size says nothing
+
+
+def image_batches(n_batches, batch_size, px, dtype=torch.float32):
+    """Batches (N, 3, px, px) of images with structure, smooth fields in [0, 255], and their labels."""
+    generator = torch.Generator().manual_seed(px)
+    for _ in range(n_batches):
+        fields = torch.rand(batch_size, 3, 5, 5, generator=generator) * 1.6 - 0.3
+        images = F.interpolate(fields, size=(px, px), mode="bicubic").clamp(0, 1) * 255
+        yield images.to(dtype), torch.randint(CLASSES, (batch_size,), generator=generator)
+
+
+@functools.cache
+def supernets(px, dtype):
+    """(ours, the reference) with the same weights."""
+    torch.manual_seed(0)
+    ours = network.ShuffleNetV2OneShot(px, CLASSES).to(dtype)
+    space = ours.space
+    reference = reference_spos.Network(None, CLASSES, False, space.stem_stride, space.blocks[-1].out_size).to(dtype)
+    reference.load_state_dict(ours.state_dict(), strict=True)
+    return ours, reference
+
+
+def candidates(n, space=None, seed=0):
+    rng = random.Random(seed)
+    return [(space or SearchSpace()).random_candidate(rng) for _ in range(n)]
+
+
+def outcome(model, px, dtype, *path, batch_size=4):
+    """What a model makes of the same images: logits, gradients and BN statistics of a training step, with dropout from
+    the same seed, then logits in eval mode and the statistics after calibration on two other batches."""
+    (images, labels), *calibration = image_batches(3, batch_size, px, dtype)
+    model.train().zero_grad()
+    set_batch_norm(model, momentum=0.1)
+    torch.manual_seed(1)
+    logits = model(images, *path)
+    F.cross_entropy(logits, labels).backward()
+    result = {"train logits": logits.detach()}
+    result |= {f"gradient of {k}": v.grad for k, v in model.named_parameters() if v.grad is not None}
+    result |= {f"after a step: {k}": v.clone() for k, v in model.state_dict().items() if "running" in k}
+    set_batch_norm(model, momentum=None)  # the average over all batches
+    with torch.no_grad():
+        for batch, _ in calibration:
+            model(batch, *path)
+        result["eval logits"] = model.eval()(images, *path)
+    return result | {f"calibrated: {k}": v.clone() for k, v in model.state_dict().items() if "running" in k}
+
+
+def set_batch_norm(model, momentum):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = momentum
+
+
+def only_logits(result):
+    return {k: v for k, v in result.items() if "logits" in k}
+
+
+def difference(a, b):
+    """Largest difference relative to the largest value."""
+    assert torch.isfinite(b).all()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def assert_same(ours, reference, dtype):
+    assert ours.keys() == reference.keys()
+    for name, expected in reference.items():
+        tolerance = TOLERANCE[dtype]
+        if "logits" in name:
+            assert expected.abs().max() > 1e-2  # before calibration they are about 1e-6 and would prove nothing
+        elif name.startswith("gradient") and dtype == torch.float32:
+            tolerance *= 10  # they pass through 20 blocks twice
+        assert difference(ours[name], expected) <= tolerance, name
+
+
+# --- the same as the reference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("px", [28, 32])
+def test_the_supernet_equals_the_reference(px, dtype):
+    ours, reference = supernets(px, dtype)
+    for path in candidates(2, seed=px):
+        assert_same(outcome(ours, px, dtype, path), outcome(reference, px, dtype, path), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_supernet_equals_the_reference_at_224_px(dtype):
+    ours, reference = supernets(224, dtype)
+    path = reference_spos.WINNER
+    assert_same(*(outcome(m, 224, dtype, path, batch_size=2) for m in (ours, reference)), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_retrained_network_equals_the_reference(dtype):
+    path = candidates(1, seed=5)[0]
+    torch.manual_seed(0)
+    reference = reference_spos.Network(path, CLASSES, True, stem_stride=1, last_size=2).to(dtype)
+    for name, weight in reference.named_parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, 0, weight.shape[1] ** -0.5)
+        else:
+            nn.init.normal_(weight, float(name.endswith("weight")), 0.1)
+    ours = network.ShuffleNetV2(path, 32, CLASSES).to(dtype)
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    assert_same(outcome(ours, 32, dtype), outcome(reference, 32, dtype), dtype)
+
+
+def assert_far_apart(ours, reference):
+    """The comparison fails, and by far: by 1% of the largest logit, in both modes."""
+    with pytest.raises(AssertionError):
+        assert_same(only_logits(ours), only_logits(reference), torch.float32)
+    assert difference(ours["train logits"], reference["train logits"]) > 1e-2
+    assert difference(ours["eval logits"], reference["eval logits"]) > 1e-2
+
+
+def test_even_against_odd_channels_would_be_seen(monkeypatch):
+    ours, reference = supernets(32, torch.float32)
+    path = candidates(1)[0]
+    expected = outcome(reference, 32, torch.float32, path)
+    monkeypatch.setattr(blocks, "channel_shuffle", lambda x: (x[:, 1::2], x[:, 0::2]))
+    assert_far_apart(outcome(ours, 32, torch.float32, path), expected)
+
+
+@pytest.mark.parametrize("block", [0, 9, 19])
+def test_one_swapped_kernel_size_would_be_seen(block):
+    """One block has a kernel of 5 instead of 3, with the weights of 3 in all nine places but one, which move outwards."""
+    ours, reference = supernets(32, torch.float32)
+    path = (0,) * 20
+    expected = outcome(reference, 32, torch.float32, path)
+    bigger = network.build_block("shufflenet_5x5", ours.space.blocks[block], affine=False)
+    with torch.no_grad():
+        for wide, narrow in zip(bigger.parameters(), ours.features[block][0].parameters()):
+            if wide.shape[-1] == 5:
+                wide.zero_()
+                wide[:, :, 1:4, 1:4] = narrow
+                wide[:, :, 0, 0], wide[:, :, 1, 1] = narrow[:, :, 0, 0], 0
+            else:
+                wide.copy_(narrow)
+    original = ours.features[block][0]
+    ours.features[block][0] = bigger
+    try:
+        assert_far_apart(outcome(ours, 32, torch.float32, path), expected)
+        with pytest.raises(UserError, match=f"features.{block}.0.branch_main.3.weight.*shape"):
+            network.load_weights(ours, reference.state_dict(), "FILE")
+    finally:
+        ours.features[block][0] = original
+
+
+def test_a_path_of_the_supernet_equals_the_fixed_network():
+    supernet, _ = supernets(32, torch.float32)
+    path = candidates(1, seed=3)[0]
+    fixed = network.ShuffleNetV2(path, 32, CLASSES, affine=False)
+    fixed.load_state_dict(path_weights(supernet, path), strict=True)
+    a, b = outcome(supernet, 32, torch.float32, path), outcome(fixed, 32, torch.float32)
+    for name in ("train logits", "eval logits"):
+        assert torch.equal(a[name], b[name])
+    affine = network.ShuffleNetV2(path, 32, CLASSES)
+    affine.load_state_dict(path_weights(supernet, path), strict=False)
+    for name, bias in affine.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(bias)
+    c = outcome(affine, 32, torch.float32)
+    assert torch.equal(a["train logits"], c["train logits"]) and torch.equal(a["eval logits"], c["eval logits"])
+
+
+def path_weights(supernet, path):
+    """The supernet's state dict without the operations that the path doesn't choose."""
+    weights = {}
+    for name, tensor in supernet.state_dict().items():
+        if name.startswith("features."):
+            _, block, operation, rest = name.split(".", 3)
+            if int(operation) != path[int(block)]:
+                continue
+            name = f"features.{block}.{rest}"
+        weights[name] = tensor
+    return weights
+
+
+def test_operations_that_were_not_sampled_get_no_gradient():
+    torch.manual_seed(0)
+    model = network.ShuffleNetV2OneShot(space=SearchSpace.for_images(32, CLASSES))
+    path = candidates(1)[0]
+    images, labels = next(image_batches(1, 2, 32))
+    F.cross_entropy(model(images, path), labels).backward()
+    for name, weight in model.named_parameters():
+        parts = name.split(".")
+        sampled = parts[0] != "features" or int(parts[2]) == path[int(parts[1])]
+        assert (weight.grad is not None) == sampled, name
+        assert not sampled or weight.grad.abs().sum() > 0, name
+
+
+def test_a_path_of_another_length_is_no_path():
+    model = network.ShuffleNetV2OneShot(space=SMALL)
+    with pytest.raises(ValueError, match="zip"):
+        model(torch.zeros(2, 3, 16, 16), (0, 1))
+
+
+# --- parts ---------------------------------------------------------------------------------------------------
+
+
+def test_channel_shuffle_is_a_permutation_made_of_views():
+    x = torch.arange(2 * 8 * 3 * 3.0).reshape(2, 8, 3, 3)
+    even, odd = blocks.channel_shuffle(x)
+    assert torch.equal(even, x[:, [0, 2, 4, 6]]) and torch.equal(odd, x[:, [1, 3, 5, 7]])
+    assert sorted(torch.cat((even, odd)).flatten().tolist()) == x.flatten().tolist()
+    storage = x.untyped_storage().data_ptr()
+    assert even.untyped_storage().data_ptr() == odd.untyped_storage().data_ptr() == storage
+    for mine, theirs in zip((even, odd), reference_spos.shuffle(x)):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("operation", SearchSpace().operations)
+@pytest.mark.parametrize("strides, size", [((2, 2), 16), ((2, 2), 15), ((1, 2), 9)])
+def test_blocks_have_the_shapes_of_the_space_and_gradients_everywhere(operation, strides, size):
+    space = SearchSpace(size, 5, 1, strides, (2, 2), (8, 16), 4, 16)
+    for shape in space.blocks:
+        torch.manual_seed(0)
+        block = network.build_block(operation, shape)
+        x = torch.randn(3, shape.in_channels, shape.in_size, shape.in_size, requires_grad=True)
+        y = block(x)
+        assert y.shape == (3, shape.out_channels, shape.out_size, shape.out_size)
+        (y * torch.randn_like(y)).sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in block.parameters() if p.ndim > 1)
+        assert (x.grad.abs().sum(dim=(0, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_initial_weights(affine):
+    """N(0, 0.01) for stem and classifier, N(0, 1 / weight.shape[1]) for the other convolutions; BN 1 and 1e-4."""
+    torch.manual_seed(0)
+    model = network.ShuffleNetV2OneShot() if not affine else network.ShuffleNetV2(reference_spos.WINNER)
+    depthwise = 0
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            weight = module.weight.detach().double()
+            sd = 0.01 if name in ("first_conv.0", "classifier.0") else 1 / weight.shape[1]
+            depthwise += sd == 1
+            assert abs(weight.mean()) < 5 * sd / weight.numel() ** 0.5, name
+            assert abs(weight.std() / sd - 1) < 5 / (2 * weight.numel()) ** 0.5, name
+            assert module.bias is None
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.affine == affine and module.momentum == 0.1 and module.eps == 1e-5
+            if affine:
+                assert (module.weight == 1).all() and (module.bias == 1e-4).all()
+    assert depthwise >= 20
+
+
+def test_parameters_are_as_published():
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    with torch.device("meta"):
+        assert count(network.ShuffleNetV2OneShot()) == 8_388_176
+        assert count(network.ShuffleNetV2(reference_spos.WINNER)) == 3_558_464 == SearchSpace().params(reference_spos.WINNER)
+        for path in candidates(3):
+            assert count(network.ShuffleNetV2(path, 64, 7)) == SearchSpace.for_images(64, 7).params(path)
+
+
+# --- official files ------------------------------------------------------------------------------------------
+
+
+def official_file(path, state_dict, **kwargs):
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state_dict.items()}}, path, **kwargs)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
+def test_an_official_supernet_file_loads_strictly(tmp_path, zipped):
+    """The official files are of torch 1.x, whose format was not yet a zip archive."""
+    _, reference = supernets(32, torch.float32)
+    path = official_file(tmp_path / "checkpoint-150000.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped)
+    model = network.ShuffleNetV2OneShot(32, CLASSES)
+    weights = network.load_and_parse_state_dict(path)
+    model.load_state_dict(weights, strict=True)
+    network.load_weights(model, weights, path)
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_an_official_retrained_file_loads_strictly(tmp_path):
+    torch.manual_seed(0)
+    reference = reference_spos.Network(reference_spos.WINNER, 1000, True).eval()
+    path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict())
+    model = network.ShuffleNetV2(reference_spos.WINNER).eval()
+    network.load_weights(model, network.load_and_parse_state_dict(path), path)
+    images, _ = next(image_batches(1, 1, 224))
+    with torch.no_grad():
+        assert difference(model(images), reference(images)) < 1e-5
+
+
+def small_weights():
+    torch.manual_seed(0)
+    return network.ShuffleNetV2OneShot(space=SMALL).state_dict()
+
+
+def test_bare_and_wrapped_state_dicts_are_the_same(tmp_path):
+    weights = dict(small_weights())
+    prefixed = {f"module.{k}": v for k, v in weights.items()}
+    for content in (weights, prefixed, {"model": weights}, {"state_dict": weights}, {"state_dict": prefixed, "epoch": 3}):
+        torch.save(content, tmp_path / "file")
+        found = network.load_and_parse_state_dict(tmp_path / "file")
+        assert found.keys() == weights.keys() and all(torch.equal(v, weights[k]) for k, v in found.items())
+
+
+class Bomb:
+    """Unpickled by `pickle.load`, it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
+    mark = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists()  # so the bomb works
+    mark.unlink()
+    torch.save({"state_dict": {"x": Bomb(mark)}}, tmp_path / "zip.pth")
+    torch.save({"state_dict": {"x": Bomb(mark)}}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb(mark)))
+    for name in ("zip.pth", "legacy.pth", "pickle.pth"):
+        with pytest.raises(UserError, match=f"{name}: not a whole checkpoint of plain tensors"):
+            network.load_and_parse_state_dict(tmp_path / name)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"state_dict": {"x": 1}}, {"epoch": 3}, torch.zeros(2), None,
+                                     {"x": torch.zeros(2).to_sparse()}, {"x": torch.zeros(2, device="meta")}])  # fmt: skip
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "file")
+    with pytest.raises(UserError, match="file: holds no state dict"):
+        network.load_and_parse_state_dict(tmp_path / "file")
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
+def test_damaged_files_are_refused(tmp_path, zipped):
+    """Cut off anywhere, or with bytes overwritten, a file either loads or is refused with one line."""
+    whole = io.BytesIO()
+    torch.save({"state_dict": small_weights()}, whole, _use_new_zipfile_serialization=zipped)
+    whole = whole.getvalue()
+    rng, path = random.Random(0), tmp_path / "damaged.pth"
+    for size in [0, 1, 10, *(rng.randrange(len(whole)) for _ in range(40))]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"damaged\.pth: ") as error:
+            network.load_file(path)
+        assert "\n" not in str(error.value)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[rng.randrange(len(whole))] = rng.randrange(256)
+            damaged[rng.randrange(2000)] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            network.load_and_parse_state_dict(path)
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("path", ["no/such/file", "."])
+def test_a_missing_file_and_a_folder_are_refused(path):
+    with pytest.raises(UserError, match="can't be read"):
+        network.load_file(path)
+
+
+def test_weights_of_another_model_are_refused():
+    supernet, fixed = network.ShuffleNetV2OneShot(space=SMALL), network.ShuffleNetV2((0, 1, 2), space=SMALL)
+    with pytest.raises(UserError, match=r"FILE: entry '.*' is (missing|of another model); the model is ShuffleNetV2, 5 classes"):
+        network.load_weights(fixed, supernet.state_dict(), "FILE")
+    with pytest.raises(UserError, match=r"FILE: entry 'classifier.0.weight' has shape \(6, 16\), the model needs \(5, 16\)"):
+        network.load_weights(supernet, small_weights() | {"classifier.0.weight": torch.zeros(6, 16)}, "FILE")
+    with pytest.raises(UserError, match=r"FILE: entry 'conv_last.0.weight' is missing"):
+        network.load_weights(supernet, {k: v for k, v in small_weights().items() if k != "conv_last.0.weight"}, "FILE")
+    before = {k: v.clone() for k, v in supernet.state_dict().items()}
+    with pytest.raises(UserError):
+        network.load_weights(supernet, fixed.state_dict(), "FILE")
+    assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())

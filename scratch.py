@@ -23,7 +23,17 @@ from network import ShuffleNetV2
 from search_space import SearchSpace
 from training import Run, train
 from utils import (
-    HERE, Parser, UserError, add_architecture_flag, add_checkpoint_flag, add_data_flags, add_run_flags, add_training_flags, count, log, run_script,
+    HERE,
+    Parser,
+    UserError,
+    add_architecture_flag,
+    add_checkpoint_flag,
+    add_data_flags,
+    add_run_flags,
+    add_training_flags,
+    count,
+    log,
+    run_script,
     start_logging,
 )  # fmt: skip
 

@@ -24,7 +24,15 @@ from sampler import PathSampler, default_flops_range
 from search_space import SearchSpace
 from training import Run, train
 from utils import (
-    Parser, add_data_flags, add_evaluation_flags, add_run_flags, add_training_flags, count, log, run_script, start_logging,
+    Parser,
+    add_data_flags,
+    add_evaluation_flags,
+    add_run_flags,
+    add_training_flags,
+    count,
+    log,
+    run_script,
+    start_logging,
 )  # fmt: skip
 
 

@@ -21,8 +21,17 @@ from dataset import Data, DataConfig, calibration_plan, evaluation_plan
 from evaluation import evaluate, resolve_device
 from search_space import SearchSpace
 from utils import (
-    Parser, UserError, add_architecture_flag, add_checkpoint_flag, add_data_flags, add_evaluation_flags, add_run_flags, log,
-    run_script, start_logging, write_json,
+    Parser,
+    UserError,
+    add_architecture_flag,
+    add_checkpoint_flag,
+    add_data_flags,
+    add_evaluation_flags,
+    add_run_flags,
+    log,
+    run_script,
+    start_logging,
+    write_json,
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import scratch  # noqa: E402
 from dataloader import Loader  # noqa: E402
 from dataset import Data, DataConfig, evaluation_plan  # noqa: E402
+from search_record import read_results  # noqa: E402
 from search_space import SearchSpace  # noqa: E402
 from utils import read_json, write_json  # noqa: E402
 
@@ -49,16 +50,22 @@ class Steps:
 
 def command(*words):
     """Runs one of the project's scripts; returns the last line that it printed."""
-    words = [str(w) for w in words]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    lines = []
-    with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    if process.returncode:
-        sys.exit(f"demo: {words[0]} ended with exit code {process.returncode}")
-    return lines[-1]
+    (line,) = commands(words)
+    return line
+
+
+def commands(*several):
+    """Runs several of the project's commands at the same time; returns the last line that each printed."""
+    several = [[str(w) for w in words] for words in several]
+    for words in several:
+        print(f"$ python {shlex.join(words)}", flush=True)
+    processes = [subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for words in several]
+    outputs = [process.communicate()[0] for process in processes]
+    for words, process, output in zip(several, processes, outputs):
+        print(output, flush=True)
+        if process.returncode:
+            sys.exit(f"demo: {words[0]} ended with exit code {process.returncode}")
+    return [output.splitlines()[-1] for output in outputs]
 
 
 def logistic_regression(args):
@@ -109,14 +116,16 @@ def main():
     in_supernet = json.loads(steps.run("random in supernet", lambda: command(*test)))
     resume = ["--resume"] if (out / "acc").exists() and "search" not in steps.done else []
     steps.run("search", lambda: command("search.py", *common, "--out", out, *resume))
-    retrained = {}
-    for name, file in (("winner", out / "checkpoints" / "best.json"), ("random", out / "random.json")):
-        words = ("scratch.py", *common, "--architecture", file, "--out", out / name, *overrides)
-        retrained[name] = json.loads(steps.run(f"{name} retrained", lambda words=words: command(*words)))
+    # Side by side on one thread each: on small images two networks train in less time than one after the other on two threads.
+    both = [
+        ("scratch.py", *common, "--threads", 1, "--architecture", file, "--out", out / name, *overrides)
+        for name, file in (("winner", out / "checkpoints" / "best.json"), ("random", out / "random.json"))
+    ]
+    retrained = dict(zip(("winner", "random"), map(json.loads, steps.run("retrained", lambda: commands(*both)))))
     regression = steps.run("logistic regression", lambda: logistic_regression(args))
 
-    population = [json.loads(line) for line in open(out / "acc" / "000.jsonl")]
-    measured = [json.loads(line) for path in sorted((out / "acc").glob("*.jsonl")) for line in open(path)]
+    measured = read_results(out)
+    first_population = [json.loads(line) for line in (out / "acc" / "000.jsonl").read_text().splitlines()]
     winner_candidate = space.load_architecture(out / "checkpoints" / "best.json")
     winner = next(r for r in measured if tuple(r["architecture"]) == winner_candidate)
 
@@ -127,12 +136,12 @@ def main():
 
     print(f"\n| {'':<44} | images   | top-1  | FLOPs | params | seconds |")
     print(f"|{'-' * 46}|{'-' * 10}|{'-' * 8}|{'-' * 7}|{'-' * 8}|{'-' * 9}|")
-    acc1 = [r["acc1"] for r in population if r["acc1"] is not None]
+    acc1 = [r["acc1"] for r in first_population if r["acc1"] is not None]
     row(f"supernet, mean of {len(acc1)} random candidates", "held-out", sum(acc1) / len(acc1), None, steps.seconds("supernet"))
     row(f"best of the search, {len(measured)} candidates, in the supernet", "held-out", winner["acc1"], winner_candidate, steps.seconds("search"))
     row("a random candidate, in the supernet", "held-out", in_supernet["acc1"], chosen, steps.seconds("random in supernet"))
-    row("best of the search, retrained", "test", retrained["winner"]["acc1"], winner_candidate, steps.seconds("winner retrained"))
-    row("the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, steps.seconds("random retrained"))
+    row("best of the search, retrained", "test", retrained["winner"]["acc1"], winner_candidate, retrained["winner"]["seconds"])
+    row("the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, retrained["random"]["seconds"])
     row("logistic regression on the same pixels", "test", regression, None, steps.seconds("logistic regression"))
     print(f"\nFLOPs (multiply-adds) and parameters in millions; the limit of the search was {limit / 1e6:.1f}M. "
           f"This run took {time.perf_counter() - start:.0f} s.")  # fmt: skip

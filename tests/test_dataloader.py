@@ -92,7 +92,7 @@ def test_config_flags_against_a_checkpoint(data_args):
     stored = DataConfig.from_dict(CONFIG.to_dict())
     assert stored == CONFIG and DataConfig.from_args(data_args, stored, "x.pth") == CONFIG
     data_args.preprocessing = "imagenet"
-    with pytest.raises(UserError, match="--preprocessing imagenet contradicts x.pth, which has spos"):
+    with pytest.raises(UserError, match=r"--preprocessing imagenet contradicts x\.pth, which has spos"):
         DataConfig.from_args(data_args, stored, "x.pth")
 
 
@@ -146,7 +146,7 @@ def test_calibration_plan_is_stratified_and_augments_repeats_anew():
 
 def test_augmentation_is_a_pure_function_of_seed_epoch_and_index():
     draws = [draw_augmentation(CONFIG, s, e, i, 50, 60) for s in (0, 1) for e in (0, 1) for i in (0, 1)]
-    assert len({d.window + (d.brightness,) for d in draws}) == 8
+    assert len({(*d.window, d.brightness) for d in draws}) == 8
     assert draws[0] == draw_augmentation(CONFIG, 0, 0, 0, 50, 60)
 
 

@@ -30,10 +30,10 @@ class Images:
 
 
 def settings(**changes):
-    values = dict(
-        iterations=20, batch_size=8, lr=0.5, warmup=0, momentum=0.9, weight_decay=4e-5, label_smoothing=0.1, seed=0, val_every=1000,
-        save_every=1000, keep=3, resume="auto",
-    )  # fmt: skip
+    values = {
+        "iterations": 20, "batch_size": 8, "lr": 0.5, "warmup": 0, "momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1,
+        "seed": 0, "val_every": 1000, "save_every": 1000, "keep": 3, "resume": "auto",
+    }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -147,7 +147,7 @@ def test_a_resumed_run_ends_bit_identical(tmp_path, stop):
             path.unlink()
     resumed, again = supernet_run(tmp_path / "b", args)
     assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
-    last = [json.loads(line) for line in open(tmp_path / "b" / "log.jsonl")][-1]
+    last = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 8 and again["val/acc1"] == metrics["val/acc1"]
 
 

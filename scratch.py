@@ -10,6 +10,9 @@ A run that was interrupted goes on where it stopped.
 Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 73.7; published: 74.4); not run here.
 Source: paper section 4.1; official `src/Evaluation/train.py`.
 """
+import utils  # first, for it says how OpenMP is to wait, before torch loads it
+
+# isort: split
 import json
 import pathlib
 
@@ -22,31 +25,17 @@ from evaluation import accuracy, recalibrate_bn, resolve_device
 from network import ShuffleNetV2
 from search_space import SearchSpace
 from training import Run, train
-from utils import (
-    HERE,
-    Parser,
-    UserError,
-    add_architecture_flag,
-    add_checkpoint_flag,
-    add_data_flags,
-    add_run_flags,
-    add_training_flags,
-    count,
-    log,
-    run_script,
-    start_logging,
-)  # fmt: skip
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__, "scratch")
-    add_architecture_flag(parser, default="the published architecture_final.json")
+    parser = utils.Parser(__doc__, "scratch")
+    utils.add_architecture_flag(parser, default="the published architecture_final.json")
     parser.add_argument("--eval", action="store_true", help="measure --checkpoint on val instead of training")
-    add_checkpoint_flag(parser, "scratch")
-    add_run_flags(parser)
-    add_data_flags(parser)
-    add_training_flags(parser, iterations=300_000)
-    parser.add_argument("--bn-pass", type=count(0), default=1250, metavar="N", help="training batches of the final BN pass (default: 1250)")
+    utils.add_checkpoint_flag(parser, "scratch")
+    utils.add_run_flags(parser)
+    utils.add_data_flags(parser)
+    utils.add_training_flags(parser, iterations=300_000)
+    parser.add_argument("--bn-pass", type=utils.count(0), default=1250, metavar="N", help="training batches of the final BN pass (default: 1250)")
     return parser.parse(argv)
 
 
@@ -55,7 +44,7 @@ def evaluate_checkpoint(args, folder):
     final = folder / "bnps-checkpoint.pth"
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
-        raise UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
+        raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
     given = SearchSpace.for_images(args.input_size or 224)
     model, stored = checkpoint.load_network(path, args.architecture, given)
     config = DataConfig.from_args(args, stored.data, stored.path)
@@ -86,19 +75,19 @@ def retrain(args, folder):
     data = Data(args, config)
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
-    candidate = space.load_architecture(args.architecture or HERE / "architecture_final.json")
+    candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     steps_per_epoch(len(data.train), args.batch_size)
-    start_logging(folder, args, device)
+    utils.start_logging(folder, args, device)
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
     validation = validation_batches(args, config, data, device)
 
     torch.manual_seed(args.seed)
     model = ShuffleNetV2(candidate, space=space)
-    log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), space.flops(candidate) / 1e6, space.params(candidate) / 1e6)
+    utils.log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), space.flops(candidate) / 1e6, space.params(candidate) / 1e6)
 
     def validate(step):
         acc1, acc5, n_images = accuracy(model.eval(), validation)
-        log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
+        utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
         return {"val/acc1": acc1, "val/acc5": acc5}
 
     stored = {
@@ -113,7 +102,7 @@ def retrain(args, folder):
         recalibrate_bn(model, model, loader.batches(plan), "average")
     result = summary(model, accuracy(model.eval(), validation)) | before
     checkpoint.save(folder / "bnps-checkpoint.pth", kind="scratch", step=args.iterations, model=model.state_dict(), metrics=result, **stored)
-    log.info("val after the BN pass: top-1 %.2f%%, top-5 %.2f%%", result["acc1"], result["acc5"])
+    utils.log.info("val after the BN pass: top-1 %.2f%%, top-5 %.2f%%", result["acc1"], result["acc5"])
     return result
 
 
@@ -123,4 +112,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    utils.run_script(main, parse_args)

@@ -9,6 +9,9 @@ log.jsonl, run.log, config.yml, tensorboard/. A run that was interrupted goes on
 Expected on ImageNet: training error about .417 at the end (official log); not run here.
 Source: paper section 3.3 and 4.1; official `src/Supernet/train.py`.
 """
+import utils  # first, for it says how OpenMP is to wait, before torch loads it
+
+# isort: split
 import copy
 import json
 import pathlib
@@ -23,30 +26,19 @@ from network import ShuffleNetV2OneShot
 from sampler import PathSampler, default_flops_range
 from search_space import SearchSpace
 from training import Run, train
-from utils import (
-    Parser,
-    add_data_flags,
-    add_evaluation_flags,
-    add_run_flags,
-    add_training_flags,
-    count,
-    log,
-    run_script,
-    start_logging,
-)  # fmt: skip
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__, "supernet")
-    add_run_flags(parser)
-    add_data_flags(parser)
-    add_training_flags(parser, iterations=150_000)
-    add_evaluation_flags(parser)
+    parser = utils.Parser(__doc__, "supernet")
+    utils.add_run_flags(parser)
+    utils.add_data_flags(parser)
+    utils.add_training_flags(parser, iterations=150_000)
+    utils.add_evaluation_flags(parser)
     group = parser.add_argument_group("paths")
     group.add_argument("--sampler", choices=("flops-uniform", "uniform"), default="flops-uniform", help="default: flat over FLOPs bins")
     group.add_argument("--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)")
-    group.add_argument("--flops-bins", type=count(1, 1000), default=7, metavar="N", help="default: 7")
-    group.add_argument("--val-paths", type=count(1, 1000), default=3, metavar="N", help="fixed paths to validate (default: 3)")
+    group.add_argument("--flops-bins", type=utils.count(1, 1000), default=7, metavar="N", help="default: 7")
+    group.add_argument("--val-paths", type=utils.count(1, 1000), default=3, metavar="N", help="fixed paths to validate (default: 3)")
     return parser.parse(argv)
 
 
@@ -68,9 +60,9 @@ def main(args):
         Loader(heldout, config, False, args.seed, device, args.loader, args.workers), evaluation_plan(len(heldout), args.eval_batch_size)
     )
     folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    start_logging(folder, args, device)
+    utils.start_logging(folder, args, device)
     if flops_range:
-        log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range))
+        utils.log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range))
     rng = random.Random(args.seed)
     fixed_paths = [space.random_candidate(rng) for _ in range(args.val_paths)]
 
@@ -80,7 +72,7 @@ def main(args):
     def validate(step):
         results = list(evaluate(copy.deepcopy(model), fixed_paths, calibration, validation, args.bn))
         acc1, acc5 = (sum(r[k] for r in results) / len(results) for k in ("acc1", "acc5"))
-        log.info("step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results))
+        utils.log.info("step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results))
         return {"val/acc1": acc1, "val/acc5": acc5}
 
     run = Run(args, folder, device, "supernet", {
@@ -92,4 +84,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    utils.run_script(main, parse_args)

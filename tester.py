@@ -8,6 +8,9 @@ A candidate's BN statistics are recalibrated on training images, then it is meas
 (`--split search`) or on val (`--split val`). Reads OUT/checkpoints/supernet (newest) or --checkpoint, our own or official.
 Source: paper section 3.4; official `src/Search/tester.py`.
 """
+import utils  # first, for it says how OpenMP is to wait, before torch loads it
+
+# isort: split
 import json
 import os
 import pathlib
@@ -20,30 +23,17 @@ from dataloader import FixedBatches, Loader
 from dataset import Data, DataConfig, calibration_plan, evaluation_plan
 from evaluation import evaluate, resolve_device
 from search_space import SearchSpace
-from utils import (
-    Parser,
-    UserError,
-    add_architecture_flag,
-    add_checkpoint_flag,
-    add_data_flags,
-    add_evaluation_flags,
-    add_run_flags,
-    log,
-    run_script,
-    start_logging,
-    write_json,
-)  # fmt: skip
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__, "tester")
+    parser = utils.Parser(__doc__, "tester")
     parser.add_argument("--mode", choices=("gen", "test"), default="test", help="default: test")
-    add_architecture_flag(parser, default="what NNI asks for")
-    add_checkpoint_flag(parser, "supernet")
+    utils.add_architecture_flag(parser, default="what NNI asks for")
+    utils.add_checkpoint_flag(parser, "supernet")
     parser.add_argument("--split", choices=("search", "val"), default="search", help="held-out training images, or val (default: search)")
-    add_run_flags(parser)
-    add_data_flags(parser)
-    add_evaluation_flags(parser)
+    utils.add_run_flags(parser)
+    utils.add_data_flags(parser)
+    utils.add_evaluation_flags(parser)
     return parser.parse(argv)
 
 
@@ -51,7 +41,7 @@ def generate(args):
     """Writes the search space in NNI's form; it is the same for every image size and class count."""
     path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
     space = SearchSpace()
-    write_json(path, space.nni_search_space(), indent=1)
+    utils.write_json(path, space.nni_search_space(), indent=1)
     print(f"{path}: {space.n_blocks} choice blocks of {len(space.operations)} operations")
 
 
@@ -100,16 +90,16 @@ def main(args):
     elif args.architecture:
         evaluator = Evaluator(args)
         candidate = evaluator.space.load_architecture(args.architecture)
-        start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args)
+        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args)
         (result,) = evaluator.evaluate([candidate])
-        log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
+        utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
         print(json.dumps(result))
     elif os.environ.get("NNI_PLATFORM"):
         trial(args)
     else:
-        raise UserError("--architecture: name the architecture file to evaluate (search.py starts trials without it)")
+        raise utils.UserError("--architecture: name the architecture file to evaluate (search.py starts trials without it)")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    utils.run_script(main, parse_args)

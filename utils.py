@@ -1,4 +1,4 @@
-"""What every script shares: errors a user can put right, the command line, logging, JSON files. Standard library + PyYAML.
+"""What every script shares: errors a user can put right, the command line, logging, files. Standard library and PyYAML.
 
 A flag has one name, one meaning and one definition, here, for all scripts. Values come from, in rising order:
 the defaults below (the official settings), a YAML file (`--config FILE`; `--demo` is the committed demo.yml),
@@ -22,6 +22,10 @@ PATHS = ("data-dir", "out", "checkpoint", "architecture")  # flags that name fil
 MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
 
 log = logging.getLogger("spos")
+
+# How long an OpenMP thread spins before it sleeps. With libgomp's own 300,000, one other busy process on two cores makes
+# training 20 times slower or worse, since the threads spin away each other's time; this costs 1% where nothing else runs.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class UserError(Exception):

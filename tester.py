@@ -76,9 +76,11 @@ def trial(args):
     """
     import nni
 
-    candidates = nni.get_next_parameter()["candidates"]
+    parameters = nni.get_next_parameter()
+    while parameters["until"] <= nni.get_sequence_id():  # left over from a trial that died before it asked
+        parameters = nni.get_next_parameter()
     results = []
-    for result in Evaluator(args).evaluate(candidates):
+    for result in Evaluator(args).evaluate(parameters["candidates"]):
         results.append(result)
         nni.report_intermediate_result({"default": result["acc1"], "result": result})
     nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results})

@@ -1,0 +1,148 @@
+"""How many calibration images a candidate's accuracy needs, and in which mode: `python bench/bn.py --supernets FILE...`.
+
+For every supernet checkpoint (seeds of the same settings), the same random candidates are calibrated on two disjoint streams
+of 200 batches of 128 training images, and measured on the held-out images after 10, 50 and 200 batches, with the exponential
+average (official) and with the plain one; and once with the plain average over the whole training split. Reported, mean over
+supernets: the absolute difference in top-1 between the two streams (repeatability), and Kendall's tau of the candidates'
+ranking with that after calibration on the whole split.
+
+A train-mode pass doesn't depend on the running statistics, so both modes and all lengths come from one pass over a stream.
+Writes bench/results/bn.json, from which an interrupted run goes on.
+"""
+import argparse
+import itertools
+import json
+import pathlib
+import random
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+
+# isort: split
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+import checkpoint  # noqa: E402
+import supernet as supernet_script  # noqa: E402
+from dataloader import FixedBatches, Loader  # noqa: E402
+from dataset import Data, calibration_plan, evaluation_plan  # noqa: E402
+from evaluation import accuracy, recalibrate_bn  # noqa: E402
+
+LENGTHS = (10, 50, 200)
+MODES = ("ema", "average")
+
+
+def statistics(model, forward, batches, lengths):
+    """{(mode, n): {norm: (mean, variance)}} after n of the batches, for n in `lengths`: recalibrate_bn, all settings at once."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    seen, batch = {}, {}
+
+    def note(norm, inputs, _):
+        (x,) = inputs
+        batch[norm] = x.mean((0, 2, 3)), x.var((0, 2, 3))
+
+    hooks = [norm.register_forward_hook(note) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+    state = {mode: {} for mode in MODES}
+    with torch.inference_mode():
+        for n, (images, _) in enumerate(batches, 1):
+            forward(images)
+            for mode in MODES:
+                weight = 0.1 if mode == "ema" else 1 / n
+                for norm, new in batch.items():
+                    old = state[mode].get(norm, (torch.zeros_like(new[0]), torch.ones_like(new[1])))
+                    state[mode][norm] = tuple(o + weight * (v - o) for o, v in zip(old, new))
+                if n in lengths:
+                    seen[mode, n] = dict(state[mode])
+            if n == max(lengths):
+                break
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def measure(model, forward, stats, validation):
+    """Top-1 percent with given BN statistics."""
+    for norm, (mean, variance) in stats.items():
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+    model.eval()
+    return accuracy(forward, validation)[0]
+
+
+def kendall(a, b):
+    """Kendall's tau-b of two lists."""
+    sign = lambda x: (x > 0) - (x < 0)  # noqa: E731
+    pairs = [(sign(a[i] - a[j]), sign(b[i] - b[j])) for i, j in itertools.combinations(range(len(a)), 2)]
+    ties = [sum(1 for p in pairs if p[k]) for k in (0, 1)]
+    return sum(x * y for x, y in pairs) / (ties[0] * ties[1]) ** 0.5 if all(ties) else float("nan")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--supernets", nargs="+", metavar="FILE", required=True)
+    parser.add_argument("--candidates", type=int, default=30)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "bn.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
+    known = {(r["supernet"], tuple(r["architecture"])) for r in rows}
+    args = supernet_script.parse_args(["--demo"])
+    start = time.perf_counter()
+    for number, path in enumerate(options.supernets):
+        model, stored = checkpoint.load_supernet(path, None)
+        model.to(memory_format=torch.channels_last)
+        data = Data(args, stored.data)
+        checkpoint.check_split(stored, data.split)
+        train, heldout = data.images("supernet"), data.images("search")
+        loader = Loader(train, stored.data, True, backend="torchvision", workers=0)
+        streams = [FixedBatches(loader, calibration_plan(train.labels, max(options.lengths), 128, seed)) for seed in (1, 2)]
+        whole = FixedBatches(loader, calibration_plan(train.labels, len(train) // 128, 128, 3))
+        validation = FixedBatches(Loader(heldout, stored.data, False, backend="torchvision", workers=0), evaluation_plan(len(heldout), 200))
+        rng = random.Random(0)
+        for candidate in [stored.space.random_candidate(rng) for _ in range(options.candidates)]:
+            if (number, candidate) in known:
+                continue
+
+            def forward(images, model=model, candidate=candidate):
+                return model(images, candidate)
+
+            row = {"supernet": number, "architecture": list(candidate), "flops": stored.space.flops(candidate)}
+            for k, stream in enumerate(streams):
+                for (mode, n), stats in statistics(model, forward, stream, options.lengths).items():
+                    row[f"{mode} {n} {k}"] = measure(model, forward, stats, validation)
+            recalibrate_bn(model, forward, whole, "average")
+            row["whole"] = accuracy(forward, validation)[0]
+            rows.append(row)
+            utils.write_json(options.results, {"commit": utils.commit(), "versions": utils.versions(), "rows": rows}, indent=1)
+    report(rows, options)
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+def report(rows, options):
+    """Prints the table of means over supernets."""
+    print("| mode | batches of 128 | top-1, mean | between two streams, mean abs. difference | tau between the streams | tau with the whole split |")
+    print("|---|---|---|---|---|---|")
+    supernets = sorted({r["supernet"] for r in rows})
+    for mode, n in itertools.product(MODES, options.lengths):
+        a, b = (f"{mode} {n} {k}" for k in (0, 1))
+        difference = sum(abs(r[a] - r[b]) for r in rows) / len(rows)
+        mean = sum(r[a] + r[b] for r in rows) / len(rows) / 2
+        between, whole = [], []
+        for s in supernets:
+            mine = [r for r in rows if r["supernet"] == s]
+            between.append(kendall([r[a] for r in mine], [r[b] for r in mine]))
+            whole += [kendall([r[x] for r in mine], [r["whole"] for r in mine]) for x in (a, b)]
+        tau, tau_whole = (sum(t) / len(t) for t in (between, whole))
+        print(f"| {mode} | {n} | {mean:.2f} | {difference:.2f} | {tau:.2f} | {tau_whole:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

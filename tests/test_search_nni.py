@@ -1,0 +1,310 @@
+"""search.py's NNI experiment for real, with trials that need no torch, and what search.py checks before it starts one."""
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+
+import search
+from evolution_tuner import Evolution
+from search_record import read_results, state_path
+from search_space import SearchSpace
+from utils import UserError, read_json
+
+SPACE = SearchSpace.for_images(28, 10)
+SETTINGS = {
+    "population": 4, "select": 2, "mutation": 2, "crossover": 2, "mutation_prob": 0.1, "generations": 2, "seed": 0,
+    "flops_limit": SPACE.flops_value("59%"),
+}  # fmt: skip
+
+# A trial as tester.py is one, but for the evaluation. The first to start dies before it has asked for anything.
+TRIAL = """
+import pathlib, sys, time
+import nni
+
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+try:
+    (folder / "first trial").touch(exist_ok=False)
+    sys.exit("I was the first trial")
+except FileExistsError:
+    pass
+parameters = nni.get_next_parameter()
+while parameters["until"] <= nni.get_sequence_id():
+    parameters = nni.get_next_parameter()
+results = []
+for candidate in parameters["candidates"]:
+    with open(folder / "evaluated", "a") as file:
+        file.write(f"{candidate}\\n")
+    time.sleep(seconds)
+    acc1 = sum(c * (i + 1) for i, c in enumerate(candidate)) / 10
+    results.append({"architecture": candidate, "flops": 0, "acc1": acc1, "acc5": 99.0, "n_images": 10, "seconds": seconds})
+    nni.report_intermediate_result({"default": acc1, "result": results[-1]})
+nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results})
+"""
+
+HOST = """
+import json, pathlib, sys
+import search
+from search_record import prepare_search
+from search_space import SearchSpace
+from utils import run_script
+
+def main(arguments):
+    out, settings, command, port, resume = json.loads(arguments)
+    out = pathlib.Path(out)
+    space = SearchSpace.for_images(28, 10)
+    prepare_search(out, settings, resume)
+    experiment = search.read_experiment(search.HERE / "config_search.yml")
+    try:
+        search.search_with_nni(space, command, settings, out, experiment, 2, port=port)
+    except search.Interrupted as error:
+        sys.exit(128 + error.args[0])
+
+run_script(main, lambda: sys.argv[1])
+"""
+
+
+@contextlib.contextmanager
+def hosted(out, seconds=0.0, resume=False):
+    """A process that runs search_with_nni in `out`; yields it and the port of the web UI. Nothing of it outlives the block."""
+    (out / "trial.py").write_text(TRIAL)
+    (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(out / "trial.py"), str(out), str(seconds)]
+    arguments = json.dumps([str(out), SETTINGS, command, port, resume])
+    with open(out / "log", "a") as log:
+        process = subprocess.Popen([sys.executable, "-c", HOST, arguments], cwd=search.HERE, stdout=log, stderr=log)
+    try:
+        yield process, port
+    finally:
+        for child in [*family(process), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait()
+
+
+def family(process):
+    """The processes that descend from a running one."""
+    return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + 40
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return value
+
+
+def evaluated(out):
+    """What trials began to evaluate, in order, and what is on disk."""
+    path = out / "evaluated"
+    return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def listening(processes):
+    """Addresses at which any of the processes waits for connections."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            found |= {c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+def own_addresses():
+    """This machine's IPv4 addresses that are not loopback ones."""
+    found = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses if a.family == socket.AF_INET}
+    return {address for address in found if not address.startswith("127.")}
+
+
+def answers(host, port):
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False
+
+
+def expected():
+    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, SETTINGS["flops_limit"], **{k: SETTINGS[k] for k in search.EVOLUTION})
+    while population := evolution.ask():
+        evolution.tell({c: (sum(g * (i + 1) for i, g in enumerate(c)) / 10, 99.0) for c in population})
+    return evolution
+
+
+def check_outcome(out):
+    """The artefacts are those of the plain evolution, and every candidate was evaluated once."""
+    evolution = expected()
+    for generation, population in enumerate(evolution.history):
+        ranked = evolution.ranked(population)
+        lines = (out / f"acc/{generation:03}.jsonl").read_text().splitlines()
+        assert [tuple(json.loads(line)["architecture"]) for line in lines] == ranked
+        assert [SPACE.load_architecture(out / f"checkpoints/{generation:03}_{i:03}.json") for i in range(4)] == ranked
+        said = read_json(out / f"id2cand/{generation:03}.json")
+        assert sorted(tuple(c) for trial in said.values() for c in trial) == sorted(ranked)
+    assert SPACE.load_architecture(out / "checkpoints/best.json") == evolution.best[0]
+    state = read_json(state_path(out))
+    assert (state["done"], state["generation"], state["evaluated"]) == (True, 2, 8)
+
+
+def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path):
+    with hosted(tmp_path) as (process, port):
+        wait_for(lambda: evaluated(tmp_path), "no trial began")
+        running = family(process)
+        assert {(address.ip, address.port) for address in listening(running)} == {("127.0.0.1", port)}
+        assert answers("127.0.0.1", port)
+        assert not any(answers(address, port) for address in own_addresses())
+        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert not [p for p in running if p.is_running()]
+    assert "Web portal" not in (tmp_path / "log").read_text()  # NNI keeps quiet
+    check_outcome(tmp_path)
+    assert len(evaluated(tmp_path)) == 8
+    (experiment,) = (tmp_path / "checkpoints/search/nni").glob("????????")
+    assert len(list(experiment.glob("environments/*/trials/*"))) == 6  # two a generation, and two for those of the one that died
+
+
+def test_interrupted_search_leaves_nothing_running_and_goes_on(tmp_path):
+    (tmp_path / "first trial").touch()
+    with hosted(tmp_path, seconds=2.0) as (process, _):
+        wait_for(lambda: len(evaluated(tmp_path)) >= 3 and read_results(tmp_path), "no result came")
+        running = family(process)
+        assert len(running) >= 4  # manager, tuner, two trials
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, (tmp_path / "log").read_text()
+        assert not [p for p in running if p.is_running()]
+    before = [tuple(r["architecture"]) for r in read_results(tmp_path)]
+    assert 1 <= len(before) < 8
+    (tmp_path / "evaluated").unlink()
+    with hosted(tmp_path, resume=True) as (process, _):
+        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+    check_outcome(tmp_path)
+    assert sorted(before + evaluated(tmp_path)) == sorted(c for p in expected().history for c in p)
+
+
+def test_killed_search_takes_nni_with_it(tmp_path):
+    (tmp_path / "first trial").touch()
+    with hosted(tmp_path, seconds=30.0) as (process, _):
+        wait_for(lambda: evaluated(tmp_path), "no trial began")
+        running = family(process)
+        process.kill()
+        process.wait()
+        left = psutil.wait_procs(running, timeout=20)[1]
+        for survivor in left:
+            survivor.kill()
+        assert not left
+
+
+# --- before NNI starts ---------------------------------------------------------------------------------------
+
+
+def experiment(tmp_path, **changes):
+    """A changed config_search.yml; a change to None takes an entry out."""
+    content = yaml.safe_load((search.HERE / "config_search.yml").read_text()) | changes
+    path = tmp_path / "experiment.yml"
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    return path
+
+
+def test_committed_experiment_has_the_official_numbers():
+    args = search.parse_args([])
+    numbers = {name: getattr(args, name) for name in search.EVOLUTION}
+    official = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": 20, "seed": 0}
+    assert numbers == official
+    assert args.concurrency == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trialGpuNumber": 1}, "unknown entry 'trialGpuNumber'"),
+        ({"trialCommand": None}, "trialCommand is None, not of type str"),
+        ({"trialConcurrency": "two"}, "trialConcurrency is 'two', not of type int"),
+        ({"tuner": {"name": "TPE"}}, "tuner has entries other than"),
+        ({"trainingService": {"platform": "kubeflow"}}, "not platform: local alone"),
+        ({"trainingService": {"platform": "local", "trialGpuNumber": 1}}, "not platform: local alone"),
+    ],
+)
+def test_damaged_experiment_is_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=rf"experiment\.yml: .*{message}"):
+        search.read_experiment(experiment(tmp_path, **changes))
+
+
+def test_experiment_sets_defaults_under_config_and_command_line(tmp_path, monkeypatch):
+    tuner = {"codeDirectory": ".", "className": "evolution_tuner.EvolutionWithFlops"}
+    (tmp_path / "config_search.yml").write_text(
+        experiment(tmp_path, tuner=tuner | {"classArgs": {"population": 30, "mutation": 9, "crossover": 8}}, trialConcurrency=3).read_text()
+    )
+    (tmp_path / "mine.yml").write_text("search: {mutation: 7, crossover: 6}")
+    monkeypatch.setattr(search, "HERE", tmp_path)
+    args = search.parse_args(["--config", str(tmp_path / "mine.yml"), "--crossover", "5"])
+    assert (args.population, args.mutation, args.crossover, args.concurrency) == (30, 7, 5, 3)
+    (tmp_path / "config_search.yml").write_text(experiment(tmp_path, tuner=tuner | {"classArgs": {"populaton": 30}}).read_text())
+    with pytest.raises(UserError, match=r"config_search\.yml: .*--populaton"):
+        search.parse_args([])
+
+
+def test_occupied_port_is_refused():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: is taken"):
+            search.free_port("127.0.0.1", port)
+        assert search.free_port("127.0.0.1") != port
+
+
+def test_missing_nni_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nni", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
+        search.host_experiment({}, tmp_path)
+
+
+def test_limit_is_official_at_imagenets_size_and_its_share_elsewhere():
+    assert search.flops_limit(None, SearchSpace()) == 330_000_000
+    assert search.flops_limit(None, SPACE) == SPACE.flops_quantile(0.59)
+    assert search.flops_limit("25M", SPACE) == 25_000_000
+
+
+def test_generated_search_space_is_needed(tmp_path):
+    path = tmp_path / "nni_auto_gen_search_space.json"
+    with pytest.raises(UserError, match=r"is missing: run python tester\.py --mode gen"):
+        search.check_space_file(path, SPACE)
+    path.write_text(json.dumps(SearchSpace(operations=("shufflenet_3x3",)).nni_search_space()))
+    with pytest.raises(UserError, match=r"is another search space .*: run python tester\.py --mode gen"):
+        search.check_space_file(path, SPACE)
+    path.write_text(json.dumps(SPACE.nni_search_space()))
+    search.check_space_file(path, SPACE)
+
+
+def test_settings_of_trials_go_through_a_file(tmp_path):
+    out = tmp_path / "a 'quoted' $(folder)"
+    args = search.parse_args(["--data-dir", "some data", "--bn-batches", "7", "--no-mirror", "--crop-scale", "0.5", "1", "--concurrency", "2"])
+    command = search.trial_command(["python", "tester.py", "--mode", "test"], args, out, "net.pth")
+    assert command == [sys.executable, str(search.HERE / "tester.py"), "--mode", "test", "--config", str(out / "checkpoints/search/trial.yml")]
+    settings = yaml.safe_load((out / "checkpoints/search/trial.yml").read_text())["tester"]
+    assert settings["data-dir"] == os.path.abspath("some data")
+    assert settings["checkpoint"] == os.path.abspath("net.pth")
+    assert settings["out"] == str(out)
+    assert settings["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (settings["bn-batches"], settings["mirror"], settings["crop-scale"]) == (7, False, [0.5, 1.0])
+    assert not {"population", "port", "config", "demo", "input-size"} & settings.keys()
+
+
+def test_report_has_the_ten_best_and_the_next_command(capsys):
+    results = [{"architecture": [i % 4] * 20, "flops": 23_000_000 + i, "acc1": float(i), "acc5": 99.0} for i in range(15)]
+    results.append(results[0] | {"acc1": None, "acc5": None, "error": "broken"})
+    args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
+    assert search.report(results, args, args.out) == results[14]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "15 candidates evaluated, 1 failed"
+    assert [line.split()[:2] for line in lines[2:12]] == [[str(rank + 1), f"{14 - rank}.00"] for rank in range(10)]
+    assert lines[13].split(maxsplit=1) == ["python", "scratch.py --architecture 'my runs/checkpoints/best.json' --data-dir tree --out 'my runs'"]
+    with pytest.raises(UserError, match="none of 1 candidates could be evaluated"):
+        search.report(results[15:], args, args.out)

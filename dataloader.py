@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dataset import draw_augmentation, validation_geometry
-from utils import UserError
+from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SYNTHETIC = 3  # a random stream beside those of dataset.py
@@ -36,7 +36,7 @@ class Loader:
         if backend == "auto":
             backend = "dali" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "torchvision"
         self.backend = backend
-        self.workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) if workers is None else workers
+        self.workers = min(8, cores()) if workers is None else workers
 
     def batches(self, plan):
         for images, labels in self.decode(plan):

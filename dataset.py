@@ -87,11 +87,16 @@ class ImageSet:
         return dataclasses.replace(self, paths=tuple(self.paths[i] for i in indices), labels=self.labels[indices])
 
 
+def require_folder(folder):
+    """Raises UserError where there is no such folder."""
+    if not pathlib.Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; --data-dir names one with train/ and val/, --demo brings its own images")
+
+
 def scan(folder):
     """The ImageSet of a `<class>/<image>` tree, in sorted order. Raises UserError where it is none."""
     folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --data-dir names one with train/ and val/, --demo brings its own images")
+    require_folder(folder)
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not classes:
         raise UserError(f"{folder}: has no class folders; images belong in {folder}/<class>/")
@@ -128,13 +133,20 @@ def stratified_order(labels, seed):
     return shuffled[np.argsort(position[shuffled], kind="stable")]
 
 
+def prepare(args):
+    """Unpacks the bundled images for --demo. Raises UserError where the flags name no images."""
+    if args.demo:
+        bundled.unpack(args.data_dir)
+    elif args.loader != "synthetic":
+        require_folder(f"{args.data_dir}/train")
+
+
 class Data:
     """The images of a run. `images(part)` with part "supernet" (train without held-out), "search" (held-out),
     "train" (all of train) or "val"; `split` says which images are held out, for checkpoints."""
 
     def __init__(self, args, config):
-        if args.demo:
-            bundled.unpack(args.data_dir)
+        prepare(args)
         if args.loader == "synthetic":
             self.train = self.val = synthetic_set()
         else:

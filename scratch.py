@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 from dataloader import FixedBatches, Loader
-from dataset import Data, DataConfig, evaluation_plan, steps_per_epoch, training_plan
+from dataset import Data, DataConfig, evaluation_plan, prepare, steps_per_epoch, training_plan
 from evaluation import accuracy, recalibrate_bn, resolve_device
 from network import ShuffleNetV2
 from search_space import SearchSpace
@@ -41,6 +41,7 @@ def parse_args(argv=None):
 
 def evaluate_checkpoint(args, folder):
     """--eval: top-1 and top-5 of a retrained network on val."""
+    prepare(args)
     final = folder / "bnps-checkpoint.pth"
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:

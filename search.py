@@ -27,7 +27,7 @@ import time
 import yaml
 
 import checkpoint
-from dataset import Data, DataConfig
+from dataset import Data, DataConfig, prepare
 from evolution_tuner import Evolution
 from search_record import Progress, hold_lock, prepare_search, read_results, state_path
 from search_space import SearchSpace
@@ -40,6 +40,7 @@ from utils import (
     add_evaluation_flags,
     add_run_flags,
     atomic_write,
+    cores,
     count,
     log,
     output_folder,
@@ -160,7 +161,7 @@ def trial_command(words, args, out, supernet_path):
     """The command of a trial as a list of words; its settings go into a file, so that none passes through a shell."""
     settings = {name: getattr(args, name) for name in vars(shared_parser().parse_args([])) if name not in ("config", "demo")}
     settings |= {"checkpoint": os.path.abspath(supernet_path), "data_dir": os.path.abspath(args.data_dir), "out": str(out)}
-    settings["threads"] = args.threads or max(1, len(os.sched_getaffinity(0)) // args.concurrency)
+    settings["threads"] = args.threads or max(1, cores() // args.concurrency)
     path = state_path(out).with_name("trial.yml")
     with atomic_write(path) as file:
         yaml.safe_dump({"tester": {k.replace("_", "-"): v for k, v in settings.items() if v is not None}}, file)
@@ -324,7 +325,7 @@ def _end_processes(processes):
 # --- the script ----------------------------------------------------------------------------------------------
 
 
-def report(results, args, out):
+def report(results, config, args, out):
     """Prints the ten best and the command that retrains the best one, and returns that one's result."""
     ranked = sorted((r for r in results if r["acc1"] is not None), key=lambda r: (r["acc1"], r["acc5"]), reverse=True)
     failed = len(results) - len(ranked)
@@ -340,8 +341,13 @@ def report(results, args, out):
         words.append("--demo")
     elif args.config:
         words += ["--config", args.config]
-    if not args.demo and not args.config:
+    else:
         words += ["--data-dir", args.data_dir]
+        for name in ("input_size", "val_resize", "preprocessing", "crop_scale", "crop_ratio", "jitter"):
+            value = getattr(config, name)
+            if value != getattr(DataConfig(), name):
+                words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+        words += ["--no-mirror"] * (not config.mirror)
     if args.out != ".":
         words += ["--out", args.out]
     print(f"retrain the best:\n  {shlex.join(words)}")
@@ -351,6 +357,7 @@ def report(results, args, out):
 def search(args, out):
     """The search of the arguments, from its checks to its report; returns the best candidate's result."""
     experiment = read_experiment(HERE / "config_search.yml")
+    prepare(args)
     _, stored = checkpoint.load_supernet(args.checkpoint, out, SearchSpace.for_images(args.input_size or 224))
     config = DataConfig.from_args(args, stored.data, stored.path)
     data = Data(args, config)
@@ -381,7 +388,7 @@ def search(args, out):
             again = shlex.join(["python", "search.py", *words, "--resume"])
             log.warning("stopped by %s; go on with: %s", signal.Signals(error.args[0]).name, again)
             sys.exit(128 + error.args[0])
-    return report(read_results(out), args, out)
+    return report(read_results(out), config, args, out)
 
 
 def main(args):

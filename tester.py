@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 from dataloader import FixedBatches, Loader
-from dataset import Data, DataConfig, calibration_plan, evaluation_plan
+from dataset import Data, DataConfig, calibration_plan, evaluation_plan, prepare
 from evaluation import evaluate, resolve_device
 from search_space import SearchSpace
 
@@ -49,6 +49,7 @@ class Evaluator:
     """The supernet of the arguments with its calibration and validation images; `evaluate(candidates)` yields results."""
 
     def __init__(self, args):
+        prepare(args)
         given = SearchSpace.for_images(args.input_size or 224)
         self.supernet, stored = checkpoint.load_supernet(args.checkpoint, args.out, given)
         config = DataConfig.from_args(args, stored.data, stored.path)

@@ -257,6 +257,11 @@ def output_folder(path):
         raise UserError(f"--out: can't write to {path} ({error.strerror})") from None
 
 
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # --- logging -------------------------------------------------------------------------------------------------
 
 

@@ -106,20 +106,21 @@ def test_scratch_retrains_and_evaluates(out, searched):
     assert (again["acc1"], again["acc5"], again["architecture"]) == (result["acc1"], result["acc5"], result["architecture"])
 
 
-@pytest.mark.parametrize("script", ["supernet.py", "scratch.py"])
+@pytest.mark.parametrize("script", ["supernet.py", "tester.py --architecture x", "search.py", "scratch.py", "scratch.py --eval"])
 def test_without_imagenet_one_line_says_so(script, tmp_path):
-    stdout, stderr = run(script, "--out", tmp_path, code=2, cwd=tmp_path)
+    words = (*script.split(), "--data-dir", "data/imagenet", "--out", tmp_path)  # relative to a folder without one
+    stdout, stderr = run(*words, code=2, cwd=tmp_path)
     assert stdout == "" and len(stderr.splitlines()) == 1
     assert "data/imagenet/train" in stderr and "--demo" in stderr
-    assert list(tmp_path.iterdir()) == []
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "search.lock"]
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("tester.py", "--mode", "test", "--architecture", "x.json"), "no supernet in"),
-        (("search.py",), "no supernet in"),
-        (("scratch.py", "--eval"), "no network in"),
+        (("tester.py", "--demo", "--architecture", "x.json"), "no supernet in"),
+        (("search.py", "--demo"), "no supernet in"),
+        (("scratch.py", "--demo", "--eval"), "no network in"),
         (("supernet.py", "--demo", "--lr", "nan"), "--lr: 'nan' is not a number"),
         (("supernet.py", "--demo", "--batch-size", "0"), "--batch-size: '0' is not a whole number from 2"),
         (("supernet.py", "--demo", "--batch-size", "9000"), "--batch-size 9000"),

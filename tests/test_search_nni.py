@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import search
+from dataset import DataConfig
 from evolution_tuner import Evolution
 from search_record import read_results, state_path
 from search_space import SearchSpace
@@ -301,10 +302,10 @@ def test_report_has_the_ten_best_and_the_next_command(capsys):
     results = [{"architecture": [i % 4] * 20, "flops": 23_000_000 + i, "acc1": float(i), "acc5": 99.0} for i in range(15)]
     results.append(results[0] | {"acc1": None, "acc5": None, "error": "broken"})
     args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
-    assert search.report(results, args, args.out) == results[14]
+    assert search.report(results, DataConfig(), args, args.out) == results[14]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "15 candidates evaluated, 1 failed"
     assert [line.split()[:2] for line in lines[2:12]] == [[str(rank + 1), f"{14 - rank}.00"] for rank in range(10)]
     assert lines[13].split(maxsplit=1) == ["python", "scratch.py --architecture 'my runs/checkpoints/best.json' --data-dir tree --out 'my runs'"]
     with pytest.raises(UserError, match="none of 1 candidates could be evaluated"):
-        search.report(results[15:], args, args.out)
+        search.report(results[15:], DataConfig(), args, args.out)

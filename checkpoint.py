@@ -12,7 +12,7 @@ import torch
 from dataset import DataConfig
 from network import ShuffleNetV2, ShuffleNetV2OneShot, load_file, load_weights, parse_state_dict
 from search_space import SearchSpace
-from utils import UserError, atomic_write, log
+from utils import HERE, UserError, atomic_write, log
 
 VERSION = 1
 # Settings in which a run may differ from the checkpoint that it goes on from, with the same result.
@@ -63,14 +63,18 @@ def prune(folder, keep):
 
 
 def load(path, kind, space=None):
-    """A Stored from our own or an official file; `space` is what an official one, which carries none, is taken to be of.
+    """A Stored from our own or an official file; `space` is what an official one, which carries none, is taken to be of,
+    but for the class count.
 
     Raises UserError where the file is missing, damaged, of another kind or version.
     """
     content = load_file(path)
     weights = parse_state_dict(content, path)
     if "version" not in content:
-        return Stored(str(path), kind, space or SearchSpace(), weights)
+        space, classifier = space or SearchSpace(), weights.get("classifier.0.weight")
+        if classifier is not None and classifier.dim() == 2 and len(classifier):
+            space = dataclasses.replace(space, n_classes=len(classifier))
+        return Stored(str(path), kind, space, weights)
     if content["version"] != VERSION:
         raise UserError(f"{path}: checkpoint version {content['version']!r}, this program reads version {VERSION}")
     if content.get("kind") != kind:
@@ -97,13 +101,16 @@ def load_supernet(path, out, space=None):
 
 
 def load_network(path, architecture=None, space=None):
-    """(the retrained network, its Stored) from `path`; an official file needs the architecture told."""
+    """(the retrained network, its Stored) from `path`.
+
+    An official file doesn't say its architecture: it is that of the file `architecture`, by default the published winner.
+    """
     stored = load(path, "scratch", space)
-    stored.architecture = stored.architecture or architecture
+    told = architecture and stored.space.load_architecture(architecture)
     if stored.architecture is None:
-        raise UserError(f"{path}: does not say its architecture; name it with --architecture")
-    if architecture is not None and stored.architecture != tuple(architecture):
-        raise UserError(f"--architecture contradicts {path}, which is of {list(stored.architecture)}")
+        stored.architecture = told or stored.space.load_architecture(HERE / "architecture_final.json")
+    elif told not in (None, stored.architecture):
+        raise UserError(f"--architecture {architecture} contradicts {path}, which is of {list(stored.architecture)}; leave the flag out")
     model = ShuffleNetV2(stored.architecture, space=stored.space)
     load_weights(model, stored.weights, path)
     return model, stored

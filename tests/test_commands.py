@@ -105,6 +105,14 @@ def test_scratch_retrains_and_evaluates(out, searched):
     again = last_json(stdout)
     assert (again["acc1"], again["acc5"], again["architecture"]) == (result["acc1"], result["acc5"], result["architecture"])
 
+    best = out / "checkpoints" / "best.json"
+    weights = checkpoint.load(out / "checkpoints" / "scratch" / "bnps-checkpoint.pth", "scratch").weights
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, out / "official.pth.tar")
+    stdout, _ = run("scratch.py", "--eval", *demo, "--checkpoint", out / "official.pth.tar", "--architecture", best)
+    assert last_json(stdout) == again
+    _, stderr = run("scratch.py", "--eval", *demo, "--architecture", ROOT / "architecture_final.json", code=2)
+    assert "contradicts" in stderr and len(stderr.splitlines()) == 1
+
 
 @pytest.mark.parametrize("script", ["supernet.py", "tester.py --architecture x", "search.py", "scratch.py", "scratch.py --eval"])
 def test_without_imagenet_one_line_says_so(script, tmp_path):

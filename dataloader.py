@@ -75,7 +75,7 @@ class Loader:
             yield images, samples
 
     def _dali(self, plan):
-        import nvidia.dali.backend  # noqa: F401
+        import nvidia.dali
         from nvidia.dali import fn, pipeline_def, types
 
         size, gpu = self.config.input_size, self.device.type == "cuda"
@@ -96,6 +96,8 @@ class Loader:
             encoded, shape, corner, *others = outputs
             others = dict(zip(names[3:], others))
             decoder = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+            if int(nvidia.dali.__version__.split(".")[0]) >= 2:
+                decoder["adjust_orientation"] = False  # EXIF is ignored, as DALI 1, torchvision and the official code do
             resize = {"interp_type": types.INTERP_LINEAR}
             if not self.augment:
                 images = fn.resize(fn.decoders.image(encoded, **decoder), size=shape, antialias=False, subpixel_scale=False, **resize)

@@ -286,6 +286,21 @@ def test_unusual_images_are_accepted(tmp_path, backend, mode, size):
     assert got.tolist() == pytest.approx(expected.tolist(), abs=1.5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("augment", [False, True])
+def test_exif_orientation_is_ignored(tmp_path, backend, augment, monkeypatch):
+    monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_: Augmentation((0, 0, 40, 40)))
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20] = 200  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    (tmp_path / "c").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "c" / "image.jpg", exif=exif)
+    images = ImageSet(str(tmp_path), ("c/image.jpg",), np.zeros(1, np.int64), ("c",))
+    rows = first(images, CONFIG, augment, backend).float().mean(dim=(1, 2))
+    assert rows[:12].min() > 180 and rows[-12:].max() < 20
+
+
 def test_synthetic_images_need_no_files(data_args):
     data_args.loader = "synthetic"
     data = Data(data_args, DataConfig(input_size=32))

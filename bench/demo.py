@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import scratch  # noqa: E402
 from dataloader import Loader  # noqa: E402
 from dataset import Data, DataConfig, evaluation_plan  # noqa: E402
+from network import ShuffleNetV2OneShot  # noqa: E402
 from search_record import read_results  # noqa: E402
 from search_space import SearchSpace  # noqa: E402
 from utils import read_json, write_json  # noqa: E402
@@ -129,20 +130,25 @@ def main():
     winner_candidate = space.load_architecture(out / "checkpoints" / "best.json")
     winner = next(r for r in measured if tuple(r["architecture"]) == winner_candidate)
 
-    def row(name, measured_on, acc1, candidate, seconds):
-        flops = f"{space.flops(candidate) / 1e6:.1f}" if candidate else "-"
-        params = f"{space.params(candidate) / 1e6:.2f}" if candidate else "-"
-        print(f"| {name:<44} | {measured_on:<8} | {acc1:6.2f} | {flops:>5} | {params:>6} | {seconds:7.0f} |")
+    def row(name, measured_on, acc1, flops, params, seconds):
+        print(f"| {name:<50} | {measured_on:<8} | {acc1:6.2f} | {flops / 1e6:5.2f} | {params / 1e6:6.2f} | {seconds:7.0f} |")
 
-    print(f"\n| {'':<44} | images   | top-1  | FLOPs | params | seconds |")
-    print(f"|{'-' * 46}|{'-' * 10}|{'-' * 8}|{'-' * 7}|{'-' * 8}|{'-' * 9}|")
-    acc1 = [r["acc1"] for r in first_population if r["acc1"] is not None]
-    row(f"supernet, mean of {len(acc1)} random candidates", "held-out", sum(acc1) / len(acc1), None, steps.seconds("supernet"))
-    row(f"best of the search, {len(measured)} candidates, in the supernet", "held-out", winner["acc1"], winner_candidate, steps.seconds("search"))
-    row("a random candidate, in the supernet", "held-out", in_supernet["acc1"], chosen, steps.seconds("random in supernet"))
-    row("best of the search, retrained", "test", retrained["winner"]["acc1"], winner_candidate, retrained["winner"]["seconds"])
-    row("the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, retrained["random"]["seconds"])
-    row("logistic regression on the same pixels", "test", regression, None, steps.seconds("logistic regression"))
+    def candidate_row(name, measured_on, acc1, candidate, seconds):
+        row(name, measured_on, acc1, space.flops(candidate), space.params(candidate), seconds)
+
+    print(f"\n| {'':<50} | images   | top-1  | FLOPs | params | seconds |")
+    print(f"|{'-' * 52}|{'-' * 10}|{'-' * 8}|{'-' * 7}|{'-' * 8}|{'-' * 9}|")
+    drawn = [r for r in first_population if r["acc1"] is not None]
+    acc1, flops = (sum(r[key] for r in drawn) / len(drawn) for key in ("acc1", "flops"))
+    supernet_params = sum(p.numel() for p in ShuffleNetV2OneShot(space=space).parameters())
+    row(f"supernet, mean of {len(drawn)} random candidates", "held-out", acc1, flops, supernet_params, steps.seconds("supernet"))
+    name = f"best of the search, {len(measured)} candidates, in the supernet"
+    candidate_row(name, "held-out", winner["acc1"], winner_candidate, steps.seconds("search"))
+    candidate_row("a random candidate, in the supernet", "held-out", in_supernet["acc1"], chosen, steps.seconds("random in supernet"))
+    candidate_row("best of the search, retrained", "test", retrained["winner"]["acc1"], winner_candidate, retrained["winner"]["seconds"])
+    candidate_row("the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, retrained["random"]["seconds"])
+    weights = 3 * config.input_size**2 * space.n_classes
+    row("logistic regression on the same pixels", "test", regression, weights, weights + space.n_classes, steps.seconds("logistic regression"))
     print(f"\nFLOPs (multiply-adds) and parameters in millions; the limit of the search was {limit / 1e6:.1f}M. "
           f"This run took {time.perf_counter() - start:.0f} s.")  # fmt: skip
     if not overrides and not max(TARGET, regression) <= retrained["winner"]["acc1"]:

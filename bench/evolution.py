@@ -1,0 +1,185 @@
+"""How close the evolution comes to the best candidate there is, on tables whose optimum is known: `python bench/evolution.py`.
+
+A table gives every candidate of the paper's space (20 blocks, 4 operations) a reward that stands for top-1 in the supernet,
+in thousandths of a percent point; candidates over 330M FLOPs are illegal.
+
+    additive   a reward for each operation of each block: a gain that grows with the kernel, and as much chance again
+    pairwise   the same, and a term for each pair of operations of neighbouring blocks
+    noisy      additive, measured with an error that depends on seed and candidate alone
+
+Each method evaluates 1,000 candidates a seed, none twice. Its regret is the optimum's reward less the true reward of the
+candidate that measured best, in percent of the range from the worst to the best legal candidate. Prints a Markdown table and
+writes bench/results/evolution.json. `--make-tables` writes bench/evolution_tables.json anew, which gives the committed file.
+"""
+import argparse
+import itertools
+import pathlib
+import random
+import statistics
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from evolution_tuner import Evolution  # noqa: E402
+from search_space import SearchSpace  # noqa: E402
+from utils import commit, count, read_json, versions, write_json  # noqa: E402
+
+SPACE, LIMIT = SearchSpace(), 330_000_000
+TABLES = ROOT / "bench" / "evolution_tables.json"
+MEAN = 60_000  # reward of the mean candidate
+SD = 1_000  # of the additive rewards over uniform candidates
+PAIRS_SD = 500  # of all pair terms together
+NOISE_SD = 220  # the binomial standard deviation of 60% on 50,000 images
+KERNEL_GAIN = (0.0, 0.5, 0.8, 0.9)  # 3x3, 5x5, 7x7, xception; chance has standard deviation 1
+LIMIT_COSTS = 0.01  # of the range, at least: otherwise the limit hardly matters and the search is easier than it looks
+OFFICIAL = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": 20}
+METHODS = {
+    "evolution": OFFICIAL,
+    "random search": OFFICIAL | {"mutation": 0, "crossover": 0},
+    "mutation alone": OFFICIAL | {"mutation": 50, "crossover": 0},
+}
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+
+def reward(table, candidate):
+    """The true reward."""
+    rows = sum(row[choice] for row, choice in zip(table["rewards"], candidate))
+    return MEAN + rows + sum(pair[a][b] for pair, (a, b) in zip(table["pairs"], itertools.pairwise(candidate)))
+
+
+def measured(table, candidate, seed):
+    """The reward that a search with this seed sees."""
+    error = random.Random(f"{seed} {candidate}").gauss(0, table["noise_sd"]) if table["noise_sd"] else 0
+    return reward(table, candidate) + error
+
+
+def extreme(table, costs, limit, sign):
+    """The candidate of the highest (sign 1) or lowest (-1) reward whose costs, one a block, add up to at most `limit`.
+
+    Exact: block by block, for each choice at the last block, it keeps every beginning of a candidate that no beginning with
+    the same choice beats in both cost and reward; whatever follows costs and earns the same after both.
+    """
+    rows, pairs = table["rewards"], table["pairs"]
+    to_come = [sum(map(min, costs[block + 1 :])) for block in range(len(costs))]
+    fronts = {None: [(0, 0, ())]}
+    for block, row in enumerate(rows):
+        following = {}
+        for choice, gain in enumerate(row):
+            beginnings = []
+            for last, front in fronts.items():
+                change = sign * (gain + (pairs[block - 1][last][choice] if block and pairs else 0))
+                beginnings += [(cost + costs[block][choice], value + change, (*begun, choice)) for cost, value, begun in front]
+            following[choice] = pareto(beginnings, limit - to_come[block])
+        fronts = following
+    return max(itertools.chain(*fronts.values()), key=lambda end: end[1])[2]
+
+
+def pareto(beginnings, limit):
+    """Those (cost, value, ...) up to the limit that have more value than every cheaper one, by rising cost."""
+    front = []
+    for beginning in sorted(beginnings, key=lambda b: (b[0], -b[1])):
+        if beginning[0] <= limit and (not front or beginning[1] > front[-1][1]):
+            front.append(beginning)
+    return front
+
+
+def with_extremes(rewards, pairs=(), noise_sd=0):
+    """A table with its optimum, its worst legal candidate, and the best one if there were no limit."""
+    table = {"rewards": rewards, "pairs": list(pairs), "noise_sd": noise_sd}
+    limit = LIMIT - SPACE.fixed_flops
+    found = {
+        "best": extreme(table, SPACE.operation_flops, limit, 1),
+        "worst": extreme(table, SPACE.operation_flops, limit, -1),
+        "best_without_limit": extreme(table, SPACE.operation_flops, SPACE.flops_range[1], 1),
+    }
+    return table | {
+        name: {"architecture": list(c), "flops": SPACE.flops(c), "reward": reward(table, c)} for name, c in found.items()
+    }
+
+
+def scaled(groups, sd):
+    """Groups of numbers as whole ones, each group with mean 0, the sum of a random one of each with standard deviation `sd`."""
+    factor = sd / sum(map(statistics.pvariance, groups)) ** 0.5
+    return [[round(factor * (value - statistics.fmean(group))) for value in group] for group in groups]
+
+
+def make_tables(seed):
+    """The three tables of a seed."""
+    rng = random.Random(seed)
+    importance = [rng.uniform(0.5, 1.5) for _ in range(SPACE.n_blocks)]
+    rewards = scaled([[weight * (gain + rng.gauss(0, 1)) for gain in KERNEL_GAIN] for weight in importance], SD)
+    n = len(KERNEL_GAIN)
+    terms = scaled([[rng.gauss(0, 1) for _ in range(n * n)] for _ in range(SPACE.n_blocks - 1)], PAIRS_SD)
+    pairs = [[group[n * i : n * (i + 1)] for i in range(n)] for group in terms]
+    additive = with_extremes(rewards)
+    return {"additive": additive, "pairwise": with_extremes(rewards, pairs), "noisy": additive | {"noise_sd": NOISE_SD}}
+
+
+def reward_range(table):
+    return table["best"]["reward"] - table["worst"]["reward"]
+
+
+def limit_matters(table):
+    return table["best_without_limit"]["reward"] - table["best"]["reward"] >= LIMIT_COSTS * reward_range(table)
+
+
+def committed_tables():
+    """The tables that are committed, and their seed: the first that makes the limit matter on the additive table (a third do)."""
+    seed, tables = next((s, t) for s, t in enumerate(map(make_tables, range(100))) if limit_matters(t["additive"]))
+    return {"seed": seed, "flops_limit": LIMIT, "tables": tables}
+
+
+# --- searches ------------------------------------------------------------------------------------------------
+
+
+def regret(table, seed, settings):
+    """Percent of the table's range by which a search's winner falls short of the optimum."""
+    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, seed=seed, **settings)
+    while population := evolution.ask():
+        evolution.tell({candidate: measured(table, candidate, seed) for candidate in population})
+    winner, _ = evolution.best
+    return 100 * (table["best"]["reward"] - reward(table, winner)) / reward_range(table)
+
+
+def summary(regrets):
+    return {
+        "mean": statistics.fmean(regrets),
+        "median": statistics.median(regrets),
+        "under_1_percent": sum(r < 1 for r in regrets) / len(regrets),
+        "exact": sum(r == 0 for r in regrets) / len(regrets),
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--make-tables", action="store_true", help="write the tables and end")
+    parser.add_argument("--seeds", type=count(), default=100, metavar="N", help="searches for each table and method (default: 100)")
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "evolution.json", metavar="FILE")
+    options = parser.parse_args(argv)
+    if options.make_tables:
+        write_json(TABLES, committed_tables())
+        return
+    committed = read_json(TABLES)
+    results = {}
+    print("| table | method | mean regret, % of the range | median | under 1% | optimum found | ms a search |")
+    print("|---|---|---|---|---|---|---|")
+    for (name, table), (method, settings) in itertools.product(committed["tables"].items(), METHODS.items()):
+        start = time.perf_counter()
+        regrets = [regret(table, seed, settings) for seed in range(options.seeds)]
+        row = summary(regrets) | {"seconds": time.perf_counter() - start, "regrets": [round(r, 4) for r in regrets]}
+        results.setdefault(name, {})[method] = row
+        print(f"| {name} | {method} | {row['mean']:.2f} | {row['median']:.2f} | {row['under_1_percent']:.0%} | {row['exact']:.0%} "
+              f"| {1000 * row['seconds'] / options.seeds:.0f} |", flush=True)  # fmt: skip
+    settings = {
+        "seeds": options.seeds, "flops_limit": LIMIT, "tables_seed": committed["seed"], "methods": METHODS,
+        "range": {name: reward_range(table) for name, table in committed["tables"].items()},
+    }  # fmt: skip
+    write_json(options.results, {"settings": settings, "commit": commit(), "versions": versions(), "results": results}, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from dataset import DataConfig
+from dataset import Data, DataConfig, prepare
 from network import ShuffleNetV2, ShuffleNetV2OneShot, load_file, load_weights, parse_state_dict
 from search_space import SearchSpace
 from utils import HERE, UserError, atomic_write, log
@@ -98,6 +98,17 @@ def load_supernet(path, out, space=None):
     model = ShuffleNetV2OneShot(space=stored.space)
     load_weights(model, stored.weights, path)
     return model, stored
+
+
+def open_supernet(args):
+    """(supernet, its Stored, DataConfig, Data) of the flags. Raises UserError where checkpoint, flags and images don't go together."""
+    prepare(args)  # first, for without images nothing else helps
+    model, stored = load_supernet(args.checkpoint, args.out, SearchSpace.for_images(args.input_size or 224))
+    config = DataConfig.from_args(args, stored.data, stored.path)
+    data = Data(args, config)
+    check_classes(stored, data.classes)
+    check_split(stored, data.split)
+    return model, stored, config, data
 
 
 def load_network(path, architecture=None, space=None):

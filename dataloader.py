@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import draw_augmentation, validation_geometry
+from dataset import calibration_plan, draw_augmentation, evaluation_plan, validation_geometry
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,6 +37,11 @@ class Loader:
             backend = "dali" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "torchvision"
         self.backend = backend
         self.workers = min(8, cores()) if workers is None else workers
+
+    @classmethod
+    def from_args(cls, images, config, augment, args, device):
+        """The loader that the flags ask for."""
+        return cls(images, config, augment, args.seed, device, args.loader, args.workers)
 
     def batches(self, plan):
         for images, labels in self.decode(plan):
@@ -189,6 +194,17 @@ class FixedBatches:
 
     def __len__(self):
         return len(self.plan)
+
+
+def calibration_batches(images, config, args, device):
+    """The training images that recalibrate BN: stratified by class, augmented, the same for every candidate."""
+    plan = calibration_plan(images.labels, args.bn_batches, args.bn_batch_size, args.seed)
+    return FixedBatches(Loader.from_args(images, config, True, args, device), plan)
+
+
+def validation_batches(images, config, args, device):
+    """Every image once, in the validation transform."""
+    return FixedBatches(Loader.from_args(images, config, False, args, device), evaluation_plan(len(images), args.eval_batch_size))
 
 
 def _read_file(path):

@@ -146,7 +146,6 @@ class Data:
     "train" (all of train) or "val"; `split` says which images are held out, for checkpoints."""
 
     def __init__(self, args, config):
-        prepare(args)
         if args.loader == "synthetic":
             self.train = self.val = synthetic_set()
         else:

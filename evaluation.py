@@ -27,11 +27,10 @@ def recalibrate_bn(model, forward, batches, mode="ema"):
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
         norm.momentum = 0.1 if mode == "ema" else None
     with torch.inference_mode():
         for images, _ in batches:

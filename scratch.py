@@ -19,8 +19,8 @@ import pathlib
 import torch
 
 import checkpoint
-from dataloader import FixedBatches, Loader
-from dataset import Data, DataConfig, evaluation_plan, prepare, steps_per_epoch, training_plan
+from dataloader import Loader, validation_batches
+from dataset import Data, DataConfig, prepare, steps_per_epoch, training_plan
 from evaluation import accuracy, recalibrate_bn, resolve_device
 from network import ShuffleNetV2
 from search_space import SearchSpace
@@ -53,12 +53,7 @@ def evaluate_checkpoint(args, folder):
     checkpoint.check_classes(stored, data.classes)
     device = resolve_device(args)
     model.to(device, memory_format=torch.channels_last).eval()
-    return summary(model, accuracy(model, validation_batches(args, config, data, device)))
-
-
-def validation_batches(args, config, data, device):
-    loader = Loader(data.val, config, False, args.seed, device, args.loader, args.workers)
-    return FixedBatches(loader, evaluation_plan(len(data.val), args.eval_batch_size))
+    return summary(model, accuracy(model, validation_batches(data.val, config, args, device)))
 
 
 def summary(model, measured):
@@ -73,14 +68,15 @@ def summary(model, measured):
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
     config = DataConfig.from_args(args)
+    prepare(args)
     data = Data(args, config)
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     steps_per_epoch(len(data.train), args.batch_size)
     utils.start_logging(folder, args, device)
-    loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
-    validation = validation_batches(args, config, data, device)
+    loader = Loader.from_args(data.train, config, True, args, device)
+    validation = validation_batches(data.val, config, args, device)
 
     torch.manual_seed(args.seed)
     model = ShuffleNetV2(candidate, space=space)

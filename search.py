@@ -24,10 +24,8 @@ import socket
 import sys
 import time
 
-import yaml
-
 import checkpoint
-from dataset import Data, DataConfig, prepare
+from dataset import DataConfig
 from evolution_tuner import Evolution
 from search_record import Progress, hold_lock, prepare_search, read_results, state_path
 from search_space import SearchSpace
@@ -39,7 +37,6 @@ from utils import (
     add_data_flags,
     add_evaluation_flags,
     add_run_flags,
-    atomic_write,
     cores,
     count,
     log,
@@ -49,6 +46,7 @@ from utils import (
     real,
     run_script,
     start_logging,
+    write_settings,
 )
 
 EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")
@@ -159,12 +157,11 @@ def check_space_file(path, space):
 
 def trial_command(words, args, out, supernet_path):
     """The command of a trial as a list of words; its settings go into a file, so that none passes through a shell."""
-    settings = {name: getattr(args, name) for name in vars(shared_parser().parse_args([])) if name not in ("config", "demo")}
-    settings |= {"checkpoint": os.path.abspath(supernet_path), "data_dir": os.path.abspath(args.data_dir), "out": str(out)}
+    settings = {name: getattr(args, name) for name in vars(shared_parser().parse_args([])) }
+    settings |= {"checkpoint": str(supernet_path), "out": str(out)}
     settings["threads"] = args.threads or max(1, cores() // args.concurrency)
     path = state_path(out).with_name("trial.yml")
-    with atomic_write(path) as file:
-        yaml.safe_dump({"tester": {k.replace("_", "-"): v for k, v in settings.items() if v is not None}}, file)
+    write_settings(path, "tester", settings)
     words = [str(HERE / word) if (HERE / word).is_file() else word for word in words]
     if words[0] in ("python", "python3"):
         words[0] = sys.executable
@@ -357,12 +354,7 @@ def report(results, config, args, out):
 def search(args, out):
     """The search of the arguments, from its checks to its report; returns the best candidate's result."""
     experiment = read_experiment(HERE / "config_search.yml")
-    prepare(args)
-    _, stored = checkpoint.load_supernet(args.checkpoint, out, SearchSpace.for_images(args.input_size or 224))
-    config = DataConfig.from_args(args, stored.data, stored.path)
-    data = Data(args, config)
-    checkpoint.check_classes(stored, data.classes)
-    checkpoint.check_split(stored, data.split)
+    _, stored, config, data = checkpoint.open_supernet(args)
     check_space_file(out / experiment["searchSpaceFile"], stored.space)
     with open(stored.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
@@ -374,7 +366,7 @@ def search(args, out):
         "split": data.split, "bn": args.bn, "bn_batches": args.bn_batches, "bn_batch_size": args.bn_batch_size,
     }  # fmt: skip
     state = prepare_search(out, settings, args.resume)
-    start_logging(out / "checkpoints" / "search", args)
+    start_logging(out / "checkpoints" / "search", args, args.device)
     log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit / 1e6, state["evaluated"])
     if not state["done"]:
         command = trial_command(shlex.split(experiment["trialCommand"]), args, out, stored.path)

@@ -19,8 +19,8 @@ import random
 
 import torch
 
-from dataloader import FixedBatches, Loader
-from dataset import Data, DataConfig, calibration_plan, evaluation_plan, steps_per_epoch
+from dataloader import Loader, calibration_batches, validation_batches
+from dataset import Data, DataConfig, prepare, steps_per_epoch
 from evaluation import evaluate, resolve_device
 from network import ShuffleNetV2OneShot
 from sampler import PathSampler, default_flops_range
@@ -44,6 +44,7 @@ def parse_args(argv=None):
 
 def main(args):
     config = DataConfig.from_args(args)
+    prepare(args)
     data = Data(args, config)
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
@@ -54,11 +55,9 @@ def main(args):
 
     images, heldout = data.images("supernet"), data.images("search")
     steps_per_epoch(len(images), args.batch_size)
-    loader = Loader(images, config, True, args.seed, device, args.loader, args.workers)
-    calibration = FixedBatches(loader, calibration_plan(images.labels, args.bn_batches, args.bn_batch_size, args.seed))
-    validation = FixedBatches(
-        Loader(heldout, config, False, args.seed, device, args.loader, args.workers), evaluation_plan(len(heldout), args.eval_batch_size)
-    )
+    loader = Loader.from_args(images, config, True, args, device)
+    calibration = calibration_batches(images, config, args, device)
+    validation = validation_batches(heldout, config, args, device)
     folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
     utils.start_logging(folder, args, device)
     if flops_range:

@@ -19,8 +19,7 @@ import sys
 import torch
 
 import checkpoint
-from dataloader import FixedBatches, Loader
-from dataset import Data, DataConfig, calibration_plan, evaluation_plan, prepare
+from dataloader import calibration_batches, validation_batches
 from evaluation import evaluate, resolve_device
 from search_space import SearchSpace
 
@@ -49,22 +48,12 @@ class Evaluator:
     """The supernet of the arguments with its calibration and validation images; `evaluate(candidates)` yields results."""
 
     def __init__(self, args):
-        prepare(args)
-        given = SearchSpace.for_images(args.input_size or 224)
-        self.supernet, stored = checkpoint.load_supernet(args.checkpoint, args.out, given)
-        config = DataConfig.from_args(args, stored.data, stored.path)
-        data = Data(args, config)
-        checkpoint.check_classes(stored, data.classes)
-        checkpoint.check_split(stored, data.split)
-        device = resolve_device(args)
+        self.supernet, stored, config, data = checkpoint.open_supernet(args)
+        self.device = resolve_device(args)
         self.space, self.bn = stored.space, args.bn
-        self.supernet.to(device, memory_format=torch.channels_last)
-        train, images = data.images("supernet"), data.images(args.split)
-        common = (args.seed, device, args.loader, args.workers)
-        self.calibration = FixedBatches(
-            Loader(train, config, True, *common), calibration_plan(train.labels, args.bn_batches, args.bn_batch_size, args.seed)
-        )
-        self.validation = FixedBatches(Loader(images, config, False, *common), evaluation_plan(len(images), args.eval_batch_size))
+        self.supernet.to(self.device, memory_format=torch.channels_last)
+        self.calibration = calibration_batches(data.images("supernet"), config, args, self.device)
+        self.validation = validation_batches(data.images(args.split), config, args, self.device)
 
     def evaluate(self, candidates):
         return evaluate(self.supernet, [self.space.check(c) for c in candidates], self.calibration, self.validation, self.bn)
@@ -93,7 +82,7 @@ def main(args):
     elif args.architecture:
         evaluator = Evaluator(args)
         candidate = evaluator.space.load_architecture(args.architecture)
-        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args)
+        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, evaluator.device)
         (result,) = evaluator.evaluate([candidate])
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
         print(json.dumps(result))

@@ -246,6 +246,16 @@ def write_json(path, value, **kwargs):
         file.write("\n")
 
 
+def write_settings(path, section, settings):
+    """Writes values of flags, by attribute name, as a YAML that `--config` reads: without those not given, paths absolute."""
+    import yaml
+
+    words = {k.replace("_", "-"): v for k, v in settings.items() if v is not None and k not in ("config", "demo")}
+    words |= {k: os.path.abspath(v) for k, v in words.items() if k in PATHS}
+    with atomic_write(path) as file:
+        yaml.safe_dump({section: words}, file)
+
+
 def output_folder(path):
     """The folder, made where it is missing. Raises UserError where it can't be written."""
     path = pathlib.Path(path)
@@ -265,13 +275,11 @@ def cores():
 # --- logging -------------------------------------------------------------------------------------------------
 
 
-def start_logging(folder, args, device="cpu"):
+def start_logging(folder, args, device):
     """Logs to standard error and to `folder`/run.log, and writes down what ran: command, settings, versions, device.
 
     The resolved settings are kept as `folder`/config.yml, a file that `--config` reads.
     """
-    import yaml
-
     folder = output_folder(folder)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -281,11 +289,7 @@ def start_logging(folder, args, device="cpu"):
     for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(folder / "run.log")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
-    section = pathlib.Path(sys.argv[0]).stem
-    settings = {k.replace("_", "-"): v for k, v in vars(args).items() if v is not None and k not in ("config", "demo")}
-    settings |= {k: os.path.abspath(v) for k, v in settings.items() if k in PATHS}
-    with atomic_write(folder / "config.yml") as file:
-        yaml.safe_dump({section: settings}, file)
+    write_settings(folder / "config.yml", pathlib.Path(sys.argv[0]).stem, vars(args))
     log.info("command: %s", shlex.join(sys.argv))
     log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, args.seed)
 

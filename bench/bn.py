@@ -29,7 +29,7 @@ from torch import nn  # noqa: E402
 import checkpoint  # noqa: E402
 import supernet as supernet_script  # noqa: E402
 from dataloader import FixedBatches, Loader  # noqa: E402
-from dataset import Data, calibration_plan, evaluation_plan  # noqa: E402
+from dataset import Data, calibration_plan, evaluation_plan, prepare  # noqa: E402
 from evaluation import accuracy, recalibrate_bn  # noqa: E402
 
 LENGTHS = (10, 50, 200)
@@ -95,6 +95,7 @@ def main():
     rows = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
     known = {(r["supernet"], tuple(r["architecture"])) for r in rows}
     args = supernet_script.parse_args(["--demo"])
+    prepare(args)
     start = time.perf_counter()
     for number, path in enumerate(options.supernets):
         model, stored = checkpoint.load_supernet(path, None)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import scratch  # noqa: E402
 from dataloader import Loader  # noqa: E402
-from dataset import Data, DataConfig, evaluation_plan  # noqa: E402
+from dataset import Data, DataConfig, evaluation_plan, prepare  # noqa: E402
 from network import ShuffleNetV2OneShot  # noqa: E402
 from search_record import read_results  # noqa: E402
 from search_space import SearchSpace  # noqa: E402
@@ -45,8 +45,8 @@ class Steps:
             write_json(self.path, self.done, indent=1)
         return self.done[name]["value"]
 
-    def seconds(self, *names):
-        return sum(self.done[name]["seconds"] for name in names)
+    def seconds(self, name):
+        return self.done[name]["seconds"]
 
 
 def command(*words):
@@ -108,6 +108,7 @@ def main():
     steps.run("supernet", lambda: command("supernet.py", *common, "--out", out, *overrides))
     command("tester.py", "--mode", "gen", "--out", out)
     args = scratch.parse_args(["--demo"])
+    prepare(args)
     config = DataConfig.from_args(args)
     space = SearchSpace.for_images(config.input_size, len(Data(args, config).classes))
     limit, rng = space.flops_value("59%"), random.Random(options.seed)

@@ -5,7 +5,7 @@ Every loader decodes the batches of a plan (dataset.py) to uint8 RGB (N, H, W, 3
 standard deviation.
 Source: official `src/Supernet/train.py` (transforms).
 """
-import functools
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import calibration_plan, draw_augmentation, evaluation_plan, validation_geometry
+from dataset import draw_augmentation, validation_geometry
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,6 +43,16 @@ class Loader:
         """The loader that the flags ask for."""
         return cls(images, config, augment, args.seed, device, args.loader, args.workers)
 
+    @property
+    def decoder(self):
+        """What the pixels depend on beside file and parameters: library, version, and for DALI the device."""
+        if self.backend == "synthetic":
+            return self.backend
+        if self.backend == "torchvision":
+            return " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torchvision", "pillow"))
+        found = [d for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-")]
+        return " ".join(sorted(f"{d.name} {d.version}" for d in found)) + f" {self.device.type}"
+
     def batches(self, plan):
         for images, labels in self.decode(plan):
             yield self.finish(images), labels
@@ -56,7 +66,7 @@ class Loader:
 
     def finish(self, images):
         """What the network sees of uint8 RGB (N, H, W, 3): float (N, 3, H, W), channels-last in memory."""
-        images = images.to(self.device).permute(0, 3, 1, 2)
+        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if self.config.preprocessing == "spos":
             return images.flip(1).float()
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -176,35 +186,6 @@ class Loader:
                 except UserError as error:
                     return str(error)
         return None
-
-
-class FixedBatches:
-    """The same batches at every iteration, decoded once: calibration and search-validation images."""
-
-    def __init__(self, loader, plan):
-        self.loader, self.plan = loader, plan
-
-    @functools.cached_property
-    def _decoded(self):
-        return list(self.loader.decode(self.plan))
-
-    def __iter__(self):
-        for images, labels in self._decoded:
-            yield self.loader.finish(images), labels
-
-    def __len__(self):
-        return len(self.plan)
-
-
-def calibration_batches(images, config, args, device):
-    """The training images that recalibrate BN: stratified by class, augmented, the same for every candidate."""
-    plan = calibration_plan(images.labels, args.bn_batches, args.bn_batch_size, args.seed)
-    return FixedBatches(Loader.from_args(images, config, True, args, device), plan)
-
-
-def validation_batches(images, config, args, device):
-    """Every image once, in the validation transform."""
-    return FixedBatches(Loader.from_args(images, config, False, args, device), evaluation_plan(len(images), args.eval_batch_size))
 
 
 def _read_file(path):

@@ -12,6 +12,7 @@ import math
 import random
 import threading
 
+from prefix_tree import chunks
 from search_record import SearchRecord
 from search_space import SearchSpace
 from utils import UserError, log
@@ -191,7 +192,7 @@ class EvolutionWithFlops(Tuner):
     """NNI's tuner: sends the candidates of a SearchRecord to trials, a chunk each, and keeps what the trials say.
 
     `out` is absolute, `space` a SearchSpace as a dict, `evolution` the settings of Evolution. A generation is split into as
-    many chunks as trials run at a time, or of `candidates_per_trial`; sorted, so that those in a chunk share first blocks.
+    many chunks as trials run at a time, or into chunks of `candidates_per_trial`, so that those in a chunk share first blocks.
     What NNI 3.0 does, and how it is borne:
     - it hands parameters to other trials than it says: only the architectures that a trial reports are believed;
     - what a trial that died early never asked for goes to the next one: a trial whose sequence number has reached "until" of
@@ -282,9 +283,7 @@ class EvolutionWithFlops(Tuner):
     @_contained
     def _plan(self):
         """Splits the next generation into chunks."""
-        candidates = sorted(self.record.pending())
-        size = self.candidates_per_trial or math.ceil(len(candidates) / self.concurrency)
-        self.chunks.extend(candidates[i : i + size] for i in range(0, len(candidates), size or 1))
+        self.chunks.extend(chunks(self.record.space, self.record.pending(), self.concurrency, self.candidates_per_trial))
 
     def _dispatch(self):
         while self.ids and self.chunks:

@@ -25,8 +25,12 @@ class _ShuffleNet(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(space.last_channels, space.n_classes, bias=False))
         initialize(self)
 
-    def _head(self, x):
-        x = self.conv_last(x).mean(dim=(2, 3))  # the official AvgPool2d(7), for any size
+    def head(self, x):
+        """Logits (N, classes) of the last block's output (N, C, H, W)."""
+        x = self.conv_last(x).mean(dim=(2, 3), dtype=self.classifier[0].weight.dtype)  # the official AvgPool2d(7), for any size
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits would tie
+                return self.classifier(self.dropout(x))
         return self.classifier(self.dropout(x))
 
 
@@ -49,7 +53,7 @@ class ShuffleNetV2OneShot(_ShuffleNet):
         x = self.first_conv(x)
         for block, choice in zip(self.features, architecture, strict=True):
             x = block[choice](x)
-        return self._head(x)
+        return self.head(x)
 
 
 class ShuffleNetV2(_ShuffleNet):
@@ -69,7 +73,7 @@ class ShuffleNetV2(_ShuffleNet):
         x = self.first_conv(x)
         for block in self.features:
             x = block(x)
-        return self._head(x)
+        return self.head(x)
 
 
 def initialize(model):

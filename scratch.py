@@ -19,9 +19,10 @@ import pathlib
 import torch
 
 import checkpoint
-from dataloader import Loader, validation_batches
+from dataloader import Loader
 from dataset import Data, DataConfig, prepare, steps_per_epoch, training_plan
 from evaluation import accuracy, recalibrate_bn, resolve_device
+from fixed_batches import validation_batches
 from network import ShuffleNetV2
 from search_space import SearchSpace
 from training import Run, train

@@ -19,9 +19,10 @@ import random
 
 import torch
 
-from dataloader import Loader, calibration_batches, validation_batches
+from dataloader import Loader
 from dataset import Data, DataConfig, prepare, steps_per_epoch
 from evaluation import evaluate, resolve_device
+from fixed_batches import calibration_batches, validation_batches
 from network import ShuffleNetV2OneShot
 from sampler import PathSampler, default_flops_range
 from search_space import SearchSpace

@@ -19,8 +19,8 @@ import sys
 import torch
 
 import checkpoint
-from dataloader import calibration_batches, validation_batches
 from evaluation import evaluate, resolve_device
+from fixed_batches import calibration_batches, validation_batches
 from search_space import SearchSpace
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-PATHS = ("data-dir", "out", "checkpoint", "architecture")  # flags that name files
+PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture")  # flags that name files
 MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
 
 log = logging.getLogger("spos")
@@ -155,6 +155,7 @@ def add_data_flags(parser):
     group.add_argument("--split-seed", type=count(0), metavar="N", help="of the choice of held-out images (0)")
     group.add_argument("--loader", choices=("auto", "dali", "torchvision", "synthetic"), default="auto", help="default: DALI where installed")
     group.add_argument("--eval-batch-size", type=count(1, 100_000), default=200, metavar="N", help="images a step of validation (default: 200)")
+    group.add_argument("--cache", default=str(HERE / "data" / "cache"), metavar="DIR", help="decoded images that every candidate meets (data/cache)")
     group.add_argument("--workers", type=count(0, 256), help="loader processes or threads (default: up to 8)")
 
 
@@ -186,6 +187,7 @@ def add_evaluation_flags(parser):
     group.add_argument("--bn", choices=("ema", "average"), default="ema", help="BN statistics: exponential or plain average (default: ema)")
     group.add_argument("--bn-batches", type=count(), default=200, metavar="N", help="batches that recalibrate BN (default: 200)")
     group.add_argument("--bn-batch-size", type=count(2, 100_000), default=128, metavar="N", help="default: 128")
+    group.add_argument("--eval-amp", choices=("off", "bf16"), default="off", help="bf16: convolutions in bfloat16 (default: off)")
 
 
 # --- files ---------------------------------------------------------------------------------------------------

@@ -24,56 +24,47 @@ import utils  # noqa: E402
 
 # isort: split
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 import checkpoint  # noqa: E402
 import supernet as supernet_script  # noqa: E402
-from dataloader import FixedBatches, Loader  # noqa: E402
+from dataloader import Loader  # noqa: E402
 from dataset import Data, calibration_plan, evaluation_plan, prepare  # noqa: E402
-from evaluation import accuracy, recalibrate_bn  # noqa: E402
+from evaluation import accuracy, batch_norms, fold_bn, momentum, recalibrate_bn  # noqa: E402
+from fixed_batches import FixedBatches  # noqa: E402
 
 LENGTHS = (10, 50, 200)
 MODES = ("ema", "average")
 
 
-def statistics(model, forward, batches, lengths):
+def statistics(model, candidate, batches, lengths):
     """{(mode, n): {norm: (mean, variance)}} after n of the batches, for n in `lengths`: recalibrate_bn, all settings at once."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    seen, batch = {}, {}
-
-    def note(norm, inputs, _):
-        (x,) = inputs
-        batch[norm] = x.mean((0, 2, 3)), x.var((0, 2, 3))
-
-    hooks = [norm.register_forward_hook(note) for norm in norms]
+    norms = batch_norms(model.first_conv) + batch_norms(model.conv_last)
+    norms += [norm for block, choice in zip(model.features, candidate) for norm in batch_norms(block[choice])]
     model.eval()
     for norm in norms:
         norm.train()
-    state = {mode: {} for mode in MODES}
+        norm.momentum = 1.0  # the running statistics are those of the last batch
+    seen, state = {}, {mode: {} for mode in MODES}
     with torch.inference_mode():
         for n, (images, _) in enumerate(batches, 1):
-            forward(images)
-            for mode in MODES:
-                weight = 0.1 if mode == "ema" else 1 / n
-                for norm, new in batch.items():
-                    old = state[mode].get(norm, (torch.zeros_like(new[0]), torch.ones_like(new[1])))
-                    state[mode][norm] = tuple(o + weight * (v - o) for o, v in zip(old, new))
-                if n in lengths:
-                    seen[mode, n] = dict(state[mode])
+            model(images, candidate)
+            for mode, norm in itertools.product(MODES, norms):
+                weight, new = momentum(mode, n), (norm.running_mean, norm.running_var)
+                old = state[mode].get(norm, (torch.zeros_like(new[0]), torch.ones_like(new[1])))
+                state[mode][norm] = tuple(o + weight * (v - o) for o, v in zip(old, new))
+            if n in lengths:
+                seen.update({(mode, n): dict(state[mode]) for mode in MODES})
             if n == max(lengths):
                 break
-    for hook in hooks:
-        hook.remove()
     return seen
 
 
-def measure(model, forward, stats, validation):
+def measure(model, candidate, stats, validation):
     """Top-1 percent with given BN statistics."""
     for norm, (mean, variance) in stats.items():
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-    model.eval()
-    return accuracy(forward, validation)[0]
+        norm.running_mean, norm.running_var = mean.clone(), variance.clone()
+    folded = fold_bn(model)
+    return accuracy(lambda images: folded(images, candidate), validation)[0]
 
 
 def kendall(a, b):
@@ -104,23 +95,21 @@ def main():
         checkpoint.check_split(stored, data.split)
         train, heldout = data.images("supernet"), data.images("search")
         loader = Loader(train, stored.data, True, backend="torchvision", workers=0)
-        streams = [FixedBatches(loader, calibration_plan(train.labels, max(options.lengths), 128, seed)) for seed in (1, 2)]
-        whole = FixedBatches(loader, calibration_plan(train.labels, len(train) // 128, 128, 3))
-        validation = FixedBatches(Loader(heldout, stored.data, False, backend="torchvision", workers=0), evaluation_plan(len(heldout), 200))
+        streams = [FixedBatches(loader, calibration_plan(train.labels, max(options.lengths), 128, seed), args.cache) for seed in (1, 2)]
+        whole = FixedBatches(loader, calibration_plan(train.labels, len(train) // 128, 128, 3), args.cache)
+        plain = Loader(heldout, stored.data, False, backend="torchvision", workers=0)
+        validation = FixedBatches(plain, evaluation_plan(len(heldout), 200), args.cache)
         rng = random.Random(0)
         for candidate in [stored.space.random_candidate(rng) for _ in range(options.candidates)]:
             if (number, candidate) in known:
                 continue
-
-            def forward(images, model=model, candidate=candidate):
-                return model(images, candidate)
-
             row = {"supernet": number, "architecture": list(candidate), "flops": stored.space.flops(candidate)}
             for k, stream in enumerate(streams):
-                for (mode, n), stats in statistics(model, forward, stream, options.lengths).items():
-                    row[f"{mode} {n} {k}"] = measure(model, forward, stats, validation)
-            recalibrate_bn(model, forward, whole, "average")
-            row["whole"] = accuracy(forward, validation)[0]
+                for (mode, n), stats in statistics(model, candidate, stream, options.lengths).items():
+                    row[f"{mode} {n} {k}"] = measure(model, candidate, stats, validation)
+            recalibrate_bn(model, lambda images, model=model, candidate=candidate: model(images, candidate), whole, "average")
+            folded = fold_bn(model)
+            row["whole"] = accuracy(lambda images, folded=folded, candidate=candidate: folded(images, candidate), validation)[0]
             rows.append(row)
             utils.write_json(options.results, {"commit": utils.commit(), "versions": utils.versions(), "rows": rows}, indent=1)
     report(rows, options)

@@ -12,6 +12,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
+SCRIPTS = ("supernet.py", "tester.py", "search.py", "scratch.py")
 
 torch.set_num_threads(1)  # the same numbers on every machine, and no fight over two cores
 
@@ -45,8 +46,16 @@ def data_args(tree):
     return argparse.Namespace(data_dir=str(tree), loader="auto", demo=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The folder of decoded images for all scripts that `run` starts: not the project's own."""
+    os.environ["TEST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def run(script, *words, code=0, **kwargs):
     """Runs a script in a process of its own; returns (standard output, standard error)."""
+    if script in SCRIPTS:
+        words += ("--cache", os.environ["TEST_CACHE"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [str(w) for w in words]
     result = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True, env=environment, timeout=300, **kwargs)

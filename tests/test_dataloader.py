@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import dataloader
-from dataloader import FixedBatches, Loader
+from dataloader import Loader
 from dataset import (
     Augmentation,
     Data,
@@ -307,14 +307,6 @@ def test_synthetic_images_need_no_files(data_args):
     loader = Loader(data.images("supernet"), CONFIG, True, backend="synthetic")
     images, labels = next(loader.batches(training_plan(len(loader.images), 6, 0)))
     assert images.shape == (6, 3, 32, 32) and labels.shape == (6,) and len(data.classes) == 1000
-
-
-def test_fixed_batches_decode_once(tree):
-    loader = Loader(scan(tree / "val"), CONFIG, True, backend="torchvision", workers=0)
-    fixed = FixedBatches(loader, evaluation_plan(21, 8))
-    before = [x.clone() for x, _ in fixed]
-    loader.decode = None
-    assert len(fixed) == 3 and all(torch.equal(a, b) for a, (b, _) in zip(before, fixed))
 
 
 @pytest.mark.gpu

@@ -1,8 +1,12 @@
 """BN recalibration and exact accuracy."""
+import copy
+import random
+import weakref
+
 import pytest
 import torch
 
-from evaluation import accuracy, evaluate, recalibrate_bn
+from evaluation import PrefixTree, accuracy, evaluate, fold_bn, recalibrate_bn
 from network import ShuffleNetV2OneShot
 from search_space import SearchSpace
 
@@ -48,6 +52,103 @@ def test_ema_is_the_official_exponential_average(supernet):
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, variance)
     assert norm.momentum == 0.1 and not norm.training and not supernet.dropout.training
+
+
+def relatives(n, seed=0):
+    """Candidates that share first blocks of several lengths, as those of a generation do, and one of them twice."""
+    rng = random.Random(seed)
+    first = SPACE.random_candidate(rng)
+    others = [first[:k] + SPACE.random_candidate(rng)[k:] for k in (rng.randrange(20) for _ in range(n - 2))]
+    return [first, *others, first]
+
+
+@pytest.mark.parametrize("mode", ["ema", "average"])
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_tree_is_bit_equal_to_one_candidate_after_the_other(supernet, mode, fold):
+    """Against the supernet's own forward pass on one path, BN recalibrated by hand of torch's modules alone."""
+    supernet.to(memory_format=torch.channels_last)
+    candidates, calibration, ((images, _),) = relatives(6), batches(3, 8), batches(1, 16, 1)
+    tree = PrefixTree(supernet, candidates, fold)
+    with torch.inference_mode(), tree.borrowed_norms():
+        tree.calibrate(calibration, mode)
+        logits = dict(tree.logits(images))
+    assert logits.keys() == set(candidates)
+    for candidate in logits:
+        single = copy.deepcopy(supernet)
+        recalibrate_bn(single, lambda x, single=single, candidate=candidate: single(x, candidate), calibration, mode)
+        if fold:
+            single = fold_bn(single)
+        with torch.inference_mode():
+            assert torch.equal(logits[candidate], single(images, candidate))
+
+
+def test_folded_and_unfolded_agree(supernet):
+    (images, _), *calibration = batches(4, 16)
+    logits = {}
+    for fold in (True, False):
+        tree = PrefixTree(supernet, PATHS, fold)
+        with torch.inference_mode(), tree.borrowed_norms():
+            tree.calibrate(calibration, "average")
+            logits[fold] = dict(tree.logits(images))
+    for path in PATHS:
+        a, b = logits[True][path], logits[False][path]
+        assert not torch.equal(a, b) and (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+def test_lists_and_trees_give_the_same_results(supernet):
+    candidates, calibration, validation = relatives(6), batches(3, 8), batches(2, 16, 1, ragged=3)
+    together = evaluate(supernet, candidates, calibration, validation)
+    alone = [result for c in candidates for result in evaluate(supernet, [c], calibration, validation)]
+    assert [{**r, "seconds": 0} for r in together] == [{**r, "seconds": 0} for r in alone]
+
+
+def test_a_common_prefix_is_computed_once(supernet):
+    candidates, calls = relatives(6), []
+    for block in supernet.features:
+        for operation in block:
+            operation.register_forward_hook(lambda *_: calls.append(1))
+    list(evaluate(supernet, candidates, batches(2, 4), [(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))], fold=False))
+    prefixes = {candidate[:k] for candidate in candidates for k in range(1, 21)}
+    assert len(calls) == 3 * len(prefixes) < 3 * 20 * len(set(candidates))
+
+
+def test_activations_live_no_longer_than_a_path_needs_them(supernet):
+    """With n candidates that part at the first block, a tree walked breadth first would hold n activations at a time."""
+    rng, alive, most = random.Random(0), [], [0]
+    candidates = [SPACE.random_candidate(rng) for _ in range(16)]
+
+    def count(_module, _inputs, output):
+        alive.append(weakref.ref(output))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+
+    for module in (supernet.first_conv, *(operation for block in supernet.features for operation in block)):
+        module.register_forward_hook(count)
+    evaluate(supernet, candidates, batches(1, 2), batches(1, 2), fold=False)
+    assert len(alive) > 16 * 10 and most[0] <= 6
+
+
+def test_the_supernet_is_left_as_it_was(supernet):
+    supernet.train()
+    before = copy.deepcopy(supernet.state_dict())
+    evaluate(supernet, PATHS, batches(2, 8), batches(1, 8))
+    after = supernet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    supernet.train()
+    supernet(batches(1, 8)[0][0], PATHS[0]).sum().backward()
+
+
+def test_bf16_is_near_and_its_logits_are_float(supernet):
+    (images, _), *calibration = batches(4, 16)
+    logits = {}
+    for amp in ("off", "bf16"):
+        tree = PrefixTree(supernet, PATHS, amp=amp)
+        with torch.inference_mode(), tree.borrowed_norms():
+            tree.calibrate(calibration, "average")
+            logits[amp] = dict(tree.logits(images))
+    for path in PATHS:
+        a, b = logits["off"][path], logits["bf16"][path]
+        assert b.dtype == torch.float32 and not torch.equal(a, b)
+        assert (a - b).abs().mean() < a.std()  # of logits that have nothing in common it is 1.1 of these
 
 
 def test_a_result_does_not_depend_on_what_was_evaluated_before(supernet):

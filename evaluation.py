@@ -13,7 +13,25 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
+import checkpoint
+from fixed_batches import calibration_batches, validation_batches
 from utils import UserError
+
+
+class Evaluator:
+    """The supernet of the arguments with its calibration and validation images (`args.split`); `evaluate(candidates)` gives results."""
+
+    def __init__(self, args):
+        self.supernet, stored, config, data = checkpoint.open_supernet(args)
+        self.device = resolve_device(args)
+        self.space, self.bn, self.amp = stored.space, args.bn, args.eval_amp
+        self.supernet.to(self.device, memory_format=torch.channels_last)
+        self.calibration = calibration_batches(data.images("supernet"), config, args, self.device)
+        self.validation = validation_batches(data.images(args.split), config, args, self.device)
+
+    def evaluate(self, candidates):
+        candidates = [self.space.check(c) for c in candidates]
+        return evaluate(self.supernet, candidates, self.calibration, self.validation, self.bn, amp=self.amp)
 
 
 def resolve_device(args):

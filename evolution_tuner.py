@@ -23,6 +23,7 @@ try:
 except ImportError:  # a search without NNI needs none of it
     Tuner = Assessor = object
 
+EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")  # the settings of Evolution
 ENUMERABLE = 10_000  # spaces up to this size are listed where random draws find nothing new
 TRIES = 10  # draws for each child that is wanted (official)
 GRACE_S = 3  # results still on their way when NNI says that a trial has ended

@@ -70,7 +70,7 @@ def main(args):
     model = ShuffleNetV2OneShot(space=space)
 
     def validate(step):
-        results = list(evaluate(copy.deepcopy(model), fixed_paths, calibration, validation, args.bn))
+        results = evaluate(copy.deepcopy(model), fixed_paths, calibration, validation, args.bn, amp=args.eval_amp)
         acc1, acc5 = (sum(r[k] for r in results) / len(results) for k in ("acc1", "acc5"))
         utils.log.info("step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results))
         return {"val/acc1": acc1, "val/acc5": acc5}

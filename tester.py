@@ -16,11 +16,7 @@ import os
 import pathlib
 import sys
 
-import torch
-
-import checkpoint
-from evaluation import evaluate, resolve_device
-from fixed_batches import calibration_batches, validation_batches
+from evaluation import Evaluator
 from search_space import SearchSpace
 
 
@@ -42,21 +38,6 @@ def generate(args):
     space = SearchSpace()
     utils.write_json(path, space.nni_search_space(), indent=1)
     print(f"{path}: {space.n_blocks} choice blocks of {len(space.operations)} operations")
-
-
-class Evaluator:
-    """The supernet of the arguments with its calibration and validation images; `evaluate(candidates)` yields results."""
-
-    def __init__(self, args):
-        self.supernet, stored, config, data = checkpoint.open_supernet(args)
-        self.device = resolve_device(args)
-        self.space, self.bn = stored.space, args.bn
-        self.supernet.to(self.device, memory_format=torch.channels_last)
-        self.calibration = calibration_batches(data.images("supernet"), config, args, self.device)
-        self.validation = validation_batches(data.images(args.split), config, args, self.device)
-
-    def evaluate(self, candidates):
-        return evaluate(self.supernet, [self.space.check(c) for c in candidates], self.calibration, self.validation, self.bn)
 
 
 def trial(args):

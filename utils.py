@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,25 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 class UserError(Exception):
     """Something the user can put right: shown as one line that names the thing, its value and the way out; exit code 2."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, by number; no Exception, for NNI swallows those in places."""
+
+
+def interrupt(number, _frame):
+    raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def signals(handler):
+    """Within the block, SIGINT and SIGTERM go to `handler`: `interrupt`, or signal.SIG_IGN where nothing is to interrupt."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def run_script(main, parse_args):

@@ -52,12 +52,12 @@ def cache(tmp_path_factory):
     os.environ["TEST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def run(script, *words, code=0, **kwargs):
-    """Runs a script in a process of its own; returns (standard output, standard error)."""
+def run(script, *words, code=0, cwd=None, **variables):
+    """Runs a script in a process of its own, with environment variables; returns (standard output, standard error)."""
     if script in SCRIPTS:
         words += ("--cache", os.environ["TEST_CACHE"])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     words = [str(w) for w in words]
-    result = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+    result = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True, env=environment, timeout=300, cwd=cwd)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr

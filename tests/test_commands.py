@@ -86,6 +86,23 @@ def test_search_leaves_its_artefacts(out, searched):
     assert "scratch.py --architecture" in stdout.splitlines()[-1]
 
 
+def test_the_local_engine_finds_the_same(out, searched, tmp_path):
+    """Bit for bit, though NNI's trials were two at a time and here one worker has all: without NNI installed, too."""
+    (tmp_path / "nni.py").write_text("raise ImportError('no NNI here')")
+    run("tester.py", "--mode", "gen", "--out", tmp_path)
+    words = ("--engine", "local", "--concurrency", 1, "--threads", 1, "--checkpoint", checkpoint.newest(out / "checkpoints" / "supernet"))
+    small = ("--population", 4, "--select", 2, "--mutation", 1, "--crossover", 1, "--generations", 2)
+    stdout, stderr = run("search.py", *SMALL, *small, *words, "--out", tmp_path, PYTHONPATH=str(tmp_path))
+    assert "NNI" not in stderr and stdout.splitlines()[:-1] == searched[0].splitlines()[:-1]
+    for generation in ("000", "001"):
+        a, b = ([json.loads(line) | {"seconds": 0} for line in (o / "acc" / f"{generation}.jsonl").read_text().splitlines()] for o in (out, tmp_path))
+        assert a == b
+        trials = json.loads((tmp_path / "id2cand" / f"{generation}.json").read_text())
+        assert sorted(c for candidates in trials.values() for c in candidates) == sorted(r["architecture"] for r in a)
+    architectures = {p.name: p.read_text() for p in (out / "checkpoints").glob("*.json")}
+    assert architectures == {p.name: p.read_text() for p in (tmp_path / "checkpoints").glob("*.json")}
+
+
 def test_a_trial_and_a_test_agree(out, searched, tmp_path):
     """What the search measured for its best candidate is what a person measures."""
     stdout, _ = run("tester.py", "--mode", "test", *SMALL, "--out", out, "--architecture", out / "checkpoints" / "best.json")

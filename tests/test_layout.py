@@ -57,11 +57,15 @@ def test_import_finder_sees_every_form():
 
 
 def test_only_the_search_imports_nni():
-    assert users("nni") <= {"evolution_tuner", "search", "tester"}
+    assert users("nni") <= {"evolution_tuner", "nni_engine", "tester"}
 
 
 def test_tester_imports_nni_only_as_a_trial():
     assert "nni" not in packages(at_import(parse("tester")))
+
+
+def test_the_local_engine_starts_without_nni():
+    assert "nni" not in packages(at_import(parse("search"))) | packages(at_import(parse("nni_engine"))) | packages(imports(parse("local_engine")))
 
 
 def test_only_the_dataloader_imports_dali_and_only_when_used():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+import nni_engine
 import search
 from dataset import DataConfig
 from evolution_tuner import Evolution
@@ -52,10 +53,11 @@ nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nn
 
 HOST = """
 import json, pathlib, sys
+import nni_engine
 import search
 from search_record import prepare_search
 from search_space import SearchSpace
-from utils import run_script
+from utils import Interrupted, interrupt, run_script, signals
 
 def main(arguments):
     out, settings, command, port, resume = json.loads(arguments)
@@ -64,8 +66,9 @@ def main(arguments):
     prepare_search(out, settings, resume)
     experiment = search.read_experiment(search.HERE / "config_search.yml")
     try:
-        search.search_with_nni(space, command, settings, out, experiment, 2, port=port)
-    except search.Interrupted as error:
+        with signals(interrupt):
+            nni_engine.search_with_nni(space, command, settings, out, experiment, 2, port=port)
+    except Interrupted as error:
         sys.exit(128 + error.args[0])
 
 run_script(main, lambda: sys.argv[1])
@@ -257,14 +260,14 @@ def test_occupied_port_is_refused():
         server.listen()
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: is taken"):
-            search.free_port("127.0.0.1", port)
-        assert search.free_port("127.0.0.1") != port
+            nni_engine.free_port("127.0.0.1", port)
+        assert nni_engine.free_port("127.0.0.1") != port
 
 
 def test_missing_nni_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nni", None)
     with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
-        search.host_experiment({}, tmp_path)
+        nni_engine.host_experiment({}, tmp_path)
 
 
 def test_limit_is_official_at_imagenets_size_and_its_share_elsewhere():
@@ -287,7 +290,8 @@ def test_generated_search_space_is_needed(tmp_path):
 def test_settings_of_trials_go_through_a_file(tmp_path):
     out = tmp_path / "a 'quoted' $(folder)"
     args = search.parse_args(["--data-dir", "some data", "--bn-batches", "7", "--no-mirror", "--crop-scale", "0.5", "1", "--concurrency", "2"])
-    command = search.trial_command(["python", "tester.py", "--mode", "test"], args, out, "net.pth")
+    trial = search.trial_settings(args, out, "net.pth")
+    command = nni_engine.trial_command(["python", "tester.py", "--mode", "test"], out, trial)
     assert command == [sys.executable, str(search.HERE / "tester.py"), "--mode", "test", "--config", str(out / "checkpoints/search/trial.yml")]
     settings = yaml.safe_load((out / "checkpoints/search/trial.yml").read_text())["tester"]
     assert settings["data-dir"] == os.path.abspath("some data")

@@ -1,0 +1,159 @@
+"""The search without NNI: the evolution's generations, whatever workers do, and nothing left of it when it is killed."""
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+import local_engine
+from evolution_tuner import Evolution
+from local_engine import search_locally
+from search_record import prepare_search, read_results
+from search_space import SearchSpace
+from utils import HERE, UserError
+
+SPACE = SearchSpace.for_images(28, 10)
+EVOLUTION = {"population": 6, "select": 2, "mutation": 2, "crossover": 2, "mutation_prob": 0.1, "generations": 3, "seed": 0}
+SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%")}
+CPU = {"device": "cpu"}
+
+
+def reward(candidate):
+    return sum(c * (i + 1) for i, c in enumerate(candidate)) / 10
+
+
+def result(candidate):
+    return {"architecture": list(candidate), "flops": 0, "acc1": reward(candidate), "acc5": 99.0, "n_images": 10, "seconds": 0}
+
+
+def generations():
+    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, **{k: v for k, v in SETTINGS.items() if k != "flops_limit"},
+                          cost_limit=SETTINGS["flops_limit"])  # fmt: skip
+    while population := evolution.ask():
+        evolution.tell({c: (reward(c), 99.0) for c in population})
+    return evolution.history
+
+
+def start(trial, devices):
+    pass
+
+
+def evaluate(candidates):
+    return [result(c) for c in candidates]
+
+
+def evaluate_in_vain(candidates):
+    raise RuntimeError("out of\nmemory")
+
+
+def evaluate_with_faults(candidates):
+    """A candidate whose choices add up to a multiple of 5 raises; to a multiple of 7, ends its worker; always."""
+    for candidate in candidates:
+        if sum(candidate) % 5 == 0:
+            raise RuntimeError("too large")
+        if sum(candidate) % 7 == 0:
+            os._exit(1)
+    return evaluate(candidates)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    def install(evaluation):
+        monkeypatch.setattr(local_engine, "_start", start)
+        monkeypatch.setattr(local_engine, "_evaluate", evaluation)
+
+    return install
+
+
+def searched(out, resume=False, **how):
+    prepare_search(out, SETTINGS, resume)
+    search_locally(SPACE, SETTINGS, out, CPU, **how)
+    return read_results(out)
+
+
+@pytest.mark.parametrize("how", [{"concurrency": 1}, {"concurrency": 2}, {"concurrency": 2, "candidates_per_trial": 1}])
+def test_gives_the_generations_of_the_evolution(tmp_path, fake, how):
+    fake(evaluate)
+    results = searched(tmp_path, **how)
+    expected = list(itertools.chain(*(sorted(p, key=reward, reverse=True) for p in generations())))
+    assert [reward(r["architecture"]) for r in results] == [reward(c) for c in expected]
+    assert {tuple(r["architecture"]) for r in results} == set(expected)
+    trials = json.loads((tmp_path / "id2cand" / "001.json").read_text())
+    assert sum(map(len, trials.values())) == 6 and all(name.startswith("001_") for name in trials)
+
+
+def test_only_what_fails_alone_has_failed(tmp_path, fake):
+    fake(evaluate_with_faults)
+    results = searched(tmp_path, concurrency=2)
+    assert len(results) == 18
+    for r in results:
+        total = sum(r["architecture"])
+        error = "RuntimeError: too large" if total % 5 == 0 else "a worker process died" if total % 7 == 0 else None
+        assert r.get("error") == error and (r["acc1"] is None) == (error is not None)
+    assert {r.get("error") for r in results} == {None, "RuntimeError: too large", "a worker process died"}
+
+
+def test_where_nothing_works_the_search_stops(tmp_path, fake):
+    fake(evaluate_in_vain)
+    with pytest.raises(UserError, match=r"no candidate can be evaluated.*out of memory"):
+        searched(tmp_path)
+    fake(evaluate)
+    assert len(searched(tmp_path, resume=True)) == 18
+
+
+SEARCH = """
+import sys
+import test_local_engine as t, local_engine, pathlib
+from utils import Interrupted, interrupt, signals
+
+local_engine._start, local_engine._evaluate = t.start_as_ours, t.evaluate_slowly
+if __name__ == "__main__":
+    try:
+        with signals(interrupt):
+            t.searched(pathlib.Path(sys.argv[1]), resume=sys.argv[2] == "resume", concurrency=2, candidates_per_trial=1)
+    except Interrupted as error:
+        sys.exit(128 + error.args[0])
+"""
+
+
+def start_as_ours(trial, devices):
+    """As _start, but for the evaluator."""
+    local_engine._leave_signals_to_parent()
+
+
+def evaluate_slowly(candidates):
+    time.sleep(0.3)
+    return evaluate(candidates)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_search_leaves_no_process_and_goes_on(tmp_path, fake, number):
+    (tmp_path / "go.py").write_text(SEARCH)
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE / 'tests'}"}
+    process = subprocess.Popen([sys.executable, tmp_path / "go.py", out, "new"], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "acc").exists() or not read_results(out):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
+    assert "Traceback" not in stderr or number == signal.SIGKILL
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    for left in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    assert len(gone) >= 2 and not alive
+    before = read_results(out)
+    fake(evaluate)
+    results = searched(out, resume=True)
+    assert 0 < len(before) < len(results) == 18
+    assert {tuple(r["architecture"]) for r in results} == set(itertools.chain(*generations()))

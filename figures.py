@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from utils import atomic_write
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-INK, GREY, PALE = "#222222", "#767676", "#c8c8c8"
+INK, GREY, PALE = "#222222", "#767676", "#b8b8b8"
 BEST, MEAN, RANDOM, LIMIT = "#0b4f8a", "#4c9bd4", "#b35806", "#8c2d04"
 # Blue by kernel size and orange for the other kind of unit: told apart by all forms of colour vision, and in grey.
 OPERATIONS = {
@@ -103,7 +103,7 @@ def _generations(run, random):
         left.errorbar(numbers, means, [g.sd for g in shown], color=MEAN, capsize=3, linestyle="none", label="± 1 standard deviation")
     left.plot(numbers, means, "o-", color=MEAN, markersize=4, gid="mean", label="mean")
     left.plot(numbers, [g.best["acc1"] for g in shown], "s-", color=BEST, markersize=4, gid="best", label="best")
-    left.set(xlabel="generation", ylabel="top-1 in the supernet (%)", title="a  Accuracy by generation")
+    left.set(xlabel="generation", ylabel="top-1 in the supernet (%)", title="(a) Accuracy by generation")
     left.set_xlim(0.4, run.generations[-1].number + 0.6)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=2)
@@ -118,7 +118,7 @@ def _generations(run, random):
         n, values, low, high = zip(*random.extrapolated)
         right.fill_between(n, low, high, color=RANDOM, alpha=0.13, linewidth=0)
         right.plot(n, values, color=RANDOM, linestyle=":", gid="random-extrapolated", label="extrapolated, not measured")
-    right.set(xlabel="candidates evaluated", title="b  Best so far, same budget")
+    right.set(xlabel="candidates evaluated", title="(b) Best so far, same budget")
     right.set_xlim(0, len(run.succeeded) * 1.04)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.tick_params(labelleft=True)
@@ -204,7 +204,7 @@ def _operations(run):
 
     last = generations[-1]
     for axes, gid, results, title in (
-        (grid[0, 0], "all", run.results, f"All {len(run.results)} candidates"),
+        (grid[0, 0], "all", run.results, f"All {len(run.results):,} candidates"),
         (grid[0, 1], "last", last.results, f"Generation {last.number}{'' if last.closed else ', not finished'}"),
     ):
         heat(axes, gid, [run.shares(results, i) for i in range(len(operations))], title, lambda i: labels[i])

@@ -165,7 +165,7 @@ def _tiles(run, comparison, best):
     seconds = sum(r["seconds"] or 0 for r in run.results)
     precision = ""
     if n := best["n_images"]:
-        precision = f"; ± {math.sqrt(best['acc1'] * (100 - best['acc1']) / n):.2f} standard error on {n:,} images"
+        precision = f"; ±\u00a0{math.sqrt(best['acc1'] * (100 - best['acc1']) / n):.2f} standard error on {n:,} images"
     tiles = [
         (f"{best['acc1']:.2f} %", f"best top-1, in the supernet{precision}"),
         (millions(best["flops"]), f"its FLOPs; the limit is {millions(run.limit)}. {millions(run.space.params(best['architecture']))} parameters"),

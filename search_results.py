@@ -2,8 +2,9 @@
 import functools
 import math
 import pathlib
-import random
 import statistics
+
+import numpy as np
 
 from search_record import read_generations, state_path
 from search_space import SearchSpace
@@ -141,19 +142,19 @@ def expected_best(values):
 
     P(maximum of n <= k-th smallest) = C(k, n) / C(N, n), which grows from n - 1 to n by the factor (k - n + 1) / (N - n + 1).
     """
-    values, total = sorted(values), len(values)
-    at_most, expected = [1.0] * total, []
+    values, total, expected = np.sort(values), len(values), []
+    k, at_most = np.arange(1, total + 1), np.ones(total)
     for n in range(1, total + 1):
-        at_most = [p * max(k - n + 1, 0) / (total - n + 1) for k, p in enumerate(at_most, 1)]
-        expected.append(sum(v * (p - before) for v, p, before in zip(values, at_most, [0.0, *at_most])))
+        at_most *= np.maximum(k - n + 1, 0) / (total - n + 1)
+        expected.append(float(values @ np.diff(at_most, prepend=0)))
     return expected
 
 
 def extrapolate(values, numbers, resamples=1000):
     """(n, expected maximum of n normal draws with the values' mean and deviation, and its 95% bootstrap interval)."""
-    rng = random.Random(0)
-    fits = [_fit(rng.choices(values, k=len(values))) for _ in range(resamples)]
-    mean, sd = _fit(values)
+    rng = np.random.default_rng(0)
+    fits = [_fit(rng.choice(values, len(values))) for _ in range(resamples)]
+    mean, sd = _fit(np.asarray(values))
     rows = []
     for n in numbers:
         factor = normal_maximum(n)
@@ -163,8 +164,7 @@ def extrapolate(values, numbers, resamples=1000):
 
 
 def _fit(values):
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(values, mean)
+    return float(values.mean()), float(values.std(ddof=1))
 
 
 def normal_maximum(n):

@@ -8,8 +8,8 @@
 
 Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json and config_search.yml, the NNI
 experiment. Writes OUT/checkpoints/GGG_III.json (architectures, III the rank in generation GGG), OUT/acc/GGG.jsonl (a line a
-candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated), OUT/checkpoints/best.json, and state, logs and NNI's own files
-in OUT/checkpoints/search/. Prints the ten best, and the command that retrains the winner.
+candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated), OUT/checkpoints/best.json, OUT/report.html, OUT/figures/, and
+state, logs and NNI's own files in OUT/checkpoints/search/. Prints the ten best, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
 """
 import argparse
@@ -25,6 +25,7 @@ from dataset import DataConfig
 from evolution_tuner import EVOLUTION, Evolution
 from local_engine import search_locally
 from nni_engine import search_with_nni, trial_command
+from report import write_report
 from search_record import hold_lock, prepare_search, read_results, state_path
 from search_space import SearchSpace
 from utils import (
@@ -201,7 +202,9 @@ def search(args, out):
             again = shlex.join(["python", "search.py", *words, "--resume"])
             log.warning("stopped by %s; go on with: %s", signal.Signals(error.args[0]).name, again)
             sys.exit(128 + error.args[0])
-    return report(read_results(out), config, args, out)
+    best = report(read_results(out), config, args, out)
+    log.info("report: %s", write_report(out))
+    return best
 
 
 def main(args):

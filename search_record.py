@@ -1,6 +1,7 @@
 """What a search leaves on disk, and how it goes on from there. Standard library alone."""
 import collections
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -169,12 +170,19 @@ def prepare_search(out, settings, resume):
 
 
 def read_results(out, repair=False):
-    """The results in acc/*.jsonl, generation by generation.
+    """The results of all generations, one after the other; see `read_generations`."""
+    return list(itertools.chain(*read_generations(out, repair)))
+
+
+def read_generations(out, repair=False):
+    """The results in acc/*.jsonl, a list for each generation.
 
     A last line that is not whole, of a search that died while writing it, is left out, and removed where `repair` is true.
     """
-    results = []
+    generations = []
     for path in sorted((pathlib.Path(out) / "acc").glob("*.jsonl"), key=lambda path: (len(path.name), path.name)):
+        results = []
+        generations.append(results)
         lines = path.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
@@ -187,7 +195,7 @@ def read_results(out, repair=False):
                 results[-1]["architecture"], results[-1]["acc1"], results[-1]["acc5"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: line {number} is damaged; remove it to have that candidate evaluated again") from None
-    return results
+    return generations
 
 
 def _hold_writer_lock(out):

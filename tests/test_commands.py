@@ -71,6 +71,7 @@ def test_a_candidate_is_evaluated_without_nni(out, tmp_path):
 def test_search_leaves_its_artefacts(out, searched):
     stdout, stderr = searched
     assert "http://127.0.0.1:" in stderr
+    assert f"report: {out / 'report.html'}" in stderr and (out / "report.html").is_file() and (out / "figures" / "plane.svg").is_file()
     lines = [[json.loads(line) for line in (out / "acc" / f"00{g}.jsonl").read_text().splitlines()] for g in (0, 1)]
     for generation, results in enumerate(lines):
         assert len(results) == 4

@@ -100,6 +100,11 @@ def test_evolution_needs_no_torch():
         assert not packages(imports(parse(module))) & {"torch", "torchvision"}, module
 
 
+def test_only_the_figures_import_matplotlib():
+    assert users("matplotlib") == {"figures"}
+    assert "torch" not in packages(imports(parse("report"))) | packages(imports(parse("search_results"))) | packages(imports(parse("figures")))
+
+
 def test_imports_make_no_circle():
     needs = {m: packages(imports(parse(m))) & MODULES.keys() for m in MODULES}
     while free := {m for m, others in needs.items() if not others & needs.keys()}:
@@ -152,7 +157,7 @@ def test_files_are_small(tracked):
 
 
 def test_outputs_are_not_tracked(tracked):
-    outputs = ("checkpoints/", "acc/", "id2cand/", "demo/", ".venv/", "data/fashion-mnist/", "data/imagenet/")
+    outputs = ("checkpoints/", "acc/", "id2cand/", "figures/", "report.html", "demo/", ".venv/", "data/fashion-mnist/", "data/imagenet/")
     assert not [path for path in tracked if path.startswith(outputs)]
 
 

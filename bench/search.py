@@ -1,0 +1,287 @@
+"""What a candidate costs in a search, step by step: `python bench/search.py demo --supernet FILE`, `python bench/search.py jpeg`.
+
+    demo    the bundled images at 28 px, in the trained supernet of FILE, with what each step does to predictions and ranking
+    jpeg    files of ImageNet's size at 224 px, 1,000 classes, drawn for this; a supernet without training costs the same
+    nni     a real search of the bundled images through NNI and one without it: the share of NNI and of starting processes
+
+Each candidate meets 2,560 calibration and 2,000 validation images. Interleaved, in one run, medians over rounds: the baseline
+(bench/baseline_search.py, a process a candidate), then ours with one change more in every row. Candidates are a generation in
+mid-search (the tenth of twenty) of a simulated evolution. "images once" and the rows after it exclude the start of a process
+and the loading of the supernet, which a trial does once for its whole list. Runs on a GPU as it does on CPU cores. Prints
+Markdown tables and adds to bench/results/search.json.
+"""
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+
+# isort: split
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import checkpoint  # noqa: E402
+from bench.bn import kendall  # noqa: E402
+from dataloader import Loader  # noqa: E402
+from dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order  # noqa: E402
+from evaluation import PrefixTree, evaluate, resolve_device  # noqa: E402
+from evolution_tuner import Evolution  # noqa: E402
+from fixed_batches import FixedBatches  # noqa: E402
+from network import ShuffleNetV2OneShot  # noqa: E402
+from prefix_tree import tree_flops  # noqa: E402
+from search_record import read_results  # noqa: E402
+from search_space import SearchSpace  # noqa: E402
+
+CALIBRATION, VALIDATION = 20, 2000  # batches of 128; images
+FULL = 25_600 + 50_000  # the images that a candidate meets in the official search and the paper's validation
+CHANGES = ["images once", "channels-last", "BN folded", "prefix tree", "bf16"]
+
+
+def generation(space, population):
+    """The tenth population of an evolution on random additive rewards, under the limit that 59% of all candidates meet."""
+    rng = random.Random(0)
+    table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
+    evolution = Evolution(
+        space.choices_per_block, space.flops, space.flops_value("59%"), population, max(2, population // 5),
+        population // 2, population // 2, seed=0,
+    )  # fmt: skip
+    for _ in range(9):
+        evolution.tell({c: sum(row[choice] for row, choice in zip(table, c)) for c in evolution.ask()})
+    return evolution.ask()
+
+
+def draw_jpegs(folder, n_classes=1000):
+    """A tree with three training and two validation images a class, of 500 x 375 px: a hundred different files."""
+    rng = np.random.default_rng(0)
+    sources = []
+    for i in range(100):
+        small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        noisy = np.clip(np.asarray(small) + rng.normal(0, 12, (375, 500, 1)), 0, 255).astype(np.uint8)
+        sources.append(folder / f"{i}.jpg")
+        Image.fromarray(noisy).save(sources[-1], quality=92)
+    for part, n in (("train", 3), ("val", 2)):
+        for c in range(n_classes):
+            (folder / part / f"{c:04}").mkdir(parents=True)
+            for i in range(n):
+                os.link(sources[(c * n + i) % 100], folder / part / f"{c:04}" / f"{i}.jpg")
+    return folder
+
+
+class Bench:
+    """A supernet with the batches that every variant evaluates."""
+
+    def __init__(self, data_dir, config, supernet, options, cache):
+        self.device = resolve_device(options)
+        self.space, self.supernet = supernet.space, supernet.to(self.device)
+        train, val = scan(f"{data_dir}/train"), scan(f"{data_dir}/val")
+        val = val.take(stratified_order(val.labels, 0)[:VALIDATION])
+
+        def fixed(images, augment, plan):
+            return FixedBatches(Loader(images, config, augment, device=self.device, backend=options.loader), plan, cache)
+
+        self.calibration = fixed(train, True, calibration_plan(train.labels, CALIBRATION, 128, 0))
+        self.validation = fixed(val, False, evaluation_plan(VALIDATION, 200))
+        start = time.perf_counter()
+        len(self.calibration._decoded), len(self.validation._decoded)
+        self.decoding = time.perf_counter() - start
+
+    def evaluate(self, candidates, last_change):
+        """(seconds, peak MB) a candidate, with all changes up to this one; before the prefix tree, one after the other."""
+        step = CHANGES.index(last_change)
+        layout = torch.channels_last if step >= 1 else torch.contiguous_format
+        self.supernet.to(memory_format=layout)
+        batches = [self.calibration, self.validation]
+        if step == 0:
+            batches = [((x.contiguous(), y) for x, y in b) for b in batches]
+        amp = "bf16" if step >= 4 else "off"
+        reset_peak(self.device)
+        start = time.perf_counter()
+        evaluate(self.supernet, candidates, *batches, bn="average", fold=step >= 2, amp=amp)
+        return (time.perf_counter() - start) / len(candidates), peak_mb(self.device)
+
+    def predictions(self, candidates, layout=torch.channels_last, fold=True, amp="off", threads=None):
+        """{candidate: predicted classes (N,)} and {candidate: top-1 percent}."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        self.supernet.to(memory_format=layout)
+        contiguous = layout == torch.contiguous_format
+        batches = [[(x.contiguous() if contiguous else x, y) for x, y in b] for b in (self.calibration, self.validation)]
+        tree, found = PrefixTree(self.supernet, candidates, fold, amp), {c: [] for c in candidates}
+        with torch.inference_mode(), tree.borrowed_norms():
+            tree.calibrate(batches[0], "average")
+            for images, _ in batches[1]:
+                for candidate, logits in tree.logits(images):
+                    found[candidate].append(logits.argmax(1).cpu())
+        torch.set_num_threads(before)
+        labels = torch.cat([y for _, y in batches[1]]).cpu()
+        found = {c: torch.cat(parts) for c, parts in found.items()}
+        return found, {c: (p == labels).double().mean().item() * 100 for c, p in found.items()}
+
+
+def reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device):
+    """The most memory since reset_peak: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    with contextlib.suppress(OSError):
+        (line,) = [x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+def baseline(candidate, data_dir, config, supernet_path, options):
+    """The baseline's own seconds, with the whole of its process as "total", and its peak memory in MB."""
+    words = [
+        sys.executable, ROOT / "bench" / "baseline_search.py", "--supernet", supernet_path, "--data", data_dir,
+        "--architecture", ",".join(map(str, candidate)), "--input-size", config.input_size, "--crop-scale", config.crop_scale[0],
+        "--calibration", CALIBRATION, "--validation", VALIDATION,
+    ]  # fmt: skip
+    words += ["--threads", options.threads] if options.threads else []
+    start = time.perf_counter()
+    process = subprocess.run(["/usr/bin/env", *map(str, words)], check=True, capture_output=True, text=True)
+    seconds = json.loads(process.stdout)
+    return seconds | {"total": time.perf_counter() - start}
+
+
+def trial_start(supernet_path, data_dir):
+    """Seconds until a process has imported torch and ours, and holds the supernet."""
+    code = f"import utils, torch, checkpoint, evaluation; checkpoint.load_supernet({str(supernet_path)!r}, None)"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    return time.perf_counter() - start
+
+
+def run_case(options):
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if options.case == "demo":
+            model, stored = checkpoint.load_supernet(options.supernet, None)
+            data_dir, config, path, population = ROOT / "data" / "fashion-mnist", stored.data, options.supernet, 50
+        else:
+            torch.manual_seed(0)
+            model, config = ShuffleNetV2OneShot(space=SearchSpace()), DataConfig()
+            data_dir, path, population = draw_jpegs(folder / "images"), folder / "supernet.pth", 10
+            torch.save(model.state_dict(), path)
+        population = options.population or population
+        bench = Bench(data_dir, config, model, options, folder / "cache")
+        candidates = generation(model.space, population)
+        rows, starts = {}, []
+        for r in range(options.rounds):
+            rows.setdefault("baseline", []).append(baseline(candidates[r], data_dir, config, path, options))
+            starts.append(trial_start(path, data_dir))
+            for change in CHANGES:
+                several = candidates if CHANGES.index(change) >= 3 else candidates[r : r + 1]
+                rows.setdefault(change, []).append(bench.evaluate(several, change))
+                print(f"round {r + 1}, {change}: {rows[change][-1][0]:.2f} s a candidate", file=sys.stderr)
+        result = summarize(rows, starts, population, bench)
+        result["tree"] = {n: tree_flops(model.space, c) / sum(map(model.space.flops, c))
+                          for n in (10, 50, 200) for c in [generation(model.space, n)]}  # fmt: skip
+        if options.case == "demo":
+            result["populations"] = {n: bench.evaluate(generation(model.space, n), "prefix tree")[0] for n in options.populations}
+            result["exactness"] = exactness(bench, candidates)
+        return result
+
+
+def summarize(rows, starts, population, bench):
+    base = {k: statistics.median(r[k] for r in rows["baseline"]) for k in ("start", "decode", "compute", "total")}
+    start = statistics.median(starts)
+    result = {"baseline": base, "trial_start": start, "decoding_once": bench.decoding, "population": population, "rows": {}}
+    without = base["decode"] + base["compute"]
+    print(f"\n{population} candidates; start of a trial {start:.1f} s; decoding once {bench.decoding:.1f} s\n")
+    print("| | s a candidate | times the baseline | with process start | peak memory, MB | 25,600 + 50,000 images, s |")
+    print("|---|---|---|---|---|---|")
+    full = FULL / (CALIBRATION * 128 + VALIDATION)
+    print(f"| baseline: start {base['start']:.1f} s, decoding {base['decode']:.1f} s, computing {base['compute']:.1f} s "
+          f"| {without:.2f} | 1 | 1 | | {base['start'] + full * without:.0f} |")  # fmt: skip
+    for change in CHANGES:
+        seconds, peak = (statistics.median(column) for column in zip(*rows[change]))
+        a_list = population if CHANGES.index(change) >= 3 else 1
+        with_start = (base["start"] + without) / (seconds + start / a_list)
+        result["rows"][change] = {"seconds": seconds, "ratio": without / seconds, "ratio_with_start": with_start, "peak_mb": peak,
+                                  "all": [r[0] for r in rows[change]]}  # fmt: skip
+        print(f"| + {change} | {seconds:.2f} | {without / seconds:.1f} | {with_start:.1f} | {peak:.0f} | {full * seconds + start / a_list:.0f} |")
+    return result
+
+
+def exactness(bench, candidates):
+    """Percent of the top-1 decisions that differ from the default's, and what bf16 does to accuracies and their ranking."""
+    few = candidates[:5]
+    reference, _ = bench.predictions(few)
+    variants = {
+        "NCHW": {"layout": torch.contiguous_format}, "unfolded": {"fold": False}, "one thread": {"threads": 1},
+        "two threads": {"threads": 2}, "bf16": {"amp": "bf16"},
+    }  # fmt: skip
+    result = {}
+    print("\n| against channels-last, folded, float32 | top-1 decisions that differ, % |\n|---|---|")
+    for name, how in variants.items():
+        found, _ = bench.predictions(few, **how)
+        result[name] = statistics.fmean((found[c] != reference[c]).double().mean().item() * 100 for c in few)
+        print(f"| {name} | {result[name]:.3f} |")
+    (_, a), (_, b) = bench.predictions(candidates), bench.predictions(candidates, amp="bf16")
+    a, b = ([x[c] for c in candidates] for x in (a, b))
+    result["bf16_ranking"] = {"tau": kendall(a, b), "mean_abs_points": statistics.fmean(abs(x - y) for x, y in zip(a, b)), "candidates": len(a)}
+    print(f"\nbf16 over {len(a)} candidates: accuracies {result['bf16_ranking']['mean_abs_points']:.2f} points apart in the mean, "
+          f"Kendall's tau with float32 {result['bf16_ranking']['tau']:.2f}")  # fmt: skip
+    return result
+
+
+def run_nni(options):
+    """Seconds of real searches, and the share of them in which nothing is evaluated."""
+    result = {}
+    print("| engine | wall time, s | evaluating, s | share of all else |\n|---|---|---|---|")
+    for engine in ("local", "nni"):
+        with tempfile.TemporaryDirectory() as out:
+            subprocess.run([sys.executable, ROOT / "tester.py", "--mode", "gen", "--out", out], check=True, capture_output=True)
+            words = ["--demo", "--engine", engine, "--checkpoint", options.supernet, "--out", out, "--bn-batches", CALIBRATION]
+            words += ["--population", 50, "--select", 10, "--mutation", 25, "--crossover", 25, "--generations", options.generations]
+            start = time.perf_counter()
+            subprocess.run([sys.executable, ROOT / "search.py", *map(str, words)], check=True, capture_output=True)
+            wall = time.perf_counter() - start
+            evaluating = sum(r["seconds"] for r in read_results(out)) / 2  # two trials at a time
+            result[engine] = {"wall": wall, "evaluating": evaluating, "share": 1 - evaluating / wall, "generations": options.generations}
+            print(f"| {engine} | {wall:.0f} | {evaluating:.0f} | {1 - evaluating / wall:.1%} |", flush=True)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=("demo", "jpeg", "nni"))
+    parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, nni)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--population", type=int, help="default: 50 (demo), 10 (jpeg)")
+    parser.add_argument("--populations", type=int, nargs="*", default=(10, 50, 200), help="whose seconds a candidate are compared (demo)")
+    parser.add_argument("--generations", type=int, default=3, help="of the real searches (nni)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--loader", choices=("dali", "torchvision"), default="torchvision")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "search.json")
+    options = parser.parse_args()
+    if options.case != "jpeg" and not options.supernet:
+        parser.error("--supernet: name a checkpoint of supernet.py --demo")
+    result = run_nni(options) if options.case == "nni" else run_case(options)
+    result |= {"commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(), "device": options.device}
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    utils.write_json(options.results, results | {options.case: result}, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The report of a search, on synthetic ones: its numbers, its figures, the page; and the page as a real browser shows it."""
+import html
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from conftest import run
+from PIL import Image
+
+from evolution_tuner import Evolution
+from report import duration, read_log, write_report
+from search_record import SearchRecord, prepare_search, state_path
+from search_results import RandomSearch, Run, expected_best, extrapolate, normal_maximum
+from search_space import SearchSpace
+from utils import UserError
+
+SPACE = SearchSpace.for_images(28, 10)
+SMALL = {"population": 12, "select": 4, "mutation": 5, "crossover": 5, "mutation_prob": 0.1, "generations": 4, "seed": 5}
+LOG = """23:59:50 command: search.py --data-dir '<b>&'
+23:59:51 versions: python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5
+00:00:20 generation 1 of 4
+08:00:00 command: search.py --resume
+08:00:01 versions: python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5
+08:00:30 stopping NNI
+"""
+
+
+def accuracy(candidate):
+    return 40 + 20 * random.Random(str(candidate)).random() + sum(candidate) / 10
+
+
+def make(out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0] == 1 and c[1] < 2, **changes):
+    """A search in `out` as search.py leaves it, or one that ended after so many results; returns `out`."""
+    evolution = SMALL | changes
+    limit = space.flops_value(limit)
+    settings = {**evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": "0" * 64, "bn": "ema"}
+    prepare_search(out, settings, resume=False)
+    record = SearchRecord(out, space, Evolution(space.choices_per_block, space.flops, limit, **evolution))
+    state_path(out).with_name("run.log").write_text(LOG)
+    n = 0
+    while waiting := record.pending():
+        for candidate in waiting:
+            if n == stop_after:
+                return out
+            if fails(candidate):
+                record.fail(candidate, "out of memory", "t1")
+            else:
+                acc1 = accuracy(candidate)
+                record.add({"architecture": list(candidate), "acc1": acc1, "acc5": 99.0, "n_images": 500, "seconds": 1.5}, "t1")
+            n += 1
+    return out
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A finished search with its report."""
+    out = make(tmp_path_factory.mktemp("searched"))
+    write_report(out)
+    return out
+
+
+def on_disk(out):
+    """The results in acc/ by architecture, each with its generation; read without the project's code."""
+    return {
+        tuple(r["architecture"]): r | {"generation": int(path.stem) + 1}
+        for path in (out / "acc").glob("*.jsonl") for r in map(json.loads, path.read_text().splitlines())
+    }  # fmt: skip
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_acc(searched):
+    results, found = on_disk(searched), Run(searched)
+    succeeded = {a: r for a, r in results.items() if r["acc1"] is not None}
+    assert len(found.results) == len(results) == 48 and found.n_failed == 48 - len(succeeded) > 0
+    assert [tuple(r["architecture"]) for r in found.succeeded] == sorted(succeeded, key=lambda a: -succeeded[a]["acc1"])
+    assert [g.number for g in found.generations] == [1, 2, 3, 4] and all(g.closed for g in found.generations)
+    best = n = 0
+    for generation, so_far in zip(found.generations, found.best_so_far(), strict=True):
+        values = [r["acc1"] for r in succeeded.values() if r["generation"] == generation.number]
+        best, n = max(best, *values), n + len(values)
+        assert generation.best["acc1"] == max(values) and so_far == (n, best)
+        assert generation.mean == pytest.approx(np.mean(values)) and generation.sd == pytest.approx(np.std(values, ddof=1))
+    shares = [found.shares(found.results, i) for i in range(4)]
+    assert shares[2][6] == sum(a[6] == 2 for a in results) / 48
+    assert np.sum(shares, 0) == pytest.approx(1)
+
+
+def test_the_front_is_what_no_other_candidate_beats(searched):
+    found = Run(searched)
+    beaten = {
+        id(r) for r, other in itertools.permutations(found.succeeded, 2)
+        if other["flops"] <= r["flops"] and other["acc1"] >= r["acc1"] and (other["flops"], other["acc1"]) != (r["flops"], r["acc1"])
+    }  # fmt: skip
+    assert {id(r) for r in found.front()} == {id(r) for r in found.succeeded} - beaten
+    assert 1 < len(found.front()) < len(found.succeeded)
+
+
+def test_expected_best_is_the_mean_maximum_of_all_samples():
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]
+    for n, expected in enumerate(expected_best(values), 1):
+        assert expected == pytest.approx(statistics.fmean(map(max, itertools.combinations(values, n))))
+
+
+def test_expected_maximum_of_normal_draws():
+    """Tabulated values of order statistics (Harter 1961)."""
+    for n, expected in {1: 0, 2: 0.56419, 10: 1.53875, 100: 2.50759, 1000: 3.24144}.items():
+        assert normal_maximum(n) == pytest.approx(expected, abs=1e-4)
+
+
+def test_extrapolation_of_a_normal_sample():
+    rng = random.Random(3)
+    sample = [rng.gauss(50, 2) for _ in range(400)]
+    (_, value, low, high), (_, more, *_) = extrapolate(sample, [1000, 100_000])
+    assert low < 50 + 2 * 3.24144 < high and low < value < high < low + 2 and value < more
+    assert extrapolate(sample, [1000]) == extrapolate(sample, [1000])
+
+
+def test_random_search_is_measured_on_the_first_generation_and_marked_beyond(searched):
+    found = Run(searched)
+    sample = [r["acc1"] for r in on_disk(searched).values() if r["generation"] == 1 and r["acc1"] is not None]
+    comparison = RandomSearch(found)
+    assert comparison.measured == expected_best(sample) and comparison.size == len(sample)
+    assert comparison.extrapolated[0][0] == len(sample) and comparison.extrapolated[-1][0] == len(found.succeeded)
+    assert comparison.at_budget == comparison.extrapolated[-1]
+    assert "extrapolation" in (searched / "report.html").read_text()
+
+
+def test_against_a_random_search(searched, tmp_path):
+    other = make(tmp_path / "random", mutation=0, crossover=0, seed=8, population=20)
+    comparison = RandomSearch(Run(searched), Run(other))
+    sample = [r["acc1"] for r in on_disk(other).values() if r["acc1"] is not None]
+    budget = len(Run(searched).succeeded)
+    assert len(sample) > budget and comparison.measured == expected_best(sample)[:budget] and not comparison.extrapolated
+    assert comparison.at_budget == (budget, expected_best(sample)[budget - 1], None, None)
+    path = write_report(shutil.copytree(searched, tmp_path / "searched"), other)
+    assert "random candidates, measured" in path.read_text() and "extrapolat" not in path.read_text()
+
+
+def test_a_search_that_is_no_fair_comparison_is_refused(searched, tmp_path):
+    with pytest.raises(UserError, match="no random search"):
+        write_report(searched, searched)
+    other = make(tmp_path / "other", mutation=0, crossover=0, limit="40%")
+    with pytest.raises(UserError, match=r"differs from .* in flops_limit"):
+        write_report(searched, other)
+
+
+def test_no_random_curve_where_the_first_generation_is_not_uniform(tmp_path):
+    out = make(tmp_path, limit="0.1%", generations=1)
+    comparison = RandomSearch(Run(out))
+    assert not comparison.measured and not comparison.extrapolated and comparison.at_budget is None
+    assert "not a uniform sample" in write_report(out).read_text()
+
+
+def test_the_log_gives_commands_versions_and_seconds(tmp_path):
+    path = tmp_path / "run.log"
+    assert read_log(path) == ([], [], 0)
+    path.write_text(LOG)
+    commands, versions, seconds = read_log(path)
+    assert commands == ["python search.py --data-dir '<b>&'", "python search.py --resume"]
+    assert len(versions) == 2 and versions[0].endswith("commit abc1234; device auto; seed 5")
+    assert seconds == 30 + 30  # over midnight, and without the hours between the two starts
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (3599, "1 h 0 min"), (9000, "2 h 30 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+# --- figures and page ----------------------------------------------------------------------------------------
+
+
+def titles(out, figure):
+    """{name of a group: titles of what is drawn in it} of a figure's SVG."""
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ET.parse(out / "figures" / f"{figure}.svg").getroot()
+    found = {}
+    for group in root.iter(f"{svg}g"):
+        marks = [mark for mark in group.iter() if mark.get("class") == "datum"]
+        if marks and not group.get("id", "figure_").startswith((f"{figure}-figure_", f"{figure}-axes_", "figure_")):
+            found[group.get("id").removeprefix(f"{figure}-")] = [mark.find(f"{svg}title").text for mark in marks]
+    return found
+
+
+def check_figures(out, space=SPACE):
+    """Compares the elements in the SVG files with acc/."""
+    results = on_disk(out)
+    succeeded = {a for a, r in results.items() if r["acc1"] is not None}
+    generations = {r["generation"] for r in results.values()}
+    with_accuracy = {results[a]["generation"] for a in succeeded}
+
+    def architectures(texts):
+        return [tuple(map(int, text.split(", ")[-1].split())) for text in texts]
+
+    plane, progress = titles(out, "plane"), titles(out, "generations")
+    for drawn in (plane["candidates"], progress["candidates"]):
+        assert len(drawn) == len(succeeded) and set(architectures(drawn)) == succeeded
+    assert set(architectures(plane.get("failed", []))) == results.keys() - succeeded
+    for text, architecture in zip(plane["candidates"], architectures(plane["candidates"])):
+        result = results[architecture]
+        assert text.startswith(f"generation {result['generation']}: top-1 {result['acc1']:.2f} %, ")
+    assert len(plane["limit"]) == 1
+    assert len(progress["mean"]) == len(progress["best"]) == len(progress["so-far"]) == len(with_accuracy)
+    operations = titles(out, "operations")
+    for name in space.operations:
+        assert len(operations[name]) == len(generations) * space.n_blocks
+    assert len(operations["all"]) == len(operations["last"]) == len(space.operations) * space.n_blocks
+    best = titles(out, "best")
+    assert best.keys() == {f"path-{r}-block-{b}" for r in range(1, min(10, len(succeeded)) + 1) for b in range(1, space.n_blocks + 1)}
+    for name in ("plane", "generations", "operations", "best"):
+        with Image.open(out / "figures" / f"{name}.png") as image:
+            assert image.width == 1800
+
+
+def test_figures_show_what_is_in_acc(searched):
+    check_figures(searched)
+
+
+def test_heat_map_names_the_shares(searched):
+    results = on_disk(searched)
+    second = [a for a, r in results.items() if r["generation"] == 2]
+    share = sum(a[3] == 0 for a in second) / len(second)
+    assert titles(searched, "operations")["shufflenet_3x3"][20 + 3] == f"block 4, ShuffleNet 3x3, generation 2: {share:.0%}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stop_after": 1, "fails": lambda c: False},
+        {"generations": 1},
+        {"generations": 2, "fails": lambda c: sum(c) % 4 != 0},
+        {"space": SearchSpace(stage_blocks=(1, 2, 5, 2), operations=("xception_3x3", "shufflenet_7x7", "shufflenet_3x3"))},
+        {"space": SearchSpace.for_images(64, 3), "generations": 12},
+        {"space": SearchSpace(stage_blocks=(8, 8, 20, 8))},
+    ],
+    ids=["one candidate", "one generation", "most failed", "three operations", "many generations", "44 blocks"],
+)  # fmt: skip
+def test_searches_of_all_kinds(tmp_path, changes):
+    out = make(tmp_path, **changes)
+    page = write_report(out).read_text()
+    check_figures(out, changes.get("space", SPACE))
+    assert ("Not finished" in page) == ("stop_after" in changes)
+
+
+def test_a_first_generation_that_failed_is_shown_all_the_same(tmp_path):
+    first = set(Evolution(SPACE.choices_per_block, SPACE.flops, SPACE.flops_value("59%"), **SMALL).ask())
+    out = make(tmp_path, fails=first.__contains__)
+    assert "no random candidate has an accuracy" in write_report(out).read_text()
+    check_figures(out)
+
+
+def test_the_report_of_an_interrupted_search_leaves_the_search_as_it_is(tmp_path):
+    out = make(tmp_path, stop_after=31)
+    with open(out / "acc" / "002.jsonl", "a") as file:
+        file.write('{"architecture": [0, 1')  # died while writing
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    page = write_report(out).read_text()
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file() and path not in before} == {"report.html", "figures"}
+    assert "31 of 48 candidates, in generation 3 of 4" in page and "3 (not finished)" in page
+    (out / "acc" / "002.jsonl").write_bytes(before[out / "acc" / "002.jsonl"].rpartition(b"\n")[0] + b"\n")
+    check_figures(out)
+
+
+def test_the_page_says_what_ran_and_needs_no_network(searched):
+    page = (searched / "report.html").read_text()
+    best = max((r for r in on_disk(searched).values() if r["acc1"] is not None), key=lambda r: r["acc1"])
+    assert "python search.py --data-dir &#x27;&lt;b&gt;&amp;&#x27;" in page
+    for text in ("commit abc1234", "<dt>seed</dt><dd>5</dd>", "60 s by the log", "out of memory"):
+        assert text in page
+    for text in (f"{best['acc1']:.2f} %", f"{best['flops']:,}", f"{SPACE.params(best['architecture']):,}", str(best["architecture"])):
+        assert text in page
+    assert "<b>&" not in page and "<script" not in page
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in re.findall(r'(?:src|href)="([^"]*)', page))
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(r"url\((?!#)|@import", page)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_errors_are_one_line(tmp_path):
+    for make_it, message in (
+        (lambda out: None, "no search here"),
+        (lambda out: make(out, stop_after=0), "no results yet (no candidate evaluated)"),
+        (lambda out: make(out, stop_after=5, fails=lambda c: True), "no results yet (5 candidates, all failed)"),
+    ):
+        out = tmp_path / str(len(message))
+        make_it(out)
+        _, stderr = run("report.py", out, code=2)
+        assert message in stderr and stderr.count("\n") == 1 and not (out / "report.html").exists()
+
+
+def test_the_command_prints_where_the_page_is(searched):
+    assert run("report.py", searched) == (f"{searched / 'report.html'}\n", "")
+
+
+# --- in a browser --------------------------------------------------------------------------------------------
+
+MEASURE = """<script>
+const measured = {};
+for (const mark of document.querySelectorAll(".datum")) {
+    const box = mark.getBoundingClientRect();
+    (measured[mark.closest("[id]:not(.datum)").id] ??= []).push({
+        x: box.x + box.width / 2, y: box.y + box.height / 2, area: box.width * box.height,
+        fill: getComputedStyle(mark).fill, title: mark.querySelector("title").textContent,
+    });
+}
+document.body.append(Object.assign(document.createElement("pre"), {id: "measured", textContent: JSON.stringify(measured)}));
+</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Opens a page in headless Chromium without a network; returns (the page's DOM as text, the lines of its console)."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+
+    def browse(path, *words):
+        command = [
+            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,3200", "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", *words, path.as_uri(),
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        assert result.returncode == 0, result.stderr
+        return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+    return browse
+
+
+@pytest.mark.slow
+def test_a_browser_shows_what_is_in_acc(searched, tmp_path, browse):
+    results = on_disk(searched)
+    succeeded = {a for a, r in results.items() if r["acc1"] is not None}
+    page = (searched / "report.html").read_text()
+    (tmp_path / "measured.html").write_text(re.sub("<meta http-equiv[^>]*>", "", page).replace("</body>", f"{MEASURE}</body>"))
+    dom, console = browse(tmp_path / "measured.html", "--dump-dom")
+    assert not console
+    drawn = json.loads(html.unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.S)[1]))
+    assert all(mark["area"] > 0 for name, marks in drawn.items() for mark in marks if name != "plane-limit")  # a line
+
+    points = drawn["plane-candidates"]
+    found = [results[tuple(map(int, point["title"].split(", ")[-1].split()))] for point in points]
+    assert {tuple(r["architecture"]) for r in found} == succeeded and len(points) == len(succeeded)
+    for axis, key, sign in (("x", "flops", 1), ("y", "acc1", -1)):  # in px, along a linear axis
+        values, places = [r[key] for r in found], [point[axis] for point in points]
+        line = np.polyfit(values, places, 1)
+        assert sign * line[0] > 0 and np.polyval(line, values) == pytest.approx(places, abs=0.3)
+    assert len(drawn["plane-failed"]) == len(results) - len(succeeded)
+    assert len(drawn["generations-candidates"]) == len(succeeded)
+
+    means = drawn["generations-mean"]
+    assert [int(re.match(r"generation (\d+)", m["title"])[1]) for m in means] == sorted({r["generation"] for r in results.values()})
+    steps = np.diff([m["x"] for m in means])
+    assert steps == pytest.approx(steps[0], abs=0.1) and steps[0] > 20
+    for name in SPACE.operations:
+        cells = drawn[f"operations-{name}"]
+        assert len({round(c["y"]) for c in cells}) == len(means) and len({round(c["x"]) for c in cells}) == SPACE.n_blocks
+        light = [sum(map(int, re.findall(r"\d+", c["fill"])[:3])) for c in sorted(cells, key=lambda c: int(c["title"].split()[-1][:-1]))]
+        assert light == sorted(light, reverse=True) and light[0] - light[-1] > 300  # the darker the more
+
+    ranked = sorted(succeeded, key=lambda a: -results[a]["acc1"])[:10]
+    fills = {}
+    for rank, architecture in enumerate(ranked, 1):
+        boxes = [drawn[f"best-path-{rank}-block-{b}"][0] for b in range(1, SPACE.n_blocks + 1)]
+        assert [b["x"] for b in boxes] == sorted(b["x"] for b in boxes)
+        for choice, box in zip(architecture, boxes, strict=True):
+            fills.setdefault(choice, set()).add(box["fill"])
+    assert sum(name.startswith("best-path-") for name in drawn) == 10 * SPACE.n_blocks
+    assert [len(f) for f in fills.values()] == [1] * 4 and len(set.union(*fills.values())) == 4
+
+
+@pytest.mark.slow
+def test_a_browser_has_nothing_to_complain_about(searched, tmp_path, browse):
+    (tmp_path / "bad.html").write_text('<meta http-equiv="Content-Security-Policy" content="img-src data:"><img src="http://a.example/b.png">')
+    assert browse(tmp_path / "bad.html", "--dump-dom")[1], "errors must show in the console for their absence to say something"
+    _, console = browse(searched / "report.html", f"--screenshot={tmp_path / 'page.png'}")
+    assert not console
+    with Image.open(tmp_path / "page.png") as image:
+        assert image.size == (1100, 3200)
+        for top in range(0, 2400, 400):
+            assert len(image.crop((0, top, 1100, top + 400)).convert("RGB").getcolors(1 << 24)) > 30

@@ -6,7 +6,6 @@ import json
 import pytest
 import reference_spos
 import torch
-from conftest import real_images
 from torch import nn
 
 import scratch
@@ -103,16 +102,13 @@ def test_twenty_steps_are_the_official_recipe_bit_for_bit(tmp_path):
     assert all(torch.equal(buffers[name], momentum[name]) for name in momentum)
 
 
-class ThreeBatches:
-    """A loader of bundled images that ends after three batches, whatever the number of iterations."""
+class ThreeBatches(Images):
+    """Ends after three batches, whatever the number of iterations."""
 
     images = range(96)
 
     def batches(self, plan):
-        pictures, labels = real_images(len(self.images), 32)
-        for batch in itertools.islice(plan, 3):
-            indices = torch.from_numpy(batch[:, 1])
-            yield pictures[indices].double(), labels[indices]
+        return ((images.double(), labels) for images, labels in itertools.islice(super().batches(plan), 3))
 
 
 @pytest.mark.parametrize("kind", ["supernet", "scratch"])
@@ -121,24 +117,22 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
 
     The learning rate falls as over the official number of iterations; later steps prove nothing, since training is chaotic.
     """
-    space, iterations = SearchSpace(input_size=32, n_classes=10, stem_stride=1), 150_000
-    paths, fixed = PathSampler(space, 0, default_flops_range(space)), (0, 1, 2, 3) * 5
+    iterations, sampler, fixed = 150_000, PathSampler(SPACE, 0, default_flops_range(SPACE)), (0, 1, 2, 3) * 5
     torch.manual_seed(0)
     if kind == "supernet":
-        model = ShuffleNetV2OneShot(space=space).double()
-        reference = reference_spos.Network(None, 10, False, stem_stride=1, last_size=2).double()
-        steps = [(paths.path(step),) for step in (1, 2, 3)]
+        model = ShuffleNetV2OneShot(space=SPACE).double()
+        reference = reference_spos.Network(None, 3, False, stem_stride=1, last_size=2).double()
+        steps = [(sampler.path(step),) for step in (1, 2, 3)]
         assert len(set(steps)) == 3
     else:
-        model = ShuffleNetV2(fixed, space=space).double()
-        reference = reference_spos.Network(fixed, 10, True, stem_stride=1, last_size=2).double()
+        model = ShuffleNetV2(fixed, space=SPACE).double()
+        reference = reference_spos.Network(fixed, 3, True, stem_stride=1, last_size=2).double()
         steps = [()] * 3
     reference.load_state_dict(model.state_dict(), strict=True)
     start = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
 
     momentum = {}
-    plan = training_plan(96, 32, 0)
-    for k, (path, (images, labels)) in enumerate(zip(steps, ThreeBatches().batches(plan)), 1):
+    for k, (path, (images, labels)) in enumerate(zip(steps, ThreeBatches().batches(training_plan(96, 32, 0))), 1):
         torch.manual_seed(k)  # dropout
         log_p = reference(images, *path).log_softmax(1)
         loss = -(0.9 * log_p[range(32), labels] + 0.1 * log_p.mean(1)).mean()
@@ -152,7 +146,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
                     p -= 0.5 * (1 - k / iterations) * momentum[name]
 
     run = Run(settings(iterations=iterations, batch_size=32, save_every=3), tmp_path, torch.device("cpu"), kind, {})
-    train(run, model, ThreeBatches(), lambda x, step: model(x, paths.path(step)) if kind == "supernet" else model(x), None)
+    train(run, model, ThreeBatches(), lambda x, step: model(x, sampler.path(step)) if kind == "supernet" else model(x), None)
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
     ours, theirs, moved = model.state_dict(), reference.state_dict(), 0
     for name, expected in theirs.items():

@@ -192,7 +192,8 @@ def _contained(method):
 class EvolutionWithFlops(Tuner):
     """NNI's tuner: sends the candidates of a SearchRecord to trials, a chunk each, and keeps what the trials say.
 
-    `out` is absolute, `space` a SearchSpace as a dict, `evolution` the settings of Evolution. A generation is split into as
+    `out` is absolute, `space` a SearchSpace as a dict, `costs` what SearchSpace.with_costs takes, `evolution` the settings of
+    Evolution. A generation is split into as
     many chunks as trials run at a time, or into chunks of `candidates_per_trial`, so that those in a chunk share first blocks.
     What NNI 3.0 does, and how it is borne:
     - it hands parameters to other trials than it says: only the architectures that a trial reports are believed;
@@ -207,8 +208,10 @@ class EvolutionWithFlops(Tuner):
 
     current = None  # the tuner of this process, for KeepResults: NNI makes both, and acquaints neither with the other
 
-    def __init__(self, out, space, flops_limit, concurrency=1, candidates_per_trial=None, **evolution):
+    def __init__(self, out, space, flops_limit, concurrency=1, candidates_per_trial=None, costs=None, **evolution):
         space = SearchSpace.from_dict(space)
+        if costs:
+            space = space.with_costs(*costs)
         self.record = SearchRecord(out, space, Evolution(space.choices_per_block, space.flops, flops_limit, **evolution))
         self.concurrency, self.candidates_per_trial = concurrency, candidates_per_trial
         self.lock = threading.RLock()

@@ -5,17 +5,18 @@
      "shufflenet_3x3_stride_1": {(64, 64, 32, 56, 56, 1): n},   # full width in and out, middle, input size, stride
      ...}
 
-The count in search_space.py is analytic and needs no table; a table is for comparing, and for costs of one's own.
+The count in search_space.py is analytic and needs no table; a table is for comparing, and for costs of one's own
+(`search.py --flops-table FILE`).
 Needs the standard library alone.
 """
-import dataclasses
 import io
 import pickle
 import pickletools
 import reprlib
 
-from utils import UserError
+from utils import HERE, UserError
 
+OFFICIAL = HERE / "data" / "op_flops_dict.pkl"  # not part of this project; where a copy of the official file is looked for
 MAX_BYTES = 1_000_000  # the official table has a few kB
 _INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
 _OTHERS = {
@@ -100,7 +101,8 @@ def with_flops_table(space, table, path="FLOPs table"):
         try:
             flops = table[group][key]
         except KeyError:
-            raise UserError(f"{path}: no entry {group} {key}, which input size {space.input_size} and {space.n_classes} classes need") from None
+            need = f"which input size {space.input_size} and {space.n_classes} classes need"
+            raise UserError(f"{path}: no entry {group} {key}, {need}; use another table, or none") from None
         if flops != analytic:
             differences[group, key] = flops, analytic
         return flops
@@ -114,7 +116,26 @@ def with_flops_table(space, table, path="FLOPs table"):
     last_key = (last.in_channels, space.n_classes, last.out_size, last.out_size, 1)
     classifier = space.last_channels * space.n_classes
     fixed = look_up("conv1", stem_key, stem.flops) + look_up("rest_operation", last_key, last.flops + classifier)
+    return space.with_costs(rows, fixed), differences
 
-    space = dataclasses.replace(space)
-    vars(space).update(operation_flops=tuple(rows), fixed_flops=fixed)  # where the cached properties keep the analytic values
-    return space, differences
+
+def official_comparison(space):
+    """A line that says how the official table compares with the analytic count; None where it isn't there.
+
+    `space` is the paper's, which that table is of. It is only looked at, so one that can't be read is no error.
+    """
+    if not OFFICIAL.exists():
+        return None
+    try:
+        return comparison(with_flops_table(space, read_flops_table(OFFICIAL), OFFICIAL)[1], OFFICIAL)
+    except UserError as error:
+        return f"warning: {error}"
+
+
+def comparison(differences, path):
+    """The line that says how a table compares with the analytic count; the differences are with_flops_table's."""
+    if not differences:
+        return f"{path}: all entries agree with the analytic count"
+    named = [f"{group} {key} is {flops}, not {analytic}" for (group, key), (flops, analytic) in differences.items()]
+    more = f", and {len(named) - 3} more" if len(named) > 3 else ""
+    return f"warning: {path} differs from the analytic count: {', '.join(named[:3])}{more}"

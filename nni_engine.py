@@ -52,6 +52,8 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
     """
     evolution = {name: settings[name] for name in EVOLUTION}
     own = {"out": str(out), "space": space.to_dict(), "flops_limit": settings["flops_limit"], "concurrency": concurrency}
+    if settings.get("costs"):
+        own["costs"] = settings["costs"]
     if candidates_per_trial:
         own["candidates_per_trial"] = candidates_per_trial
     experiment = {

@@ -23,6 +23,7 @@ import sys
 import checkpoint
 from dataset import DataConfig
 from evolution_tuner import EVOLUTION, Evolution
+from flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from local_engine import search_locally
 from nni_engine import search_with_nni, trial_command
 from report import write_report
@@ -73,6 +74,7 @@ def parse_args(argv=None):
     group.add_argument("--mutation-prob", type=real(0, 1), help="of each block to be drawn anew (0.1)")
     group.add_argument("--generations", type=count(1, 1_000_000), help="populations to evaluate (20)")
     group.add_argument("--flops-limit", metavar="FLOPS", help="330000000, 330M, or a share of all candidates (330M, elsewhere than at 224 px 59%%)")
+    group.add_argument("--flops-table", metavar="FILE", help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)")
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with the search in OUT")
     group.add_argument("--engine", choices=("nni", "local"), default="nni", help="who runs the evaluations (default: nni)")
     group.add_argument("--concurrency", type=count(1, 1000), help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)")
@@ -171,20 +173,27 @@ def report(results, config, args, out):
 def search(args, out):
     """The search of the arguments, from its checks to its report; returns the best candidate's result."""
     experiment = read_experiment(HERE / "config_search.yml")
+    table = args.flops_table and read_flops_table(args.flops_table)
     _, stored, config, data = checkpoint.open_supernet(args)
-    check_space_file(out / experiment["searchSpaceFile"], stored.space)
+    space, compared = stored.space, official_comparison(SearchSpace())
+    if table:
+        space, differences = with_flops_table(space, table, args.flops_table)
+        compared = comparison(differences, args.flops_table)
+    check_space_file(out / experiment["searchSpaceFile"], space)
     with open(stored.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     evolution = {name: getattr(args, name) for name in EVOLUTION}
-    limit = flops_limit(args.flops_limit, stored.space)
-    Evolution(stored.space.choices_per_block, stored.space.flops, limit, **evolution)  # says what is wrong with the numbers
+    limit = flops_limit(args.flops_limit, space)
+    Evolution(space.choices_per_block, space.flops, limit, **evolution)  # says what is wrong with the numbers
     settings = {
-        **evolution, "flops_limit": limit, "space": stored.space.to_dict(), "checkpoint": weights, "data": config.to_dict(),
+        **evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": weights, "data": config.to_dict(),
         "split": data.split, "bn": args.bn, "bn_batches": args.bn_batches, "bn_batch_size": args.bn_batch_size,
-        "eval_amp": args.eval_amp,
+        "eval_amp": args.eval_amp, "costs": table and [space.operation_flops, space.fixed_flops],
     }  # fmt: skip
     state = prepare_search(out, settings, args.resume)
     start_logging(out / "checkpoints" / "search", args, args.device)
+    if compared:
+        log.info(compared)
     log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit / 1e6, state["evaluated"])
     if not state["done"]:
         trial = trial_settings(args, out, stored.path)
@@ -192,11 +201,11 @@ def search(args, out):
         try:
             with signals(interrupt):
                 if args.engine == "local":
-                    search_locally(stored.space, settings, out, trial, **how)
+                    search_locally(space, settings, out, trial, **how)
                 else:
                     command = trial_command(shlex.split(experiment["trialCommand"]), out, trial)
                     hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout}
-                    search_with_nni(stored.space, command, settings, out, experiment, **how, **hosting)
+                    search_with_nni(space, command, settings, out, experiment, **how, **hosting)
         except Interrupted as error:
             words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
             again = shlex.join(["python", "search.py", *words, "--resume"])

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import reprlib
 import time
 
 from utils import UserError, atomic_write, log, read_json, write_json
@@ -162,7 +163,7 @@ def prepare_search(out, settings, resume):
                 raise UserError(f"{path}: not the state of a search; name another --out")
             state, before = before, before["settings"]
             if odd := sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)):
-                changes = ", ".join(f"{k} {settings.get(k)} (was {before.get(k)})" for k in odd)
+                changes = ", ".join(f"{k} {reprlib.repr(settings.get(k))} (was {reprlib.repr(before.get(k))})" for k in odd)
                 raise UserError(f"--resume: the search in {out} has other settings: {changes}; use them, or another --out")
         state |= {"error": None, "pid": os.getpid()}
         write_json(path, state, indent=1)

@@ -220,6 +220,12 @@ class SearchSpace:
             convs += operation_convs(self.operations[choice], shape)
         return sum(c.weights + 2 * c.out_channels for c in convs) + self.last_channels * self.n_classes
 
+    def with_costs(self, operation_flops, fixed_flops):
+        """This space with other multiply-adds than the analytic ones: of every operation at every block, and of the rest."""
+        space = dataclasses.replace(self)
+        vars(space).update(operation_flops=tuple(map(tuple, operation_flops)), fixed_flops=fixed_flops)  # where cached properties are kept
+        return space
+
     @functools.cached_property
     def flops_range(self):
         """The lowest and the highest FLOPs of any candidate."""

@@ -17,6 +17,7 @@ import pathlib
 import sys
 
 from evaluation import Evaluator
+from flops_table import official_comparison
 from search_space import SearchSpace
 
 
@@ -38,6 +39,8 @@ def generate(args):
     space = SearchSpace()
     utils.write_json(path, space.nni_search_space(), indent=1)
     print(f"{path}: {space.n_blocks} choice blocks of {len(space.operations)} operations")
+    if line := official_comparison(space):
+        print(line)
 
 
 def trial(args):

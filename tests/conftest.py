@@ -1,5 +1,6 @@
-"""Shared fixtures: small trees of coloured images, and the scripts run as a person runs them."""
+"""Shared fixtures: small trees of coloured images, bundled ones as tensors, and the scripts run as a person runs them."""
 import argparse
+import functools
 import os
 import pathlib
 import subprocess
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import bundled
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
@@ -34,6 +37,18 @@ def make_tree(root, train=12, val=7):
                 height, width = (int(v) for v in rng.integers(40, 90, 2))
                 coloured_image(rng, height, width).save(folder / f"{i:03d}.jpg", quality=95)
     return root
+
+
+@functools.cache
+def real_images(n, px):
+    """`n` of the bundled training images, as many of each class in turn: (n, 3, px, px) in [0, 255], and their labels (n,)."""
+    classes = sorted(path for path in (bundled.unpack(ROOT / "data" / "fashion-mnist") / "train").iterdir() if path.is_dir())
+    files = [sorted(folder.iterdir()) for folder in classes]
+    images = []
+    for i in range(n):
+        with Image.open(files[i % len(classes)][i // len(classes)]) as image:
+            images.append(np.asarray(image.convert("RGB").resize((px, px), Image.Resampling.BICUBIC)))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().contiguous(), torch.arange(n) % len(classes)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The four commands end to end, as a person types them, on a few of the bundled images; and their errors."""
 import json
 import pathlib
+import pickle
 
 import pytest
 import torch
@@ -102,6 +103,37 @@ def test_the_local_engine_finds_the_same(out, searched, tmp_path):
         assert sorted(c for candidates in trials.values() for c in candidates) == sorted(r["architecture"] for r in a)
     architectures = {p.name: p.read_text() for p in (out / "checkpoints").glob("*.json")}
     assert architectures == {p.name: p.read_text() for p in (tmp_path / "checkpoints").glob("*.json")}
+
+
+def test_a_flops_table_is_what_the_search_counts_by(out, tmp_path):
+    """With costs ten times the analytic ones: in the limit, the results and, for --resume, the settings."""
+    table, entries = tmp_path / "table.pkl", {}
+    for shape, row in zip(SPACE.blocks, SPACE.operation_flops):
+        key = (shape.in_channels, shape.out_channels, shape.mid_channels, shape.in_size, shape.in_size, shape.stride)
+        for operation, flops in zip(SPACE.operations, row):
+            entries.setdefault(f"{operation}_stride_{shape.stride}", {})[key] = 10 * flops
+    entries["conv1"] = {(3, 16, 28, 28, 1): 10 * SPACE.stem_conv.flops}
+    entries["rest_operation"] = {(640, 10, 2, 2, 1): 10 * (SPACE.fixed_flops - SPACE.stem_conv.flops)}
+    run("tester.py", "--mode", "gen", "--out", tmp_path)
+    small = ("--population", 3, "--select", 1, "--mutation", 0, "--crossover", 0, "--generations", 1, "--engine", "local")
+    words = (*SMALL, *small, "--checkpoint", checkpoint.newest(out / "checkpoints" / "supernet"), "--out", tmp_path)
+
+    def refused(*more):
+        _, stderr = run("search.py", *words, *more, code=2)
+        assert len(stderr.splitlines()) == 1
+        return stderr
+
+    table.write_bytes(pickle.dumps(print))
+    assert f"{table}: not a plain FLOPs table (holds" in refused("--flops-table", table)
+    table.write_bytes(pickle.dumps(entries))
+    lowest = f"the lowest cost of any candidate, {10 * SPACE.flops_range[0]};"
+    assert lowest in refused("--flops-table", table, "--flops-limit", "24M")
+    _, stderr = run("search.py", *words, "--flops-table", table, "--flops-limit", "240M")
+    assert f"warning: {table} differs from the analytic count: shufflenet_3x3_stride_2 (16, 64, 32, 28, 28, 2) is" in stderr
+    results = [json.loads(line) for line in (tmp_path / "acc" / "000.jsonl").read_text().splitlines()]
+    assert len(results) == 3 and all(r["flops"] == 10 * SPACE.flops(r["architecture"]) <= 240_000_000 for r in results)
+    assert "other settings: costs None (was" in refused("--flops-limit", "240M", "--resume")
+    run("search.py", *words, "--flops-table", table, "--flops-limit", "240M", "--resume")
 
 
 def test_a_trial_and_a_test_agree(out, searched, tmp_path):

@@ -95,9 +95,9 @@ def test_results_file(tmp_path, capsys):
     assert written["settings"]["seeds"] == 2
     shown = capsys.readouterr().out.splitlines()[2:]
     rows = [(t, m, row) for t, methods in written["results"].items() for m, row in methods.items()]
-    assert len(shown) == len(rows) == len(TABLES) * len(bench.METHODS)
+    assert len(shown) == len(rows) == len(TABLES) * len(bench.METHODS) + len(bench.MORE)
     for line, (table, method, row) in zip(shown, rows):
-        settings = bench.METHODS[method]
+        settings = bench.methods(table)[method]
         assert row["regrets"] == [round(bench.regret(TABLES[table], seed, settings), 4) for seed in range(2)]
         assert row["mean"] == pytest.approx(sum(row["regrets"]) / 2, abs=1e-4)
         assert line.startswith(f"| {table} | {method} | {row['mean']:.2f} | {row['median']:.2f} |")

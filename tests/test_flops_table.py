@@ -8,6 +8,8 @@ import time
 import pytest
 from test_search_space import PUBLISHED, SPACE, WINNER, assert_one_line
 
+import flops_table
+import tester
 from flops_table import read_flops_table, with_flops_table
 from search_space import OPERATIONS, SearchSpace
 from utils import UserError
@@ -66,6 +68,29 @@ def test_other_costs_are_used_and_the_differences_told(write):
     assert space.flops(WINNER) == 322_918_720 + 2001  # of blocks 2-4 the winner's 2 and 4 are 5x5
     assert space.flops_range[1] == SPACE.flops_range[1] + 1
     assert SPACE.flops(WINNER) == 322_918_720
+
+
+def test_the_official_file_is_compared_where_it_is_there(write, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "op_flops_dict.pkl"
+    monkeypatch.setattr(flops_table, "OFFICIAL", path)
+
+    def gen():
+        tester.main(tester.parse_args(["--mode", "gen", "--out", str(tmp_path)]))
+        return capsys.readouterr().out.splitlines()[1:]
+
+    assert gen() == []
+    table = official_table()
+    write(table)
+    assert gen() == [f"{path}: all entries agree with the analytic count"]
+    table["rest_operation"][640, 1000, 7, 7, 1] = 1
+    write(table)
+    assert gen() == [f"warning: {path} differs from the analytic count: rest_operation (640, 1000, 7, 7, 1) is 1, not 33136640"]
+    write({group: dict.fromkeys(entries, 7) for group, entries in table.items()})
+    (line,) = gen()
+    assert line.startswith(f"warning: {path} ") and line.count("is 7, not") == 3 and line.endswith(", and 31 more")
+    path.write_bytes(b"nothing of the kind")
+    (line,) = gen()
+    assert line.startswith(f"warning: {path}: not a plain FLOPs table")
 
 
 def test_a_table_without_an_entry_that_is_needed_is_refused():

@@ -9,6 +9,7 @@ import pytest
 import reference_spos
 import torch
 import torch.nn.functional as F
+from conftest import real_images
 from torch import nn
 
 import blocks
@@ -22,12 +23,9 @@ SMALL = SearchSpace(16, 5, 1, (2, 2), (1, 2), (8, 16), 4, 16)  # for tests of fi
 
 
 def image_batches(n_batches, batch_size, px, dtype=torch.float32):
-    """Batches (N, 3, px, px) of images with structure, smooth fields in [0, 255], and their labels."""
-    generator = torch.Generator().manual_seed(px)
-    for _ in range(n_batches):
-        fields = torch.rand(batch_size, 3, 5, 5, generator=generator) * 1.6 - 0.3
-        images = F.interpolate(fields, size=(px, px), mode="bicubic").clamp(0, 1) * 255
-        yield images.to(dtype), torch.randint(CLASSES, (batch_size,), generator=generator)
+    """Batches (N, 3, px, px) of bundled images, resized, in [0, 255], and their labels; no image comes twice."""
+    images, labels = real_images(n_batches * batch_size, px)
+    return list(zip(images.to(dtype).split(batch_size), labels.split(batch_size)))
 
 
 @functools.cache
@@ -202,7 +200,7 @@ def test_operations_that_were_not_sampled_get_no_gradient():
     torch.manual_seed(0)
     model = network.ShuffleNetV2OneShot(space=SearchSpace.for_images(32, CLASSES))
     path = candidates(1)[0]
-    images, labels = next(image_batches(1, 2, 32))
+    images, labels = image_batches(1, 2, 32)[0]
     F.cross_entropy(model(images, path), labels).backward()
     for name, weight in model.named_parameters():
         parts = name.split(".")
@@ -305,7 +303,7 @@ def test_an_official_retrained_file_loads_strictly(tmp_path):
     path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict())
     model = network.ShuffleNetV2(reference_spos.WINNER).eval()
     network.load_weights(model, network.load_and_parse_state_dict(path), path)
-    images, _ = next(image_batches(1, 1, 224))
+    images, _ = image_batches(1, 1, 224)[0]
     with torch.no_grad():
         assert difference(model(images), reference(images)) < 1e-5
 

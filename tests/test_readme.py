@@ -1,4 +1,5 @@
-"""The readme's commands: each is one that its script takes, and the files it names are there."""
+"""The readme's commands, files, flags and tests: each command is one that its script takes, and what is named is there."""
+import ast
 import importlib
 import re
 import shlex
@@ -39,3 +40,20 @@ def test_flags_in_the_readme_exist():
     known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), ROOT / "Makefile"])
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"}:
         assert f'"{flag}"' in known, flag
+
+
+def test_tests_in_the_comparison_exist():
+    """Every row of the table beside the official code and NNI names tests, and no test that is not there."""
+    table = README.split("## Beside the official code")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    there = {
+        f"{path.name}::{node.name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    assert len(rows) > 30
+    for row in rows:
+        assert len(row) == 5, row
+        named = re.findall(r"`([^`]+)`", row[4])
+        assert named and set(named) <= there, row[0]

@@ -15,8 +15,8 @@ import yaml
 import nni_engine
 import search
 from dataset import DataConfig
-from evolution_tuner import Evolution
-from search_record import read_results, state_path
+from evolution_tuner import Evolution, EvolutionWithFlops
+from search_record import prepare_search, read_results, state_path
 from search_space import SearchSpace
 from utils import UserError, read_json
 
@@ -285,6 +285,25 @@ def test_generated_search_space_is_needed(tmp_path):
         search.check_space_file(path, SPACE)
     path.write_text(json.dumps(SPACE.nni_search_space()))
     search.check_space_file(path, SPACE)
+
+
+def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
+    (tmp_path / "nni_auto_gen_search_space.json").write_text("{}")
+    costs = [[[n * (10 * block + n) for n in range(1, 5)] for block in range(20)], 1000]
+    settings = SETTINGS | {"costs": costs, "flops_limit": 3000}
+    caught = {}
+    monkeypatch.setattr(nni_engine, "host_experiment", lambda config, out: caught.update(config))
+    prepare_search(tmp_path, settings, resume=False)
+    nni_engine.search_with_nni(SPACE, ["trial"], settings, tmp_path, search.read_experiment(search.HERE / "config_search.yml"))
+    tuner = EvolutionWithFlops(**json.loads(json.dumps(caught["tuner"]["classArgs"])))
+    while population := tuner.record.evolution.ask():
+        tuner.keep("id", [{"architecture": list(c), "flops": 0, "acc1": float(c[0]), "acc5": 99.0, "n_images": 1, "seconds": 1} for c in population])
+    assert tuner.record.state["done"] and len(read_results(tmp_path)) == 8
+    for result in read_results(tmp_path):
+        assert result["flops"] == 1000 + sum(row[choice] for row, choice in zip(costs[0], result["architecture"])) <= 3000
+    tuner.record.lock.close()
+    with pytest.raises(UserError, match=r"other settings: costs None \(was \[\[.{1,400}\], 1000\]\)"):
+        prepare_search(tmp_path, SETTINGS | {"flops_limit": 3000}, resume=True)
 
 
 def test_settings_of_trials_go_through_a_file(tmp_path):

@@ -47,6 +47,7 @@ class FixedBatches:
             images = self._decoded[first : first + len(samples)]
             if not isinstance(images, torch.Tensor):
                 images = torch.from_numpy(np.array(images))
+                images = images.pin_memory() if self.loader.device.type == "cuda" else images
             labels = torch.from_numpy(self.loader.images.labels[samples[:, 1]])
             yield self.loader.finish(images), labels.to(self.loader.device, non_blocking=True)
             first += len(samples)

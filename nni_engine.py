@@ -14,6 +14,7 @@ from search_record import Progress, state_path
 from utils import HERE, UserError, log, signals, write_settings
 
 POLL_S = 0.5
+START_S = 60
 
 # Loaded into NNI's Node process: its web server, which knows no password, would listen on every interface, and it would
 # outlive a killed search.py.
@@ -82,11 +83,12 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=21_6
     try:
         import nni
         import psutil
-        from nni.experiment import Experiment, ExperimentConfig, RunMode
+        from nni.experiment import Experiment, ExperimentConfig, RunMode, launcher
     except ImportError as error:
         raise UserError(f"NNI is not there ({error}): pip install -r requirements.txt") from None
 
     nni.silence_stdout()
+    launcher._check_rest_server.__defaults__ = (START_S, None)  # of its own accord NNI gives its manager 3 s, too few on a busy machine
     folder = pathlib.Path(config["experimentWorkingDirectory"])
     port = free_port(host, port)
     if host != "127.0.0.1":

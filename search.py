@@ -80,7 +80,7 @@ def parse_args(argv=None):
     group.add_argument("--concurrency", type=count(1, 1000), help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)")
     group.add_argument("--candidates-per-trial", type=count(1, 100_000), metavar="N", help="default: a generation over the trials at a time")
     group = parser.add_argument_group("NNI")
-    group.add_argument("--trial-timeout", type=count(1), default=21_600, metavar="S", help="seconds without a result that end trials (21600)")
+    group.add_argument("--trial-timeout", type=count(1), default=1800, metavar="S", help="seconds for each candidate of a trial, after which it is ended (1800)")
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
     group.add_argument("--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network")
     parser.set_defaults(**experiment_defaults(parser, HERE / "config_search.yml"))
@@ -204,7 +204,8 @@ def search(args, out):
                     search_locally(space, settings, out, trial, **how)
                 else:
                     command = trial_command(shlex.split(experiment["trialCommand"]), out, trial)
-                    hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout}
+                    longest = args.candidates_per_trial or -(-args.population // args.concurrency)
+                    hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
                     search_with_nni(space, command, settings, out, experiment, **how, **hosting)
         except Interrupted as error:
             words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]

@@ -102,7 +102,7 @@ def family(process):
 
 
 def wait_for(condition, what):
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while not (value := condition()):
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
@@ -304,6 +304,15 @@ def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
     tuner.record.lock.close()
     with pytest.raises(UserError, match=r"other settings: costs None \(was \[\[.{1,400}\], 1000\]\)"):
         prepare_search(tmp_path, SETTINGS | {"flops_limit": 3000}, resume=True)
+
+
+def test_nnis_manager_gets_time_to_start():
+    """The pinned NNI has the retries that host_experiment raises, as this argument."""
+    import inspect
+
+    from nni.experiment import launcher
+
+    assert list(inspect.signature(launcher._check_rest_server).parameters) == ["port", "retry", "url_prefix"]
 
 
 def test_settings_of_trials_go_through_a_file(tmp_path):

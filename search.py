@@ -80,7 +80,7 @@ def parse_args(argv=None):
     group.add_argument("--concurrency", type=count(1, 1000), help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)")
     group.add_argument("--candidates-per-trial", type=count(1, 100_000), metavar="N", help="default: a generation over the trials at a time")
     group = parser.add_argument_group("NNI")
-    group.add_argument("--trial-timeout", type=count(1), default=1800, metavar="S", help="seconds for each candidate of a trial, after which it is ended (1800)")
+    group.add_argument("--trial-timeout", type=count(1), default=1800, metavar="S", help="for each candidate of a trial, then it is ended (1800)")
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
     group.add_argument("--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network")
     parser.set_defaults(**experiment_defaults(parser, HERE / "config_search.yml"))

@@ -1,0 +1,204 @@
+"""What a training step costs, change by change: `python bench/train.py` (two CPU cores), `python bench/train.py --batch-size 1024` (a GPU).
+
+The reference is a plain float32 NCHW step of the published network (that of the tests: channel shuffle by reshape and permute,
+SGD, loss and top-1 fetched at every step). Every row after it has one change more, down to what supernet.py does. All rows take
+the same paths and batches from the same weights, in turns, step by step; medians. Needs neither DALI nor NNI nor images. On a
+GPU the reference is there with TF32 off and on. Prints Markdown tables and adds to bench/results/train.json.
+
+The floor is what the step would take if the convolutions ran at the rate of a large matrix product, and if every activation
+were written and read once by each convolution in each of the three passes (forward, gradient of input, gradient of weights) at
+the rate of a copy.
+"""
+import argparse
+import contextlib
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import utils  # noqa: E402
+
+# isort: split
+import torch  # noqa: E402
+from reference_spos import Network  # noqa: E402
+from torch import nn  # noqa: E402
+
+from evaluation import correct_counts, resolve_device  # noqa: E402
+from network import ShuffleNetV2OneShot  # noqa: E402
+from sampler import PathSampler, default_flops_range  # noqa: E402
+from search_space import SearchSpace, operation_convs  # noqa: E402
+from training import parameter_groups  # noqa: E402
+
+KINDS = {  # of operations, by parts of their names, in this order
+    "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "Optimizer"), "convolutions": ("conv",),
+    "matrix products": ("mm", "linear"), "ReLU": ("relu", "clamp_min", "threshold"),
+    "copies": ("cat", "copy", "clone", "contiguous", "fill", "zero", "slice", "index", "reshape"),
+}  # fmt: skip
+
+
+class Variant:
+    """A network and its optimizer with some of the changes; `step(images, labels, path)` trains once."""
+
+    def __init__(self, name, space, weights, device, views=True, channels_last=True, fused=True, lazy=True, amp="off", tf32=False):
+        self.name, self.device, self.amp, self.lazy, self.tf32 = name, device, amp, lazy, tf32
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        if views:
+            self.model = ShuffleNetV2OneShot(space=space)
+        else:
+            self.model = Network(None, space.n_classes, stem_stride=space.stem_stride, last_size=space.blocks[-1].out_size)
+        self.model.load_state_dict(weights)
+        self.model.to(device, memory_format=self.layout).train()
+        self.optimizer = torch.optim.SGD(parameter_groups(self.model, 4e-5), lr=0.01, momentum=0.9, fused=fused or None)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def step(self, images, labels, path):
+        images = images.to(memory_format=self.layout)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
+            logits = self.model(images, path)
+            loss = self.criterion(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        counts = torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels)))
+        return counts if self.lazy else [value.item() for value in counts]
+
+
+def variants(space, device):
+    """The rows, each with one change more than the one before."""
+    torch.manual_seed(0)
+    weights = ShuffleNetV2OneShot(space=space).state_dict()
+    off = {"views": False, "channels_last": False, "fused": False, "lazy": False}
+    changes = [("reference", {})]
+    if device.type == "cuda":
+        changes.append(("reference, TF32", {"tf32": True}))
+    changes += [
+        ("+ shuffle as views", {"views": True}), ("+ channels-last", {"channels_last": True}), ("+ fused SGD", {"fused": True}),
+        ("+ metrics fetched late", {"lazy": True}), ("+ bf16", {"amp": "bf16"}),
+    ]  # fmt: skip
+    found = []
+    for name, change in changes:
+        if name != "reference, TF32":
+            off |= change
+        found.append(Variant(name, space, weights, device, **(off | change)))
+    return found
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_mb(device, reset=False):
+    """Peak memory since the last reset: of the GPU, or of this process."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e6
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    with contextlib.suppress(OSError):
+        if reset:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+        (line,) = [x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+def profile(variant, batch):
+    """Milliseconds of a step by kind of operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (variant.device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        variant.step(*batch)
+        synchronize(variant.device)
+    kinds = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "rest")
+        own = event.self_device_time_total if variant.device.type == "cuda" else event.self_cpu_time_total
+        kinds[kind] += own / 1000
+    return kinds
+
+
+def floor_ms(space, path, batch_size, device):
+    """(ms of the multiply-adds, ms of the bytes) of a step, at the rates of a matrix product and of a copy measured here."""
+    convs = [space.stem_conv, space.last_conv]
+    for shape, choice in zip(space.blocks, path):
+        convs += operation_convs(space.operations[choice], shape)
+    a = torch.rand(2048, 2048, device=device)
+    big = torch.rand(64 * 2**20 // 4, device=device)
+
+    def seconds(function):
+        times = []
+        for _ in range(5):
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    rate = 2048**3 / seconds(lambda: a @ a)
+    bandwidth = 2 * big.nbytes / seconds(lambda: big.clone())
+    multiply_adds = 3 * batch_size * space.flops(path)
+    values = sum(conv.out_channels * conv.out_size**2 for conv in convs)  # outputs; the inputs are others' outputs
+    return 1000 * multiply_adds / rate, 1000 * 3 * 2 * 4 * batch_size * values / bandwidth
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--input-size", type=int, default=224)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "train.json")
+    options = parser.parse_args()
+    device = resolve_device(options)
+    space = SearchSpace.for_images(options.input_size, options.classes)
+    sampler = PathSampler(space, 0, default_flops_range(space))
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch_size, 3, options.input_size, options.input_size)
+    rows = variants(space, device)
+    seconds, peaks = {v.name: [] for v in rows}, {}
+    for step in range(options.steps + 1):
+        images = (torch.rand(shape, generator=generator) * 255).to(device)
+        labels = torch.randint(0, options.classes, (options.batch_size,), generator=generator).to(device)
+        for variant in rows:
+            memory_mb(device, reset=True)
+            synchronize(device)
+            start = time.perf_counter()
+            variant.step(images, labels, sampler.path(step + 1))
+            synchronize(device)
+            if step:  # the first warms up
+                seconds[variant.name].append(time.perf_counter() - start)
+            peaks[variant.name] = max(peaks.get(variant.name, 0), memory_mb(device))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{options.input_size} px, batch {options.batch_size}, {device}, {torch.get_num_threads()} threads, median of {options.steps} steps\n")
+    print("| | ms a step | times the reference | images a second | peak memory, MB |\n|---|---|---|---|---|")
+    for name, s in medians.items():
+        print(f"| {name} | {1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f} |")
+    batch = images, labels, sampler.path(1)
+    whole = next(v for v in rows if v.name == "+ metrics fetched late")
+    profiles = {v.name: profile(v, batch) for v in (rows[0], whole, rows[-1])}
+    print("\n| ms a step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
+    for kind in [*KINDS, "rest"]:
+        print(f"| {kind} | " + " | ".join(f"{p[kind]:.0f}" for p in profiles.values()) + " |")
+    compute, memory = floor_ms(space, batch[2], options.batch_size, device)
+    print(f"\nFloor, float32: {compute:.0f} ms of multiply-adds, {memory:.0f} ms of bytes")
+    result = {
+        "medians": medians, "seconds": seconds, "peaks_mb": peaks, "profiles_ms": profiles, "floor_ms": {"multiply_adds": compute, "bytes": memory},
+        "commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }  # fmt: skip
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    utils.write_json(options.results, results | {f"{device.type} {options.input_size} px batch {options.batch_size}": result}, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,7 @@ board: $(READY)  ## TensorBoard on 127.0.0.1 over OUT/checkpoints (after make de
 	@$(RUN) -m tensorboard.main --host 127.0.0.1 --logdir "$(OUT)/checkpoints"
 
 clean:  ## removes what make made: .venv, demo/, the unpacked images, caches; never your checkpoints
-	@rm -rf .venv demo data/fashion-mnist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv demo data/fashion-mnist data/cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .ready says which DALI was asked for. Another one now, or no Python any more, and the set-up is done again.

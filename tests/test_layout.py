@@ -83,6 +83,10 @@ def test_needs_only_utils_and_the_standard_library(module):
     assert packages(imports(parse(module))) <= sys.stdlib_module_names | {"utils"}
 
 
+def test_the_image_check_needs_no_torch():
+    assert packages(imports(parse("image_check"))) <= sys.stdlib_module_names | {"utils", "PIL", "tqdm"}
+
+
 def test_utils_needs_only_the_standard_library_when_imported():
     assert packages(at_import(parse("utils"))) <= sys.stdlib_module_names
 

@@ -63,11 +63,7 @@ class Loader:
 
     def finish(self, images):
         """What the network sees of uint8 RGB (N, H, W, 3): float (N, 3, H, W), channels-last in memory."""
-        images = images.to(self.device).permute(0, 3, 1, 2)
-        if self.config.preprocessing == "spos":
-            return images.flip(1).float()
-        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (images.float() / 255 - mean) / std
+        return network_input(images.to(self.device), self.config.preprocessing)
 
     def _synthetic(self, plan):
         shape = (self.config.input_size, self.config.input_size, 3)
@@ -183,6 +179,15 @@ class Loader:
                 except UserError as error:
                     return str(error)
         return None
+
+
+def network_input(images, preprocessing):
+    """uint8 RGB (N, H, W, 3) -> float (N, 3, H, W), channels-last in memory: BGR in [0, 255] ("spos"), or normalised RGB ("imagenet")."""
+    images = images.permute(0, 3, 1, 2)
+    if preprocessing == "spos":
+        return images.flip(1).float()
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
 
 
 class FixedBatches:

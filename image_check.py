@@ -11,7 +11,7 @@ import io
 import os
 import pathlib
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from utils import HERE, UserError, cores, log, read_json, write_json
@@ -39,8 +39,10 @@ def inspect(path):
                 return None, f"has more than 8 bits a channel (mode {image.mode}), which the loaders read differently", None
             image.draft("RGB", (1, 1))
             image.convert("RGB")
+    except UnidentifiedImageError:
+        return None, "not an image", None
     except UNDECODABLE as error:
-        return None, getattr(error, "strerror", None) or f"not a whole image ({error})".replace(f" {path!r}", ""), None
+        return None, getattr(error, "strerror", None) or f"not a whole image ({error})", None
     wrong_suffix = pathlib.Path(path).suffix.lower() not in suffixes
     return hashlib.blake2b(data, digest_size=16).digest(), None, suffixes[0] if wrong_suffix else None
 

@@ -69,6 +69,12 @@ def test_only_the_dataloader_imports_dali_and_only_when_used():
     assert "nvidia" not in packages(at_import(parse("dataloader")))
 
 
+def test_only_the_export_imports_onnx_and_only_when_used():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        assert users(package) <= {"export"}
+        assert package not in packages(at_import(parse("export")))
+
+
 def test_no_script_is_imported():
     for module in MODULES:
         assert not packages(imports(parse(module))) & SCRIPTS, module

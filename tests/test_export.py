@@ -22,7 +22,6 @@ from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=37)
 needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, export.ONNX_PACKAGES)), reason="ONNX's packages are not installed")
-SUFFIXES = [".pt2", pytest.param(".onnx", marks=needs_onnx)]
 
 
 def make_checkpoint(path, tree, config):
@@ -39,19 +38,12 @@ def make_checkpoint(path, tree, config):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["spos", "imagenet"])
-def trained(request, tree, tmp_path_factory):
-    """(checkpoint file, network, DataConfig) for each preprocessing."""
-    config = dataclasses.replace(CONFIG, preprocessing=request.param)
-    path = tmp_path_factory.mktemp(request.param) / "network.pth"
-    return path, make_checkpoint(path, tree, config), config
-
-
 @pytest.fixture(scope="module")
-def official_like(tree, tmp_path_factory):
-    """The same for the official preprocessing alone."""
-    path = tmp_path_factory.mktemp("official") / "network.pth"
-    return path, make_checkpoint(path, tree, CONFIG), CONFIG
+def trained(tree, tmp_path_factory):
+    """(checkpoint file, network, DataConfig) for each preprocessing, by its name."""
+    folder = tmp_path_factory.mktemp("trained")
+    configs = {name: dataclasses.replace(CONFIG, preprocessing=name) for name in ("spos", "imagenet")}
+    return {name: (folder / f"{name}.pth", make_checkpoint(folder / f"{name}.pth", tree, config), config) for name, config in configs.items()}
 
 
 def network_logits(model, images, config):
@@ -78,9 +70,11 @@ def open_file(path):
     return values, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_exported_file_is_the_network(trained, tree, tmp_path, suffix):
-    path, model, config = trained
+@pytest.mark.parametrize(
+    ("preprocessing", "suffix"), [("spos", ".pt2"), ("imagenet", ".pt2"), pytest.param("spos", ".onnx", marks=needs_onnx)]
+)
+def test_an_exported_file_is_the_network(trained, tree, tmp_path, preprocessing, suffix):
+    path, model, config = trained[preprocessing]
     file = tmp_path / f"network{suffix}"
     stdout, _ = run("scratch.py", "--export", file, "--checkpoint", path, "--threads", 1)
     line, last = stdout.splitlines()
@@ -105,8 +99,8 @@ def test_an_exported_file_is_the_network(trained, tree, tmp_path, suffix):
             program(wrong)
 
 
-def test_a_file_that_differs_is_not_written(official_like, tmp_path, monkeypatch):
-    path, model, config = official_like
+def test_a_file_that_differs_is_not_written(trained, tmp_path, monkeypatch):
+    path, model, config = trained["spos"]
     stored = checkpoint.load(path, "scratch")
     network = export.network_input
     monkeypatch.setattr(export, "network_input", lambda images, preprocessing: network(images, preprocessing) * 1.001)
@@ -115,8 +109,8 @@ def test_a_file_that_differs_is_not_written(official_like, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_is_one_line(official_like, tmp_path, monkeypatch):
-    path, model, config = official_like
+def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
+    path, model, config = trained["spos"]
     stored = checkpoint.load(path, "scratch")
     (tmp_path / "file").touch()
     _, stderr = run("scratch.py", "--export", tmp_path / "network.pth", "--checkpoint", path, code=2)
@@ -130,7 +124,7 @@ def test_what_cannot_be_exported_is_one_line(official_like, tmp_path, monkeypatc
 
 
 def test_predict_prints_the_classes_of_each_image(trained, tree):
-    path, model, config = trained
+    path, model, config = trained["spos"]
     images = sorted(str(p) for p in (tree / "val").glob("*/00[0-2].jpg"))
     stdout, _ = run("scratch.py", "--predict", *images, "--checkpoint", path, "--loader", "torchvision", "--eval-batch-size", 4)
     lines = stdout.splitlines()
@@ -144,12 +138,12 @@ def test_predict_prints_the_classes_of_each_image(trained, tree):
         assert found == pytest.approx(dict(zip(CLASSES, probabilities.tolist())), abs=0.06)
 
 
-def test_predict_names_a_file_that_is_no_image(official_like, tree, tmp_path):
+def test_predict_names_a_file_that_is_no_image(trained, tree, tmp_path):
     image = next((tree / "val" / "bird").iterdir())
     (tmp_path / "cut.jpg").write_bytes(image.read_bytes()[:-99])
     (tmp_path / "text.jpg").write_text("text")
     for name, reason in (("cut.jpg", "not a whole image"), ("text.jpg", "not an image"), ("none.jpg", "No such file")):
-        words = ["--predict", str(image), str(tmp_path / name), "--checkpoint", str(official_like[0])]
+        words = ["--predict", str(image), str(tmp_path / name), "--checkpoint", str(trained["spos"][0])]
         args = scratch.parse_args(words)
         with pytest.raises(UserError, match=f"{name}: {reason}"):
             scratch.main(args)
@@ -157,8 +151,8 @@ def test_predict_names_a_file_that_is_no_image(official_like, tree, tmp_path):
     assert stdout == "" and len(stderr.splitlines()) == 1 and "none.jpg: No such file or directory" in stderr
 
 
-def test_official_files_have_numbers_for_names(official_like, tree, tmp_path, capsys):
-    path, _, config = official_like
+def test_official_files_have_numbers_for_names(trained, tree, tmp_path, capsys):
+    path, _, config = trained["spos"]
     torch.save({"state_dict": {f"module.{k}": v for k, v in checkpoint.load(path, "scratch").weights.items()}}, tmp_path / "official.pth.tar")
     image = next((tree / "val" / "bird").iterdir())
     words = ["--predict", image, "--input-size", 32, "--preprocessing", config.preprocessing, "--checkpoint", tmp_path / "official.pth.tar"]

@@ -16,7 +16,10 @@ from utils import HERE, UserError, atomic_write, log
 
 VERSION = 1
 # Settings in which a run may differ from the checkpoint that it goes on from, with the same result.
-HARMLESS = {"config", "demo", "out", "data_dir", "cache", "loader", "workers", "threads", "device", "keep", "resume", "save_every", "val_every"}
+HARMLESS = {
+    "config", "demo", "out", "data_dir", "cache", "loader", "workers", "threads", "device", "keep", "resume", "save_every", "val_every",
+    "eval", "export", "predict",
+}  # fmt: skip
 
 
 @dataclasses.dataclass

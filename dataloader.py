@@ -3,6 +3,9 @@
 Every loader decodes the batches of a plan (dataset.py) to uint8 RGB (N, H, W, 3) with the parameters that dataset.py draws;
 `finish` makes of it what the network sees: float BGR (N, 3, H, W) in [0, 255] (official), or RGB with ImageNet's mean and
 standard deviation.
+
+    python dataloader.py --check DIR    names every file of DIR/{train,val}/<class>/ that is unreadable or mislabelled
+
 Source: official `src/Supernet/train.py` (transforms).
 """
 import importlib.metadata
@@ -10,17 +13,21 @@ import importlib.util
 import io
 import itertools
 import os
+import pathlib
+import sys
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dataset import draw_augmentation, validation_geometry
+import image_check
+import utils
+from dataset import EXTENSIONS, draw_augmentation, lonely_classes, scan, tree_paths, validation_geometry
+from image_check import UNDECODABLE
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SYNTHETIC = 3  # a random stream beside those of dataset.py
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises
 
 
 class Loader:
@@ -66,11 +73,7 @@ class Loader:
 
     def finish(self, images):
         """What the network sees of uint8 RGB (N, H, W, 3): float (N, 3, H, W), channels-last in memory."""
-        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        if self.config.preprocessing == "spos":
-            return images.flip(1).float()
-        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (images.float() / 255 - mean) / std
+        return network_input(images.to(self.device, non_blocking=True), self.config.preprocessing)
 
     def _synthetic(self, plan):
         shape = (self.config.input_size, self.config.input_size, 3)
@@ -188,6 +191,15 @@ class Loader:
         return None
 
 
+def network_input(images, preprocessing):
+    """uint8 RGB (N, H, W, 3) -> float (N, 3, H, W), channels-last in memory: BGR in [0, 255] ("spos"), or normalised RGB ("imagenet")."""
+    images = images.permute(0, 3, 1, 2)
+    if preprocessing == "spos":
+        return images.flip(1).float()
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
+
+
 def _read_file(path):
     try:
         data = np.fromfile(path, np.uint8)
@@ -247,3 +259,38 @@ class _TorchvisionImages:
             image = F.adjust_contrast(image, a.contrast)
             image = F.adjust_saturation(image, a.saturation)
         return np.asarray(F.horizontal_flip(image) if a.mirror else image)
+
+
+# --- python dataloader.py --check DIR ------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(__doc__, "dataloader")
+    parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
+    parser.add_argument("--accept", action="store_true", help="the mislabelled files are right: training may start with them")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Names all that is wrong with a tree on standard error, a line each. Raises UserError with the counts where it isn't accepted."""
+    folder = args.check
+    problems = []
+    train, val = (scan(f"{folder}/{part}", problems) for part in ("train", "val"))
+    problems += lonely_classes(folder, train, val)
+    paths = tree_paths(train, val)
+    found = image_check.fingerprint(folder, paths)  # before the files are read: one that changes meanwhile is checked again
+    unreadable, mislabelled = image_check.check(folder, paths)
+    files = [path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()]
+    ignored = [path for path in files if not path.name.startswith(".") and not path.name.lower().endswith(EXTENSIONS)]
+    lines = [*problems, *(f"{folder}/{line}" for line in unreadable + mislabelled), *(f"{path}: ignored, no image by its name" for path in ignored)]
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
+    counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled"
+    if problems or unreadable or (mislabelled and not args.accept):
+        way = "remove or replace them" if problems or unreadable else "correct them, or say --accept"
+        raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} folders wrong; {way}")
+    image_check.remember(folder, found)
+    print(f"{folder}: {len(train)} training and {len(val)} validation images of {len(train.classes)} classes, {counts}; remembered")
+
+
+if __name__ == "__main__":
+    utils.run_script(main, parse_args)

@@ -16,9 +16,10 @@ import pathlib
 import numpy as np
 
 import bundled
+import image_check
 from utils import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = tuple(suffix for suffixes in image_check.SUFFIXES.values() for suffix in suffixes)
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of one seed
 
 
@@ -93,25 +94,41 @@ def require_folder(folder):
         raise UserError(f"{folder}: no such folder; --data-dir names one with train/ and val/, --demo brings its own images")
 
 
-def scan(folder):
-    """The ImageSet of a `<class>/<image>` tree, in sorted order. Raises UserError where it is none."""
+def scan(folder, problems=None):
+    """The ImageSet of a `<class>/<image>` tree, in sorted order. Raises UserError where it is none; with a list `problems`,
+    appends all that is wrong to it instead."""
     folder = pathlib.Path(folder)
+
+    def wrong(text):
+        if problems is None:
+            raise UserError(text)
+        problems.append(text)
+
     require_folder(folder)
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder}: has no class folders; images belong in {folder}/<class>/")
+        wrong(f"{folder}: has no class folders; images belong in {folder}/<class>/")
     paths, labels = [], []
     for label, name in enumerate(classes):
         entries = [e for e in os.scandir(folder / name) if not e.name.startswith(".")]
-        nested = [e.name for e in entries if e.is_dir()]
-        if nested:
-            raise UserError(f"{folder / name / nested[0]}: a folder inside a class folder; images belong in {folder}/<class>/")
-        files = sorted(f"{name}/{e.name}" for e in entries if e.name.lower().endswith(EXTENSIONS))
+        for nested in sorted(e.name for e in entries if e.is_dir()):
+            wrong(f"{folder / name / nested}: a folder inside a class folder; images belong in {folder}/<class>/")
+        files = sorted(f"{name}/{e.name}" for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir())
         if not files:
-            raise UserError(f"{folder / name}: a class without images; remove the folder or fill it")
+            wrong(f"{folder / name}: a class without images; remove the folder or fill it")
         paths += files
         labels += [label] * len(files)
-    return ImageSet(str(folder), tuple(paths), np.array(labels), tuple(classes))
+    return ImageSet(str(folder), tuple(paths), np.array(labels, np.int64), tuple(classes))
+
+
+def lonely_classes(folder, train, val):
+    """Lines that name the class folders which only one of train and val has."""
+    return [f"{folder}: class folder {name!r} is in only one of train and val" for name in sorted(set(train.classes) ^ set(val.classes))]
+
+
+def tree_paths(train, val):
+    """The files of both parts, relative to the folder that has train/ and val/."""
+    return [f"{part}/{path}" for part, images in (("train", train), ("val", val)) for path in images.paths]
 
 
 def synthetic_set(n_classes=1000, images_per_class=100):
@@ -150,9 +167,8 @@ class Data:
             self.train = self.val = synthetic_set()
         else:
             self.train, self.val = scan(f"{args.data_dir}/train"), scan(f"{args.data_dir}/val")
-        if self.train.classes != self.val.classes:
-            odd = sorted(set(self.train.classes) ^ set(self.val.classes))[0]
-            raise UserError(f"{args.data_dir}: class folder {odd!r} is in only one of train and val")
+        for odd in lonely_classes(args.data_dir, self.train, self.val):
+            raise UserError(odd)
         self.classes = self.train.classes
         counts = np.bincount(self.train.labels)
         if counts.min() <= config.heldout_per_class:
@@ -160,6 +176,8 @@ class Data:
             raise UserError(
                 f"--heldout-per-class {config.heldout_per_class} leaves nothing to train on: class {name!r} has {counts.min()} images"
             )
+        if args.loader != "synthetic":
+            image_check.require(args.data_dir, tree_paths(self.train, self.val))
         order = stratified_order(self.train.labels, config.split_seed)
         held = np.zeros(len(self.train), bool)
         held[order[: config.heldout_per_class * len(self.classes)]] = True

@@ -3,9 +3,11 @@
     python scratch.py                                          architecture_final.json on ImageNet, official settings
     python scratch.py --demo --architecture checkpoints/best.json
     python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours or official
+    python scratch.py --export FILE.pt2                        writes it for use elsewhere (torch.export, or ONNX: FILE.onnx)
+    python scratch.py --predict IMAGE...                       prints the classes it sees in image files
 
 Reads all of DIR/train, and DIR/val for the numbers reported. Writes OUT/checkpoints/scratch/: checkpoint-STEP.pth,
-bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is JSON.
+bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is JSON, but with --predict.
 A run that was interrupted goes on where it stopped.
 Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 73.7; published: 74.4); not run here.
 Source: paper section 4.1; official `src/Evaluation/train.py`.
@@ -19,6 +21,7 @@ import pathlib
 import torch
 
 import checkpoint
+import export
 from dataloader import Loader
 from dataset import Data, DataConfig, prepare, steps_per_epoch, training_plan
 from evaluation import accuracy, recalibrate_bn, resolve_device
@@ -31,7 +34,10 @@ from training import Run, train
 def parse_args(argv=None):
     parser = utils.Parser(__doc__, "scratch")
     utils.add_architecture_flag(parser, default="the published architecture_final.json")
-    parser.add_argument("--eval", action="store_true", help="measure --checkpoint on val instead of training")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--eval", action="store_true", default=None, help="measure --checkpoint on val instead of training")
+    instead.add_argument("--export", metavar="FILE", help="write --checkpoint as a program for use elsewhere: .pt2, or .onnx")
+    instead.add_argument("--predict", nargs="+", metavar="IMAGE", help="print the classes that --checkpoint sees in image files")
     utils.add_checkpoint_flag(parser, "scratch")
     utils.add_run_flags(parser)
     utils.add_data_flags(parser)
@@ -40,21 +46,40 @@ def parse_args(argv=None):
     return parser.parse(argv)
 
 
-def evaluate_checkpoint(args, folder):
-    """--eval: top-1 and top-5 of a retrained network on val."""
-    prepare(args)
+def open_network(args, folder):
+    """(network, its Stored, DataConfig) of --checkpoint, by default the newest of the run."""
     final = folder / "bnps-checkpoint.pth"
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
-    given = SearchSpace.for_images(args.input_size or 224)
-    model, stored = checkpoint.load_network(path, args.architecture, given)
-    config = DataConfig.from_args(args, stored.data, stored.path)
+    model, stored = checkpoint.load_network(path, args.architecture, SearchSpace.for_images(args.input_size or 224))
+    return model, stored, DataConfig.from_args(args, stored.data, stored.path)
+
+
+def evaluate_checkpoint(args, folder):
+    """--eval: top-1 and top-5 of a retrained network on val."""
+    prepare(args)
+    model, stored, config = open_network(args, folder)
     data = Data(args, config)
     checkpoint.check_classes(stored, data.classes)
     device = resolve_device(args)
     model.to(device, memory_format=torch.channels_last).eval()
     return summary(model, accuracy(model, validation_batches(data.val, config, args, device)))
+
+
+def export_checkpoint(args, folder):
+    """--export: writes the network, says how exact and how fast the file is."""
+    resolve_device(args)  # --threads
+    result = export.export(args.export, *open_network(args, folder))
+    print(f"{result['file']}: logits within {result['max_difference']:.1g} of the network's on {result['n_images']} images; "
+          f"{result['latency_ms']} ms an image on this CPU (median of {result['runs']} runs, batch 1, {result['threads']} threads)")  # fmt: skip
+    return result
+
+
+def predict(args, folder):
+    """--predict: a line for each image."""
+    for path, classes in export.predict(args.predict, *open_network(args, folder), args, resolve_device(args)):
+        print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in classes), flush=True)
 
 
 def summary(model, measured):
@@ -106,7 +131,10 @@ def retrain(args, folder):
 
 def main(args):
     folder = pathlib.Path(args.out) / "checkpoints" / "scratch"
-    print(json.dumps((evaluate_checkpoint if args.eval else retrain)(args, folder)))
+    if args.predict:
+        predict(args, folder)
+    else:
+        print(json.dumps((evaluate_checkpoint if args.eval else export_checkpoint if args.export else retrain)(args, folder)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The four commands end to end, as a person types them, on a few of the bundled images; and their errors."""
+import importlib
 import json
 import pathlib
 import pickle
@@ -9,6 +10,7 @@ from conftest import ROOT, run
 
 import checkpoint
 from search_space import SearchSpace
+from utils import write_settings
 
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32)
 FAST = ("--batch-size", 16, "--val-every", 6, "--save-every", 3, "--warmup", 2)
@@ -162,6 +164,16 @@ def test_scratch_retrains_and_evaluates(out, searched):
     assert last_json(stdout) == again
     _, stderr = run("scratch.py", "--eval", *demo, "--architecture", ROOT / "architecture_final.json", code=2)
     assert "contradicts" in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["supernet", "tester", "scratch"])
+def test_a_run_leaves_settings_that_can_be_read_again(script, tmp_path):
+    parse_args = importlib.import_module(script).parse_args
+    args = parse_args(["--demo", "--seed", "3", "--no-mirror"])
+    write_settings(tmp_path / "config.yml", script, vars(args))
+    again = parse_args(["--config", str(tmp_path / "config.yml")])
+    ignored = {"config", "demo", "data_dir", "out"}  # the paths are absolute now
+    assert {k: v for k, v in vars(again).items() if k not in ignored} == {k: v for k, v in vars(args).items() if k not in ignored}
 
 
 @pytest.mark.parametrize("script", ["supernet.py", "tester.py --architecture x", "search.py", "scratch.py", "scratch.py --eval"])

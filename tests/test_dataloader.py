@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import dataloader
+import image_check
 from dataloader import Loader
 from dataset import (
     Augmentation,
@@ -278,12 +279,24 @@ def test_a_damaged_image_is_named(tmp_path, backend, damage):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode, size", [("L", (40, 30)), ("P", (40, 30)), ("RGBA", (40, 30)), ("RGB", (1, 1))])
-def test_unusual_images_are_accepted(tmp_path, backend, mode, size):
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize(
+    "mode, size, kind",
+    [
+        ("L", (40, 30), "png"), ("P", (40, 30), "png"), ("RGBA", (40, 30), "png"), ("LA", (40, 30), "png"), ("1", (40, 30), "png"),
+        ("RGB", (1, 1), "png"), ("RGB", (1, 1), "jpg"), ("L", (1, 300), "jpg"), ("CMYK", (40, 30), "jpg"), ("RGB", (5000, 4000), "jpg"),
+    ],
+)  # fmt: skip
+def test_unusual_images_are_accepted(tmp_path, backend, augment, mode, size, kind):
     image = Image.new("RGB", size, (10, 200, 100)).convert(mode)
-    got = first(single(tmp_path, image), CONFIG, False, backend).float().mean(dim=(0, 1))
+    (tmp_path / "c").mkdir()
+    image.save(tmp_path / "c" / f"image.{kind}")
+    _, reason, suffix = image_check.inspect(tmp_path / "c" / f"image.{kind}")
+    assert reason is None and suffix is None
+    images = ImageSet(str(tmp_path), (f"c/image.{kind}",), np.zeros(1, np.int64), ("c",))
+    got = first(images, dataclasses.replace(CONFIG, jitter=0), augment, backend).float().mean(dim=(0, 1))
     expected = np.asarray(image.convert("RGB"), float).mean((0, 1))
-    assert got.tolist() == pytest.approx(expected.tolist(), abs=1.5)
+    assert got.tolist() == pytest.approx(expected.tolist(), abs=4 if kind == "jpg" else 1.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -73,6 +73,12 @@ def test_only_the_dataloader_imports_dali_and_only_when_used():
     assert "nvidia" not in packages(at_import(parse("dataloader")))
 
 
+def test_only_the_export_imports_onnx_and_only_when_used():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        assert users(package) <= {"export"}
+        assert package not in packages(at_import(parse("export")))
+
+
 def test_no_script_is_imported():
     for module in MODULES:
         assert not packages(imports(parse(module))) & SCRIPTS, module
@@ -85,6 +91,10 @@ def test_utils_imports_nothing_of_ours():
 @pytest.mark.parametrize("module", ["search_space", "bundled"])
 def test_needs_only_utils_and_the_standard_library(module):
     assert packages(imports(parse(module))) <= sys.stdlib_module_names | {"utils"}
+
+
+def test_the_image_check_needs_no_torch():
+    assert packages(imports(parse("image_check"))) <= sys.stdlib_module_names | {"utils", "PIL", "tqdm"}
 
 
 def test_utils_needs_only_the_standard_library_when_imported():

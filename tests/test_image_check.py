@@ -1,0 +1,153 @@
+"""The check of an image tree: `python dataloader.py --check DIR`, and the scripts that refuse a tree that did not pass."""
+import json
+import os
+import shutil
+
+import pytest
+from conftest import make_tree, run
+from PIL import Image
+
+import image_check
+from dataset import scan, tree_paths
+from utils import UserError
+
+SCRATCH = ("--input-size", 32, "--heldout-per-class", 1, "--batch-size", 4, "--iterations", 1, "--bn-pass", 0, "--loader", "torchvision")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path / "d", 4, 2)
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Where this process remembers trees that passed: not with those of the machine's user."""
+    monkeypatch.setattr(image_check, "RECORD", tmp_path / "cache" / "checked.json")
+    return image_check.RECORD
+
+
+def paths(tree):
+    return tree_paths(scan(tree / "train"), scan(tree / "val"))
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def breakages(tree):
+    """Damages a tree in every way; {path: what the line about it says}."""
+    bird, car = tree / "train" / "bird", tree / "train" / "car"
+    (bird / "000.jpg").write_bytes(b"")
+    cut(bird / "001.jpg", 0.9)
+    cut(tree / "val" / "bird" / "001.jpg", 0.01)
+    (bird / "002.jpg").write_text("text")
+    Image.new("RGB", (9, 9)).save(bird / "animation.gif")
+    (bird / "animation.gif").rename(bird / "003.jpg")
+    Image.new("I;16", (9, 9), 700).save(car / "deep.png")
+    Image.new("RGB", (9, 9)).save(car / "portable.png")
+    (car / "portable.png").rename(car / "portable.jpg")
+    shutil.copy(tree / "train" / "apple" / "000.jpg", tree / "val" / "car" / "twice.jpg")
+    shutil.copy(tree / "train" / "apple" / "000.jpg", tree / "val" / "apple" / "same_class.jpg")  # not mislabelled
+    (car / "notes.txt").write_text("text")
+    (car / "deeper").mkdir()
+    (tree / "val" / "dog").mkdir()
+    return {
+        "train/bird/000.jpg": "empty", "train/bird/001.jpg": "not a whole image", "val/bird/001.jpg": "not a whole image",
+        "train/bird/002.jpg": "not an image", "train/bird/003.jpg": "a GIF file", "train/car/deep.png": "8 bits",
+        "train/car/portable.jpg": "content of a .png", "val/car/twice.jpg": "the same image as train/apple/000.jpg",
+        "train/car/notes.txt": "ignored", "train/car/deeper": "a folder inside", "val/dog": "a class without images",
+    }  # fmt: skip
+
+
+def test_check_names_all_that_is_wrong_at_once(tree):
+    expected = breakages(tree)
+    stdout, stderr = run("dataloader.py", "--check", tree, "--accept", code=2)  # which accepts no unreadable file
+    *lines, summary = stderr.splitlines()
+    for path, reason in expected.items():
+        (line,) = [line for line in lines if line.startswith(f"{tree / path}: ")]
+        assert reason in line
+    (line,) = [line for line in lines if "'dog' is in only one of train and val" in line]
+    assert len(lines) == len(expected) + 1 and stdout == ""
+    assert "6 unreadable, 2 mislabelled of 22 images, 3 folders wrong" in summary
+    assert "--accept" not in summary
+
+
+def test_check_says_that_all_is_well(tree):
+    stdout, stderr = run("dataloader.py", "--check", tree)
+    assert "12 training and 6 validation images of 3 classes" in stdout and stderr == ""
+
+
+def test_check_of_no_tree_is_one_line(tmp_path):
+    _, stderr = run("dataloader.py", "--check", tmp_path / "none", code=2)
+    assert len(stderr.splitlines()) == 1 and "none/train: no such folder" in stderr
+
+
+@pytest.mark.parametrize("script", ["scratch.py", "supernet.py"])
+def test_training_refuses_before_it_starts(tree, tmp_path, script):
+    words = [*SCRATCH, "--data-dir", tree, "--out", tmp_path / "out"]
+    if script == "supernet.py":
+        words = [w for w in words if w not in ("--bn-pass", 0)]
+    cut(tree / "val" / "car" / "001.jpg", 0.9)
+    (tree / "train" / "bird" / "002.jpg").write_bytes(b"")
+    stdout, stderr = run(script, *words, code=2)
+    assert stdout == "" and len(stderr.splitlines()) == 1
+    assert "2 unreadable and 0 mislabelled files, the first: train/bird/002.jpg: an empty file" in stderr and f"--check {tree}" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_accepted_files_may_be_trained_on(tree, tmp_path):
+    words = ("scratch.py", *SCRATCH, "--data-dir", tree, "--out", tmp_path / "out")
+    shutil.copy(tree / "train" / "apple" / "000.jpg", tree / "train" / "car" / "twice.jpg")
+    _, stderr = run(*words, code=2)
+    assert "the same image as train/apple/000.jpg" in stderr and "--accept" in stderr
+    stdout, stderr = run("dataloader.py", "--check", tree, "--accept")
+    assert "train/car/twice.jpg" in stderr and "1 mislabelled" in stdout
+    run(*words)
+
+
+def test_a_tree_that_passed_is_not_decoded_again_until_it_changes(tree, record, monkeypatch):
+    image_check.require(tree, paths(tree))
+    assert list(json.loads(record.read_text())) == [str(tree)]
+    with monkeypatch.context() as context:
+        context.setattr(image_check, "inspect", None)
+        image_check.require(tree, paths(tree))
+    image = tree / "train" / "bird" / "002.jpg"
+    content, times = image.read_bytes(), image.stat()
+    image.write_bytes(bytes(len(content)))  # of the same size
+    with pytest.raises(UserError, match=r"train/bird/002\.jpg: not an image"):
+        image_check.require(tree, paths(tree))
+    image.write_bytes(content)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr(image_check, "inspect", None)
+    image_check.require(tree, paths(tree))
+
+
+def test_a_new_image_is_checked(tree, record):
+    image_check.require(tree, paths(tree))
+    (tree / "val" / "car" / "new.jpg").write_text("text")
+    with pytest.raises(UserError, match=r"val/car/new\.jpg"):
+        image_check.require(tree, paths(tree))
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"other": 1}'])
+def test_a_damaged_record_is_made_anew(tree, record, content):
+    record.parent.mkdir()
+    record.write_text(content)
+    image_check.require(tree, paths(tree))
+    assert list(json.loads(record.read_text())) == [str(tree)]
+
+
+def test_a_record_that_cannot_be_written_does_no_harm(tree, record, caplog):
+    record.parent.write_text("a file where the folder should be")
+    image_check.require(tree, paths(tree))
+    assert "checked again next time" in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["jpg", "png", "bmp", "webp", "tif", "ppm"])
+def test_a_cut_file_is_found_in_every_format(tmp_path, kind, share):
+    path = tmp_path / f"image.{kind}"
+    Image.effect_noise((64, 48), 60).convert("RGB").save(path)
+    assert image_check.inspect(path)[1:] == (None, None)
+    cut(path, share)
+    assert image_check.inspect(path)[1]

@@ -196,3 +196,17 @@ def test_accuracy_is_exact_over_ragged_batches():
 def test_top5_of_fewer_than_five_classes_is_all():
     data = [(torch.eye(3), torch.tensor([0, 2, 1]))]
     assert accuracy(lambda x: x, data) == (pytest.approx(100 / 3), 100.0, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_agrees(supernet):
+    (images, _), *calibration = batches(4, 16)
+    logits = {}
+    for device in ("cpu", "cuda"):
+        tree = PrefixTree(supernet.to(device, memory_format=torch.channels_last), relatives(4))
+        with torch.inference_mode(), tree.borrowed_norms():
+            tree.calibrate([(x.to(device), y) for x, y in calibration], "average")
+            logits[device] = {c: x.cpu() for c, x in tree.logits(images.to(device))}
+    for candidate, expected in logits["cpu"].items():
+        assert (logits["cuda"][candidate] - expected).abs().max() < 0.05 * expected.abs().max()  # TF32 in convolutions

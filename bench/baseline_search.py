@@ -4,7 +4,7 @@ again, BN statistics recalculated, then one pass over the validation images; the
     python bench/baseline_search.py --supernet FILE --data DIR --architecture 2,1,0,... --calibration 20 --validation 2000
 
 Imports nothing of this project but the plain network of its tests. DIR has train/<class>/ and val/<class>/. Prints one JSON
-line: top-1 and the seconds of start (imports, network, weights, file lists), decoding and computing, which take turns: both
+line: top-1, peak memory, and the seconds of start (imports, network, weights, file lists), decoding and computing, which take turns: both
 use all threads.
 """
 import time
@@ -91,7 +91,10 @@ def main():
         for images, labels in batches(val[: args.validation], 200, centre, pool):
             correct += int((model(images, path).argmax(1) == labels).sum())
     n = min(args.validation, len(val))
-    print(json.dumps({"acc1": 100 * correct / n, "n_images": n, **{k: round(v, 3) for k, v in seconds.items()}}))
+    status = pathlib.Path("/proc/self/status")
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")) if status.exists() else "0 nan"
+    peak_mb = float(peak.split()[1]) * 1024 / 1e6
+    print(json.dumps({"acc1": 100 * correct / n, "n_images": n, "peak_mb": peak_mb, **{k: round(v, 3) for k, v in seconds.items()}}))
 
 
 if __name__ == "__main__":

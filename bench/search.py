@@ -66,6 +66,7 @@ def draw_jpegs(folder, n_classes=1000):
     """A tree with three training and two validation images a class, of 500 x 375 px: a hundred different files."""
     rng = np.random.default_rng(0)
     sources = []
+    folder.mkdir(parents=True)
     for i in range(100):
         small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
         noisy = np.clip(np.asarray(small) + rng.normal(0, 12, (375, 500, 1)), 0, 255).astype(np.uint8)
@@ -149,7 +150,7 @@ def peak_mb(device):
 
 
 def baseline(candidate, data_dir, config, supernet_path, options):
-    """The baseline's own seconds, with the whole of its process as "total", and its peak memory in MB."""
+    """The baseline's own numbers, with the seconds of its whole process as "total"."""
     words = [
         sys.executable, ROOT / "bench" / "baseline_search.py", "--supernet", supernet_path, "--data", data_dir,
         "--architecture", ",".join(map(str, candidate)), "--input-size", config.input_size, "--crop-scale", config.crop_scale[0],
@@ -202,7 +203,7 @@ def run_case(options):
 
 
 def summarize(rows, starts, population, bench):
-    base = {k: statistics.median(r[k] for r in rows["baseline"]) for k in ("start", "decode", "compute", "total")}
+    base = {k: statistics.median(r[k] for r in rows["baseline"]) for k in ("start", "decode", "compute", "total", "peak_mb")}
     start = statistics.median(starts)
     result = {"baseline": base, "trial_start": start, "decoding_once": bench.decoding, "population": population, "rows": {}}
     without = base["decode"] + base["compute"]
@@ -211,7 +212,7 @@ def summarize(rows, starts, population, bench):
     print("|---|---|---|---|---|---|")
     full = FULL / (CALIBRATION * 128 + VALIDATION)
     print(f"| baseline: start {base['start']:.1f} s, decoding {base['decode']:.1f} s, computing {base['compute']:.1f} s "
-          f"| {without:.2f} | 1 | 1 | | {base['start'] + full * without:.0f} |")  # fmt: skip
+          f"| {without:.2f} | 1 | 1 | {base['peak_mb']:.0f} | {base['start'] + full * without:.0f} |")  # fmt: skip
     for change in CHANGES:
         seconds, peak = (statistics.median(column) for column in zip(*rows[change]))
         a_list = population if CHANGES.index(change) >= 3 else 1

@@ -27,11 +27,12 @@ class _ShuffleNet(nn.Module):
 
     def head(self, x):
         """Logits (N, classes) of the last block's output (N, C, H, W)."""
-        x = self.conv_last(x).mean(dim=(2, 3), dtype=self.classifier[0].weight.dtype)  # the official AvgPool2d(7), for any size
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits would tie
-                return self.classifier(self.dropout(x))
-        return self.classifier(self.dropout(x))
+        x = self.conv_last(x)
+        pooled = x.mean(dim=(2, 3), dtype=self.classifier[0].weight.dtype)  # the official AvgPool2d(7), for any size
+        if x.dtype != pooled.dtype:  # under autocast, where logits of 8 bits would tie
+            with torch.autocast(x.device.type, enabled=False):
+                return self.classifier(self.dropout(pooled))
+        return self.classifier(self.dropout(pooled))
 
 
 class ShuffleNetV2OneShot(_ShuffleNet):

@@ -37,7 +37,7 @@ def test_the_file_map_is_complete():
 
 
 def test_flags_in_the_readme_exist():
-    known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), ROOT / "Makefile"])
+    known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), ROOT / "Makefile"])
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"}:
         assert f'"{flag}"' in known, flag
 

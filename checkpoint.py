@@ -98,7 +98,8 @@ def load_supernet(path, out, space=None):
     if path is None:
         raise UserError(f"--checkpoint: no supernet in {pathlib.Path(out) / 'checkpoints' / 'supernet'}; train one with supernet.py")
     stored = load(path, "supernet", space)
-    model = ShuffleNetV2OneShot(space=stored.space)
+    with torch.device("meta"):
+        model = ShuffleNetV2OneShot(space=stored.space)
     load_weights(model, stored.weights, path)
     return model, stored
 
@@ -125,7 +126,8 @@ def load_network(path, architecture=None, space=None):
         stored.architecture = told or stored.space.load_architecture(HERE / "architecture_final.json")
     elif told not in (None, stored.architecture):
         raise UserError(f"--architecture {architecture} contradicts {path}, which is of {list(stored.architecture)}; leave the flag out")
-    model = ShuffleNetV2(stored.architecture, space=stored.space)
+    with torch.device("meta"):
+        model = ShuffleNetV2(stored.architecture, space=stored.space)
     load_weights(model, stored.weights, path)
     return model, stored
 

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import itertools
 import os
+import reprlib
 import shlex
 import signal
 import sys
@@ -107,15 +108,15 @@ def read_experiment(path):
     experiment = read_yaml(path)
     for key in itertools.chain(forms, experiment):
         if key not in forms:
-            raise UserError(f"{path}: unknown entry {key!r}; those of this search are {', '.join(forms)}")
+            raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
         if not isinstance(experiment.get(key), forms[key]):
-            raise UserError(f"{path}: {key} is {experiment.get(key)!r}, not of type {forms[key][0].__name__}")
+            raise UserError(f"{path}: {key} is {reprlib.repr(experiment.get(key))}, not of type {forms[key][0].__name__}")
     keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
     for key, known in keys.items():
         if not known - {"classArgs"} <= experiment[key].keys() <= known:
             raise UserError(f"{path}: {key} has entries other than {', '.join(sorted(known))}")
     if experiment["trainingService"] != {"platform": "local"}:  # trialGpuNumber among it, for the reason that the file gives
-        raise UserError(f"{path}: trainingService is {experiment['trainingService']!r}, not platform: local alone")
+        raise UserError(f"{path}: trainingService is {reprlib.repr(experiment['trainingService'])}, not platform: local alone")
     return experiment
 
 

@@ -12,6 +12,8 @@ import math
 import os
 import pathlib
 import platform
+import re
+import reprlib
 import shlex
 import signal
 import subprocess
@@ -20,6 +22,8 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table")  # flags that name files
+NO_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file's name can have
+MAX_YAML_BYTES = 100_000  # settings are some 1 kB; a megabyte would take a minute to read
 MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
 
 log = logging.getLogger("spos")
@@ -75,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         self.source = ""
 
     def error(self, message):
-        raise UserError(f"{self.source}{message}")
+        raise UserError(self.source + (message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}"))
 
     def parse(self, argv=None):
         """The arguments as a namespace; `config` names the YAML file that was read, or is None."""
@@ -98,22 +102,23 @@ class Parser(argparse.ArgumentParser):
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):
-                raise UserError(f"{path}: {name!r} is not a section (common, or the name of a script) with settings")
+                raise UserError(f"{path}: {reprlib.repr(name)} is not a section (common, or the name of a script) with settings")
         words = []
         for name in ("common", self.section):
             for key, value in document.get(name, {}).items():
                 action = self._option_string_actions.get(f"--{key}")
                 if action is None or key in ("config", "demo", "help"):
-                    raise UserError(f"{path}: {self.section}.py has no setting {key!r} (section {name!r})")
+                    raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(key)} (section {name!r})")
                 if isinstance(action, argparse.BooleanOptionalAction):
                     if not isinstance(value, bool):
-                        raise UserError(f"{path}: {key} is {value!r}, not true or false")
+                        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not true or false")
                     words.append(f"--{key}" if value else f"--no-{key}")
                     continue
                 values = value if isinstance(value, list) else [value]
-                if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) for v in values):
-                    raise UserError(f"{path}: {key} is {value!r}, not a plain value")
+                if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) or NO_WORD.search(str(v)) for v in values):
+                    raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not a plain value")
                 if key in PATHS:
+                    values = list(map(str, values))
                     values = [os.path.join(os.path.dirname(path), v) for v in values]
                 words += [f"--{key}", *map(str, values)]
         self.source = f"{path}: "
@@ -233,10 +238,16 @@ def read_yaml(path):
 
     try:
         with open(path, "rb") as file:
-            document = yaml.safe_load(file.read(MAX_JSON_BYTES))
+            data = file.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
+        raise UserError(f"{path!r}: {error}") from None
+    if len(data) > MAX_YAML_BYTES:
+        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, which no settings have")
+    try:
+        document = yaml.safe_load(data)
+    except Exception as error:  # beside YAMLError: a wrong !!timestamp is an AttributeError, !!int an IndexError, !!bool a KeyError
         raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping")

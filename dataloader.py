@@ -87,10 +87,16 @@ class Loader:
             dataset, batch_sampler=plan, collate_fn=lambda batch: batch, num_workers=self.workers,
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if self.workers else None,
         )  # fmt: skip
-        for images, samples, error in batches:
-            if error:
-                raise UserError(error)
-            yield images, samples
+        try:
+            for images, samples, error in batches:
+                if error:
+                    raise UserError(error)
+                yield images, samples
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--workers {self.workers}: {reason} (too little memory?); the same command goes on, or fewer workers") from None
 
     def _dali(self, plan):
         import nvidia.dali

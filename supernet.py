@@ -78,7 +78,7 @@ def main(args):
     run = Run(args, folder, device, "supernet", {
         "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
         "flops_range": flops_range,
-    })  # fmt: skip
+    }, sampler.path)  # fmt: skip
     metrics = train(run, model, loader, lambda images, step: model(images, sampler.path(step)), validate)
     print(json.dumps(metrics))
 

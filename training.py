@@ -46,6 +46,7 @@ class Run:
     device: torch.device
     kind: str
     stored: dict
+    path: object = None  # step -> the candidate that it trains, where that changes
 
     @property
     def settings(self):
@@ -120,7 +121,7 @@ def train(run, model, loader, forward, validate):
             check = step == iterations or step % args.val_every == 0
             if save or check or step % LOG_EVERY == 0:
                 now = time.perf_counter()
-                metrics = _summary(window, step, args, group["lr"], now - last)
+                metrics = _summary(window, step, run, group["lr"], now - last)
                 seconds, last, window = seconds + now - last, now, []
                 metrics["seconds"] = round(seconds, 3)
                 log.info("step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s", step, iterations, metrics["train/loss"],
@@ -141,13 +142,15 @@ def train(run, model, loader, forward, validate):
     return metrics
 
 
-def _summary(window, step, args, lr, seconds):
+def _summary(window, step, run, lr, seconds):
     """The means over a window of steps. Raises UserError where a loss was not finite."""
-    values = torch.stack(window).double().cpu()
+    args, values = run.args, torch.stack(window).double().cpu()
     finite = values[:, 0].isfinite()
     if not finite.all():
         bad = step - len(window) + 1 + int(finite.logical_not().nonzero()[0])
-        raise UserError(f"the loss of step {bad} is not finite (learning rate {lr:.4g}); lower --lr and go on from the last checkpoint")
+        path = f"path {list(run.path(bad))}, " if run.path else ""
+        lr = learning_rate(bad, args.iterations, args.lr, args.warmup)
+        raise UserError(f"the loss of step {bad} is not finite ({path}learning rate {lr:.4g}); lower --lr, in another --out")
     loss, top1, _ = values.mean(dim=0).tolist()
     return {
         "train/loss": loss, "train/acc1": top1 * 100 / args.batch_size, "train/lr": lr,

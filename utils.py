@@ -57,12 +57,16 @@ def signals(handler):
 
 
 def run_script(main, parse_args):
-    """Runs `main(parse_args())`; a UserError becomes one line on standard error and exit code 2."""
+    """Runs `main(parse_args())`; a UserError, or a file that can't be written, becomes one line on standard error and exit code 2."""
     try:
         main(parse_args())
+        return
     except UserError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        line = str(error)
+    except OSError as error:  # a full disk above all
+        line = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is whole: put that right, then go on"
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 # --- command line --------------------------------------------------------------------------------------------
@@ -267,7 +271,9 @@ def atomic_write(path, mode="w"):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
@@ -308,6 +314,14 @@ def cores():
 # --- logging -------------------------------------------------------------------------------------------------
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short without a word: what can't do without the disk says so."""
+
+    def handleError(self, record):
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 def start_logging(folder, args, device):
     """Logs to standard error and to `folder`/run.log, and writes down what ran: command, settings, versions, device.
 
@@ -319,7 +333,7 @@ def start_logging(folder, args, device):
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(folder / "run.log")):
+    for handler in (logging.StreamHandler(sys.stderr), _LogFile(folder / "run.log")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     write_settings(folder / "config.yml", pathlib.Path(sys.argv[0]).stem, vars(args))

@@ -393,7 +393,8 @@ def main():
     for name in options.parsers:
         row = fuzz(name, options.seed, options.count)
         rows.append(row)
-        print(f"{name:14} {row['seed']:4} {row['inputs']:7} {row['taken']:7} {row['refused']:8} {row['help']:5} {row['failed']:7} {row['seconds']:8}")
+        numbers = f"{row['inputs']:7} {row['taken']:7} {row['refused']:8} {row['help']:5} {row['failed']:7} {row['seconds']:8}"
+        print(f"{name:14} {row['seed']:4} {numbers}", flush=True)
         for failure in row["failures"]:
             print(f"  input {failure['index']}: {failure['failure']}")
         utils.write_json(options.results, {"commit": utils.commit(), "versions": utils.versions(), "rows": rows}, indent=1)

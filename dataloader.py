@@ -40,8 +40,11 @@ class Loader:
     def __init__(self, images, config, augment, seed=0, device="cpu", backend="auto", workers=None):
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
         self.device = torch.device(device)
+        there = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+        if backend == "dali" and not there:
+            raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
         if backend == "auto":
-            backend = "dali" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "torchvision"
+            backend = "dali" if there else "torchvision"
         self.backend = backend
         self.workers = min(8, cores()) if workers is None else workers
 

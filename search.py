@@ -125,7 +125,7 @@ def flops_limit(text, space):
     official, share = OFFICIAL_LIMIT
     if text is None:
         text = official if space == SearchSpace() else share
-    return space.flops_value(text)
+    return space.flops_value(text, "--flops-limit")
 
 
 def check_space_file(path, space):

@@ -9,7 +9,7 @@
 Inputs are valid ones, mutated: as a tree of values that is written down again, within the pickle of a whole zip file, or as
 bytes. Each is a pure function of parser, seed and index. It has to be taken, or to be refused by a UserError of one short line
 (--help may print its text); memory is bounded, so that a huge allocation counts as a failure. Each parser runs in a process of its own,
-whose death is a failure of the input that it had. Writes bench/results/fuzz.json; exit code 1 where anything failed.
+whose death is a failure of the input that it had. Writes the parsers' rows of bench/results/fuzz.json; exit code 1 where anything failed.
 """
 import argparse
 import contextlib
@@ -388,17 +388,16 @@ def main():
     if options.child:
         child(options.child[0], *map(int, options.child[1:]))
         return
-    rows = []
+    rows = {row["parser"]: row for row in json.loads(options.results.read_text())["rows"]} if options.results.exists() else {}
     print("parser         seed  inputs   taken  refused  help  failed  seconds")
     for name in options.parsers:
-        row = fuzz(name, options.seed, options.count)
-        rows.append(row)
+        row = rows[name] = fuzz(name, options.seed, options.count) | {"commit": utils.commit()}
         numbers = f"{row['inputs']:7} {row['taken']:7} {row['refused']:8} {row['help']:5} {row['failed']:7} {row['seconds']:8}"
         print(f"{name:14} {row['seed']:4} {numbers}", flush=True)
         for failure in row["failures"]:
             print(f"  input {failure['index']}: {failure['failure']}")
-        utils.write_json(options.results, {"commit": utils.commit(), "versions": utils.versions(), "rows": rows}, indent=1)
-    sys.exit(any(row["failed"] for row in rows))
+        utils.write_json(options.results, {"versions": utils.versions(), "rows": list(rows.values())}, indent=1)
+    sys.exit(any(rows[name]["failed"] for name in options.parsers))
 
 
 if __name__ == "__main__":

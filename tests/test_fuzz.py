@@ -62,3 +62,19 @@ def test_a_checkpoint_that_speaks_of_a_giant_gets_no_memory(tmp_path):
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"c\.pth: entry 'a' is of another model"):
         checkpoint.load_supernet(tmp_path / "c.pth", None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": torch.zeros(3)}, {"kind": torch.zeros(3)}, {"data": 3}, {"data": [1]}, {"data": {"input_size": "a"}}, {"data": {"crop_scale": 3}},
+     {"data": {"jitter": torch.zeros(2)}}, {"data": {"mirror": 1}}, {"classes": 7}, {"classes": [torch.zeros(2)]}, {"split": 1},
+     {"split": {"seed": torch.zeros(3)}}, {"space": None}, {"architecture": 5}, {"architecture": torch.zeros(20)}],
+    ids=str,
+)  # fmt: skip
+def test_checkpoints_of_the_wrong_types(tmp_path, changes):
+    content = {"version": 1, "kind": "scratch", "model": {"a": torch.zeros(1)}, "space": {}, "data": {}, "split": None, "classes": []}
+    torch.save(content, tmp_path / "c.pth")
+    checkpoint.load(tmp_path / "c.pth", "scratch")
+    torch.save(content | changes, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"c\.pth: |search space: |architecture"):
+        checkpoint.load(tmp_path / "c.pth", "scratch")

@@ -139,7 +139,7 @@ def number(kind, low, high, text):
             value = kind(word)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # nor NaN
             raise argparse.ArgumentTypeError(f"{word!r} is not {text} from {low} to {high}")
         return value
 

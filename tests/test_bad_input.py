@@ -64,13 +64,13 @@ def test_the_numeric_flags_are_found():
 @pytest.mark.parametrize("script, flag, n", FLAGS)
 def test_numbers_that_are_none_or_absurd_are_refused(script, flag, n):
     parse_args = importlib.import_module(script).parse_args
-    for word in ("-1", "-0.5", "nan", "inf", "-inf", "1e400", "1" + "0" * 30, "", "ten", "0x10", "1,5"):
+    for word in ("-1", "-0.5", "nan", "inf", "-inf", "1e400", "1" + "0" * 30, "9" * 400, "", "ten", "0x10", "1,5"):
         for i in range(n):
             words = ["0.5"] * n
             words[i] = word
             with pytest.raises(utils.UserError, match=f"argument {flag}: ") as error:
                 parse_args([flag, *words])
-            assert word == "-inf" or repr(word) in str(error.value)  # argparse takes -inf for a flag
+            assert word == "-inf" or repr(word)[:100] in str(error.value)  # argparse takes -inf for a flag
 
 
 # --- folders and files that don't fit ------------------------------------------------------------------------

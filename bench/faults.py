@@ -6,7 +6,8 @@ project's code, and the rows that rest on it have to turn red: exit code 1, as f
 
 The commands are run as processes forked from this one, which has imported the project: each starts at once, and a fault is a
 function replaced in the fork before the script begins. SIGKILL, full disks and locks are real in every other way. The search
-space is the paper's with a few channels, so that a checkpoint has half a megabyte; local workers are forked too, not spawned.
+space is the paper's with a few channels, so that a checkpoint has half a megabyte; local workers are forked too, not spawned, and no
+report of a search is drawn.
 NNI's own processes are started as always. Linux alone. Writes bench/results/faults.json.
 """
 import argparse
@@ -48,8 +49,8 @@ from PIL import Image  # noqa: E402
 import checkpoint  # noqa: E402
 import dataloader  # noqa: E402
 import evaluation  # noqa: E402
-import figures  # noqa: E402, F401
 import local_engine  # noqa: E402
+import report  # noqa: E402
 import search_record  # noqa: E402
 import training  # noqa: E402
 from network import load_file  # noqa: E402
@@ -668,6 +669,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = "1"
     gc.freeze()
     SearchSpace.for_images = classmethod(tiny)
+    report.write_report = lambda out: out
     local_engine.SPAWN = multiprocessing.get_context("fork")
     rows = [row for row in ROWS if not options.broken or options.broken in row[3]]
     rows = [row for row in rows if not options.rows or options.rows in f"{row[0]} {row[2]}"]

@@ -303,6 +303,7 @@ class Arena:
 
     def __init__(self, folder, options):
         self.folder, self.broken, self.kills, self.seed = folder, options.broken, options.kills, options.seed
+        self.every = options.every
         self.numbers = iter(range(10**9))
         rng = np.random.default_rng(options.seed)
         for part, n in (("train", 12), ("val", 4)):
@@ -434,7 +435,7 @@ def count_events(arena, script, action):
 
 def killed_at_every_write(arena, script):
     n, seen = count_events(arena, script, "kill"), []
-    for i in range(1, n + 1):
+    for i in range(1, n + 1, arena.every):
         out = arena.new()
         process = arena.command(script, out, fault=functools.partial(lambda i: Events("kill", i).install(), i))
         family = process.family()
@@ -446,13 +447,12 @@ def killed_at_every_write(arena, script):
         seen.append([process.pid, i, arena.state(script, out)[0]])
         arena.finish(script, out)
         shutil.rmtree(out)
-    return n, "killed before every rename, removal and fsync and within every first write of a file; the same result after it", seen
+    return len(seen), f"of {n} writes: killed before a rename, removal or fsync, or within a first write; the same result after it", seen
 
 
 def full_disk_at_every_write(arena, script):
     n, seen, refused = count_events(arena, script, "full"), [], 0
-    every = max(1, n // 150)
-    for i in range(1, n + 1, every):
+    for i in range(1, n + 1, arena.every):
         out = arena.new()
         process = arena.command(script, out, fault=functools.partial(lambda i: Events("full", i).install(), i)).wait(60)
         if process.code:
@@ -463,7 +463,7 @@ def full_disk_at_every_write(arena, script):
         seen.append([process.pid, i, arena.state(script, out)[0]])
         arena.finish(script, out)
         shutil.rmtree(out)
-    return len(seen), f"{refused} ended with one line, the others could do without the file; the same result once there is room", seen
+    return len(seen), f"of {n} writes: {refused} ended with one line, the others could do without the file; the same result once there is room", seen
 
 
 def truncated_checkpoint(arena, _script):
@@ -663,6 +663,7 @@ ROWS = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, metavar="N", help="of a command, at uniformly drawn times (default: 100)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="try every N-th write (default: 1, all)")
     parser.add_argument("--seed", type=int, default=0, help="of the images and times (default: 0)")
     parser.add_argument("--break", dest="broken", choices=BREAKS, help="take a guard out; runs the rows that rest on it")
     parser.add_argument("--rows", metavar="TEXT", help="only the rows with this in their fault or command")
@@ -696,7 +697,8 @@ def main():
             })  # fmt: skip
             whole = not options.broken and not options.rows
             if path := options.results or (ROOT / "bench" / "results" / "faults.json" if whole else None):
-                content = {"commit": utils.commit(), "versions": utils.versions(), "kills": options.kills, "break": options.broken, "rows": table}
+                content = {"commit": utils.commit(), "versions": utils.versions(), "kills": options.kills, "every": options.every,
+                           "break": options.broken, "rows": table}  # fmt: skip
                 utils.write_json(path, content)
     red = sum(row["lost"] != "nothing" for row in table)
     print(f"{len(table)} rows, {red} red")

@@ -135,8 +135,13 @@ class Events:
             if half:
                 half()
             os.kill(self.pid, signal.SIGKILL)
-        if self.action == "full" and self.seen >= self.n:
+        if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @property
+    def full(self):
+        """Whether the disk is full by now."""
+        return self.action == "full" and self.seen >= self.n > 0
 
     def install(self):
         opened, replace, fsync, unlink, fdopen = builtins.open, os.replace, os.fsync, os.unlink, os.fdopen
@@ -164,7 +169,7 @@ class _File:
         self.file, self.events, self.written = file, events, False
 
     def write(self, data):
-        if not self.written or self.events.action == "full":
+        if not self.written or self.events.full:
             self.written = True
             self.events.happen(half=lambda: (self.file.write(data[: len(data) // 2]), self.file.flush()))
         return self.file.write(data)

@@ -2,14 +2,11 @@
 import argparse
 import concurrent.futures
 import multiprocessing
-import os
-import signal
-import threading
 
 from evolution_tuner import EVOLUTION, Evolution
 from prefix_tree import chunks
 from search_record import Progress, SearchRecord
-from utils import UserError, log
+from utils import UserError, leave_signals_to_parent, log
 
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context doesn't survive a fork
 
@@ -104,19 +101,11 @@ def _start(trial, devices):
     from evaluation import Evaluator
 
     global evaluator
-    _leave_signals_to_parent()
+    leave_signals_to_parent()
     device = devices.get()
     if device is not None:
         torch.cuda.set_device(device)
     evaluator = Evaluator(argparse.Namespace(**trial, split="search"))
-
-
-def _leave_signals_to_parent():
-    """This process ends when its parent ends it, or ends itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _evaluate(candidates):

@@ -27,7 +27,7 @@ from flops_table import comparison, official_comparison, read_flops_table, with_
 from local_engine import search_locally
 from nni_engine import search_with_nni, trial_command
 from report import write_report
-from search_record import hold_lock, prepare_search, read_results, state_path
+from search_record import prepare_search, read_results, state_path
 from search_space import SearchSpace
 from utils import (
     HERE,
@@ -40,6 +40,7 @@ from utils import (
     add_run_flags,
     cores,
     count,
+    hold_lock,
     interrupt,
     log,
     output_folder,

@@ -1,6 +1,5 @@
 """What a search leaves on disk, and how it goes on from there. Standard library alone."""
 import collections
-import fcntl
 import itertools
 import json
 import os
@@ -8,7 +7,7 @@ import pathlib
 import reprlib
 import time
 
-from utils import UserError, atomic_write, log, read_json, write_json
+from utils import UserError, atomic_write, hold_lock, log, read_json, write_json
 
 
 class SearchRecord:
@@ -202,18 +201,3 @@ def read_generations(out, repair=False):
 def _hold_writer_lock(out):
     """Waits for the writer of a search that was killed a moment ago: it ends within seconds."""
     return hold_lock(state_path(out).with_name("writer.lock"), wait_s=30)
-
-
-def hold_lock(path, wait_s=0):
-    """The lock of a file that one process at a time can hold, until it ends or closes it. Raises UserError where another does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except OSError:
-            if time.monotonic() > deadline:
-                raise UserError(f"{path}: another search is running in this folder; wait for it, or name another --out") from None
-            time.sleep(0.2)

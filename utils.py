@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -17,6 +18,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, nothing keeps two processes apart
+    fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table")  # flags that name files
@@ -52,12 +60,22 @@ def signals(handler):
             signal.signal(number, earlier)
 
 
-def run_script(main, parse_args):
-    """Runs `main(parse_args())`; a UserError becomes one line on standard error and exit code 2."""
+def leave_signals_to_parent(*_):
+    """This process, a worker, ends when its parent ends it, or ends itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_script(main, parse_args, may_say=lambda line: True):
+    """Runs `main(parse_args())`; a UserError becomes one line on standard error, if `may_say(line)`, and exit code 2."""
     try:
         main(parse_args())
     except UserError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
+        if may_say(line):
+            print(line, file=sys.stderr)
         sys.exit(2)
 
 
@@ -188,6 +206,7 @@ def add_training_flags(parser, iterations):
     group.add_argument("--momentum", type=real(0, 1), default=0.9, help="of SGD (default: 0.9)")
     group.add_argument("--weight-decay", type=real(0, 1), default=4e-5, help="of weights with more than one dimension (default: 4e-5)")
     group.add_argument("--label-smoothing", type=real(0, 1), default=0.1, help="default: 0.1")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="convolutions in bfloat16 or float16 (default: off)")
     group.add_argument("--val-every", type=count(), default=10_000, metavar="N", help="steps between validations (default: 10000)")
     group.add_argument("--save-every", type=count(), default=1_000, metavar="N", help="steps between checkpoints (default: 1000)")
     group.add_argument("--keep", type=count(), default=3, metavar="N", help="checkpoints to keep (default: 3)")
@@ -289,9 +308,33 @@ def output_folder(path):
         raise UserError(f"--out: can't write to {path} ({error.strerror})") from None
 
 
+def hold_lock(path, wait_s=0):
+    """The lock of a file that one process at a time can hold, until it ends or closes it. Raises UserError where another does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")  # noqa: SIM115
+    deadline = time.monotonic() + wait_s
+    while fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: another run is going on in this folder; wait for it, or name another --out") from None
+            time.sleep(0.2)
+    return file
+
+
 def cores():
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def duration(seconds):
+    """Seconds for people: "40 s", "2.5 h"."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 # --- logging -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Images:
 def settings(**changes):
     values = {
         "iterations": 20, "batch_size": 8, "lr": 0.5, "warmup": 0, "momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1,
-        "seed": 0, "val_every": 1000, "save_every": 1000, "keep": 3, "resume": "auto",
+        "seed": 0, "amp": "off", "val_every": 1000, "save_every": 1000, "keep": 3, "resume": "auto",
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
@@ -47,7 +47,9 @@ def supernet_run(folder, args, model=None, sampler=None):
     stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(args, folder, torch.device("cpu"), "supernet", stored)
-    metrics = train(run, model, Images(), lambda x, step: model(x, sampler.path(step)), lambda step: {"val/acc1": 1.0})
+    if args.resume == "none":
+        run.start()
+    metrics = train(run, model, Images(), lambda step: {"val/acc1": 1.0}, sampler.path)
     return model, metrics
 
 
@@ -146,7 +148,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
                     p -= 0.5 * (1 - k / iterations) * momentum[name]
 
     run = Run(settings(iterations=iterations, batch_size=32, save_every=3), tmp_path, torch.device("cpu"), kind, {})
-    train(run, model, ThreeBatches(), lambda x, step: model(x, sampler.path(step)) if kind == "supernet" else model(x), None)
+    train(run, model, ThreeBatches(), None, sampler.path if kind == "supernet" else None)
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
     ours, theirs, moved = model.state_dict(), reference.state_dict(), 0
     for name, expected in theirs.items():
@@ -213,7 +215,9 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--lr 0.3 \(was 0.5\).*--out.*--resume none"):
         supernet_run(tmp_path, settings(iterations=2, lr=0.3))
     supernet_run(tmp_path, settings(iterations=2, keep=7))  # harmless
+    before = (tmp_path / "checkpoint-0000002.pth").read_bytes()
     supernet_run(tmp_path, settings(iterations=2, lr=0.3, resume="none"))
+    assert tmp_path.with_suffix(".1").joinpath("checkpoint-0000002.pth").read_bytes() == before
     assert load(newest(tmp_path), "supernet").content["settings"]["lr"] == 0.3
 
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -33,7 +34,7 @@ except ImportError:  # not on Windows
 
 LOG_EVERY = 50  # steps
 PLAN_AFTER = 5  # steps, of which the first is not timed
-DROPOUT, DROPOUT_RANK = 1_000_003, 2**40  # separate the dropout streams of neighbouring seeds, and of processes
+DROPOUT = 0x44726F70  # keeps these draws apart from others of the same seed
 
 
 def parameter_groups(model, weight_decay):
@@ -42,6 +43,11 @@ def parameter_groups(model, weight_decay):
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": weight_decay}]
     return groups + [{"params": others, "weight_decay": 0.0}] * bool(others)
+
+
+def dropout_seed(seed, step, rank=0):
+    """Of a step on a process, in 32 bits, for torch takes no more of them on the CPU."""
+    return int(np.random.SeedSequence([seed, DROPOUT, step, rank]).generate_state(1)[0])
 
 
 def begin_momentum(optimizer):
@@ -171,7 +177,7 @@ def train(run, model, loader, validate, path=None):
             rate = learning_rate(step, iterations, args.lr, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            torch.manual_seed(args.seed * DROPOUT + step + distributed.rank() * DROPOUT_RANK)
+            torch.manual_seed(dropout_seed(args.seed, step, distributed.rank()))
             with autocast(run.device, args.amp):
                 logits = model(images, path(step)) if path else model(images)
             loss = criterion(logits, labels)

@@ -1,4 +1,5 @@
 """Training on two processes, and runs that are killed: as on one process, and as if nothing had been."""
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from dataset import training_plan
 from distributed import share
 from network import ShuffleNetV2OneShot
 from sampler import PathSampler
+from training import dropout_seed
 from utils import UserError
 
 TINY = ("--demo", "--heldout-per-class", 4, "--threads", 1, "--workers", 1, "--batch-size", 16, "--warmup", 2)
@@ -95,7 +97,7 @@ def test_gradients_are_the_mean_of_the_shards(two, dtype, steps, tolerance):
         gradients = []
         for rank, batches in enumerate(shards):
             model.zero_grad()
-            torch.manual_seed(step + rank * 2**40)
+            torch.manual_seed(dropout_seed(0, step, rank))
             images, labels = batches[step - 1]
             nn.functional.cross_entropy(model(images, sampler.path(step)), labels, label_smoothing=0.1).backward()
             gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -115,6 +117,14 @@ def test_gradients_are_the_mean_of_the_shards(two, dtype, steps, tolerance):
             assert (found["weights"][name] - p).abs().max() <= tolerance * p.abs().max()
             if name not in {n for n, q in model.named_parameters() if q in optimizer.state}:
                 assert torch.equal(found["weights"][name], start[name])
+
+
+def test_processes_and_steps_draw_other_dropout():
+    draws = []
+    for seed, step, rank in itertools.product((0, 1), (1, 2), (0, 1)):
+        torch.manual_seed(dropout_seed(seed, step, rank))
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 8
 
 
 def test_both_processes_end_with_the_same_weights_and_losses(two):

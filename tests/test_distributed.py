@@ -42,7 +42,11 @@ def start(processes, script, *words, out):
 
 
 def finish(process, code=0):
-    stdout, stderr = process.communicate(timeout=200)
+    try:
+        stdout, stderr = process.communicate(timeout=200)
+    finally:
+        if process.poll() is None:
+            kill(process)
     assert process.returncode == code, stderr
     return stdout, stderr
 
@@ -249,9 +253,11 @@ def test_a_signal_saves_within_a_step(tmp_path, processes, number):
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     words = (*SUPERNET, "--iterations", 100_000)
     process, log = start(1, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
-    while not log.exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    _, stderr = finish(start(1, *words, out=tmp_path), code=2)
-    assert len(stderr.splitlines()) == 1 and "another run is going on in this folder" in stderr
-    kill(process)
+    try:
+        while not log.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        _, stderr = finish(start(1, *words, out=tmp_path), code=2)
+        assert len(stderr.splitlines()) == 1 and "another run is going on in this folder" in stderr
+    finally:
+        kill(process)

@@ -233,16 +233,33 @@ def test_a_run_killed_25_times_ends_as_if_it_had_not_been(tmp_path, processes, w
     killed_and_resumed(tmp_path, processes, 25, 1, (*words, "--loader", loader))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_within_a_step(tmp_path, processes, number):
+def rank_1(pid):
+    """The process id of process 1 of a torchrun."""
+    for child in descendants(pid):
+        if b"\0RANK=1\0" in pathlib.Path(f"/proc/{child}/environ").read_bytes():
+            return child
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "processes, number, send",
+    [
+        (1, signal.SIGTERM, os.killpg),  # the loader's workers get it too
+        (1, signal.SIGINT, os.killpg),  # as from a terminal
+        (2, signal.SIGTERM, os.kill),
+        (2, signal.SIGINT, os.kill),
+        (2, signal.SIGTERM, lambda pid, number: os.kill(rank_1(pid), number)),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to torchrun", "Ctrl-C to torchrun", "SIGTERM to process 1"],
+)
+def test_a_signal_saves_within_a_step(tmp_path, processes, number, send):
     words = (*SUPERNET, "--iterations", 100_000, "--save-every", 100_000, "--val-every", 100_000)
     process, log = start(processes, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
     deadline = time.monotonic() + 100
     while not (log.exists() and "plan:" in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(number)
+    send(process.pid, number)
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode == 128 + number) if processes == 1 else process.returncode
     (saved,) = checkpoint.checkpoints(tmp_path / "checkpoints" / "supernet")

@@ -267,6 +267,27 @@ def test_a_signal_saves_within_a_step(tmp_path, processes, number, send):
     assert checkpoint.load_file(saved)["step"] == int(saved.stem[11:])
 
 
+def test_workers_end_with_a_killed_run_and_leave_signals_to_it(tmp_path):
+    words = (*SUPERNET, "--iterations", 100_000, "--loader", "torchvision")
+    process, log = start(1, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
+    try:
+        while not (log.exists() and "plan:" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        _, worker = descendants(process.pid)
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+        time.sleep(0.5)
+        assert descendants(process.pid) == [process.pid, worker] and pathlib.Path(f"/proc/{worker}/exe").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 3
+    while pathlib.Path(f"/proc/{worker}/exe").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     words = (*SUPERNET, "--iterations", 100_000)
     process, log = start(1, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"

@@ -209,8 +209,9 @@ def main():
         "commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }  # fmt: skip
+    name = f"{device.type} {options.input_size} px batch {options.batch_size}" + ", compiled" * options.compile
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    utils.write_json(options.results, results | {f"{device.type} {options.input_size} px batch {options.batch_size}": result}, indent=1)
+    utils.write_json(options.results, results | {name: result}, indent=1)
 
 
 if __name__ == "__main__":

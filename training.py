@@ -25,7 +25,7 @@ import checkpoint
 import distributed
 from dataset import training_plan
 from evaluation import autocast, correct_counts
-from utils import UserError, atomic_write, duration, hold_lock, log, output_folder, start_logging
+from utils import Interrupted, UserError, atomic_write, duration, hold_lock, log, output_folder, start_logging
 
 try:
     import resource
@@ -193,15 +193,20 @@ def train(run, model, loader, validate, path=None):
             stop = distributed.highest(interruption.signal)
             validates = step == iterations or step % args.val_every == 0
             if step == done + PLAN_AFTER:
-                _tell_plan(run, model, meter, step)
+                _tell_plan(run, model, step, meter.step_seconds)
             if validates or step % LOG_EVERY == 0:
                 metrics = meter.summary(step, rate)
                 log.info("step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s", step, iterations, metrics["train/loss"],
                          metrics["train/acc1"], rate, metrics["train/images_per_second"])  # fmt: skip
-                if validates:
-                    with meter.paused():
-                        metrics.update(validate(step))
-                        model.train()
+                if validates and not (stop and step < iterations):
+                    try:
+                        with meter.paused(), interruption.at_once(step < iterations):
+                            metrics.update(validate(step))
+                    except Interrupted as error:
+                        stop = error.args[0]
+                    model.train()
+                    left = iterations // args.val_every - step // args.val_every
+                    log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
                 journal.write(step, metrics, path)
             if step == iterations or stop or step % args.save_every == 0:
                 metrics["seconds"] = meter.seconds
@@ -212,13 +217,15 @@ def train(run, model, loader, validate, path=None):
     return metrics
 
 
-def _tell_plan(run, model, meter, step):
-    """Logs what the run will take. Source of the numbers: its first steps."""
+def _tell_plan(run, model, step, step_seconds):
+    """Logs what the run will take, going by its first steps."""
+    if distributed.rank():
+        return
     steps, args = run.args.iterations - step, run.args
     size = 2 * sum(t.nbytes for t in model.state_dict().values())  # with momentum
     disk, free = size * (args.keep + 1), shutil.disk_usage(run.folder).free
     log.info("plan: %s for %d more steps of %.3g s, beside %d validations; %d checkpoints of %.0f MB; peak memory so far %.1f GB",
-             duration(steps * meter.step_seconds), steps, meter.step_seconds, -(-steps // args.val_every), args.keep, size / 1e6,
+             duration(steps * step_seconds), steps, step_seconds, -(-steps // args.val_every), args.keep, size / 1e6,
              _peak_memory(run.device) / 1e9)  # fmt: skip
     if disk > free:
         log.warning("warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep", run.folder, free / 1e9, disk / 1e9)
@@ -237,13 +244,13 @@ class _Meter:
     def __init__(self, args, path, scaler, step, seconds, rows):
         self.args, self.path, self.scaler, self.step = args, path, scaler, step
         self.rows, self.window = rows, []  # (n, 3): loss, images right in top-1 and top-5, of all processes; not yet fetched
-        self.before, self.started, self.pause = seconds, time.perf_counter(), 0.0
+        self.before, self.started, self.pauses = seconds, time.perf_counter(), []
         self.logged = step, self.seconds
         self.first = None
 
     @property
     def seconds(self):
-        return round(self.before + time.perf_counter() - self.started - self.pause, 3)
+        return round(self.before + time.perf_counter() - self.started - sum(self.pauses), 3)
 
     @property
     def step_seconds(self):
@@ -255,8 +262,10 @@ class _Meter:
     @contextlib.contextmanager
     def paused(self):
         start = time.perf_counter()
-        yield
-        self.pause += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.pauses.append(time.perf_counter() - start)
 
     def add(self, loss, logits, labels):
         self.window.append(torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels))))
@@ -355,6 +364,17 @@ def _step(line):
 class _Interruption:
     """While it is entered, SIGINT and SIGTERM are noted in `signal` instead of ending the process; so is the end of torchrun."""
 
+    raises = False
+
+    @contextlib.contextmanager
+    def at_once(self, raises):
+        """Within the block they are raised too, as Interrupted, if `raises`."""
+        self.raises = raises
+        try:
+            yield
+        finally:
+            self.raises = False
+
     def __enter__(self):
         self.noted, self.parent = 0, os.getppid()
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -367,6 +387,8 @@ class _Interruption:
 
     def _note(self, number, _):
         self.noted = number
+        if self.raises:
+            raise Interrupted(number)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -77,6 +77,8 @@ def run_script(main, parse_args, may_say=lambda line: True):
         if may_say(line):
             print(line, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 # --- command line --------------------------------------------------------------------------------------------

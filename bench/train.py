@@ -54,6 +54,7 @@ class Variant:
         self.model.load_state_dict(weights)
         self.model.to(device, memory_format=self.layout).train()
         if compiled:
+            torch._dynamo.config.recompile_limit = 200  # of the one function forward: 80 operations
             for operation in (operation for block in self.model.features for operation in block):
                 operation.compile()
         self.optimizer = torch.optim.SGD(parameter_groups(self.model, 4e-5), lr=0.01, momentum=0.9, fused=fused or None)

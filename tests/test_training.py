@@ -285,6 +285,28 @@ def test_a_signal_saves_and_ends(tmp_path):
     assert newest(tmp_path).name == "checkpoint-0000004.pth"
 
 
+def test_a_signal_ends_a_validation_too(tmp_path):
+    import os
+    import signal
+
+    torch.manual_seed(0)
+    model, done = ShuffleNetV2OneShot(space=SPACE), []
+
+    def validate(step):
+        if not done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(step)
+        return {"val/acc1": 1.0}
+
+    stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
+    run = Run(settings(val_every=4, iterations=8), tmp_path, torch.device("cpu"), "supernet", stored)
+    with pytest.raises(SystemExit) as stopped:
+        train(run, model, Images(), validate, PathSampler(SPACE, 0).path)
+    assert stopped.value.code == 128 + signal.SIGTERM and not done
+    assert newest(tmp_path).name == "checkpoint-0000004.pth" and model.training
+    assert train(run, model, Images(), lambda step: done.append(step) or {}, PathSampler(SPACE, 0).path) and done == [8]
+
+
 def test_both_scripts_have_the_official_defaults():
     for script, iterations in ((supernet, 150_000), (scratch, 300_000)):
         args = script.parse_args([])

@@ -48,7 +48,7 @@ def main(options):
         torch.manual_seed(0)
         models[name] = ShuffleNetV2OneShot(space=space).to(device, memory_format=torch.channels_last).train()
         optimizers[name] = torch.optim.SGD(parameter_groups(models[name], 4e-5), lr=0.01, momentum=0.9, fused=True)
-    models[EXCHANGES[2]] = nn.parallel.DistributedDataParallel(models[EXCHANGES[2]], find_unused_parameters=True, broadcast_buffers=False)
+    models[EXCHANGES[2]] = nn.parallel.DistributedDataParallel(models[EXCHANGES[2]], find_unused_parameters=True, forward_sync_buffers=False)
     images = torch.rand(options.batch_size, 3, options.input_size, options.input_size, device=device).mul_(255)
     images, labels = images.to(memory_format=torch.channels_last), torch.randint(1000, (options.batch_size,), device=device)
     for step in range(options.steps + 1):

@@ -74,6 +74,7 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
                 raise UserError(f"{lost}; no machine is left; go on with --resume") from None
             log.warning("%s; going on with the other machines, %d", lost, len(left))
         time.sleep(FORGET_S)
+        candidates_per_trial = candidates_per_trial or -(-settings["population"] // concurrency)  # the time limit of a trial goes by it
         concurrency = max(1, concurrency * len(left) // len(machines))
         experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
         prepare_search(out, settings, resume=True)
@@ -107,8 +108,8 @@ def _nni_config(space, command, settings, out, experiment, concurrency, candidat
 def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=21_600):
     """Starts NNI, waits until the search in `out` is done, and leaves nothing of NNI running, however it ends.
 
-    Raises UserError where the search or NNI fails, MachinesLost, and Interrupted. NNI itself tells neither when a search of its own tuner
-    is done nor that it failed: the state file does.
+    Raises UserError where the search or NNI fails, MachinesLost, and Interrupted. NNI itself tells neither when a search of
+    its own tuner is done nor that it failed: the state file does.
     """
     try:
         import nni
@@ -147,7 +148,8 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=21_6
                     _end_trials(experiment, progress, trial_timeout)
         except UserError as error:
             connections.check(NOTICE_S)  # a machine that stops may be why, and takes some seconds to be missed
-            raise UserError(f"{error}{_last_words(folder / experiment.id)}") from None
+            on_machines = f"; what trials said is on the machines, in ~/nni-experiments/{experiment.id}" if connections.machines else ""
+            raise UserError(f"{error}{_last_words(folder / experiment.id)}{on_machines}") from None
         finally:
             with signals(signal.SIG_IGN):
                 log.info("stopping NNI")

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -232,14 +233,15 @@ class Server:
                     found.append(process)
         return found
 
-    def stop(self):
-        """All at once, as when a machine is switched off."""
-        sessions = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
-        self.process.kill()
-        self.process.wait()
-        for process in [*sessions, *self.running()]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+    def stop(self, number=signal.SIGKILL):
+        """Sends a signal to the server and to all that runs: killed, they end their connections, and stopped, they say nothing more."""
+        if self.process.poll() is None:
+            server = psutil.Process(self.process.pid)
+            for process in [server, *server.children(recursive=True), *self.running()]:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
+            if number == signal.SIGKILL:
+                self.process.wait()
 
 
 def make_key(path):
@@ -278,7 +280,8 @@ def outcome(out):
 
 
 @pytest.mark.slow
-def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, how):
     near, far = tmp_path / "local", tmp_path / "remote"
     run("supernet.py", *SMALL, "--batch-size", 16, "--val-every", 20, "--save-every", 20, "--iterations", 20, "--val-paths", 1, "--out", near)
     run("tester.py", "--mode", "gen", "--out", near)
@@ -302,7 +305,7 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers):
         children = psutil.Process(process.pid).children(recursive=True)
         listening = {c.laddr.ip for p in children for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
         assert listening == {"127.0.0.1"}
-        servers[1].stop()
+        servers[1].stop(how)
         assert process.wait(400) == 0, log.read_text()
         print(f"ended after {time.monotonic() - start:.0f} s")
     finally:
@@ -316,6 +319,7 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers):
     assert outcome(far) == outcome(near) and [len(generation) for generation in outcome(far)] == [6, 6, 6]
     assert json.loads((far / "checkpoints/best.json").read_text()) == json.loads((near / "checkpoints/best.json").read_text())
     assert not [child for child in children if child.is_running()]
+    servers[1].stop()
     deadline = time.monotonic() + 30
     while left := [p for server in servers for p in server.running()]:
         assert time.monotonic() < deadline, left

@@ -44,14 +44,13 @@ def _give_up(record, candidates, error):
 
 
 class Workers:
-    """Processes that evaluate lists of candidates: one a GPU, each with its own, or `concurrency` of them on the CPU."""
+    """Processes that evaluate lists of candidates: one a GPU, or `concurrency` of them on the CPU."""
 
     def __init__(self, trial, concurrency):
         import torch
 
         gpus = torch.cuda.device_count() if trial["device"] != "cpu" else 0
-        self.devices = list(range(gpus)) or [None] * concurrency
-        self.trial, self.n, self.pool = trial, len(self.devices), None
+        self.trial, self.n, self.pool = trial, gpus or concurrency, None
 
     def __enter__(self):
         return self
@@ -76,10 +75,7 @@ class Workers:
 
     def _submit(self, candidates):
         if self.pool is None:
-            devices = SPAWN.SimpleQueue()
-            for device in self.devices:
-                devices.put(device)
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.trial, devices))
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.trial,))
         return self.pool.submit(_evaluate, candidates)
 
     def _end(self):
@@ -94,17 +90,14 @@ class Workers:
 # --- in a worker ---------------------------------------------------------------------------------------------
 
 
-def _start(trial, devices):
+def _start(trial):
     """Makes this process's evaluator, on its own device."""
-    import torch
-
     from evaluation import Evaluator
+    from gpu_lock import take_gpu
 
     global evaluator
     leave_signals_to_parent()
-    device = devices.get()
-    if device is not None:
-        torch.cuda.set_device(device)
+    take_gpu(trial["device"])
     evaluator = Evaluator(argparse.Namespace(**trial, split="search"))
 
 

@@ -27,7 +27,7 @@ except ImportError:  # not on Windows: there, nothing keeps two processes apart
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table")  # flags that name files
+PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment")  # flags that name files
 MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
 
 log = logging.getLogger("spos")

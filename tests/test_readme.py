@@ -22,7 +22,10 @@ def test_the_readme_has_the_four_commands():
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
-def test_a_command_is_taken_by_its_script(command):
+def test_a_command_is_taken_by_its_script(command, tmp_path, monkeypatch):
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "id_rsa").touch()  # of config_search_remote.yml
+    monkeypatch.setenv("HOME", str(tmp_path))
     program, script, *words = shlex.split(command)
     if program == "make":
         assert re.search(rf"^{script}:", (ROOT / "Makefile").read_text(), re.M)

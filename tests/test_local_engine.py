@@ -124,7 +124,7 @@ if __name__ == "__main__":
 
 def start_as_ours(trial):
     """As _start, but for the evaluator."""
-    local_engine._leave_signals_to_parent()
+    local_engine.leave_signals_to_parent()
 
 
 def evaluate_slowly(candidates):

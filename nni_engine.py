@@ -10,7 +10,8 @@ import sys
 import time
 
 from evolution_tuner import EVOLUTION
-from search_record import Progress, state_path
+from search_progress import Progress
+from search_record import state_path
 from utils import HERE, UserError, log, signals, write_settings
 
 POLL_S = 0.5

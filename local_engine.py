@@ -5,7 +5,8 @@ import multiprocessing
 
 from evolution_tuner import EVOLUTION, Evolution
 from prefix_tree import chunks
-from search_record import Progress, SearchRecord
+from search_progress import Progress
+from search_record import SearchRecord
 from utils import UserError, leave_signals_to_parent, log
 
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context doesn't survive a fork
@@ -21,6 +22,7 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
     record, progress = SearchRecord(out, space, evolution), Progress(out)
     with Workers(trial, concurrency) as workers:
         while waiting := record.pending():
+            progress.read()
             lists = chunks(space, waiting, workers.n, candidates_per_trial)
             names = {tuple(c): f"{evolution.generation:03}_{i:03}" for i, part in enumerate(lists) for c in part}
             # At first lists; what fails with them comes one by one; and, since a dying worker takes others' work along, alone.
@@ -34,6 +36,7 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
                         log.warning("%d candidates will be evaluated again: %s", len(part), error)
                     progress.read()
                 lists = [[c] for c in waiting if c not in record.results]
+        progress.read()
 
 
 def _give_up(record, candidates, error):

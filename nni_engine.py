@@ -12,7 +12,8 @@ import time
 
 from evolution_tuner import EVOLUTION
 from machines import NOTICE_S, Connections, MachinesLost
-from search_record import Progress, prepare_search, state_path
+from search_progress import Progress
+from search_record import prepare_search, state_path
 from utils import HERE, UserError, log, signals, write_settings
 
 POLL_S = 0.5

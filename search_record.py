@@ -5,9 +5,8 @@ import json
 import os
 import pathlib
 import reprlib
-import time
 
-from utils import UserError, atomic_write, hold_lock, log, read_json, write_json
+from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
 
 class SearchRecord:
@@ -112,38 +111,6 @@ def _reward(result):
 
 def state_path(out):
     return pathlib.Path(out) / "checkpoints" / "search" / "state.json"
-
-
-class Progress:
-    """The state file of a running search, its news logged."""
-
-    def __init__(self, out):
-        self.out = out
-        self.generation, self.evaluated = None, None
-        self.changed = self.reported = time.monotonic()
-
-    @property
-    def idle_s(self):
-        """Seconds since the last result."""
-        return time.monotonic() - self.changed
-
-    def read(self):
-        """The state. Raises UserError where the tuner gave up."""
-        state = self.state = read_json(state_path(self.out))
-        if state["error"]:
-            raise UserError(f"the search can't go on: {state['error']}")
-        total = state["settings"]["generations"]
-        if state["evaluated"] != self.evaluated:
-            self.evaluated, self.changed = state["evaluated"], time.monotonic()
-        if state["generation"] != self.generation:
-            if self.generation is not None and state["best"]:
-                best = f"best {state['best']['acc1']:.2f}% at {state['best']['flops'] / 1e6:.1f}M"
-                log.info("generation %d of %d: %d candidates so far, %s", state["generation"], total, self.evaluated, best)
-            self.generation, self.reported = state["generation"], time.monotonic()
-        elif self.changed > self.reported + 30:
-            log.info("generation %d of %d: %d candidates so far", state["generation"] + 1, total, self.evaluated)
-            self.reported = time.monotonic()
-        return state
 
 
 def prepare_search(out, settings, resume):

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import checkpoint
 import distributed
@@ -320,8 +319,6 @@ class _Journal:
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
-            if not self.progress.disable:
-                self.ending.enter_context(logging_redirect_tqdm([log]))
             self.board = self.ending.enter_context(SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step + 1))
             path = self.run.folder / "log.jsonl"
             _cut(path, self.step)

@@ -75,7 +75,8 @@ def run_script(main, parse_args, may_say=lambda line: True):
     except UserError as error:
         line = f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
         if may_say(line):
-            print(line, file=sys.stderr)
+            with above_progress_bars():
+                print(line, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -342,6 +343,20 @@ def duration(seconds):
 # --- logging -------------------------------------------------------------------------------------------------
 
 
+def above_progress_bars():
+    """A context in which lines on standard error go above tqdm's bars, if there are any."""
+    tqdm = sys.modules.get("tqdm")  # not imported: the search space and its users need nothing but the standard library
+    return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
+
+
+class Screen(logging.StreamHandler):
+    """Standard error, beside progress bars."""
+
+    def emit(self, record):
+        with above_progress_bars():
+            super().emit(record)
+
+
 def start_logging(folder, args, device):
     """Logs to standard error and to `folder`/run.log, and writes down what ran: command, settings, versions, device.
 
@@ -353,7 +368,7 @@ def start_logging(folder, args, device):
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(folder / "run.log")):
+    for handler in (Screen(sys.stderr), logging.FileHandler(folder / "run.log")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     write_settings(folder / "config.yml", pathlib.Path(sys.argv[0]).stem, vars(args))

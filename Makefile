@@ -12,7 +12,7 @@ RUN := .venv/bin/python
 PIP := $(RUN) -m pip -q --disable-pip-version-check
 READY := .venv/.ready
 
-.PHONY: help demo test test-all lint board clean
+.PHONY: help demo test test-all lint board audit clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,14 @@ lint: $(READY)  ## ruff
 
 board: $(READY)  ## TensorBoard on 127.0.0.1 over OUT/checkpoints (after make demo, OUT=demo)
 	@$(RUN) -m tensorboard.main --host 127.0.0.1 --logdir "$(OUT)/checkpoints"
+
+# pip-audit asks for the vulnerabilities; in an environment of its own, since it brings some twenty packages.
+AUDIT := pip-audit==2.10.1
+
+audit: $(READY)  ## known vulnerabilities of what is installed, and whether our use reaches them
+	@[ -x .venv/audit/bin/pip-audit ] || { $(RUN) -m venv .venv/audit && \
+	    .venv/audit/bin/python -m pip -q --disable-pip-version-check install $(AUDIT); }
+	@$(RUN) bench/audit.py
 
 clean:  ## removes what make made: .venv, demo/, the unpacked images, caches; never your checkpoints
 	@rm -rf .venv demo data/fashion-mnist data/cache .pytest_cache .ruff_cache .hypothesis

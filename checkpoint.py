@@ -6,6 +6,7 @@ the data settings (preprocessing, augmentation, split), class names, the archite
 import dataclasses
 import pathlib
 import re
+import reprlib
 
 import torch
 
@@ -82,18 +83,24 @@ def parse(content, path, kind, space=None):
         if classifier is not None and classifier.dim() == 2 and len(classifier):
             space = dataclasses.replace(space, n_classes=len(classifier))
         return Stored(str(path), kind, space, weights)
-    if content["version"] != VERSION:
-        raise UserError(f"{path}: checkpoint version {content['version']!r}, this program reads version {VERSION}")
-    if content.get("kind") != kind:
-        raise UserError(f"{path}: a {content.get('kind')} checkpoint, not a {kind} one")
+    version, found, classes, split = (content.get(key) for key in ("version", "kind", "classes", "split"))
+    if type(version) is not int or version != VERSION:
+        raise UserError(f"{path}: checkpoint version {reprlib.repr(version)}, this program reads version {VERSION}")
+    if type(found) is not str or found != kind:
+        raise UserError(f"{path}: a {reprlib.repr(found).strip(chr(39))} checkpoint, not a {kind} one")
     try:
+        if not all(type(name) is str for name in classes):
+            raise TypeError("classes are not names")
+        if split is not None and not all(type(value) in (int, str) for value in split.values()):
+            raise TypeError("the split is not made of numbers and names")
+        space, architecture = SearchSpace.from_dict(content["space"]), content.get("architecture")
         return Stored(
-            path=str(path), kind=kind, weights=weights, space=SearchSpace.from_dict(content["space"]),
+            path=str(path), kind=kind, weights=weights, space=space,
             data=DataConfig.from_dict(content["data"]), split=content["split"], classes=tuple(content["classes"]),
-            architecture=content.get("architecture") and tuple(content["architecture"]), content=content,
+            architecture=None if architecture is None else space.check(architecture), content=content,
         )  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({str(error)[:100]})") from None
 
 
 def load_supernet(path, out, space=None):
@@ -102,7 +109,8 @@ def load_supernet(path, out, space=None):
     if path is None:
         raise UserError(f"--checkpoint: no supernet in {pathlib.Path(out) / 'checkpoints' / 'supernet'}; train one with supernet.py")
     stored = load(path, "supernet", space)
-    model = ShuffleNetV2OneShot(space=stored.space)
+    with torch.device("meta"):
+        model = ShuffleNetV2OneShot(space=stored.space)
     load_weights(model, stored.weights, path)
     return model, stored
 
@@ -129,7 +137,8 @@ def load_network(path, architecture=None, space=None):
         stored.architecture = told or stored.space.load_architecture(HERE / "architecture_final.json")
     elif told not in (None, stored.architecture):
         raise UserError(f"--architecture {architecture} contradicts {path}, which is of {list(stored.architecture)}; leave the flag out")
-    model = ShuffleNetV2(stored.architecture, space=stored.space)
+    with torch.device("meta"):
+        model = ShuffleNetV2(stored.architecture, space=stored.space)
     load_weights(model, stored.weights, path)
     return model, stored
 

@@ -41,8 +41,11 @@ class Loader:
     def __init__(self, images, config, augment, seed=0, device="cpu", backend="auto", workers=None):
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
         self.device = torch.device(device)
+        there = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+        if backend == "dali" and not there:
+            raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
         if backend == "auto":
-            backend = "dali" if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali") else "torchvision"
+            backend = "dali" if there else "torchvision"
         self.backend = backend
         self.workers = min(8, max(1, cores() // processes_here())) if workers is None else workers
 
@@ -88,10 +91,16 @@ class Loader:
             dataset, batch_sampler=plan, collate_fn=lambda batch: batch, num_workers=self.workers,
             pin_memory=self.device.type == "cuda", prefetch_factor=4 if self.workers else None, worker_init_fn=utils.leave_signals_to_parent,
         )  # fmt: skip
-        for images, samples, error in batches:
-            if error:
-                raise UserError(error)
-            yield images, samples
+        try:
+            for images, samples, error in batches:
+                if error:
+                    raise UserError(error)
+                yield images, samples
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--workers {self.workers}: {reason} (too little memory?); the same command goes on, or fewer workers") from None
 
     def _dali(self, plan):
         import nvidia.dali

@@ -66,7 +66,17 @@ class DataConfig:
 
     @classmethod
     def from_dict(cls, values):
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        """What `to_dict` made. Raises TypeError where a file has something else."""
+        if not isinstance(values, dict):
+            raise TypeError(f"data settings are a {type(values).__name__}")
+        config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        for field in dataclasses.fields(cls):
+            value, default = getattr(config, field.name), field.default
+            numbers = value if type(value) is tuple and len(value) == 2 else (value,)
+            kinds = (int, float) if type(default) in (float, tuple) else (type(default),)
+            if (type(default) is tuple) != (len(numbers) == 2) or any(type(n) not in kinds for n in numbers):
+                raise TypeError(f"{field.name} is a {type(value).__name__}")
+        return config
 
 
 # --- folders and splits --------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def load_file(path):
         raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged file makes torch raise nearly anything: struct.error, AssertionError, IndexError...
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a whole checkpoint of plain tensors ({reason[:100]})") from None
+        raise UserError(f"{path}: not a whole checkpoint of plain tensors ({reason[:100]}); remove or replace it") from None
 
 
 def load_and_parse_state_dict(path):
@@ -137,7 +137,10 @@ def _is_plain_tensor(value):
 
 
 def load_weights(model, state_dict, path):
-    """Loads strictly. Raises UserError that names the first entry that does not fit."""
+    """Loads strictly. Raises UserError that names the first entry that does not fit.
+
+    A model on the meta device gets its memory once all fits: a damaged file may speak of one that has terabytes.
+    """
     own = model.state_dict()
     for name in sorted(own.keys() | state_dict.keys()):
         if name not in state_dict or name not in own:
@@ -146,4 +149,6 @@ def load_weights(model, state_dict, path):
         if own[name].shape != state_dict[name].shape:
             shapes = f"{tuple(state_dict[name].shape)}, the model needs {tuple(own[name].shape)}"
             raise UserError(f"{path}: entry {name!r} has shape {shapes}")
+    if next(model.parameters()).is_meta:
+        model.to_empty(device="cpu")
     model.load_state_dict(state_dict)

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import itertools
 import os
+import reprlib
 import shlex
 import signal
 import sys
@@ -111,9 +112,9 @@ def read_experiment(path):
     experiment = read_yaml(path)
     for key in itertools.chain(forms, experiment):
         if key not in forms:
-            raise UserError(f"{path}: unknown entry {key!r}; those of this search are {', '.join(forms)}")
+            raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
         if not isinstance(experiment.get(key), forms[key]):
-            raise UserError(f"{path}: {key} is {experiment.get(key)!r}, not of type {forms[key][0].__name__}")
+            raise UserError(f"{path}: {key} is {reprlib.repr(experiment.get(key))}, not of type {forms[key][0].__name__}")
     keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
     for key, known in keys.items():
         if not known - {"classArgs"} <= experiment[key].keys() <= known:
@@ -122,7 +123,7 @@ def read_experiment(path):
     if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
         return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
     if service != {"platform": "local"}:  # trialGpuNumber among it, for the reason that the file gives
-        raise UserError(f"{path}: trainingService is {service!r}, not platform: local alone, nor platform: remote with machineList alone")
+        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not platform: local alone, nor platform: remote with machineList alone")
     return experiment
 
 
@@ -131,7 +132,7 @@ def flops_limit(text, space):
     official, share = OFFICIAL_LIMIT
     if text is None:
         text = official if space == SearchSpace() else share
-    return space.flops_value(text)
+    return space.flops_value(text, "--flops-limit")
 
 
 def check_space_file(path, space):

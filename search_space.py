@@ -259,12 +259,12 @@ class SearchSpace:
         """The FLOPs at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
         return next((int(cost) for cost, below in self._flops_distribution if below >= share), self.flops_range[1])
 
-    def flops_value(self, text):
+    def flops_value(self, text, flag="FLOPs"):
         """Multiply-adds from a number ("330000000"), millions ("330M") or a quantile of uniform candidates ("59%")."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([M%]?)", str(text).strip())
         value = float(match[1]) if match else 0
         if not match or not 0 < value < 1e15 or (match[2] == "%" and value > 100):
-            raise UserError(f"FLOPs {text!r} is neither multiply-adds (330000000, 330M) nor a share of candidates (59%)")
+            raise UserError(f"{flag} {reprlib.repr(text)} is neither multiply-adds (330000000, 330M) nor a share of candidates (59%)")
         if match[2] == "%":
             return self.flops_quantile(value / 100)
         return int(value * (1e6 if match[2] == "M" else 1))

@@ -52,7 +52,7 @@ def main(args):
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     flops_range = None
     if args.sampler == "flops-uniform":
-        flops_range = [space.flops_value(v) for v in args.flops_range] if args.flops_range else list(default_flops_range(space))
+        flops_range = [space.flops_value(v, "--flops-range") for v in args.flops_range] if args.flops_range else list(default_flops_range(space))
     sampler = PathSampler(space, args.seed, flops_range, args.flops_bins)
 
     images, heldout = data.images("supernet"), data.images("search")

@@ -284,7 +284,7 @@ class _Meter:
                 rate = learning_rate(bad, self.args.iterations, self.args.lr, self.args.warmup)
                 where = f", path {list(self.path(bad))}" if self.path else ""
                 raise UserError(
-                    f"the loss of step {bad} is not finite (learning rate {rate:.4g}{where}); lower --lr and go on from the last checkpoint"
+                    f"the loss of step {bad} is not finite (learning rate {rate:.4g}{where}); lower --lr, with another --out"
                 )
             self.rows, self.window = torch.cat((self.rows, rows[finite])), []
         return self.rows

@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import re
+import reprlib
 import shlex
 import signal
 import subprocess
@@ -28,6 +30,8 @@ except ImportError:  # not on Windows: there, nothing keeps two processes apart
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment")  # flags that name files
+NO_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file's name can have
+MAX_YAML_BYTES = 100_000  # settings are some 1 kB; a megabyte would take a minute to read
 MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
 
 log = logging.getLogger("spos")
@@ -69,17 +73,24 @@ def leave_signals_to_parent(*_):
 
 
 def run_script(main, parse_args, may_say=lambda line: True):
-    """Runs `main(parse_args())`; a UserError becomes one line on standard error, if `may_say(line)`, and exit code 2."""
+    """Runs `main(parse_args())`; a UserError, or a file that can't be written, becomes one line and exit code 2.
+
+    The line goes to standard error if `may_say(line)`.
+    """
     try:
         main(parse_args())
+        return
     except UserError as error:
-        line = f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
-        if may_say(line):
-            with above_progress_bars():
-                print(line, file=sys.stderr)
-        sys.exit(2)
+        line = str(error)
+    except OSError as error:  # a full disk above all
+        line = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is whole: put that right, then go on"
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    line = f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(line.split())}"
+    if may_say(line):
+        with above_progress_bars():
+            print(line, file=sys.stderr)
+    sys.exit(2)
 
 
 # --- command line --------------------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         self.source = ""
 
     def error(self, message):
-        raise UserError(f"{self.source}{message}")
+        raise UserError(self.source + (message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}"))
 
     def parse(self, argv=None):
         """The arguments as a namespace; `config` names the YAML file that was read, or is None."""
@@ -119,22 +130,23 @@ class Parser(argparse.ArgumentParser):
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):
-                raise UserError(f"{path}: {name!r} is not a section (common, or the name of a script) with settings")
+                raise UserError(f"{path}: {reprlib.repr(name)} is not a section (common, or the name of a script) with settings")
         words = []
         for name in ("common", self.section):
             for key, value in document.get(name, {}).items():
                 action = self._option_string_actions.get(f"--{key}")
                 if action is None or key in ("config", "demo", "help"):
-                    raise UserError(f"{path}: {self.section}.py has no setting {key!r} (section {name!r})")
+                    raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(key)} (section {name!r})")
                 if isinstance(action, argparse.BooleanOptionalAction):
                     if not isinstance(value, bool):
-                        raise UserError(f"{path}: {key} is {value!r}, not true or false")
+                        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not true or false")
                     words.append(f"--{key}" if value else f"--no-{key}")
                     continue
                 values = value if isinstance(value, list) else [value]
-                if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) for v in values):
-                    raise UserError(f"{path}: {key} is {value!r}, not a plain value")
+                if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) or NO_WORD.search(str(v)) for v in values):
+                    raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not a plain value")
                 if key in PATHS:
+                    values = list(map(str, values))
                     values = [os.path.join(os.path.dirname(path), v) for v in values]
                 words += [f"--{key}", *map(str, values)]
         self.source = f"{path}: "
@@ -151,7 +163,7 @@ def number(kind, low, high, text):
             value = kind(word)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # nor NaN
             raise argparse.ArgumentTypeError(f"{word!r} is not {text} from {low} to {high}")
         return value
 
@@ -255,10 +267,16 @@ def read_yaml(path):
 
     try:
         with open(path, "rb") as file:
-            document = yaml.safe_load(file.read(MAX_JSON_BYTES))
+            data = file.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
+        raise UserError(f"{path!r}: {error}") from None
+    if len(data) > MAX_YAML_BYTES:
+        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, which no settings have")
+    try:
+        document = yaml.safe_load(data)
+    except Exception as error:  # beside YAMLError: a wrong !!timestamp is an AttributeError, !!int an IndexError, !!bool a KeyError
         raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping")
@@ -278,7 +296,9 @@ def atomic_write(path, mode="w"):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
@@ -357,6 +377,14 @@ class Screen(logging.StreamHandler):
             super().emit(record)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short without a word: what can't do without the disk says so."""
+
+    def handleError(self, record):
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 def start_logging(folder, args, device):
     """Logs to standard error and to `folder`/run.log, and writes down what ran: command, settings, versions, device.
 
@@ -368,7 +396,7 @@ def start_logging(folder, args, device):
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    for handler in (Screen(sys.stderr), logging.FileHandler(folder / "run.log")):
+    for handler in (Screen(sys.stderr), _LogFile(folder / "run.log")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     write_settings(folder / "config.yml", pathlib.Path(sys.argv[0]).stem, vars(args))

@@ -1,0 +1,202 @@
+"""What a person gets wrong, flag by flag and file by file: one line that names it, exit code 2, and nothing written.
+
+Image files and trees are in test_dataloader.py and test_image_check.py, architecture files in test_search_space.py, FLOPs
+tables in test_flops_table.py, ports in test_search_nni.py, settings of the evolution in test_evolution.py.
+"""
+import importlib
+import json
+
+import pytest
+import torch
+from conftest import ROOT, make_tree
+
+import dataloader
+import image_check
+import utils
+from dataset import DataConfig, evaluation_plan, scan
+from network import ShuffleNetV2, ShuffleNetV2OneShot
+from search_space import SearchSpace
+
+SCRIPTS = ("supernet", "tester", "search", "scratch")
+SPACE = SearchSpace.for_images(32, 3)
+DATA = ("--input-size", "32", "--heldout-per-class", "1", "--loader", "torchvision", "--workers", "0")
+WINNER = json.loads((ROOT / "architecture_final.json").read_text())
+
+
+def refused(script, words, capsys):
+    """Runs a script in this process; its one line."""
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(module.main, lambda: module.parse_args([str(w) for w in words]))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and len(err.splitlines()) == 1 and len(err) < 1000, err
+    return err
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+def numeric_flags():
+    """(script, flag, how many numbers it takes) of every flag whose type is a number, as the parsers say."""
+    parse = utils.Parser.parse
+    try:
+        utils.Parser.parse = lambda self, argv=None: self._actions
+        for script in SCRIPTS:
+            for action in importlib.import_module(script).parse_args([]):
+                if action.type:
+                    yield script, action.option_strings[0], action.nargs or 1
+    finally:
+        utils.Parser.parse = parse
+
+
+FLAGS = list(numeric_flags())
+
+
+def test_the_numeric_flags_are_found():
+    assert len(FLAGS) > 70 and {"supernet", "tester", "search", "scratch"} == {script for script, *_ in FLAGS}
+    assert {"--lr", "--crop-scale", "--flops-bins", "--bn-pass", "--port"} <= {flag for _, flag, _ in FLAGS}
+
+
+@pytest.mark.parametrize("script, flag, n", FLAGS)
+def test_numbers_that_are_none_or_absurd_are_refused(script, flag, n):
+    parse_args = importlib.import_module(script).parse_args
+    for word in ("-1", "-0.5", "nan", "inf", "-inf", "1e400", "1" + "0" * 30, "9" * 400, "", "ten", "0x10", "1,5"):
+        for i in range(n):
+            words = ["0.5"] * n
+            words[i] = word
+            with pytest.raises(utils.UserError, match=f"argument {flag}: ") as error:
+                parse_args([flag, *words])
+            assert word == "-inf" or repr(word)[:100] in str(error.value)  # argparse takes -inf for a flag
+
+
+# --- folders and files that don't fit ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tree, and checkpoints of a supernet and a retrained network that go with it, and some that don't."""
+    folder = tmp_path_factory.mktemp("world")
+    make_tree(folder / "tree", 4, 2)
+    data = DataConfig(input_size=32, val_resize=37, heldout_per_class=1).to_dict()
+
+    def save(name, kind, space, classes, model, **changes):
+        content = {"version": 1, "kind": kind, "step": 1, "model": model.state_dict(), "space": space.to_dict(), "data": data, "split": None,
+                   "classes": classes, "architecture": list(model.architecture) if kind == "scratch" else None}  # fmt: skip
+        torch.save(content | changes, folder / name)
+
+    small = {"stage_channels": (8, 12, 16, 20), "stem_channels": 4, "last_channels": 16, "stem_stride": 1}
+    space, two = SearchSpace(32, 3, **small), SearchSpace(32, 2, **small)
+    names = ["apple", "bird", "car"]
+    save("supernet.pth", "supernet", space, names, ShuffleNetV2OneShot(space=space))
+    save("two.pth", "supernet", two, ["a", "b"], ShuffleNetV2OneShot(space=two))
+    save("names.pth", "supernet", space, ["x", "y", "z"], ShuffleNetV2OneShot(space=space))
+    save("newer.pth", "supernet", space, names, ShuffleNetV2OneShot(space=space), version=2)
+    save("scratch.pth", "scratch", space, names, ShuffleNetV2(WINNER, space=space))
+    save("model.pth", "supernet", space, names, ShuffleNetV2OneShot(space=two))
+    (folder / "cut.pth").write_bytes((folder / "supernet.pth").read_bytes()[:-5000])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("not weights")
+    torch.save({"model": Bomb(folder / "executed")}, folder / "bomb.pth")
+    (folder / "file").write_text("a file where a folder should be")
+    (folder / "bad.json").write_text("[0, 1")
+    (folder / "deep.json").write_bytes(b"[" * 10_000_000)
+    return folder
+
+
+class Bomb:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.mark)!r}, 'w')",)
+
+
+TEST = ("--architecture", ROOT / "architecture_final.json")
+CASES = [
+    *(("tester", (*TEST, "--checkpoint", f"{{}}/{name}"), message) for name, message in (
+        ("cut.pth", "cut.pth: not a whole checkpoint"), ("empty.pth", "empty.pth: not a whole checkpoint"),
+        ("text.pth", "text.pth: not a whole checkpoint"), ("bomb.pth", "bomb.pth: not a whole checkpoint of plain tensors"),
+        ("two.pth", "two.pth: has 2 classes, the data 3"), ("names.pth", "names.pth: its class names are not those"),
+        ("newer.pth", "newer.pth: checkpoint version 2"), ("scratch.pth", "scratch.pth: a scratch checkpoint, not a supernet one"),
+        ("model.pth", "model.pth: entry 'classifier.0.weight' has shape (2, 16), the model needs (3, 16)"), ("none.pth", "none.pth: can't be read"),
+    )),
+    ("scratch", ("--eval", "--checkpoint", "{}/supernet.pth"), "a supernet checkpoint, not a scratch one"),
+    ("scratch", ("--predict", "{}/none.jpg", "--checkpoint", "{}/scratch.pth"), "none.jpg"),
+    ("scratch", ("--predict", "{}/file", "--checkpoint", "{}/scratch.pth"), "file"),
+    ("scratch", ("--architecture", "{}/bad.json"), "bad.json: not JSON"),
+    ("scratch", ("--architecture", "{}/deep.json"), "deep.json: over 1000000 bytes"),
+    ("scratch", ("--batch-size", "13"), "--batch-size 13"),
+    ("supernet", ("--batch-size", "10"), "--batch-size 10"),
+    ("supernet", ("--batch-size", "4", "--flops-range", "1M", "2M"), "--flops-range"),
+    ("supernet", ("--batch-size", "4", "--flops-range", "20M", "10M"), "--flops-range"),
+    ("supernet", ("--batch-size", "4", "--flops-range", "nan", "10M"), "--flops-range 'nan' is neither"),
+    ("supernet", ("--crop-scale", "0.9", "0.1"), "--crop-scale 0.9 0.1"),
+    ("supernet", ("--val-resize", "31"), "--val-resize 31"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit", "1"), "raise --flops-limit"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit=-3M"), "--flops-limit '-3M' is neither"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "6", "--mutation", "1", "--crossover", "1"), "--select 6"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "2"), "more children than --population 5"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/none.pkl"), "none.pkl: No such file"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/bomb.pth"), "bomb.pth"),
+    ("search", ("--checkpoint", "{}/cut.pth"), "cut.pth: not a whole checkpoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, words, message", CASES, ids=lambda value: str(value)[-40:])
+def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, monkeypatch, script, words, message):
+    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
+    words = [str(w).replace("{}", str(world)) for w in words]
+    line = refused(script, ["--data-dir", world / "tree", *DATA, "--out", out, "--cache", tmp_path / "cache", *words], capsys)
+    assert message in line
+    assert [p.name for p in files(out)] == ["nni_auto_gen_search_space.json"] and not (world / "executed").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_file_where_the_output_folder_should_be(world, tmp_path, capsys, monkeypatch, script):
+    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+    words = {"tester": ("--mode", "gen"), "search": ("--checkpoint", world / "supernet.pth")}
+    words = [*words.get(script, ("--batch-size", "4")), "--data-dir", world / "tree", *DATA, "--cache", tmp_path / "cache", "--out", world / "file"]
+    assert str(world / "file") in refused(script, words, capsys)
+    assert (world / "file").read_text() == "a file where a folder should be"
+
+
+def test_dali_that_is_asked_for_and_missing(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+    monkeypatch.setattr(dataloader.importlib.util, "find_spec", lambda name: None)
+    words = ["--data-dir", world / "tree", *DATA, "--loader", "dali", "--batch-size", "4", "--out", tmp_path / "out", "--sampler", "uniform"]
+    line = refused("supernet", words, capsys)
+    assert "--loader dali: DALI is not installed; pip install" in line and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.os, "fsync", full)
+    line = refused("tester", ["--mode", "gen", "--out", tmp_path], capsys)
+    assert f"{tmp_path / 'nni_auto_gen_search_space.json'}: No space left on device" in line and files(tmp_path) == []
+
+
+def test_a_log_on_a_full_disk_says_nothing(tmp_path, capsys):
+    log = utils._LogFile(tmp_path / "run.log")
+    log.stream.close()
+    log.stream = open("/dev/full", "w")  # noqa: SIM115
+    log.emit(utils.logging.LogRecord("spos", 20, "x.py", 1, "text", (), None))
+    assert capsys.readouterr().err == ""
+
+
+def test_killed_loader_process_is_one_line(world, monkeypatch):
+    parent = utils.os.getpid()
+    decode = dataloader._decode
+    monkeypatch.setattr(dataloader, "_decode", lambda path: decode(path) if utils.os.getpid() == parent else utils.os.kill(utils.os.getpid(), 9))
+    loader = dataloader.Loader(scan(world / "tree" / "train"), DataConfig(32, 37), False, backend="torchvision", workers=1)
+    with pytest.raises(utils.UserError, match=r"--workers 1: DataLoader worker .* fewer workers") as error:
+        list(loader.batches(evaluation_plan(12, 4)))
+    assert "\n" not in str(error.value)

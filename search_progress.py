@@ -46,12 +46,13 @@ class Progress:
         generations = [Generation(number, results, number <= state["generation"]) for number, results in enumerate(read_generations(self.out), 1)]
         best = max((g.best for g in generations if g.best), key=rank, default=None)
         total, so_far = state["settings"]["generations"], f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M" if best else "none yet"
+        where = f"generation {min(state['generation'] + 1, total)} of {total}, {so_far}"
         if self.bar is None:
             self.bar = tqdm(
-                total=total * state["settings"]["population"], initial=state["evaluated"], unit=" candidates", disable=not sys.stderr.isatty(),
-                leave=False, dynamic_ncols=True, smoothing=0,
+                desc=where, total=total * state["settings"]["population"], initial=state["evaluated"], unit="candidate", leave=False,
+                disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0,
             )  # fmt: skip
-        self.bar.set_description(f"generation {min(state['generation'] + 1, total)} of {total}, {so_far}", refresh=False)
+        self.bar.set_description(where, refresh=False)
         self.bar.update(state["evaluated"] - self.bar.n)
         if state["evaluated"] != self.evaluated:
             self.evaluated, self.changed = state["evaluated"], time.monotonic()

@@ -4,7 +4,7 @@ A comment before a block of commands, which readers of the page don't see, is th
 
     <!-- commands: run by a test -->         as they are, in a copy of the project
     <!-- commands: run small by a test -->   in a copy whose demo.yml has fewer iterations, candidates and images, and whose
-                                             requirements are those that are installed
+                                             requirements are those that are installed (by make test-all)
     <!-- commands: need ImageNet -->         not run; the script's own parser takes the arguments
 """
 import ast
@@ -139,9 +139,8 @@ def make_becomes_what_it_runs(block, folder):
     return re.sub(r"^make (\w+)$", recipe, block, flags=re.M)
 
 
-@pytest.mark.parametrize(
-    "block", [pytest.param(b, marks=[pytest.mark.slow] * ("make demo" in b)) for b in blocks("run small by a test")]
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("block", blocks("run small by a test"))
 def test_a_block_runs_small(block, small_project):
     """Where a block installs, pip gets no network and finds what is installed already."""
     folder, environment = small_project
@@ -152,7 +151,10 @@ def test_a_block_runs_small(block, small_project):
         assert "| best of the search, retrained " in stdout
 
 
-@pytest.mark.parametrize("command", commands("need ImageNet"))
+PARSED = {c for tag in TAGS for c in commands(tag) if tag == "need ImageNet" or c.startswith(("python ", "torchrun "))}
+
+
+@pytest.mark.parametrize("command", sorted(PARSED))
 def test_a_command_is_taken_by_its_script(command, tmp_path, monkeypatch):
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "id_rsa").touch()  # of config_search_remote.yml

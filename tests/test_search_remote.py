@@ -80,7 +80,7 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
         ({"platform": "remote", "machineList": [MACHINE | {"host": "-oProxyCommand=x"}]}, "machine 1: host is .* a shell"),
         ({"platform": "remote", "machineList": [MACHINE | {"pythonPath": "/opt/$(x)"}]}, "machine 1: pythonPath is .* a shell"),
         ({"platform": "remote", "machineList": [MACHINE | {"pythonPath": "bin"}]}, "machine 1: pythonPath is 'bin', not the absolute path"),
-        ({"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": "none"}]}, "machine 1: sshKeyFile none is not a file .* ssh-keygen"),
+        ({"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": ""}]}, "machine 1: sshKeyFile is '', not a text"),
     ],
 )
 def test_a_wrong_entry_is_named(experiment, service, message):
@@ -89,12 +89,13 @@ def test_a_wrong_entry_is_named(experiment, service, message):
 
 
 def test_a_wrong_file_ends_the_command_with_a_line(tmp_path, experiment):
-    path = experiment({"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": "none"}]})
+    path = experiment({"platform": "remote", "machineList": [MACHINE, MACHINE | {"sshKeyFile": "none"}]})
     settings = tmp_path / "settings.yml"
     settings.write_text("search: {experiment: remote.yml}")
     for words in (("--experiment", path), ("--config", settings)):
         _, stderr = run("search.py", *words, "--out", tmp_path, code=2)
-        assert stderr.startswith("search.py: error: ") and "remote.yml: machine 1: sshKeyFile none" in stderr and stderr.count("\n") == 1
+        assert stderr.startswith("search.py: error: ") and stderr.count("\n") == 1
+        assert f"remote.yml: machine 2: sshKeyFile {tmp_path / 'none'} is not a file" in stderr
 
 
 def test_the_file_sets_the_defaults(tmp_path, experiment):

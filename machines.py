@@ -53,9 +53,15 @@ def _check_machine(name, folder, machine):
     if not machine["pythonPath"].startswith("/"):
         raise UserError(f"{name}: pythonPath is {machine['pythonPath']!r}, not the absolute path of a folder with python in it")
     key_file = folder / pathlib.Path(machine["sshKeyFile"]).expanduser()
-    if not os.access(key_file, os.R_OK) or not key_file.is_file():
-        raise UserError(f"{name}: sshKeyFile {machine['sshKeyFile']} is not a file that can be read; make one with ssh-keygen")
     return machine | {"sshKeyFile": str(key_file.absolute())}
+
+
+def check_keys(path, machines):
+    """Raises UserError where the key file of a checked entry can't be read."""
+    for number, machine in enumerate(machines, 1):
+        key_file = pathlib.Path(machine["sshKeyFile"])
+        if not key_file.is_file() or not os.access(key_file, os.R_OK):
+            raise UserError(f"{path}: machine {number}: sshKeyFile {key_file} is not a file that can be read; make one with ssh-keygen")
 
 
 class Connections:

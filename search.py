@@ -27,7 +27,7 @@ from dataset import DataConfig
 from evolution_tuner import EVOLUTION, Evolution
 from flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from local_engine import search_locally
-from machines import check_machines
+from machines import check_keys, check_machines
 from nni_engine import search_with_nni, trial_command
 from report import write_report
 from search_record import prepare_search, read_results, state_path
@@ -181,6 +181,8 @@ def report(results, config, args, out):
 def search(args, out):
     """The search of the arguments, from its checks to its report; returns the best candidate's result."""
     experiment = read_experiment(args.experiment)
+    if args.engine == "nni":
+        check_keys(args.experiment, experiment["trainingService"].get("machineList", []))
     table = args.flops_table and read_flops_table(args.flops_table)
     _, stored, config, data = checkpoint.open_supernet(args)
     space, compared = stored.space, official_comparison(SearchSpace())

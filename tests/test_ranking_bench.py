@@ -1,5 +1,4 @@
 """The ranking study: its statistics, its candidates, and a small run that is killed and goes on."""
-import importlib.util
 import itertools
 import json
 import signal
@@ -9,15 +8,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, load_bench, run
 
 from rank_correlation import agreement, bootstrap, candidates_needed, interval, kendall, resamples
 from search_space import SearchSpace
 from utils import UserError
 
-spec = importlib.util.spec_from_file_location("ranking_bench", ROOT / "bench" / "ranking.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+bench = load_bench("ranking")
 
 
 # --- statistics ----------------------------------------------------------------------------------------------

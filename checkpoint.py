@@ -91,7 +91,7 @@ def parse(content, path, kind, space=None):
     try:
         if not all(type(name) is str for name in classes):
             raise TypeError("classes are not names")
-        if split is not None and not all(type(value) in (int, str) for value in split.values()):
+        if split is not None and not (isinstance(split, dict) and all(type(value) in (int, str) for value in split.values())):
             raise TypeError("the split is not made of numbers and names")
         space, architecture = SearchSpace.from_dict(content["space"]), content.get("architecture")
         return Stored(

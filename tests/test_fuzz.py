@@ -67,6 +67,7 @@ def test_a_checkpoint_that_speaks_of_a_giant_gets_no_memory(tmp_path):
     "changes",
     [{"version": torch.zeros(3)}, {"kind": torch.zeros(3)}, {"data": 3}, {"data": [1]}, {"data": {"input_size": "a"}}, {"data": {"crop_scale": 3}},
      {"data": {"jitter": torch.zeros(2)}}, {"data": {"mirror": 1}}, {"classes": 7}, {"classes": [torch.zeros(2)]}, {"split": 1},
+     {"split": torch.zeros(2)},
      {"split": {"seed": torch.zeros(3)}}, {"space": None}, {"architecture": 5}, {"architecture": torch.zeros(20)}],
     ids=str,
 )  # fmt: skip

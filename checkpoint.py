@@ -43,8 +43,9 @@ def save(path, **content):
     try:
         with atomic_write(path, "wb") as file:
             torch.save({"version": VERSION, **content}, file)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    except (OSError, RuntimeError) as error:  # of a write that failed, torch makes a RuntimeError of its own
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
+        raise UserError(f"{path}: can't be written ({reason}); make room, and the same command goes on") from None
 
 
 def newest(folder):

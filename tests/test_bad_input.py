@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, make_tree
 
+import checkpoint
 import dataloader
 import image_check
 import utils
@@ -183,6 +184,13 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(utils.os, "fsync", full)
     line = refused("tester", ["--mode", "gen", "--out", tmp_path], capsys)
     assert f"{tmp_path / 'nni_auto_gen_search_space.json'}: No space left on device" in line and files(tmp_path) == []
+
+
+def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.os, "fdopen", lambda descriptor, mode: open("/dev/full", mode))  # noqa: SIM115
+    with pytest.raises(utils.UserError, match=r"c\.pth: can't be written") as error:
+        checkpoint.save(tmp_path / "c.pth", model={"a": torch.zeros(100_000)})
+    assert "\n" not in str(error.value) and files(tmp_path) == []
 
 
 def test_a_log_on_a_full_disk_says_nothing(tmp_path, capsys):

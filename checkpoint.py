@@ -73,7 +73,11 @@ def load(path, kind, space=None):
 
     Raises UserError where the file is missing, damaged, of another kind or version.
     """
-    content = load_file(path)
+    return parse(load_file(path), path, kind, space)
+
+
+def parse(content, path, kind, space=None):
+    """As `load`, for a file's content."""
     weights = parse_state_dict(content, path)
     if "version" not in content:
         space, classifier = space or SearchSpace(), weights.get("classifier.0.weight")
@@ -161,5 +165,6 @@ def check_settings(stored, settings, folder):
     before = stored.content["settings"]
     odd = sorted(k for k in before.keys() | settings.keys() if k not in HARMLESS and before.get(k) != settings.get(k))
     if odd:
-        changes = ", ".join(f"--{k.replace('_', '-')} {settings.get(k)} (was {before.get(k)})" for k in odd)
+        flags = {k: f"--{k.replace('_', '-')}" for k in odd} | {"processes": "processes"}  # of which one is not noted
+        changes = ", ".join(f"{flags[k]} {settings.get(k)} (was {before.get(k)})" for k in odd)
         raise UserError(f"{folder} has a run with other settings: {changes}; use them, another --out, or --resume none")

@@ -23,6 +23,7 @@ from PIL import Image
 import image_check
 import utils
 from dataset import EXTENSIONS, draw_augmentation, lonely_classes, scan, tree_paths, validation_geometry
+from distributed import processes_here
 from image_check import UNDECODABLE
 from utils import UserError, cores
 
@@ -46,7 +47,7 @@ class Loader:
         if backend == "auto":
             backend = "dali" if there else "torchvision"
         self.backend = backend
-        self.workers = min(8, cores()) if workers is None else workers
+        self.workers = min(8, max(1, cores() // processes_here())) if workers is None else workers
 
     @classmethod
     def from_args(cls, images, config, augment, args, device):
@@ -88,7 +89,7 @@ class Loader:
         dataset = _TorchvisionImages(self.images, self.config, self.augment, self.seed)
         batches = torch.utils.data.DataLoader(
             dataset, batch_sampler=plan, collate_fn=lambda batch: batch, num_workers=self.workers,
-            pin_memory=self.device.type == "cuda", prefetch_factor=4 if self.workers else None,
+            pin_memory=self.device.type == "cuda", prefetch_factor=4 if self.workers else None, worker_init_fn=utils.leave_signals_to_parent,
         )  # fmt: skip
         try:
             for images, samples, error in batches:

@@ -168,6 +168,12 @@ def prepare(args):
         require_folder(f"{args.data_dir}/train")
 
 
+def open_data(args, config):
+    """The Data of the flags; the bundled images are unpacked where they are asked for."""
+    prepare(args)
+    return Data(args, config)
+
+
 class Data:
     """The images of a run. `images(part)` with part "supernet" (train without held-out), "search" (held-out),
     "train" (all of train) or "val"; `split` says which images are held out, for checkpoints."""

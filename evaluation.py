@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import checkpoint
+import distributed
 from fixed_batches import calibration_batches, validation_batches
 from utils import UserError
 
@@ -44,8 +45,8 @@ def resolve_device(args):
 
 
 def autocast(device, amp):
-    """The context of --amp and --eval-amp: "off", or "bf16" for convolutions in bfloat16."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
+    """The context of --amp and --eval-amp: "off", or "bf16" or "fp16" for convolutions in such numbers."""
+    return torch.autocast(device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
 
 def batch_norms(model):
@@ -61,10 +62,11 @@ def momentum(mode, n):
 def recalibrate_bn(model, forward, batches, mode="ema"):
     """Resets all BN statistics of `model` and recalculates those that `forward(images)` passes through.
 
-    `batches` yields (images, labels); for `mode` see `momentum`. Dropout stays off; the model is left in eval mode.
+    `batches` yields (images, labels); for `mode` see `momentum`, whose "average" is that over the batches of all processes.
+    Dropout stays off; the model is left in eval mode.
     """
     model.eval()
-    norms = batch_norms(model)
+    norms, n = batch_norms(model), 0
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -74,6 +76,8 @@ def recalibrate_bn(model, forward, batches, mode="ema"):
             for norm in norms:
                 norm.momentum = momentum(mode, n)
             forward(images)
+        if mode == "average":
+            distributed.average([t for norm in norms for t in (norm.running_mean, norm.running_var)], n)
     for norm, value in zip(norms, momenta):
         norm.momentum = value
     model.eval()
@@ -87,14 +91,26 @@ def correct_counts(logits, labels):
 
 
 def accuracy(forward, batches):
-    """(top-1 percent, top-5 percent, number of images), exact over ragged batches. Run it on a model in eval mode."""
-    correct, n_images = 0, 0
+    """(top-1 percent, top-5 percent, number of images), exact over ragged batches and the batches of several processes.
+
+    Run it on a model in eval mode.
+    """
+    counts, n_images = 0, 0
     with torch.inference_mode():
         for images, labels in batches:
-            correct = correct + correct_counts(forward(images), labels)
+            counts = counts + correct_counts(forward(images), labels)
             n_images += len(labels)
-    top1, top5 = (correct.double() * 100 / n_images).tolist()
+    counts, n_images = _totals([counts], n_images)
+    top1, top5 = (counts[0] * 100 / n_images).tolist()
     return top1, top5, n_images
+
+
+def _totals(counts, n_images):
+    """The numbers of correct images as a tensor (candidates, 2), and that of images, over all processes."""
+    here = torch.zeros(len(counts), 2, dtype=torch.double)
+    if n_images:
+        here += torch.stack(counts).cpu()
+    return distributed.total(here), distributed.total(torch.tensor(n_images)).item()
 
 
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):
@@ -148,7 +164,7 @@ class PrefixTree:
     """
 
     def __init__(self, supernet, candidates, fold=True, amp="off"):
-        self.supernet, self.amp = supernet.eval(), amp
+        self.supernet, self.candidates, self.amp = supernet.eval(), candidates, amp
         self.folded = fold_bn(supernet) if fold else None
         self.convolutions = {}  # of a norm: the one before it, and that one's folded twin
         if fold:
@@ -198,17 +214,16 @@ class PrefixTree:
         return self._run(self.folded or self.supernet, images)
 
     def validate(self, batches):
-        """{candidate: {"acc1": percent, "acc5": percent, "n_images": n}}, exact over ragged batches."""
-        correct, n_images = {}, 0
+        """{candidate: {"acc1": percent, "acc5": percent, "n_images": n}}, exact over ragged batches and several processes."""
+        correct, n_images = dict.fromkeys(self.candidates, 0), 0
         for images, labels in batches:
             for candidate, logits in self.logits(images):
-                counts = correct_counts(logits, labels)
-                correct[candidate] = correct[candidate] + counts if candidate in correct else counts
+                correct[candidate] = correct[candidate] + correct_counts(logits, labels)
             n_images += len(labels)
-        percent = torch.stack(list(correct.values())).double() * 100 / n_images
+        counts, n_images = _totals(list(correct.values()), n_images)
         return {
             candidate: {"acc1": acc1, "acc5": acc5, "n_images": n_images}
-            for candidate, (acc1, acc5) in zip(correct, percent.tolist())
+            for candidate, (acc1, acc5) in zip(correct, (counts * 100 / n_images).tolist())
         }
 
     def _run(self, net, images):

@@ -13,14 +13,10 @@ import pathlib
 import numpy as np
 import torch
 
+import distributed
 from dataloader import Loader
 from dataset import calibration_plan, evaluation_plan
-from utils import atomic_write, log
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there, processes that start together each decode for themselves
-    fcntl = None
+from utils import atomic_write, fcntl, log
 
 VERSION = 1
 HEADER_BYTES = 4096
@@ -30,20 +26,25 @@ class FixedBatches:
     """The batches of a plan, the same at every iteration: (images (N, 3, H, W) float, labels (N,) int64) on the loader's device.
 
     Decoded once into a file below the folder `cache`; where that can't be written, or is None, anew at every iteration.
+    `sharded`, every process iterates over other ones of the batches.
     """
 
-    def __init__(self, loader, plan, cache=None):
+    def __init__(self, loader, plan, cache=None, sharded=False):
         self.loader, self.plan, self.cache = loader, plan, cache
+        self.first, self.every = (distributed.rank(), distributed.world()) if sharded else (0, 1)
 
     def __len__(self):
         return len(self.plan)
 
     def __iter__(self):
         if self._decoded is None:
-            yield from self.loader.batches(self.plan)
+            yield from self.loader.batches(self.plan[self.first :: self.every])
             return
         first = 0
-        for samples in self.plan:
+        for number, samples in enumerate(self.plan):
+            if number % self.every != self.first:
+                first += len(samples)
+                continue
             images = self._decoded[first : first + len(samples)]
             if not isinstance(images, torch.Tensor):
                 images = torch.from_numpy(np.array(images))
@@ -69,9 +70,9 @@ def calibration_batches(images, config, args, device):
 
 
 def validation_batches(images, config, args, device):
-    """Every image once, in the validation transform."""
+    """Every image once, in the validation transform; each process has its share."""
     plan = evaluation_plan(len(images), args.eval_batch_size)
-    return FixedBatches(Loader.from_args(images, config, False, args, device), plan, args.cache)
+    return FixedBatches(Loader.from_args(images, config, False, args, device), plan, args.cache, sharded=True)
 
 
 # --- the file ------------------------------------------------------------------------------------------------

@@ -2,14 +2,12 @@
 import argparse
 import concurrent.futures
 import multiprocessing
-import os
-import signal
-import threading
 
 from evolution_tuner import EVOLUTION, Evolution
 from prefix_tree import chunks
-from search_record import Progress, SearchRecord
-from utils import UserError, log
+from search_progress import Progress
+from search_record import SearchRecord
+from utils import UserError, leave_signals_to_parent, log
 
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context doesn't survive a fork
 
@@ -24,6 +22,7 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
     record, progress = SearchRecord(out, space, evolution), Progress(out)
     with Workers(trial, concurrency) as workers:
         while waiting := record.pending():
+            progress.read()
             lists = chunks(space, waiting, workers.n, candidates_per_trial)
             names = {tuple(c): f"{evolution.generation:03}_{i:03}" for i, part in enumerate(lists) for c in part}
             # At first lists; what fails with them comes one by one; and, since a dying worker takes others' work along, alone.
@@ -37,6 +36,7 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
                         log.warning("%d candidates will be evaluated again: %s", len(part), error)
                     progress.read()
                 lists = [[c] for c in waiting if c not in record.results]
+        progress.read()
 
 
 def _give_up(record, candidates, error):
@@ -47,14 +47,13 @@ def _give_up(record, candidates, error):
 
 
 class Workers:
-    """Processes that evaluate lists of candidates: one a GPU, each with its own, or `concurrency` of them on the CPU."""
+    """Processes that evaluate lists of candidates: one a GPU, or `concurrency` of them on the CPU."""
 
     def __init__(self, trial, concurrency):
         import torch
 
         gpus = torch.cuda.device_count() if trial["device"] != "cpu" else 0
-        self.devices = list(range(gpus)) or [None] * concurrency
-        self.trial, self.n, self.pool = trial, len(self.devices), None
+        self.trial, self.n, self.pool = trial, gpus or concurrency, None
 
     def __enter__(self):
         return self
@@ -79,10 +78,7 @@ class Workers:
 
     def _submit(self, candidates):
         if self.pool is None:
-            devices = SPAWN.SimpleQueue()
-            for device in self.devices:
-                devices.put(device)
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.trial, devices))
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.trial,))
         return self.pool.submit(_evaluate, candidates)
 
     def _end(self):
@@ -97,26 +93,15 @@ class Workers:
 # --- in a worker ---------------------------------------------------------------------------------------------
 
 
-def _start(trial, devices):
+def _start(trial):
     """Makes this process's evaluator, on its own device."""
-    import torch
-
     from evaluation import Evaluator
+    from gpu_lock import take_gpu
 
     global evaluator
-    _leave_signals_to_parent()
-    device = devices.get()
-    if device is not None:
-        torch.cuda.set_device(device)
+    leave_signals_to_parent()
+    take_gpu(trial["device"])
     evaluator = Evaluator(argparse.Namespace(**trial, split="search"))
-
-
-def _leave_signals_to_parent():
-    """This process ends when its parent ends it, or ends itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _evaluate(candidates):

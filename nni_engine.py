@@ -1,4 +1,5 @@
 """The search as an NNI experiment: started, watched, and ended with all that belongs to it, however it ends."""
+import atexit
 import contextlib
 import json
 import os
@@ -10,14 +11,17 @@ import sys
 import time
 
 from evolution_tuner import EVOLUTION
-from search_record import Progress, state_path
+from machines import NOTICE_S, Connections, MachinesLost
+from search_progress import Progress
+from search_record import prepare_search, state_path
 from utils import HERE, UserError, log, signals, write_settings
 
 POLL_S = 0.5
 START_S = 60
+FORGET_S = 20  # NNI's daemon on a machine looks for a manager that it lost for 15 s, and would take the next one's for it
 
-# Loaded into NNI's Node process: its web server, which knows no password, would listen on every interface, and it would
-# outlive a killed search.py.
+# Loaded into NNI's Node process: its web server, which knows no password, would listen on every interface, it would
+# outlive a killed search.py, and it would wait 10 s for the tuner, too few on a busy machine, and then hang.
 PRELOAD = """
 const net = require('net');
 const listen = net.Server.prototype.listen;
@@ -31,18 +35,26 @@ net.Server.prototype.listen = function (first, ...rest) {
     }
     return listen.call(this, first, ...rest);
 };
+const timer = global.setTimeout;
+global.setTimeout = (callback, ms, ...rest) => timer(callback, ms === 10000 ? START_MS : ms, ...rest);
+Object.defineProperties(global.setTimeout, Object.getOwnPropertyDescriptors(timer));
 const parent = process.ppid;
 setInterval(() => { if (process.ppid !== parent) process.kill(process.pid, 'SIGTERM'); }, 500).unref();
 """
 
 
-def trial_command(words, out, settings):
-    """The command of a trial as a list of words; its settings go into a file, so that none passes through a shell."""
+def trial_command(experiment, out, settings):
+    """The command of a trial as a list of words; its settings go into a file, so that none passes through a shell.
+
+    On other machines it is that of the code that NNI brings there and of the Python of pythonPath.
+    """
     path = state_path(out).with_name("trial.yml")
     write_settings(path, "tester", settings)
-    words = [str(HERE / word) if (HERE / word).is_file() else word for word in words]
-    if words[0] in ("python", "python3"):
-        words[0] = sys.executable
+    words = shlex.split(experiment["trialCommand"])
+    if experiment["trainingService"]["platform"] == "local":
+        words = [str(HERE / word) if (HERE / word).is_file() else word for word in words]
+        if words[0] in ("python", "python3"):
+            words[0] = sys.executable
     return [*words, "--config", str(path)]
 
 
@@ -50,20 +62,41 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
     """Runs the search that `prepare_search` made `out` ready for as an NNI experiment, to its end.
 
     `command` is that of a trial, a list of words; `experiment` is config_search.yml's content; for `hosting` see host_experiment.
+    Where a machine of the remote service stops, NNI may wait for it for ever: a new experiment goes on with the others.
     """
+    while True:
+        config = _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial)
+        try:
+            return host_experiment(config, out, **hosting)
+        except MachinesLost as lost:
+            machines = experiment["trainingService"]["machineList"]
+            left = [machine for machine in machines if machine not in lost.machines]
+            if not left:
+                raise UserError(f"{lost}; no machine is left; go on with --resume") from None
+            log.warning("%s; going on with the other machines, %d", lost, len(left))
+        time.sleep(FORGET_S)
+        candidates_per_trial = candidates_per_trial or -(-settings["population"] // concurrency)  # the time limit of a trial goes by it
+        concurrency = max(1, concurrency * len(left) // len(machines))
+        experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
+        prepare_search(out, settings, resume=True)
+
+
+def _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial):
+    """The experiment file's content with all that this search adds to it."""
     evolution = {name: settings[name] for name in EVOLUTION}
     own = {"out": str(out), "space": space.to_dict(), "flops_limit": settings["flops_limit"], "concurrency": concurrency}
     if settings.get("costs"):
         own["costs"] = settings["costs"]
     if candidates_per_trial:
         own["candidates_per_trial"] = candidates_per_trial
-    experiment = {
+    return {
         **experiment,
         "trialConcurrency": concurrency,
         "trialCommand": shlex.join(command),
         "trialCodeDirectory": str(HERE / experiment["trialCodeDirectory"]),
         "searchSpaceFile": str(out / experiment["searchSpaceFile"]),
         "experimentWorkingDirectory": str(out / experiment["experimentWorkingDirectory"]),
+        "nniManagerIp": "127.0.0.1",
         "tuner": {
             **experiment["tuner"],
             "codeDirectory": str(HERE / experiment["tuner"]["codeDirectory"]),
@@ -71,14 +104,13 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
         },
         "assessor": {**experiment["assessor"], "codeDirectory": str(HERE / experiment["assessor"]["codeDirectory"])},
     }
-    host_experiment(experiment, out, **hosting)
 
 
 def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=21_600):
     """Starts NNI, waits until the search in `out` is done, and leaves nothing of NNI running, however it ends.
 
-    Raises UserError where the search or NNI fails, and Interrupted. NNI itself tells neither when a search of its own tuner
-    is done nor that it failed: the state file does.
+    Raises UserError where the search or NNI fails, MachinesLost, and Interrupted. NNI itself tells neither when a search of
+    its own tuner is done nor that it failed: the state file does.
     """
     try:
         import nni
@@ -95,33 +127,40 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=21_6
         log.warning("--host %s: anyone who reaches this machine can run commands on it through NNI's web UI", host)
     folder.mkdir(parents=True, exist_ok=True)
     preload = folder / "preload.js"
-    preload.write_text(f"const HOST = {json.dumps(host)};{PRELOAD}")
-    me = psutil.Process()
-    earlier, started = set(me.children(recursive=True)), set()
-    experiment, progress = Experiment(ExperimentConfig(**config)), Progress(out)
-    try:
-        with _environment(NODE_OPTIONS=f"--require {json.dumps(str(preload), ensure_ascii=False)}"):
-            try:
-                experiment.start(port, run_mode=RunMode.Detach)  # which has NNI's output in its log folder
-            except Exception as error:
-                raise UserError(f"NNI did not start ({error}); its logs are in {folder / experiment.id / 'log'}") from None
-        log.info("NNI experiment %s, web UI at http://%s:%d", experiment.id, host, port)
-        (manager,) = set(me.children()) - earlier
-        while not progress.read()["done"]:
-            time.sleep(POLL_S)
-            started |= set(me.children(recursive=True)) - earlier
-            _check_alive(progress, manager, folder / experiment.id)
-            if progress.idle_s > trial_timeout:
-                _end_trials(experiment, progress, trial_timeout)
-    except UserError as error:
-        raise UserError(f"{error}{_last_words(folder / experiment.id)}") from None
-    finally:
-        with signals(signal.SIG_IGN):
-            log.info("stopping NNI")
-            started |= set(me.children(recursive=True)) - earlier
-            with contextlib.suppress(Exception):
-                experiment.stop()
-            _end_processes(started)
+    preload.write_text(f"const HOST = {json.dumps(host)}, START_MS = {START_S * 1000};{PRELOAD}")
+    with Connections(config["trainingService"].get("machineList", []), port, folder) as connections:
+        me = psutil.Process()
+        earlier, started = set(me.children(recursive=True)), set()
+        experiment, progress = Experiment(ExperimentConfig(**config)), Progress(out)
+        try:
+            with _environment(NODE_OPTIONS=f"--require {json.dumps(str(preload), ensure_ascii=False)}"):
+                try:
+                    experiment.start(port, run_mode=RunMode.Detach)  # which has NNI's output in its log folder
+                except Exception as error:
+                    raise UserError(f"NNI did not start ({error}); its logs are in {folder / experiment.id / 'log'}") from None
+            log.info("NNI experiment %s, web UI at http://%s:%d", experiment.id, host, port)
+            (manager,) = set(me.children()) - earlier
+            while not progress.read()["done"]:
+                time.sleep(POLL_S)
+                started |= set(me.children(recursive=True)) - earlier
+                connections.check()
+                _check_alive(progress, manager, folder / experiment.id)
+                if progress.idle_s > trial_timeout:
+                    _end_trials(experiment, progress, trial_timeout)
+        except UserError as error:
+            connections.check(NOTICE_S)  # a machine that stops may be why, and takes some seconds to be missed
+            on_machines = f"; what trials said is on the machines, in ~/nni-experiments/{experiment.id}" if connections.machines else ""
+            raise UserError(f"{error}{_last_words(folder / experiment.id)}{on_machines}") from None
+        finally:
+            with signals(signal.SIG_IGN):
+                log.info("stopping NNI")
+                started |= set(me.children(recursive=True)) - earlier
+                if connections.lost():  # NNI would wait for their answer
+                    atexit.unregister(experiment.stop)
+                else:
+                    with contextlib.suppress(Exception):
+                        experiment.stop()
+                _end_processes(started)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
     python scratch.py                                          architecture_final.json on ImageNet, official settings
     python scratch.py --demo --architecture checkpoints/best.json
+    torchrun --nproc-per-node 8 scratch.py                     on eight GPUs
     python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours or official
     python scratch.py --export FILE.pt2                        writes it for use elsewhere (torch.export, or ONNX: FILE.onnx)
     python scratch.py --predict IMAGE...                       prints the classes it sees in image files
@@ -15,15 +16,17 @@ Source: paper section 4.1; official `src/Evaluation/train.py`.
 import utils  # first, for it says how OpenMP is to wait, before torch loads it
 
 # isort: split
+import itertools
 import json
 import pathlib
 
 import torch
 
 import checkpoint
+import distributed
 import export
 from dataloader import Loader
-from dataset import Data, DataConfig, prepare, steps_per_epoch, training_plan
+from dataset import Data, DataConfig, open_data, prepare, steps_per_epoch, training_plan
 from evaluation import accuracy, recalibrate_bn, resolve_device
 from fixed_batches import validation_batches
 from network import ShuffleNetV2
@@ -94,37 +97,39 @@ def summary(model, measured):
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
     config = DataConfig.from_args(args)
-    prepare(args)
-    data = Data(args, config)
+    data = distributed.in_turn(lambda: open_data(args, config))
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     steps_per_epoch(len(data.train), args.batch_size)
-    utils.start_logging(folder, args, device)
     loader = Loader.from_args(data.train, config, True, args, device)
     validation = validation_batches(data.val, config, args, device)
+    run = Run(args, folder, device, "scratch", {
+        "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
+        "architecture": list(candidate),
+    })  # fmt: skip
+    run.start()
 
     torch.manual_seed(args.seed)
     model = ShuffleNetV2(candidate, space=space)
     utils.log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), space.flops(candidate) / 1e6, space.params(candidate) / 1e6)
 
     def validate(step):
+        distributed.copy_from_first(model.buffers())  # BN statistics, of which each process has its own
         acc1, acc5, n_images = accuracy(model.eval(), validation)
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    stored = {
-        "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
-        "architecture": list(candidate),
-    }  # fmt: skip
-    metrics = train(Run(args, folder, device, "scratch", stored), model, loader, lambda images, step: model(images), validate)
+    metrics = train(run, model, loader, validate)
     before = {"acc1_no_pass": metrics["val/acc1"], "acc5_no_pass": metrics["val/acc5"], "seconds": metrics["seconds"]}
     # Official `bnps-` checkpoint: BN momentum 1/i over training batches at learning rate 0, so a plain average.
     if args.bn_pass:
         plan = training_plan(len(data.train), args.batch_size, args.seed, args.iterations, args.iterations + args.bn_pass)
-        recalibrate_bn(model, model, loader.batches(plan), "average")
+        recalibrate_bn(model, model, loader.batches(itertools.islice(plan, distributed.rank(), None, distributed.world())), "average")
     result = summary(model, accuracy(model.eval(), validation)) | before
-    checkpoint.save(folder / "bnps-checkpoint.pth", kind="scratch", step=args.iterations, model=model.state_dict(), metrics=result, **stored)
+    if distributed.rank() == 0:
+        path = folder / "bnps-checkpoint.pth"
+        checkpoint.save(path, kind="scratch", step=args.iterations, model=model.state_dict(), metrics=result, **run.stored)
     utils.log.info("val after the BN pass: top-1 %.2f%%, top-5 %.2f%%", result["acc1"], result["acc5"])
     return result
 
@@ -134,8 +139,10 @@ def main(args):
     if args.predict:
         predict(args, folder)
     else:
-        print(json.dumps((evaluate_checkpoint if args.eval else export_checkpoint if args.export else retrain)(args, folder)))
+        result = (evaluate_checkpoint if args.eval else export_checkpoint if args.export else retrain)(args, folder)
+        if distributed.rank() == 0:
+            print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    utils.run_script(main, parse_args)
+    distributed.run(main, parse_args)

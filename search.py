@@ -5,9 +5,10 @@
     python search.py --demo                    the bundled images, 5 generations of 16
     python search.py --engine local            without NNI, one process a GPU
     python search.py --resume                  goes on with a search that was interrupted, by whatever
+    python search.py --experiment config_search_remote.yml     on the machines that this file names
 
-Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json and config_search.yml, the NNI
-experiment. Writes OUT/checkpoints/GGG_III.json (architectures, III the rank in generation GGG), OUT/acc/GGG.jsonl (a line a
+Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json and the NNI experiment,
+config_search.yml or --experiment. Writes OUT/checkpoints/GGG_III.json (architectures, III the rank in generation GGG), OUT/acc/GGG.jsonl (a line a
 candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated), OUT/checkpoints/best.json, OUT/report.html, OUT/figures/, and
 state, logs and NNI's own files in OUT/checkpoints/search/. Prints the ten best, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
@@ -26,9 +27,10 @@ from dataset import DataConfig
 from evolution_tuner import EVOLUTION, Evolution
 from flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from local_engine import search_locally
+from machines import check_keys, check_machines
 from nni_engine import search_with_nni, trial_command
 from report import write_report
-from search_record import hold_lock, prepare_search, read_results, state_path
+from search_record import prepare_search, read_results, state_path
 from search_space import SearchSpace
 from utils import (
     HERE,
@@ -41,6 +43,7 @@ from utils import (
     add_run_flags,
     cores,
     count,
+    hold_lock,
     interrupt,
     log,
     output_folder,
@@ -81,10 +84,11 @@ def parse_args(argv=None):
     group.add_argument("--concurrency", type=count(1, 1000), help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)")
     group.add_argument("--candidates-per-trial", type=count(1, 100_000), metavar="N", help="default: a generation over the trials at a time")
     group = parser.add_argument_group("NNI")
+    group.add_argument("--experiment", default=str(HERE / "config_search.yml"), metavar="FILE", help="the NNI experiment (config_search.yml)")
     group.add_argument("--trial-timeout", type=count(1), default=1800, metavar="S", help="for each candidate of a trial, then it is ended (1800)")
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
     group.add_argument("--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network")
-    parser.set_defaults(**experiment_defaults(parser, HERE / "config_search.yml"))
+    parser.set_defaults(**experiment_defaults(parser, parser.parse(argv).experiment))
     return parser.parse(argv)
 
 
@@ -115,8 +119,11 @@ def read_experiment(path):
     for key, known in keys.items():
         if not known - {"classArgs"} <= experiment[key].keys() <= known:
             raise UserError(f"{path}: {key} has entries other than {', '.join(sorted(known))}")
-    if experiment["trainingService"] != {"platform": "local"}:  # trialGpuNumber among it, for the reason that the file gives
-        raise UserError(f"{path}: trainingService is {reprlib.repr(experiment['trainingService'])}, not platform: local alone")
+    service = experiment["trainingService"]
+    if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
+        return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
+    if service != {"platform": "local"}:  # trialGpuNumber among it, for the reason that the file gives
+        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not platform: local alone, nor platform: remote with machineList alone")
     return experiment
 
 
@@ -173,7 +180,9 @@ def report(results, config, args, out):
 
 def search(args, out):
     """The search of the arguments, from its checks to its report; returns the best candidate's result."""
-    experiment = read_experiment(HERE / "config_search.yml")
+    experiment = read_experiment(args.experiment)
+    if args.engine == "nni":
+        check_keys(args.experiment, experiment["trainingService"].get("machineList", []))
     table = args.flops_table and read_flops_table(args.flops_table)
     _, stored, config, data = checkpoint.open_supernet(args)
     space, compared = stored.space, official_comparison(SearchSpace())
@@ -204,7 +213,7 @@ def search(args, out):
                 if args.engine == "local":
                     search_locally(space, settings, out, trial, **how)
                 else:
-                    command = trial_command(shlex.split(experiment["trialCommand"]), out, trial)
+                    command = trial_command(experiment, out, trial)
                     longest = args.candidates_per_trial or -(-args.population // args.concurrency)
                     hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
                     search_with_nni(space, command, settings, out, experiment, **how, **hosting)

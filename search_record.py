@@ -1,14 +1,12 @@
 """What a search leaves on disk, and how it goes on from there. Standard library alone."""
 import collections
-import fcntl
 import itertools
 import json
 import os
 import pathlib
 import reprlib
-import time
 
-from utils import UserError, atomic_write, log, read_json, write_json
+from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
 
 class SearchRecord:
@@ -115,38 +113,6 @@ def state_path(out):
     return pathlib.Path(out) / "checkpoints" / "search" / "state.json"
 
 
-class Progress:
-    """The state file of a running search, its news logged."""
-
-    def __init__(self, out):
-        self.out = out
-        self.generation, self.evaluated = None, None
-        self.changed = self.reported = time.monotonic()
-
-    @property
-    def idle_s(self):
-        """Seconds since the last result."""
-        return time.monotonic() - self.changed
-
-    def read(self):
-        """The state. Raises UserError where the tuner gave up."""
-        state = self.state = read_json(state_path(self.out))
-        if state["error"]:
-            raise UserError(f"the search can't go on: {state['error']}")
-        total = state["settings"]["generations"]
-        if state["evaluated"] != self.evaluated:
-            self.evaluated, self.changed = state["evaluated"], time.monotonic()
-        if state["generation"] != self.generation:
-            if self.generation is not None and state["best"]:
-                best = f"best {state['best']['acc1']:.2f}% at {state['best']['flops'] / 1e6:.1f}M"
-                log.info("generation %d of %d: %d candidates so far, %s", state["generation"], total, self.evaluated, best)
-            self.generation, self.reported = state["generation"], time.monotonic()
-        elif self.changed > self.reported + 30:
-            log.info("generation %d of %d: %d candidates so far", state["generation"] + 1, total, self.evaluated)
-            self.reported = time.monotonic()
-        return state
-
-
 def prepare_search(out, settings, resume):
     """Makes `out` ready for a search with these settings, a dict for JSON, and returns its state.
 
@@ -202,18 +168,3 @@ def read_generations(out, repair=False):
 def _hold_writer_lock(out):
     """Waits for the writer of a search that was killed a moment ago: it ends within seconds."""
     return hold_lock(state_path(out).with_name("writer.lock"), wait_s=30)
-
-
-def hold_lock(path, wait_s=0):
-    """The lock of a file that one process at a time can hold, until it ends or closes it. Raises UserError where another does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except OSError:
-            if time.monotonic() > deadline:
-                raise UserError(f"{path}: another search is running in this folder; wait for it, or name another --out") from None
-            time.sleep(0.2)

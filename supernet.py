@@ -3,6 +3,7 @@
     python supernet.py                                  ImageNet at data/imagenet, official settings
     python supernet.py --demo                           the bundled images, minutes on two CPU cores
     python supernet.py --data-dir DIR --input-size 64   any other <class>/<image> tree
+    torchrun --nproc-per-node 8 supernet.py             on eight GPUs
 
 Reads DIR/train (without the images held out for the search). Writes OUT/checkpoints/supernet/: checkpoint-STEP.pth,
 log.jsonl, run.log, config.yml, tensorboard/. A run that was interrupted goes on where it stopped.
@@ -19,8 +20,9 @@ import random
 
 import torch
 
+import distributed
 from dataloader import Loader
-from dataset import Data, DataConfig, prepare, steps_per_epoch
+from dataset import DataConfig, open_data, steps_per_epoch
 from evaluation import evaluate, resolve_device
 from fixed_batches import calibration_batches, validation_batches
 from network import ShuffleNetV2OneShot
@@ -45,8 +47,7 @@ def parse_args(argv=None):
 
 def main(args):
     config = DataConfig.from_args(args)
-    prepare(args)
-    data = Data(args, config)
+    data = distributed.in_turn(lambda: open_data(args, config))
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     flops_range = None
@@ -60,7 +61,11 @@ def main(args):
     calibration = calibration_batches(images, config, args, device)
     validation = validation_batches(heldout, config, args, device)
     folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    utils.start_logging(folder, args, device)
+    run = Run(args, folder, device, "supernet", {
+        "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
+        "flops_range": flops_range,
+    })  # fmt: skip
+    run.start()
     if flops_range:
         utils.log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range))
     rng = random.Random(args.seed)
@@ -75,13 +80,10 @@ def main(args):
         utils.log.info("step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results))
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    run = Run(args, folder, device, "supernet", {
-        "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
-        "flops_range": flops_range,
-    }, sampler.path)  # fmt: skip
-    metrics = train(run, model, loader, lambda images, step: model(images, sampler.path(step)), validate)
-    print(json.dumps(metrics))
+    metrics = train(run, model, loader, validate, sampler.path)
+    if distributed.rank() == 0:
+        print(json.dumps(metrics))
 
 
 if __name__ == "__main__":
-    utils.run_script(main, parse_args)
+    distributed.run(main, parse_args)

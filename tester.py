@@ -14,7 +14,10 @@ import utils  # first, for it says how OpenMP is to wait, before torch loads it
 import json
 import os
 import pathlib
+import signal
 import sys
+import threading
+import time
 
 from evaluation import Evaluator
 from flops_table import official_comparison
@@ -50,6 +53,10 @@ def trial(args):
     """
     import nni
 
+    from gpu_lock import take_gpu
+
+    _end_with_parent()
+    take_gpu(args.device)
     parameters = nni.get_next_parameter()
     while parameters["until"] <= nni.get_sequence_id():  # left over from a trial that died before it asked
         parameters = nni.get_next_parameter()
@@ -58,6 +65,18 @@ def trial(args):
         results.append(result)
         nni.report_intermediate_result({"default": result["acc1"], "result": result})
     nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results})
+
+
+def _end_with_parent():
+    """Ends this process when the one of NNI that started it ends: nobody would hear its results, and it would keep its GPU."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(args):

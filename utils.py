@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -19,9 +20,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, nothing keeps two processes apart
+    fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table")  # flags that name files
+PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment")  # flags that name files
 NO_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file's name can have
 MAX_YAML_BYTES = 100_000  # settings are some 1 kB; a megabyte would take a minute to read
 MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
@@ -56,8 +64,19 @@ def signals(handler):
             signal.signal(number, earlier)
 
 
-def run_script(main, parse_args):
-    """Runs `main(parse_args())`; a UserError, or a file that can't be written, becomes one line on standard error and exit code 2."""
+def leave_signals_to_parent(*_):
+    """This process, a worker, ends when its parent ends it, or ends itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_script(main, parse_args, may_say=lambda line: True):
+    """Runs `main(parse_args())`; a UserError, or a file that can't be written, becomes one line and exit code 2.
+
+    The line goes to standard error if `may_say(line)`.
+    """
     try:
         main(parse_args())
         return
@@ -65,7 +84,12 @@ def run_script(main, parse_args):
         line = str(error)
     except OSError as error:  # a full disk above all
         line = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is whole: put that right, then go on"
-    print(f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(line.split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    line = f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(line.split())}"
+    if may_say(line):
+        with above_progress_bars():
+            print(line, file=sys.stderr)
     sys.exit(2)
 
 
@@ -197,6 +221,7 @@ def add_training_flags(parser, iterations):
     group.add_argument("--momentum", type=real(0, 1), default=0.9, help="of SGD (default: 0.9)")
     group.add_argument("--weight-decay", type=real(0, 1), default=4e-5, help="of weights with more than one dimension (default: 4e-5)")
     group.add_argument("--label-smoothing", type=real(0, 1), default=0.1, help="default: 0.1")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="convolutions in bfloat16 or float16 (default: off)")
     group.add_argument("--val-every", type=count(), default=10_000, metavar="N", help="steps between validations (default: 10000)")
     group.add_argument("--save-every", type=count(), default=1_000, metavar="N", help="steps between checkpoints (default: 1000)")
     group.add_argument("--keep", type=count(), default=3, metavar="N", help="checkpoints to keep (default: 3)")
@@ -306,12 +331,50 @@ def output_folder(path):
         raise UserError(f"--out: can't write to {path} ({error.strerror})") from None
 
 
+def hold_lock(path, wait_s=0):
+    """The lock of a file that one process at a time can hold, until it ends or closes it. Raises UserError where another does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")  # noqa: SIM115
+    deadline = time.monotonic() + wait_s
+    while fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: another run is going on in this folder; wait for it, or name another --out") from None
+            time.sleep(0.2)
+    return file
+
+
 def cores():
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def duration(seconds):
+    """Seconds for people: "40 s", "2.5 h"."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 # --- logging -------------------------------------------------------------------------------------------------
+
+
+def above_progress_bars():
+    """A context in which lines on standard error go above tqdm's bars, if there are any."""
+    tqdm = sys.modules.get("tqdm")  # not imported: the search space and its users need nothing but the standard library
+    return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
+
+
+class Screen(logging.StreamHandler):
+    """Standard error, beside progress bars."""
+
+    def emit(self, record):
+        with above_progress_bars():
+            super().emit(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -333,7 +396,7 @@ def start_logging(folder, args, device):
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    for handler in (logging.StreamHandler(sys.stderr), _LogFile(folder / "run.log")):
+    for handler in (Screen(sys.stderr), _LogFile(folder / "run.log")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     write_settings(folder / "config.yml", pathlib.Path(sys.argv[0]).stem, vars(args))

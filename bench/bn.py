@@ -31,6 +31,7 @@ from dataloader import Loader  # noqa: E402
 from dataset import Data, calibration_plan, evaluation_plan, prepare  # noqa: E402
 from evaluation import accuracy, batch_norms, fold_bn, momentum, recalibrate_bn  # noqa: E402
 from fixed_batches import FixedBatches  # noqa: E402
+from rank_correlation import kendall  # noqa: E402
 
 LENGTHS = (10, 50, 200)
 MODES = ("ema", "average")
@@ -65,14 +66,6 @@ def measure(model, candidate, stats, validation):
         norm.running_mean, norm.running_var = mean.clone(), variance.clone()
     folded = fold_bn(model)
     return accuracy(lambda images: folded(images, candidate), validation)[0]
-
-
-def kendall(a, b):
-    """Kendall's tau-b of two lists."""
-    sign = lambda x: (x > 0) - (x < 0)  # noqa: E731
-    pairs = [(sign(a[i] - a[j]), sign(b[i] - b[j])) for i, j in itertools.combinations(range(len(a)), 2)]
-    ties = [sum(1 for p in pairs if p[k]) for k in (0, 1)]
-    return sum(x * y for x, y in pairs) / (ties[0] * ties[1]) ** 0.5 if all(ties) else float("nan")
 
 
 def main():

@@ -85,9 +85,10 @@ def _accept_anything(self, result, trial=None):
     return self._append(tuple(result["architecture"]), {k: result[k] for k in ("acc1", "acc5", "n_images", "seconds")}, trial)
 
 
-def _blind(summary):
-    def run(window, *rest):
-        return summary([torch.nan_to_num(values) for values in window], *rest)
+def _blind(fetch):
+    def run(meter):
+        meter.window = [torch.nan_to_num(values) for values in meter.window]
+        return fetch(meter)
 
     return run
 
@@ -100,11 +101,11 @@ def _break(name):
         "repair": lambda: setattr(search_record, "read_generations", lambda out, repair=False: read(out)),
         "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
         "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
-        "finite": lambda: setattr(training, "_summary", _blind(training._summary)),
-        "full-disk": lambda: setattr(utils, "run_script", lambda main, parse_args: main(parse_args())),
+        "finite": lambda: setattr(training._Meter, "fetch", _blind(training._Meter.fetch)),
+        "full-disk": lambda: _everywhere("run_script", lambda main, parse_args: main(parse_args())),
         "loader": lambda: setattr(dataloader, "UserError", RuntimeError),
         "no-code": lambda: setattr(torch, "load", lambda path, **how: load(path, **how | {"weights_only": False})),
-        "parent-watch": lambda: setattr(local_engine, "_leave_signals_to_parent", lambda: None),
+        "parent-watch": lambda: _everywhere("leave_signals_to_parent", lambda *_: None),
     }[name]()
 
 

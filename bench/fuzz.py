@@ -273,10 +273,11 @@ class CommandLine:
     def __init__(self, path):
         self.actions = {}
         self.parsers = {name: importlib.import_module(name).parse_args for name in SCRIPTS}
-        parse = utils.Parser.parse
-        for name, parser in self.parsers.items():
-            utils.Parser.parse = lambda self, argv=None: self._actions
-            self.actions[name] = [a for a in parser([]) if a.option_strings]
+        parse, made = utils.Parser.parse, []
+        utils.Parser.parse = lambda parser, argv=None: made.append(parser) or parse(parser, argv)
+        for name, parse_args in self.parsers.items():
+            parse_args([])
+            self.actions[name] = [a for a in made[-1]._actions if a.option_strings]
         utils.Parser.parse = parse
 
     def inputs(self, rng):

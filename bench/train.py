@@ -31,7 +31,7 @@ from evaluation import correct_counts, resolve_device  # noqa: E402
 from network import ShuffleNetV2OneShot  # noqa: E402
 from sampler import PathSampler, default_flops_range  # noqa: E402
 from search_space import SearchSpace, operation_convs  # noqa: E402
-from training import parameter_groups  # noqa: E402
+from training import begin_momentum, parameter_groups  # noqa: E402
 
 KINDS = {  # of operations, by parts of their names, in this order
     "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "Optimizer"), "convolutions": ("conv",),
@@ -43,8 +43,9 @@ KINDS = {  # of operations, by parts of their names, in this order
 class Variant:
     """A network and its optimizer with some of the changes; `step(images, labels, path)` trains once."""
 
-    def __init__(self, name, space, weights, device, views=True, channels_last=True, fused=True, lazy=True, amp="off", tf32=False):
+    def __init__(self, name, space, weights, device, views=True, channels_last=True, fused=True, lazy=True, amp="off", tf32=False, compiled=False):
         self.name, self.device, self.amp, self.lazy, self.tf32 = name, device, amp, lazy, tf32
+        self.fused = fused
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         if views:
             self.model = ShuffleNetV2OneShot(space=space)
@@ -52,6 +53,10 @@ class Variant:
             self.model = Network(None, space.n_classes, stem_stride=space.stem_stride, last_size=space.blocks[-1].out_size)
         self.model.load_state_dict(weights)
         self.model.to(device, memory_format=self.layout).train()
+        if compiled:
+            torch._dynamo.config.recompile_limit = 200  # of the one function forward: 80 operations
+            for operation in (operation for block in self.model.features for operation in block):
+                operation.compile()
         self.optimizer = torch.optim.SGD(parameter_groups(self.model, 4e-5), lr=0.01, momentum=0.9, fused=fused or None)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
 
@@ -63,13 +68,15 @@ class Variant:
             loss = self.criterion(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.fused:
+            begin_momentum(self.optimizer)
         self.optimizer.step()
         counts = torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels)))
         return counts if self.lazy else [value.item() for value in counts]
 
 
-def variants(space, device):
-    """The rows, each with one change more than the one before."""
+def variants(space, device, compiled):
+    """The rows, each with one change more than the one before; `compiled` adds one with all operations compiled, before bf16."""
     torch.manual_seed(0)
     weights = ShuffleNetV2OneShot(space=space).state_dict()
     off = {"views": False, "channels_last": False, "fused": False, "lazy": False}
@@ -78,8 +85,11 @@ def variants(space, device):
         changes.append(("reference, TF32", {"tf32": True}))
     changes += [
         ("+ shuffle as views", {"views": True}), ("+ channels-last", {"channels_last": True}), ("+ fused SGD", {"fused": True}),
-        ("+ metrics fetched late", {"lazy": True}), ("+ bf16", {"amp": "bf16"}),
+        ("+ metrics fetched late", {"lazy": True}),
     ]  # fmt: skip
+    if compiled:
+        changes.append(("+ torch.compile", {"compiled": True}))
+    changes.append(("+ bf16", {"amp": "bf16", "compiled": False}))
     found = []
     for name, change in changes:
         if name != "reference, TF32":
@@ -130,7 +140,8 @@ def floor_ms(space, path, batch_size, device):
     for shape, choice in zip(space.blocks, path):
         convs += operation_convs(space.operations[choice], shape)
     a = torch.rand(2048, 2048, device=device)
-    big = torch.rand(64 * 2**20 // 4, device=device)
+    big = torch.rand(256 * 2**20 // 4, device=device)
+    target = torch.zeros_like(big)
 
     def seconds(function):
         times = []
@@ -143,7 +154,7 @@ def floor_ms(space, path, batch_size, device):
         return min(times)
 
     rate = 2048**3 / seconds(lambda: a @ a)
-    bandwidth = 2 * big.nbytes / seconds(lambda: big.clone())
+    bandwidth = 2 * big.nbytes / seconds(lambda: target.copy_(big))
     multiply_adds = 3 * batch_size * space.flops(path)
     values = sum(conv.out_channels * conv.out_size**2 for conv in convs)  # outputs; the inputs are others' outputs
     return 1000 * multiply_adds / rate, 1000 * 3 * 2 * 4 * batch_size * values / bandwidth
@@ -155,6 +166,8 @@ def main():
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="a row with every operation compiled: minutes, for the first of its steps")
+    parser.add_argument("--paths", type=int, metavar="N", help="take the same N paths in turn; --steps is to be higher")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "train.json")
@@ -164,7 +177,8 @@ def main():
     sampler = PathSampler(space, 0, default_flops_range(space))
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size, 3, options.input_size, options.input_size)
-    rows = variants(space, device)
+    rows = variants(space, device, options.compile)
+    paths = [sampler.path(i) for i in range(options.paths or options.steps + 1)]
     seconds, peaks = {v.name: [] for v in rows}, {}
     for step in range(options.steps + 1):
         images = (torch.rand(shape, generator=generator) * 255).to(device)
@@ -173,17 +187,18 @@ def main():
             memory_mb(device, reset=True)
             synchronize(device)
             start = time.perf_counter()
-            variant.step(images, labels, sampler.path(step + 1))
+            variant.step(images, labels, paths[step % len(paths)])
             synchronize(device)
-            if step:  # the first warms up
+            if step >= (options.paths or 1):  # those before warm up
                 seconds[variant.name].append(time.perf_counter() - start)
             peaks[variant.name] = max(peaks.get(variant.name, 0), memory_mb(device))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"{options.input_size} px, batch {options.batch_size}, {device}, {torch.get_num_threads()} threads, median of {options.steps} steps\n")
+    counted, threads = len(seconds["reference"]), torch.get_num_threads()
+    print(f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads, median of {counted} steps\n")
     print("| | ms a step | times the reference | images a second | peak memory, MB |\n|---|---|---|---|---|")
     for name, s in medians.items():
         print(f"| {name} | {1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f} |")
-    batch = images, labels, sampler.path(1)
+    batch = images, labels, paths[0]
     whole = next(v for v in rows if v.name == "+ metrics fetched late")
     profiles = {v.name: profile(v, batch) for v in (rows[0], whole, rows[-1])}
     print("\n| ms a step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
@@ -196,8 +211,9 @@ def main():
         "commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }  # fmt: skip
+    name = f"{device.type} {options.input_size} px batch {options.batch_size}" + ", compiled" * options.compile
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    utils.write_json(options.results, results | {f"{device.type} {options.input_size} px batch {options.batch_size}": result}, indent=1)
+    utils.write_json(options.results, results | {name: result}, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Shared fixtures: small trees of coloured images, bundled ones as tensors, and the scripts run as a person runs them."""
 import argparse
 import functools
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -37,6 +38,14 @@ def make_tree(root, train=12, val=7):
                 height, width = (int(v) for v in rng.integers(40, 90, 2))
                 coloured_image(rng, height, width).save(folder / f"{i:03d}.jpg", quality=95)
     return root
+
+
+def load_bench(name):
+    """The module bench/NAME.py, whose name a module of the project may have too."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache

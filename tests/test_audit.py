@@ -2,14 +2,11 @@
 import json
 import re
 import stat
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_bench
 
-sys.path.insert(0, str(ROOT / "bench"))
-import audit
-
+audit = load_bench("audit")
 CLEAN = {"name": "numpy", "version": "2.4.6", "vulns": []}
 BROKEN = {"name": "pillow", "version": "1.0", "vulns": [{"id": "PYSEC-1", "aliases": ["CVE-2"], "fix_versions": ["1.1"], "description": ""}]}
 UNKNOWN = {"name": "torch", "skip_reason": "not found on PyPI"}

@@ -43,11 +43,12 @@ def files(folder):
 
 def numeric_flags():
     """(script, flag, how many numbers it takes) of every flag whose type is a number, as the parsers say."""
-    parse = utils.Parser.parse
+    parse, parsers = utils.Parser.parse, []
     try:
-        utils.Parser.parse = lambda self, argv=None: self._actions
+        utils.Parser.parse = lambda self, argv=None: parsers.append(self) or parse(self, argv)
         for script in SCRIPTS:
-            for action in importlib.import_module(script).parse_args([]):
+            importlib.import_module(script).parse_args([])
+            for action in parsers[-1]._actions:
                 if action.type:
                     yield script, action.option_strings[0], action.nargs or 1
     finally:

@@ -13,9 +13,9 @@ import pytest
 
 import evolution_tuner
 from evolution_tuner import Evolution, EvolutionWithFlops, KeepResults
-from search_record import SearchRecord, hold_lock, prepare_search, read_results, state_path
+from search_record import SearchRecord, prepare_search, read_results, state_path
 from search_space import SearchSpace
-from utils import HERE, UserError, read_json
+from utils import HERE, UserError, hold_lock, read_json
 
 SPACE = SearchSpace.for_images(28, 10)
 LIMIT = SPACE.flops_value("59%")
@@ -379,7 +379,7 @@ def test_damaged_results_are_named(tmp_path):
 
 def test_lock_is_held_by_one(tmp_path):
     with hold_lock(tmp_path / "a.lock"):
-        with pytest.raises(UserError, match="another search is running"):
+        with pytest.raises(UserError, match="another run is going on"):
             hold_lock(tmp_path / "a.lock")
         hold_lock(tmp_path / "b.lock").close()
     hold_lock(tmp_path / "a.lock").close()

@@ -1,15 +1,13 @@
 """The tables with a known optimum, and how close the evolution comes to it."""
-import importlib.util
 import itertools
 import random
 
 import pytest
+from conftest import load_bench
 
-from utils import HERE, read_json
+from utils import read_json
 
-spec = importlib.util.spec_from_file_location("evolution_bench", HERE / "bench" / "evolution.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+bench = load_bench("evolution")
 
 TABLES = read_json(bench.TABLES)["tables"]
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_bench
 
 import checkpoint
 import scratch
@@ -11,8 +11,7 @@ import search
 from search_space import SearchSpace
 from utils import UserError
 
-sys.path.insert(0, str(ROOT / "bench"))
-import fuzz
+fuzz = load_bench("fuzz")
 
 
 @pytest.mark.parametrize("name", fuzz.PARSERS)

@@ -40,7 +40,7 @@ def generations():
     return evolution.history
 
 
-def start(trial, devices):
+def start(trial):
     pass
 
 
@@ -122,9 +122,9 @@ if __name__ == "__main__":
 """
 
 
-def start_as_ours(trial, devices):
+def start_as_ours(trial):
     """As _start, but for the evaluator."""
-    local_engine._leave_signals_to_parent()
+    local_engine.leave_signals_to_parent()
 
 
 def evaluate_slowly(candidates):

@@ -218,6 +218,14 @@ def test_a_path_of_another_length_is_no_path():
 # --- parts ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_channel_shuffle_is_torchs_own_in_the_layout_of_the_input(layout):
+    x = torch.randn(2, 6, 3, 3, dtype=torch.double).to(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(blocks.channel_shuffle, x)
+    (gradient,) = torch.autograd.grad(sum((part * part).sum() for part in blocks.channel_shuffle(x)), x)
+    assert torch.equal(gradient, 2 * x) and gradient.is_contiguous(memory_format=layout)
+
+
 def test_channel_shuffle_is_a_permutation_made_of_views():
     x = torch.arange(2 * 8 * 3 * 3.0).reshape(2, 8, 3, 3)
     even, odd = blocks.channel_shuffle(x)

@@ -319,7 +319,7 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
     out = tmp_path / "a 'quoted' $(folder)"
     args = search.parse_args(["--data-dir", "some data", "--bn-batches", "7", "--no-mirror", "--crop-scale", "0.5", "1", "--concurrency", "2"])
     trial = search.trial_settings(args, out, "net.pth")
-    command = nni_engine.trial_command(["python", "tester.py", "--mode", "test"], out, trial)
+    command = nni_engine.trial_command(search.read_experiment(search.HERE / "config_search.yml"), out, trial)
     assert command == [sys.executable, str(search.HERE / "tester.py"), "--mode", "test", "--config", str(out / "checkpoints/search/trial.yml")]
     settings = yaml.safe_load((out / "checkpoints/search/trial.yml").read_text())["tester"]
     assert settings["data-dir"] == os.path.abspath("some data")

@@ -15,7 +15,7 @@ from dataset import training_plan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from sampler import PathSampler, default_flops_range
 from search_space import SearchSpace
-from training import Run, learning_rate, parameter_groups, train
+from training import Run, dropout_seed, learning_rate, parameter_groups, train
 from utils import UserError
 
 SPACE = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
@@ -35,7 +35,7 @@ class Images:
 def settings(**changes):
     values = {
         "iterations": 20, "batch_size": 8, "lr": 0.5, "warmup": 0, "momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1,
-        "seed": 0, "val_every": 1000, "save_every": 1000, "keep": 3, "resume": "auto",
+        "seed": 0, "amp": "off", "val_every": 1000, "save_every": 1000, "keep": 3, "resume": "auto",
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
@@ -47,7 +47,9 @@ def supernet_run(folder, args, model=None, sampler=None):
     stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(args, folder, torch.device("cpu"), "supernet", stored)
-    metrics = train(run, model, Images(), lambda x, step: model(x, sampler.path(step)), lambda step: {"val/acc1": 1.0})
+    if args.resume == "none":
+        run.start()
+    metrics = train(run, model, Images(), lambda step: {"val/acc1": 1.0}, sampler.path)
     return model, metrics
 
 
@@ -77,7 +79,7 @@ def test_twenty_steps_are_the_official_recipe_bit_for_bit(tmp_path):
     other = ShuffleNetV2OneShot(space=SPACE).to(memory_format=torch.channels_last)
     sampler, momentum = PathSampler(SPACE, 0), {}
     for step, (images, labels) in enumerate(Images().batches(training_plan(64, 8, 0, steps=20)), 1):
-        torch.manual_seed(step)  # dropout
+        torch.manual_seed(dropout_seed(0, step))
         logits = other(images, sampler.path(step))
         smooth = torch.full_like(logits, 0.1 / 3).scatter_(1, labels[:, None], 0.9 + 0.1 / 3)
         loss = -(smooth * logits.log_softmax(1)).sum(1).mean()
@@ -133,7 +135,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
 
     momentum = {}
     for k, (path, (images, labels)) in enumerate(zip(steps, ThreeBatches().batches(training_plan(96, 32, 0))), 1):
-        torch.manual_seed(k)  # dropout
+        torch.manual_seed(dropout_seed(0, k))
         log_p = reference(images, *path).log_softmax(1)
         loss = -(0.9 * log_p[range(32), labels] + 0.1 * log_p.mean(1)).mean()
         reference.zero_grad()
@@ -146,7 +148,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
                     p -= 0.5 * (1 - k / iterations) * momentum[name]
 
     run = Run(settings(iterations=iterations, batch_size=32, save_every=3), tmp_path, torch.device("cpu"), kind, {})
-    train(run, model, ThreeBatches(), lambda x, step: model(x, sampler.path(step)) if kind == "supernet" else model(x), None)
+    train(run, model, ThreeBatches(), None, sampler.path if kind == "supernet" else None)
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
     ours, theirs, moved = model.state_dict(), reference.state_dict(), 0
     for name, expected in theirs.items():
@@ -213,8 +215,39 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--lr 0.3 \(was 0.5\).*--out.*--resume none"):
         supernet_run(tmp_path, settings(iterations=2, lr=0.3))
     supernet_run(tmp_path, settings(iterations=2, keep=7))  # harmless
+    before = (tmp_path / "checkpoint-0000002.pth").read_bytes()
     supernet_run(tmp_path, settings(iterations=2, lr=0.3, resume="none"))
+    assert tmp_path.with_suffix(".1").joinpath("checkpoint-0000002.pth").read_bytes() == before
     assert load(newest(tmp_path), "supernet").content["settings"]["lr"] == 0.3
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_float32_weights_and_resumes_bit_identical(tmp_path, amp):
+    _, exact = supernet_run(tmp_path / "exact", settings(iterations=1))
+    _, metrics = supernet_run(tmp_path / "first", settings(iterations=1, amp=amp))
+    assert metrics["train/loss"] != exact["train/loss"] and metrics["train/loss"] == pytest.approx(exact["train/loss"], rel=0.02)
+    args = settings(iterations=6, amp=amp, save_every=3, lr=0.01)
+    straight, metrics = supernet_run(tmp_path / "run", args)
+    assert {p.dtype for p in straight.parameters()} == {torch.float32}
+    (tmp_path / "run" / "checkpoint-0000006.pth").unlink()
+    resumed, again = supernet_run(tmp_path / "run", args)
+    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
+    assert again["train/loss"] == metrics["train/loss"]
+
+
+class OneInfinite(Images):
+    def batches(self, plan):
+        for step, (images, labels) in enumerate(super().batches(plan), 1):
+            yield images * (torch.inf if step == 2 else 1), labels
+
+
+def test_the_scaler_has_its_say_before_a_loss_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_training.Images", OneInfinite)
+    with pytest.raises(UserError, match=r"loss of step 2 is not finite \(learning rate 0.3, path \[[0-3]"):
+        supernet_run(tmp_path / "off", settings(iterations=5))
+    model, metrics = supernet_run(tmp_path / "fp16", settings(iterations=5, amp="fp16"))
+    assert load(newest(tmp_path / "fp16"), "supernet").content["scaler"]["scale"] <= 2**15
+    assert all(p.isfinite().all() for p in model.parameters()) and metrics["train/loss"] > 0
 
 
 def test_keep_bounds_the_checkpoints(tmp_path):
@@ -250,6 +283,28 @@ def test_a_signal_saves_and_ends(tmp_path):
         supernet_run(tmp_path, settings(), sampler=Stopping(SPACE, 0))
     assert stopped.value.code == 128 + signal.SIGTERM
     assert newest(tmp_path).name == "checkpoint-0000004.pth"
+
+
+def test_a_signal_ends_a_validation_too(tmp_path):
+    import os
+    import signal
+
+    torch.manual_seed(0)
+    model, done = ShuffleNetV2OneShot(space=SPACE), []
+
+    def validate(step):
+        if not done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(step)
+        return {"val/acc1": 1.0}
+
+    stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
+    run = Run(settings(val_every=4, iterations=8), tmp_path, torch.device("cpu"), "supernet", stored)
+    with pytest.raises(SystemExit) as stopped:
+        train(run, model, Images(), validate, PathSampler(SPACE, 0).path)
+    assert stopped.value.code == 128 + signal.SIGTERM and not done
+    assert newest(tmp_path).name == "checkpoint-0000004.pth" and model.training
+    assert train(run, model, Images(), lambda step: done.append(step) or {}, PathSampler(SPACE, 0).path) and done == [8]
 
 
 def test_both_scripts_have_the_official_defaults():

@@ -1,0 +1,302 @@
+"""Training on two processes, and runs that are killed: as on one process, and as if nothing had been."""
+import itertools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import two_processes
+from conftest import ROOT
+from test_training import SPACE, Images
+from torch import nn
+
+import checkpoint
+from dataset import training_plan
+from distributed import share
+from network import ShuffleNetV2OneShot
+from sampler import PathSampler
+from training import dropout_seed
+from utils import UserError
+
+TINY = ("--demo", "--heldout-per-class", 4, "--threads", 1, "--workers", 1, "--batch-size", 16, "--warmup", 2)
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
+SUPERNET = ("supernet.py", *TINY, "--bn-batches", 2, "--bn-batch-size", 16, "--val-paths", 1, "--iterations", 14, "--val-every", 7, "--save-every", 2)
+SCRATCH = ("scratch.py", *TINY, "--iterations", 10, "--val-every", 10, "--save-every", 2, "--bn-pass", 3)
+
+
+def start(processes, script, *words, out):
+    """A script on one process, or on several by torchrun, in a session of its own."""
+    words = [*(TORCHRUN if processes > 1 else ()), ROOT / script, *words, "--out", out]
+    if script != "two_processes.py":
+        words += ["--cache", os.environ["TEST_CACHE"]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process, code=0):
+    try:
+        stdout, stderr = process.communicate(timeout=200)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert process.returncode == code, stderr
+    return stdout, stderr
+
+
+def descendants(pid):
+    """The process ids of a process and of all below it."""
+    found = [pid]
+    for parent in found:
+        for task in pathlib.Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += map(int, task.read_text().split())
+            except OSError:
+                continue
+    return found
+
+
+def kill(process):
+    """SIGKILL to a process and to all below it."""
+    os.kill(process.pid, signal.SIGSTOP)  # torchrun would end the others more gently
+    for pid in reversed(descendants(process.pid)):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()
+
+
+# --- two processes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two_processes.py leaves, by process."""
+    out = tmp_path_factory.mktemp("two")
+    words = [sys.executable, *TORCHRUN, ROOT / "tests" / "two_processes.py", out]
+    subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=200)
+    return out, [torch.load(out / f"{rank}.pth") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("dtype, steps, tolerance", [(torch.float32, 1, 1e-6), (torch.float64, 3, 1e-9)])
+def test_gradients_are_the_mean_of_the_shards(two, dtype, steps, tolerance):
+    """Against the shards' gradients computed one after the other here, with their own dropout and BN, and SGD by torch."""
+    torch.manual_seed(0)
+    model = ShuffleNetV2OneShot(space=SPACE).to(dtype, memory_format=torch.channels_last)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sampler, optimizer = PathSampler(SPACE, 0), torch.optim.SGD(
+        [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 4e-5}], lr=0.5, momentum=0.9, foreach=False
+    )  # fmt: skip
+    loader = two_processes.InDouble() if dtype == torch.float64 else Images()
+    shards = [list(loader.batches(training_plan(64, 4, 0, 0, steps, rank, 2))) for rank in (0, 1)]
+    for step in range(1, steps + 1):
+        gradients = []
+        for rank, batches in enumerate(shards):
+            model.zero_grad()
+            torch.manual_seed(dropout_seed(0, step, rank))
+            images, labels = batches[step - 1]
+            nn.functional.cross_entropy(model(images, sampler.path(step)), labels, label_smoothing=0.1).backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters()})
+        for name, p in model.named_parameters():
+            p.grad = None if gradients[0][name] is None else (gradients[0][name] + gradients[1][name]) / 2
+        optimizer.param_groups[0]["lr"] = 0.5 * (1 - step / steps)
+        optimizer.step()
+    _, processes = two
+    for name, p in model.named_parameters():
+        for found in (process[str(dtype)] for process in processes):
+            gradient = found["gradients"][name]
+            if p.grad is None:
+                assert gradient is None
+            else:
+                assert (gradient - p.grad).abs().max() <= tolerance * p.grad.abs().max()
+                assert not torch.equal(gradient, gradients[0][name])  # one shard's alone
+            assert (found["weights"][name] - p).abs().max() <= tolerance * p.abs().max()
+            if name not in {n for n, q in model.named_parameters() if q in optimizer.state}:
+                assert torch.equal(found["weights"][name], start[name])
+
+
+def test_processes_and_steps_draw_other_dropout():
+    draws = []
+    for seed, step, rank in itertools.product((0, 1), (1, 2), (0, 1)):
+        torch.manual_seed(dropout_seed(seed, step, rank))
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 8
+
+
+def test_both_processes_end_with_the_same_weights_and_losses(two):
+    _, (a, b) = two
+    for dtype in ("torch.float32", "torch.float64"):
+        assert all(torch.equal(p, b[dtype]["weights"][name]) for name, p in a[dtype]["weights"].items())
+        assert a[dtype]["loss"] == b[dtype]["loss"]
+
+
+def test_what_is_not_sampled_has_no_momentum_on_two_processes(two):
+    out, _ = two
+    content = checkpoint.load_file(checkpoint.newest(out / "torch.float64"))
+    sampler = PathSampler(SPACE, 0)
+    paths = [sampler.path(step) for step in (1, 2, 3)]
+    names = [name for name, p in ShuffleNetV2OneShot(space=SPACE).named_parameters() if p.dim() > 1]
+    assert len(names) == len(content["optimizer"]["param_groups"][0]["params"])
+    for i, name in enumerate(names):
+        _, block, operation, *_ = [*name.split("."), 0, 0]
+        sampled = not name.startswith("features") or any(path[int(block)] == int(operation) for path in paths)
+        assert (i in content["optimizer"]["state"]) == sampled, name
+
+
+def test_evaluation_counts_every_image_once_and_calibrates_on_all(two):
+    results, accuracy, buffers = two_processes.measured()
+    assert accuracy[2] == results[0]["n_images"] == 20 + 19 + 20
+    for process in two[1]:
+        found, found_accuracy, found_buffers = process["measured"]
+        assert found == results and found_accuracy[2] == accuracy[2]
+        assert found_accuracy == pytest.approx(accuracy, abs=2)  # statistics differ in the last bits
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(found_buffers[name], buffer, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_can_not_be_shared_is_one_line(tmp_path, monkeypatch):
+    _, stderr = finish(start(2, *SUPERNET, "--batch-size", 15, out=tmp_path), code=1)
+    lines = [line for line in stderr.splitlines() if line.startswith("supernet.py: error:")]
+    assert lines == [f"supernet.py: error: --batch-size 15: {lines[0].split(': ', 3)[3]}"] and "multiple of 2" in lines[0]
+    monkeypatch.setattr("distributed.world", lambda: 8)
+    assert share(1024) == 128
+    with pytest.raises(UserError, match="two or more for each of 8"):
+        share(8)
+
+
+# --- runs that are killed ------------------------------------------------------------------------------------
+
+
+def outcome(out, kind):
+    """The weights and logged numbers that a run ended with, times aside."""
+    folder = out / "checkpoints" / kind
+    files = [checkpoint.newest(folder)] + [folder / "bnps-checkpoint.pth"] * (kind == "scratch")
+    contents = [checkpoint.load_file(path) for path in files]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return contents, [{k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second")} for line in lines]
+
+
+def assert_same(a, b):
+    (contents, lines), (others, other_lines) = a, b
+    assert lines == other_lines
+    for content, other in zip(contents, others, strict=True):
+        assert content["step"] == other["step"]
+        assert all(torch.equal(tensor, other["model"][name]) for name, tensor in content["model"].items())
+        states = [c.get("optimizer", {"state": {}})["state"] for c in (content, other)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(s["momentum_buffer"], states[1][i]["momentum_buffer"]) for i, s in states[0].items())
+
+
+def killed_and_resumed(tmp_path, processes, kills, seed, words):
+    """Compares a run with one that is killed at uniformly drawn times."""
+    kind = words[0].removesuffix(".py")
+    begin = time.monotonic()
+    finish(start(processes, *words, out=tmp_path / "straight"))
+    seconds = time.monotonic() - begin
+    rng, killed = random.Random(seed), 0
+    while killed < kills:
+        process = start(processes, *words, out=tmp_path / "killed")
+        try:
+            process.wait(rng.uniform(0.1, 1) * seconds)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            killed += 1
+            continue
+        finish(process)
+        if killed < kills:
+            assert_same(outcome(tmp_path / "killed", kind), outcome(tmp_path / "straight", kind))
+            shutil.rmtree(tmp_path / "killed")
+    finish(start(processes, *words, out=tmp_path / "killed"))
+    assert_same(outcome(tmp_path / "killed", kind), outcome(tmp_path / "straight", kind))
+
+
+@pytest.mark.parametrize("processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH)], ids=["supernet", "supernet on two", "scratch"])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, processes, words):
+    killed_and_resumed(tmp_path, processes, 2, 0, (*words, "--loader", "torchvision"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH), (2, SCRATCH)])
+def test_a_run_killed_a_dozen_times_ends_as_if_it_had_not_been(tmp_path, processes, words, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    killed_and_resumed(tmp_path, processes, 12, 1, (*words, "--loader", loader))
+
+
+def rank_1(pid):
+    """The process id of process 1 of a torchrun."""
+    for child in descendants(pid):
+        if b"\0RANK=1\0" in pathlib.Path(f"/proc/{child}/environ").read_bytes():
+            return child
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "processes, number, send",
+    [
+        (1, signal.SIGTERM, os.killpg),  # the loader's workers get it too
+        (1, signal.SIGINT, os.killpg),  # as from a terminal
+        (2, signal.SIGTERM, os.kill),
+        (2, signal.SIGINT, os.kill),
+        (2, signal.SIGTERM, lambda pid, number: os.kill(rank_1(pid), number)),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to torchrun", "Ctrl-C to torchrun", "SIGTERM to process 1"],
+)
+def test_a_signal_saves_within_a_step(tmp_path, processes, number, send):
+    words = (*SUPERNET, "--iterations", 100_000, "--save-every", 100_000, "--val-every", 100_000)
+    process, log = start(processes, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
+    deadline = time.monotonic() + 100
+    while not (log.exists() and "plan:" in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    send(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode == 128 + number) if processes == 1 else process.returncode
+    (saved,) = checkpoint.checkpoints(tmp_path / "checkpoints" / "supernet")
+    assert f"interrupted: saved {saved}" in stderr and "Error:" not in stderr.replace("ChildFailedError:", "").replace("SignalException", "")
+    assert checkpoint.load_file(saved)["step"] == int(saved.stem[11:])
+
+
+def test_workers_end_with_a_killed_run_and_leave_signals_to_it(tmp_path):
+    words = (*SUPERNET, "--iterations", 100_000, "--loader", "torchvision")
+    process, log = start(1, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
+    try:
+        while not (log.exists() and "plan:" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        _, worker = descendants(process.pid)
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+        time.sleep(0.5)
+        assert descendants(process.pid) == [process.pid, worker] and pathlib.Path(f"/proc/{worker}/exe").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 3
+    while pathlib.Path(f"/proc/{worker}/exe").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    words = (*SUPERNET, "--iterations", 100_000)
+    process, log = start(1, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
+    try:
+        while not log.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        _, stderr = finish(start(1, *words, out=tmp_path), code=2)
+        assert len(stderr.splitlines()) == 1 and "another run is going on in this folder" in stderr
+    finally:
+        kill(process)

@@ -1,0 +1,87 @@
+"""Each process gets a device of its own, waits while there is none, and frees it however it ends. No GPU is needed."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+import gpu_lock
+from utils import HERE, UserError
+
+TAKE = """
+import pathlib, sys
+import gpu_lock
+
+gpu_lock.POLL_S = 0.05
+print(gpu_lock.take_device(sys.argv[2:], pathlib.Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def taker(tmp_path):
+    """Starts a process that takes one of the devices, says which, and keeps it until it is ended."""
+    processes = []
+
+    def start(*names):
+        words = [sys.executable, "-c", TAKE, tmp_path, *names]
+        processes.append(subprocess.Popen(words, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+def test_each_process_has_its_own_device_and_a_killed_one_frees_it(taker):
+    names = ("0", "GPU-5a1/b", "3")
+    takers = [taker(*names) for _ in range(3)]
+    taken = {process.stdout.readline().strip(): process for process in takers}
+    assert set(taken) == set(names)
+    fourth = taker(*names)
+    with pytest.raises(subprocess.TimeoutExpired):  # waits
+        fourth.wait(1)
+    taken["GPU-5a1/b"].kill()
+    assert fourth.stdout.readline().strip() == "GPU-5a1/b"
+    taken["3"].stdin.close()  # ends by itself
+    assert taker(*names).stdout.readline().strip() == "3"
+
+
+@pytest.mark.parametrize(
+    ("visible", "n", "names"),
+    [(None, 2, ["0", "1"]), ("2, 5", 2, ["2", "5"]), ("GPU-1,GPU-2", 2, ["GPU-1", "GPU-2"]), ("1,-1,0", 1, ["1"]), ("", 0, []), (None, 0, [])],
+)
+def test_devices_are_those_that_are_visible(monkeypatch, visible, n, names):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: n)
+    assert gpu_lock.gpu_names() == names
+
+
+def test_a_process_sees_the_device_it_took_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_lock, "held", [])
+    gpu_lock.take_gpu("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6" and not gpu_lock.held
+    gpu_lock.take_gpu("auto")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+    gpu_lock.held.pop().close()
+
+
+def test_locks_are_private(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = gpu_lock.lock_folder()
+    assert folder == gpu_lock.lock_folder() and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    with pytest.raises(UserError, match="not a folder that you alone can write to"):
+        gpu_lock.lock_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="not a folder"):
+        gpu_lock.lock_folder()

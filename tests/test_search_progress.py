@@ -1,0 +1,155 @@
+"""What is seen of a running search: on a terminal, in a log, in TensorBoard."""
+import io
+import logging
+import statistics
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+import search_progress
+from evolution_tuner import Evolution
+from search_progress import Progress
+from search_record import SearchRecord, prepare_search, read_generations, state_path
+from search_space import SearchSpace
+from utils import Screen, UserError, log
+
+SPACE = SearchSpace.for_images(28, 10)
+EVOLUTION = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "mutation_prob": 0.1, "generations": 3, "seed": 0}
+SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%")}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The lines of the log."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    monkeypatch.setattr(log, "handlers", [handler])
+    before = log.level
+    log.setLevel(logging.INFO)
+    yield found
+    log.setLevel(before)
+
+
+def search(out, stop_after=None):
+    """A search that is followed, started or resumed: results come one by one, the second of each generation has failed."""
+    prepare_search(out, SETTINGS, resume=True)
+    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, SETTINGS["flops_limit"], **EVOLUTION)
+    record, progress, n = SearchRecord(out, SPACE, evolution), Progress(out), 0
+    while waiting := record.pending():
+        progress.read()
+        for candidate in waiting:
+            if n == stop_after:
+                return progress
+            if candidate == evolution.population[1]:
+                record.fail(candidate, "broken")
+            else:
+                record.add({"architecture": candidate, "acc1": sum(candidate), "acc5": 99.0, "n_images": 10, "seconds": 1.0})
+            n += 1
+            progress.read()
+    progress.read()
+    return progress
+
+
+def curves(out):
+    """{tag: [(step, value)]} as TensorBoard reads them."""
+    events = EventAccumulator(str(out / "checkpoints" / "search" / "tensorboard"), size_guidance={"histograms": 0, "scalars": 0})
+    events.Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return scalars | {f"{tag} histogram": [(e.step, e.histogram_value.num) for e in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
+
+
+def expected_curves(out):
+    rows, best = {}, None
+    for step, results in enumerate(read_generations(out), 1):
+        good = [r for r in results if r["acc1"] is not None]
+        leader = max(good, key=lambda r: r["acc1"])
+        best = leader if best is None or leader["acc1"] > best["acc1"] else best
+        values = {
+            "acc1_best": leader["acc1"], "acc1_best_so_far": best["acc1"], "acc1_mean": statistics.fmean(r["acc1"] for r in good),
+            "acc1_sd": statistics.stdev(r["acc1"] for r in good), "mflops_best_so_far": best["flops"] / 1e6,
+            "mflops_mean": statistics.fmean(r["flops"] / 1e6 for r in good), "failed": len(results) - len(good),
+            "acc1 histogram": len(good), "mflops histogram": len(good),
+        }  # fmt: skip
+        for tag, value in values.items():
+            rows.setdefault(f"search/{tag}", []).append((step, pytest.approx(value, rel=1e-5)))
+    return rows
+
+
+def test_tensorboard_has_a_step_for_each_generation(tmp_path, lines):
+    search(tmp_path)
+    assert len(curves(tmp_path)["search/acc1_best"]) == 3
+    assert curves(tmp_path) == expected_curves(tmp_path)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 8])
+def test_a_resumed_search_has_every_generation_once(tmp_path, lines, n):
+    search(tmp_path, stop_after=n)
+    search(tmp_path)
+    assert curves(tmp_path) == expected_curves(tmp_path)
+
+
+def test_a_log_has_a_line_a_generation_and_no_bar(tmp_path, lines, capsys):
+    search(tmp_path)
+    assert capsys.readouterr().err == ""
+    assert [line.split(",")[0] for line in lines] == [f"generation {g} of 3: {4 * g} candidates so far" for g in (1, 2, 3)]
+    best = max((r for results in read_generations(tmp_path) for r in results if r["acc1"] is not None), key=lambda r: r["acc1"])
+    assert lines[-1].split(";")[0].endswith(f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M")
+
+
+def test_a_log_has_a_line_every_half_minute(tmp_path, lines, monkeypatch):
+    """With 20 s a candidate: after the second of each four, and at the end of a generation."""
+    now = [0.0]
+    monkeypatch.setattr(search_progress.time, "monotonic", lambda: now[0])
+    add = SearchRecord._append
+
+    def slowly(self, *args):
+        now[0] += 20
+        return add(self, *args)
+
+    monkeypatch.setattr(SearchRecord, "_append", slowly)
+    search(tmp_path)
+    assert [line.split(",")[0] for line in lines] == [
+        f"generation {g} of 3: {n} candidates so far" for g, n in ((1, 2), (1, 4), (1, 4), (2, 6), (2, 8), (2, 8), (3, 10), (3, 12), (3, 12))
+    ]  # fmt: skip
+    assert [line.split("; ")[1] for line in lines if ";" in line] == ["2.7 min to go", "80 s to go", "0 s to go"]
+
+
+def test_a_terminal_has_a_bar(tmp_path, lines, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = search(tmp_path, stop_after=5)
+    progress.bar.refresh()
+    shown = terminal.getvalue().split("\r")[-1]
+    assert shown.startswith("generation 2 of 3, best ") and " 5/12 [" in shown and "% at " in shown
+    assert len(lines) == 1  # of the first generation's end
+    progress.bar.close()
+    search(tmp_path)
+    assert "| 5/12 [00:00<?, ?candidate/s]" in terminal.getvalue()  # where it goes on
+    assert not terminal.getvalue().split("\r")[-1].strip()  # nothing is left of it
+
+
+def test_lines_go_above_a_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with tqdm(total=3) as bar:
+        Screen(terminal).emit(logging.makeLogRecord({"msg": "a line"}))
+        bar.refresh()
+    shown = terminal.getvalue()
+    before, after = shown.split("a line\n")
+    assert before.rsplit("\r", 2)[1].strip() == "" and before.endswith("\r") and "0/3" in after
+
+
+def test_a_tuner_that_gave_up_is_an_error(tmp_path, lines):
+    progress = search(tmp_path, stop_after=2)
+    state = state_path(tmp_path)
+    state.write_text(state.read_text().replace('"error": null', '"error": "the disk is full"'))
+    with pytest.raises(UserError, match="the search can't go on: the disk is full"):
+        progress.read()

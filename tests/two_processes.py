@@ -1,0 +1,62 @@
+"""Run by test_distributed.py under torchrun: trains and evaluates on random images, and leaves what each process has in OUT."""
+import pathlib
+import sys
+
+import torch
+from test_training import SPACE, Images, settings
+
+import distributed
+import utils
+from evaluation import accuracy, evaluate, recalibrate_bn
+from network import ShuffleNetV2, ShuffleNetV2OneShot
+from sampler import PathSampler
+from training import Run, train
+
+CANDIDATES = [(0, 1, 2, 3) * 5, (0, 1, 2, 0) * 5]
+
+
+class InDouble(Images):
+    def batches(self, plan):
+        return ((images.double(), labels) for images, labels in super().batches(plan))
+
+
+def random_batches(n, size):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [size - i % 2 for i in range(n)]
+    return [(torch.rand(s, 3, 32, 32, generator=generator) * 255, torch.randint(3, (s,), generator=generator)) for s in sizes]
+
+
+def measured(rank=0, world=1):
+    """Accuracies of candidates and of a network, and that network's BN statistics as the average over 5 batches."""
+    torch.manual_seed(0)
+    supernet, network = ShuffleNetV2OneShot(space=SPACE), ShuffleNetV2(CANDIDATES[0], space=SPACE)
+    calibration, validation = random_batches(5, 16), random_batches(3, 20)
+    results = evaluate(supernet, CANDIDATES, calibration, validation[rank::world])
+    recalibrate_bn(network, network, calibration[rank::world], "average")
+    buffers = {name: b.clone() for name, b in network.named_buffers() if "running" in name}
+    return [r | {"seconds": 0} for r in results], accuracy(network, validation[rank::world]), buffers
+
+
+def trained(folder, dtype, steps):
+    torch.manual_seed(0)
+    model = ShuffleNetV2OneShot(space=SPACE).to(dtype)
+    sampler = PathSampler(SPACE, 0)
+    stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(settings(iterations=steps), folder, torch.device("cpu"), "supernet", stored)
+    metrics = train(run, model, InDouble() if dtype == torch.float64 else Images(), lambda step: {}, sampler.path)
+    return {"weights": dict(model.named_parameters()), "gradients": {n: p.grad for n, p in model.named_parameters()}, "loss": metrics["train/loss"]}
+
+
+def main(out):
+    rank = distributed.rank()
+    result = {str(dtype): trained(out / str(dtype), dtype, steps) for dtype, steps in ((torch.float32, 1), (torch.float64, 3))}
+    torch.save(result | {"measured": measured(rank, distributed.world())}, out / f"{rank}.pth")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    parser = utils.Parser(__doc__, "two_processes")
+    parser.add_argument("out", type=pathlib.Path)
+    parser.set_defaults(device="cpu")
+    distributed.run(lambda args: main(args.out), lambda: parser.parse_args(sys.argv[1:]))

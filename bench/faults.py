@@ -11,387 +11,42 @@ report of a search is drawn.
 NNI's own processes are started as always. Linux alone. Writes bench/results/faults.json.
 """
 import argparse
-import builtins
 import contextlib
-import errno
 import functools
 import gc
-import hashlib
-import json
 import multiprocessing
 import os
 import pathlib
 import random
-import re
-import runpy
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import utils  # noqa: E402
 
 # isort: split
-import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  which an optimizer imports, as others the next two: once here instead of in every fork
-import torch.utils.tensorboard  # noqa: E402
-import torchvision.transforms.v2  # noqa: E402, F401
-from PIL import Image  # noqa: E402
+from fault_arena import Arena, Lost  # noqa: E402
+from fault_injection import BREAKS, Events, bad_trials, clock_back, poisoned_step  # noqa: E402
 
 import checkpoint  # noqa: E402
-import dataloader  # noqa: E402
-import evaluation  # noqa: E402
 import local_engine  # noqa: E402
 import report  # noqa: E402
 import search_record  # noqa: E402
-import training  # noqa: E402
-from network import load_file  # noqa: E402
 from search_space import SearchSpace  # noqa: E402
 
 STEP = 4096  # bytes
 COMMANDS = ("supernet.py", "tester.py", "search.py", "scratch.py")
 
 
-class Lost(Exception):
-    """A fault did harm: what it was."""
-
-
-# --- guards that --break takes out: in a fork, before the script runs -------------------------------------------
-
-
-def _everywhere(name, value):
-    """Replaces a name in all modules of the project that have it."""
-    for module in [m for m in list(sys.modules.values()) if str(getattr(m, "__file__", None) or "").startswith(f"{ROOT}{os.sep}")]:
-        if ".venv" not in module.__file__ and hasattr(module, name):
-            setattr(module, name, value)
-
-
-@contextlib.contextmanager
-def _plain_write(path, mode="w"):
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, mode) as file:
-        yield file
-
-
-def _accept_anything(self, result, trial=None):
-    return self._append(tuple(result["architecture"]), {k: result[k] for k in ("acc1", "acc5", "n_images", "seconds")}, trial)
-
-
-def _blind(fetch):
-    def run(meter):
-        meter.window = [torch.nan_to_num(values) for values in meter.window]
-        return fetch(meter)
-
-    return run
-
-
-def _break(name):
-    load, read = torch.load, search_record.read_generations
-    {
-        "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
-        "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
-        "repair": lambda: setattr(search_record, "read_generations", lambda out, repair=False: read(out)),
-        "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
-        "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
-        "finite": lambda: setattr(training._Meter, "fetch", _blind(training._Meter.fetch)),
-        "full-disk": lambda: _everywhere("run_script", lambda main, parse_args: main(parse_args())),
-        "loader": lambda: setattr(dataloader, "UserError", RuntimeError),
-        "no-code": lambda: setattr(torch, "load", lambda path, **how: load(path, **how | {"weights_only": False})),
-        "parent-watch": lambda: _everywhere("leave_signals_to_parent", lambda *_: None),
-    }[name]()
-
-
-BREAKS = ("atomic-write", "lock", "repair", "optimizer", "nan", "finite", "full-disk", "loader", "no-code", "parent-watch")
-
-
-# --- faults: in a fork, before the script runs -------------------------------------------------------------------
-
-
-class Events:
-    """Counts what the fork's main thread does to files: opens for writing, first writes, fsync, rename, unlink; acts at the n-th.
-
-    `action` "kill": half of a write is done, then SIGKILL. "full": from then on, nothing more can be written (ENOSPC).
-    """
-
-    def __init__(self, action, n, report=None):
-        self.action, self.n, self.seen, self.report, self.pid = action, n, 0, report, os.getpid()
-
-    def happen(self, half=None, needs_space=True):
-        if os.getpid() != self.pid or threading.current_thread() is not threading.main_thread():
-            return
-        if self.action == "full" and not needs_space:
-            return
-        self.seen += 1
-        if self.report:
-            os.pwrite(self.report, str(self.seen).encode(), 0)
-        if self.action == "kill" and self.seen == self.n:
-            if half:
-                half()
-            os.kill(self.pid, signal.SIGKILL)
-        if self.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    @property
-    def full(self):
-        """Whether the disk is full by now."""
-        return self.action == "full" and self.seen >= self.n > 0
-
-    def install(self):
-        opened, replace, fsync, unlink, fdopen = builtins.open, os.replace, os.fsync, os.unlink, os.fdopen
-
-        def watched(function, needs_space):
-            def run(*args, **kwargs):
-                self.happen(needs_space=needs_space)
-                return function(*args, **kwargs)
-
-            return run
-
-        def open_file(file, mode="r", *args, **kwargs):
-            if not set(mode) & set("wax+"):
-                return opened(file, mode, *args, **kwargs)
-            self.happen()
-            return _File(opened(file, mode, *args, **kwargs), self)
-
-        builtins.open = open_file
-        os.fdopen = lambda descriptor, mode="r", *args, **kwargs: _File(fdopen(descriptor, mode, *args, **kwargs), self)
-        os.replace, os.unlink, os.fsync = watched(replace, False), watched(unlink, False), watched(fsync, True)
-
-
-class _File:
-    def __init__(self, file, events):
-        self.file, self.events, self.written = file, events, False
-
-    def write(self, data):
-        if not self.written or self.events.full:
-            self.written = True
-            self.events.happen(half=lambda: (self.file.write(data[: len(data) // 2]), self.file.flush()))
-        return self.file.write(data)
-
-    def writelines(self, lines):
-        for line in lines:
-            self.write(line)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
-def clock_back():
-    """time.time() from 2001 on."""
-    now, start = time.time, time.time()
-    time.time = lambda: 1e9 + now() - start
-
-
-def bad_trials(kind):
-    """Every third candidate by the sum of its choices "crashes" its worker, or reports "nan"."""
-    evaluate = evaluation.Evaluator.evaluate
-
-    def run(self, candidates):
-        bad = [c for c in candidates if sum(c) % 3 == 0]
-        if bad and kind == "crash":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return [r | {"acc1": float("nan")} if sum(r["architecture"]) % 3 == 0 else r for r in evaluate(self, candidates)]
-
-    evaluation.Evaluator.evaluate = run
-
-
-def poisoned_step(step):
-    """The weights become NaN before a training step."""
-    batches = dataloader.Loader.batches
-
-    def run(self, plan):
-        for n, (images, labels) in enumerate(batches(self, plan), 1):
-            yield images * float("nan") if n == step and self.augment else images, labels
-
-    dataloader.Loader.batches = run
-
-
 def tiny(cls, input_size=224, n_classes=1000):
     return cls(input_size, n_classes, 1, stage_channels=(8, 12, 16, 20), stem_channels=4, last_channels=16)
-
-
-# --- running the commands ----------------------------------------------------------------------------------------
-
-
-class Process:
-    """A command in a fork of this process; `fault()` is called in it before the script runs."""
-
-    def __init__(self, arena, script, words, fault=None):
-        self.log = arena.folder / f"stderr{next(arena.numbers)}"
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(arena, script, [str(w) for w in words], fault)
-        self.code = None
-
-    def _run(self, arena, script, words, fault):
-        code = 1
-        try:
-            os.setpgid(0, 0)
-            with open(self.log, "wb") as log, open(self.log.with_suffix(".out"), "wb") as out:
-                os.dup2(log.fileno(), 2)
-                os.dup2(out.fileno(), 1)
-            sys.argv = [script, *words]
-            if arena.broken:
-                _break(arena.broken)
-            if fault:
-                fault()
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-            code = 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else bool(error.code)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(BaseException):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self, timeout=300):
-        deadline = time.monotonic() + timeout
-        while self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
-                self.kill()
-                raise Lost(f"did not end in {timeout} s")
-            else:
-                time.sleep(0.005)
-        return self
-
-    def family(self):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(self.pid).children(recursive=True)
-        return []
-
-    def kill(self):
-        """SIGKILL; what it had started has to end by itself."""
-        family = self.family()
-        os.kill(self.pid, signal.SIGKILL)
-        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        left = psutil.wait_procs(family, timeout=15)[1]
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        if left:
-            raise Lost(f"{len(left)} processes of a killed one went on")
-
-    def stderr(self):
-        return self.log.read_text(errors="replace")
-
-    def stdout(self):
-        return self.log.with_suffix(".out").read_text(errors="replace")
-
-    def one_line(self):
-        """The error of a command that ended with code 2; Lost where it ended otherwise, or said more than the log and a line."""
-        lines = [line for line in self.stderr().splitlines() if not re.match(r"\d\d:\d\d:\d\d |\r| *$", line)]
-        if self.code != 2 or len(lines) != 1 or ": error: " not in lines[0]:
-            raise Lost(f"exit code {self.code}: {' / '.join(lines)[-300:]}")
-        return lines[0].split(": error: ")[1]
-
-
-class Arena:
-    """Images, settings and undisturbed results of the four commands, and the folders in which the faults happen."""
-
-    def __init__(self, folder, options):
-        self.folder, self.broken, self.kills, self.seed = folder, options.broken, options.kills, options.seed
-        self.every = options.every
-        self.numbers = iter(range(10**9))
-        rng = np.random.default_rng(options.seed)
-        for part, n in (("train", 12), ("val", 4)):
-            for name in "ab":
-                (folder / "images" / part / name).mkdir(parents=True)
-                for i in range(n):
-                    Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / "images" / part / name / f"{i}.png")
-        common = {"data-dir": str(folder / "images"), "input-size": 28, "heldout-per-class": 3, "loader": "torchvision", "workers": 0, "threads": 1}
-        train = {"iterations": 8, "batch-size": 4, "lr": 0.01, "save-every": 2, "val-every": 8, "keep": 2}
-        bn = {"bn-batches": 2, "bn-batch-size": 4}
-        evolution = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "generations": 3, "concurrency": 1, "candidates-per-trial": 2}
-        sections = {"common": common, "supernet": train | bn | {"val-paths": 1, "sampler": "uniform"}, "scratch": train | {"bn-pass": 2},
-                    "tester": bn, "search": bn | evolution}  # fmt: skip
-        self.config = folder / "settings.yml"
-        self.config.write_text(json.dumps(sections))  # which is YAML
-        self.reference, self.seconds = {}, {}
-        self.supernet = None
-        for script in ("supernet.py", "scratch.py", "tester.py", "search.py"):
-            out = self.new()
-            start = time.perf_counter()
-            process = self.command(script, out).wait()
-            self.seconds[script] = time.perf_counter() - start
-            if process.code:
-                sys.exit(f"{script} does not even run undisturbed: {process.stderr()}")
-            self.reference[script] = self.result(script, out, process)
-            print(f"undisturbed {script}: {self.seconds[script]:.1f} s", file=sys.stderr)
-            if script == "supernet.py":
-                self.supernet = checkpoint.newest(out / "checkpoints" / "supernet")
-
-    def new(self):
-        """An empty --out."""
-        out = self.folder / f"out{next(self.numbers)}"
-        out.mkdir()
-        (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SearchSpace().nni_search_space()))
-        return out
-
-    def command(self, script, out, *more, fault=None):
-        words = ["--config", self.config, "--out", out, "--cache", out / "cache"]
-        if script == "tester.py":
-            words += ["--architecture", ROOT / "architecture_final.json", "--checkpoint", self.supernet]
-        if script == "search.py":
-            words += ["--checkpoint", self.supernet, "--resume", "--engine", "local"]
-        return Process(self, script, [*words, *more], fault)
-
-    def result(self, script, out, process):
-        """A hash of what the command is for, once it has ended well."""
-        if script == "tester.py":
-            return digest(json.loads(process.stdout().splitlines()[-1]) | {"seconds": 0})
-        return self.state(script, out)[0]
-
-    def state(self, script, out):
-        """(hash, how far it had got) of the state in `out`. Lost where a file of it is not whole."""
-        try:
-            if script == "search.py":
-                results = [r | {"seconds": 0} for r in search_record.read_results(out)]
-                architectures = {p.name: utils.read_json(p) for p in sorted((out / "checkpoints").glob("*.json"))}
-                if search_record.state_path(out).exists():
-                    utils.read_json(search_record.state_path(out))
-                return digest([results, architectures]), len(results)
-            if script == "tester.py":
-                return digest(sorted(p.name for p in (out / "cache").glob("*.images"))), 0
-            folder = out / "checkpoints" / script.removesuffix(".py")
-            step, found = 0, []
-            for path in [*checkpoint.checkpoints(folder), *folder.glob("bnps-checkpoint.pth")]:
-                content = load_file(path)
-                step = max(step, content["step"])
-                found.append([path.name, content["step"], [[k, v.numpy().tobytes().hex()] for k, v in content["model"].items()]])
-            return digest(found[-2:]), step
-        except utils.UserError as error:
-            raise Lost(f"a file is not whole: {error}") from None
-
-    def finish(self, script, out):
-        """Gives the command again, undisturbed: it has to come to the undisturbed result."""
-        process = self.command(script, out).wait()
-        if process.code:
-            raise Lost(f"the command given again ends with {process.code}: {process.stderr().strip().splitlines()[-1:]}")
-        if self.result(script, out, process) != self.reference[script]:
-            raise Lost("the command given again comes to another result")
-
-
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 # --- the rows: each a function of the arena that returns (tries, what happened, [[process, where, hash], ...]) -------------------
@@ -403,15 +58,11 @@ def killed_at_random(arena, script):
     out, before = arena.new(), 0
     while kills < arena.kills:
         at = rng.uniform(0, 1.2 * arena.seconds[script])
-        process, start = arena.command(script, out), time.perf_counter()
-        while time.perf_counter() < start + at and process.code is None:
-            if os.waitpid(process.pid, os.WNOHANG)[0]:
-                process.code = 0
+        process, end = arena.command(script, out), time.monotonic() + at
+        while process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
-        if process.code == 0:  # it was faster
-            arena.seconds[script] = time.perf_counter() - start
-            if arena.state(script, out)[0] != arena.reference[script] and script != "tester.py":
-                raise Lost("a killed command came to another result")
+        if process.code is not None:  # it was faster
+            arena.check(script, out, process)
             finished, out, before = finished + 1, arena.new(), 0
             continue
         process.kill()
@@ -439,37 +90,42 @@ def count_events(arena, script, action):
     return n
 
 
-def killed_at_every_write(arena, script):
-    n, seen = count_events(arena, script, "kill"), []
+def at_every_write(arena, script, action, check):
+    """A command in a new folder for each write, with the fault there: `check(process, number of the write)` of how it ended, then
+    the command again. Returns (how many writes there are, what was seen)."""
+    n, seen = count_events(arena, script, action), []
     for i in range(1, n + 1, arena.every):
         out = arena.new()
-        process = arena.command(script, out, fault=functools.partial(lambda i: Events("kill", i).install(), i))
-        family = process.family()
-        process.wait()
-        psutil.wait_procs(family, timeout=15)
-        time.sleep(0.3 * (script == "search.py"))  # its workers end by themselves, and hold its lock until then
-        if process.code != -signal.SIGKILL:
-            raise Lost(f"write {i} was never reached")
+        process = arena.command(script, out, fault=functools.partial(lambda i: Events(action, i).install(), i)).wait(60)
+        check(process, i)
         seen.append([process.pid, i, arena.state(script, out)[0]])
         arena.finish(script, out)
         shutil.rmtree(out)
+    return n, seen
+
+
+def killed_at_every_write(arena, script):
+    def check(process, i):
+        if process.code != -signal.SIGKILL:
+            raise Lost(f"write {i} was never reached")
+        time.sleep(0.3 * (script == "search.py"))  # its workers end by themselves, and hold its lock until then
+
+    n, seen = at_every_write(arena, script, "kill", check)
     return len(seen), f"of {n} writes: killed before a rename, removal or fsync, or within a first write; the same result after it", seen
 
 
 def full_disk_at_every_write(arena, script):
-    n, seen, refused = count_events(arena, script, "full"), [], 0
-    for i in range(1, n + 1, arena.every):
-        out = arena.new()
-        process = arena.command(script, out, fault=functools.partial(lambda i: Events("full", i).install(), i)).wait(60)
+    refused = []
+
+    def check(process, i):
         if process.code:
-            process.one_line()
-            refused += 1
+            refused.append(process.one_line())
         elif "Traceback" in process.stderr():
             raise Lost(f"write {i}: a traceback")
-        seen.append([process.pid, i, arena.state(script, out)[0]])
-        arena.finish(script, out)
-        shutil.rmtree(out)
-    return len(seen), f"of {n} writes: {refused} ended with one line, the others could do without the file; the same result once there is room", seen
+
+    n, seen = at_every_write(arena, script, "full", check)
+    happened = f"{len(refused)} ended with one line, the others could do without the file; the same result once there is room"
+    return len(seen), f"of {n} writes: {happened}", seen
 
 
 def truncated_checkpoint(arena, _script):
@@ -526,8 +182,7 @@ def two_runs(arena, script):
         os.kill(first.pid, signal.SIGCONT)
     first.wait()
     line = second.one_line()
-    if first.code or arena.result(script, out, first) != arena.reference[script]:
-        raise Lost("the first run did not come to its result")
+    arena.check(script, out, first)
     return 1, f"the second was refused: {line.split(': ')[-1]}", [[second.pid, 0, arena.state(script, out)[0]]]
 
 
@@ -538,25 +193,22 @@ def clock_set_back(arena, script):
     time.sleep(arena.seconds[script] * 0.7)
     process.kill()
     again = arena.command(script, out, fault=clock_back).wait()
-    if again.code or arena.result(script, out, again) != arena.reference[script]:
-        raise Lost(f"another result, exit code {again.code}")
+    arena.check(script, out, again)
     return 1, "the same result", [[again.pid, 0, arena.state(script, out)[0]]]
 
 
 def loader_worker_killed(arena, script):
     out = arena.new()
     process = arena.command(script, out, "--workers", 1)
-    while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        for worker in [p for p in process.family() if _is(p, "faults.py")]:  # but not git, which says the commit
+    while process.poll() is None:
+        for worker in [p for p in process.family() if _runs(p, "faults.py")]:  # but not git, which says the commit
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
         time.sleep(0.001)
-    process.wait()
     line = process.one_line()
     state = arena.state(script, out)[0]
     again = arena.command(script, out, "--workers", 1).wait()
-    if again.code or arena.result(script, out, again) != arena.reference[script]:
-        raise Lost(f"another result, exit code {again.code}")
+    arena.check(script, out, again)
     return 1, f"one line ({line.split(';')[0][:60]}), then the same result", [[process.pid, 0, state]]
 
 
@@ -596,8 +248,7 @@ def search_worker_killed(arena, _script):
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
         process.wait()
-        if process.code or arena.result("search.py", out, process) != arena.reference["search.py"]:
-            raise Lost(f"another result, exit code {process.code}: {process.stderr()[-300:]}")
+        arena.check("search.py", out, process)
         if workers:
             seen.append([workers[0].pid, round(at, 3), arena.state("search.py", out)[0]])
         shutil.rmtree(out)
@@ -605,18 +256,20 @@ def search_worker_killed(arena, _script):
 
 
 def _nni(arena, out, *more):
+    """(the command, its trials' processes) of a search with NNI that has had its first results."""
     process = arena.command("search.py", out, "--engine", "nni", *more)
     deadline = time.monotonic() + 120
-    while not (trials := [p for p in process.family() if _is(p, "tester.py") and not _is(p, "/bin/sh")]) or not _is(process, "results", out):
-        if time.monotonic() > deadline or os.waitpid(process.pid, os.WNOHANG)[0]:
+    while True:
+        trials = [p for p in process.family() if _runs(p, "tester.py") and not _runs(p, "/bin/sh")]
+        if trials and list((out / "acc").glob("*.jsonl")):
+            return process, trials
+        if time.monotonic() > deadline or process.poll() is not None:
             raise Lost(f"NNI gave no result: {process.stderr()[-300:]}")
         time.sleep(0.05)
-    return process, trials
 
 
-def _is(process, text, out=None):
-    if out:
-        return bool(list((out / "acc").glob("*.jsonl")))
+def _runs(process, text):
+    """Whether a word of the process's command line has this text in it."""
     with contextlib.suppress(psutil.Error):
         return any(text in word for word in process.cmdline())
     return False
@@ -625,7 +278,7 @@ def _is(process, text, out=None):
 def nni_manager_killed(arena, _script):
     out = arena.new()
     process, _ = _nni(arena, out)
-    managers = [p for p in process.family() if _is(p, "main.js")]
+    managers = [p for p in process.family() if _runs(p, "main.js")]
     for manager in managers:
         manager.kill()
     process.wait(120)
@@ -642,8 +295,7 @@ def nni_trial_hangs(arena, _script):
     for trial in trials:
         trial.suspend()
     process.wait(300)
-    if process.code or arena.result("search.py", out, process) != arena.reference["search.py"]:
-        raise Lost(f"another result, exit code {process.code}: {process.stderr()[-300:]}")
+    arena.check("search.py", out, process)
     seen = [[trials[0].pid, 0, arena.state("search.py", out)[0]]]
     return 1, "ended after --trial-timeout, its candidates evaluated by another; the same result", seen
 

@@ -84,20 +84,21 @@ def parse(content, path, kind, space=None):
         if classifier is not None and classifier.dim() == 2 and len(classifier):
             space = dataclasses.replace(space, n_classes=len(classifier))
         return Stored(str(path), kind, space, weights)
-    version, found, classes, split = (content.get(key) for key in ("version", "kind", "classes", "split"))
+    version, found = content["version"], content.get("kind")
     if type(version) is not int or version != VERSION:
         raise UserError(f"{path}: checkpoint version {reprlib.repr(version)}, this program reads version {VERSION}")
     if type(found) is not str or found != kind:
         raise UserError(f"{path}: a {reprlib.repr(found).strip(chr(39))} checkpoint, not a {kind} one")
     try:
+        classes, split, architecture = content["classes"], content["split"], content.get("architecture")
         if not all(type(name) is str for name in classes):
             raise TypeError("classes are not names")
         if split is not None and not (isinstance(split, dict) and all(type(value) in (int, str) for value in split.values())):
             raise TypeError("the split is not made of numbers and names")
-        space, architecture = SearchSpace.from_dict(content["space"]), content.get("architecture")
+        space = SearchSpace.from_dict(content["space"])
         return Stored(
             path=str(path), kind=kind, weights=weights, space=space,
-            data=DataConfig.from_dict(content["data"]), split=content["split"], classes=tuple(content["classes"]),
+            data=DataConfig.from_dict(content["data"]), split=split, classes=tuple(classes),
             architecture=None if architecture is None else space.check(architecture), content=content,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import command_line
 import image_check
 import utils
 from dataset import EXTENSIONS, draw_augmentation, lonely_classes, scan, tree_paths, validation_geometry
@@ -275,7 +276,7 @@ class _TorchvisionImages:
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__, "dataloader")
+    parser = command_line.Parser(__doc__, "dataloader")
     parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
     parser.add_argument("--accept", action="store_true", help="the mislabelled files are right: training may start with them")
     return parser.parse_args(argv)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import time
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 import distributed
 from dataloader import Loader
 from dataset import calibration_plan, evaluation_plan
-from utils import atomic_write, fcntl, log
+from utils import atomic_write, log, try_lock
 
 VERSION = 1
 HEADER_BYTES = 4096
@@ -130,12 +131,11 @@ def _decode(path, loader, plan, header, shape):
 @contextlib.contextmanager
 def _lock(path):
     """Holds the lock of a file; waits while another process does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("%s: another process is decoding these images; waiting for it", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
+    waiting = False
+    while not (file := try_lock(path.with_suffix(".lock"))):
+        if not waiting:
+            log.info("%s: another process is decoding these images; waiting for it", path)
+        waiting = True
+        time.sleep(0.2)
+    with file:
         yield

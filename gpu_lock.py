@@ -1,12 +1,11 @@
 """A GPU for each process: a lock a device, which all searches of a user on a machine agree on."""
-import fcntl
 import os
 import pathlib
 import stat
 import tempfile
 import time
 
-from utils import UserError, log
+from utils import UserError, log, try_lock
 
 POLL_S = 1.0
 
@@ -36,14 +35,9 @@ def take_device(names, folder):
     waiting = False
     while True:
         for name in names:
-            file = open(folder / f"{name.replace('/', '_')}.lock", "w")  # noqa: SIM115
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.close()
-                continue
-            held.append(file)
-            return name
+            if file := try_lock(folder / f"{name.replace('/', '_')}.lock"):
+                held.append(file)
+                return name
         if not waiting:
             log.warning("all of %d GPUs are taken by other processes; waiting for one", len(names))
         waiting = True

@@ -13,10 +13,11 @@ import pathlib
 import re
 import statistics
 
+from command_line import Parser
 from figures import draw, millions
 from search_record import state_path
 from search_results import SAME, RandomSearch, Run, check_comparable
-from utils import Parser, atomic_write, run_script
+from utils import atomic_write, run_script
 
 
 def parse_args(argv=None):

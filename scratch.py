@@ -23,6 +23,7 @@ import pathlib
 import torch
 
 import checkpoint
+import command_line
 import distributed
 import export
 from dataloader import Loader
@@ -35,17 +36,17 @@ from training import Run, train
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__, "scratch")
-    utils.add_architecture_flag(parser, default="the published architecture_final.json")
+    parser = command_line.Parser(__doc__, "scratch")
+    command_line.add_architecture_flag(parser, default="the published architecture_final.json")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--eval", action="store_true", default=None, help="measure --checkpoint on val instead of training")
     instead.add_argument("--export", metavar="FILE", help="write --checkpoint as a program for use elsewhere: .pt2, or .onnx")
     instead.add_argument("--predict", nargs="+", metavar="IMAGE", help="print the classes that --checkpoint sees in image files")
-    utils.add_checkpoint_flag(parser, "scratch")
-    utils.add_run_flags(parser)
-    utils.add_data_flags(parser)
-    utils.add_training_flags(parser, iterations=300_000)
-    parser.add_argument("--bn-pass", type=utils.count(0), default=1250, metavar="N", help="training batches of the final BN pass (default: 1250)")
+    command_line.add_checkpoint_flag(parser, "scratch")
+    command_line.add_run_flags(parser)
+    command_line.add_data_flags(parser)
+    command_line.add_training_flags(parser, iterations=300_000)
+    parser.add_argument("--bn-pass", type=command_line.count(0), default=1250, metavar="N", help="training batches of the BN pass (default: 1250)")
     return parser.parse(argv)
 
 

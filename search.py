@@ -23,6 +23,7 @@ import signal
 import sys
 
 import checkpoint
+from command_line import Parser, add_checkpoint_flag, add_data_flags, add_evaluation_flags, add_run_flags, count, real
 from dataset import DataConfig
 from evolution_tuner import EVOLUTION, Evolution
 from flops_table import comparison, official_comparison, read_flops_table, with_flops_table
@@ -35,21 +36,14 @@ from search_space import SearchSpace
 from utils import (
     HERE,
     Interrupted,
-    Parser,
     UserError,
-    add_checkpoint_flag,
-    add_data_flags,
-    add_evaluation_flags,
-    add_run_flags,
     cores,
-    count,
     hold_lock,
     interrupt,
     log,
     output_folder,
     read_json,
     read_yaml,
-    real,
     run_script,
     signals,
     start_logging,

@@ -20,6 +20,7 @@ import random
 
 import torch
 
+import command_line
 import distributed
 from dataloader import Loader
 from dataset import DataConfig, open_data, steps_per_epoch
@@ -32,16 +33,16 @@ from training import Run, train
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__, "supernet")
-    utils.add_run_flags(parser)
-    utils.add_data_flags(parser)
-    utils.add_training_flags(parser, iterations=150_000)
-    utils.add_evaluation_flags(parser)
+    parser = command_line.Parser(__doc__, "supernet")
+    command_line.add_run_flags(parser)
+    command_line.add_data_flags(parser)
+    command_line.add_training_flags(parser, iterations=150_000)
+    command_line.add_evaluation_flags(parser)
     group = parser.add_argument_group("paths")
     group.add_argument("--sampler", choices=("flops-uniform", "uniform"), default="flops-uniform", help="default: flat over FLOPs bins")
     group.add_argument("--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)")
-    group.add_argument("--flops-bins", type=utils.count(1, 1000), default=7, metavar="N", help="default: 7")
-    group.add_argument("--val-paths", type=utils.count(1, 1000), default=3, metavar="N", help="fixed paths to validate (default: 3)")
+    group.add_argument("--flops-bins", type=command_line.count(1, 1000), default=7, metavar="N", help="default: 7")
+    group.add_argument("--val-paths", type=command_line.count(1, 1000), default=3, metavar="N", help="fixed paths to validate (default: 3)")
     return parser.parse(argv)
 
 

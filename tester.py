@@ -19,20 +19,21 @@ import sys
 import threading
 import time
 
+import command_line
 from evaluation import Evaluator
 from flops_table import official_comparison
 from search_space import SearchSpace
 
 
 def parse_args(argv=None):
-    parser = utils.Parser(__doc__, "tester")
+    parser = command_line.Parser(__doc__, "tester")
     parser.add_argument("--mode", choices=("gen", "test"), default="test", help="default: test")
-    utils.add_architecture_flag(parser, default="what NNI asks for")
-    utils.add_checkpoint_flag(parser, "supernet")
+    command_line.add_architecture_flag(parser, default="what NNI asks for")
+    command_line.add_checkpoint_flag(parser, "supernet")
     parser.add_argument("--split", choices=("search", "val"), default="search", help="held-out training images, or val (default: search)")
-    utils.add_run_flags(parser)
-    utils.add_data_flags(parser)
-    utils.add_evaluation_flags(parser)
+    command_line.add_run_flags(parser)
+    command_line.add_data_flags(parser)
+    command_line.add_evaluation_flags(parser)
     return parser.parse(argv)
 
 

@@ -7,6 +7,7 @@ Source: paper section 4; official `src/Supernet/train.py`, `utils.py`.
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -91,15 +92,14 @@ class Run:
     def _start(self):
         output_folder(self.folder.parent)
         self.lock = hold_lock(self.folder.with_suffix(".lock"), wait_s=10)  # the workers of a killed run end within moments
+        aside = None
         if self.args.resume == "none" and checkpoint.newest(self.folder):
-            n = 1
-            while (aside := self.folder.with_suffix(f".{n}")).exists():
-                n += 1
+            names = (self.folder.with_suffix(f".{n}") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
             self.folder.rename(aside)
-            start_logging(self.folder, self.args, self.device)
+        start_logging(self.folder, self.args, self.device)
+        if aside:
             log.info("the run before is in %s", aside)
-        else:
-            start_logging(self.folder, self.args, self.device)
 
     def resume(self, model, optimizer, scaler):
         """Loads the newest whole checkpoint, if there is one; returns (step, metrics, rows of the log) that it had reached."""
@@ -126,6 +126,8 @@ class Run:
             stored = checkpoint.parse(content, path, self.kind)
             if stored.content is None:
                 raise UserError(f"{path}: not a checkpoint of this program; use another --out, or --resume none")
+            if lacks := {"settings", "step", "optimizer", "scaler", "metrics", "rows"} - content.keys():
+                raise UserError(f"{path}: has no {min(lacks)} to go on from; use another --out, or --resume none")
             checkpoint.check_settings(stored, self.settings, self.folder)
             odd = [k for k in ("split", "classes", "architecture") if content.get(k) != self.stored.get(k)]
             if odd:

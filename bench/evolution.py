@@ -23,9 +23,10 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command_line import count  # noqa: E402
 from evolution_tuner import Evolution  # noqa: E402
 from search_space import SearchSpace  # noqa: E402
-from utils import commit, count, read_json, versions, write_json  # noqa: E402
+from utils import commit, read_json, versions, write_json  # noqa: E402
 
 SPACE, LIMIT = SearchSpace(), 330_000_000
 TABLES = ROOT / "bench" / "evolution_tables.json"

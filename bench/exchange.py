@@ -18,6 +18,7 @@ import utils  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+import command_line  # noqa: E402
 import distributed  # noqa: E402
 from evaluation import resolve_device  # noqa: E402
 from network import ShuffleNetV2OneShot  # noqa: E402
@@ -29,7 +30,7 @@ EXCHANGES = ("none", "the path's gradients", "DistributedDataParallel")
 
 
 def parse_args():
-    parser = utils.Parser(__doc__, "exchange")
+    parser = command_line.Parser(__doc__, "exchange")
     parser.add_argument("--batch-size", type=int, default=16, help="of a process")
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=15)

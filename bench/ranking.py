@@ -29,6 +29,7 @@ import torch  # noqa: E402
 
 import scratch  # noqa: E402
 import tester  # noqa: E402
+from command_line import count  # noqa: E402
 from dataloader import Loader  # noqa: E402
 from dataset import Data, DataConfig, prepare, training_plan  # noqa: E402
 from evaluation import Evaluator, accuracy, evaluate, recalibrate_bn, resolve_device  # noqa: E402
@@ -38,7 +39,7 @@ from network import ShuffleNetV2, ShuffleNetV2OneShot  # noqa: E402
 from rank_correlation import agreement, bootstrap, candidates_needed, interval, resamples  # noqa: E402
 from search_space import SearchSpace, operation_convs  # noqa: E402
 from training import DROPOUT, learning_rate, parameter_groups  # noqa: E402
-from utils import UserError, count, read_json, write_json  # noqa: E402
+from utils import UserError, read_json, write_json  # noqa: E402
 
 PREDICTORS = {
     "supernet": "supernet", "flops": "FLOPs", "params": "parameters", "kernel_size": "mean depthwise kernel size",

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, make_tree
 
 import checkpoint
+import command_line
 import dataloader
 import image_check
 import utils
@@ -43,16 +44,16 @@ def files(folder):
 
 def numeric_flags():
     """(script, flag, how many numbers it takes) of every flag whose type is a number, as the parsers say."""
-    parse, parsers = utils.Parser.parse, []
+    parse, parsers = command_line.Parser.parse, []
     try:
-        utils.Parser.parse = lambda self, argv=None: parsers.append(self) or parse(self, argv)
+        command_line.Parser.parse = lambda self, argv=None: parsers.append(self) or parse(self, argv)
         for script in SCRIPTS:
             importlib.import_module(script).parse_args([])
             for action in parsers[-1]._actions:
                 if action.type:
                     yield script, action.option_strings[0], action.nargs or 1
     finally:
-        utils.Parser.parse = parse
+        command_line.Parser.parse = parse
 
 
 FLAGS = list(numeric_flags())

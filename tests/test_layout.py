@@ -88,7 +88,7 @@ def test_utils_imports_nothing_of_ours():
     assert not packages(imports(parse("utils"))) & MODULES.keys()
 
 
-@pytest.mark.parametrize("module", ["search_space", "bundled"])
+@pytest.mark.parametrize("module", ["search_space", "bundled", "command_line"])
 def test_needs_only_utils_and_the_standard_library(module):
     assert packages(imports(parse(module))) <= sys.stdlib_module_names | {"utils"}
 

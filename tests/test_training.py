@@ -210,6 +210,16 @@ def test_a_resumed_run_ends_bit_identical(tmp_path, stop):
     assert last["step"] == 8 and again["val/acc1"] == metrics["val/acc1"]
 
 
+@pytest.mark.parametrize("key", ["optimizer", "rows", "settings"])
+def test_a_checkpoint_that_lacks_what_training_needs_is_a_line(tmp_path, key):
+    supernet_run(tmp_path, settings(iterations=2))
+    content = torch.load(newest(tmp_path))
+    del content[key]
+    torch.save(content, newest(tmp_path))
+    with pytest.raises(UserError, match=rf"has no {key} to go on from.*--out.*--resume none"):
+        supernet_run(tmp_path, settings(iterations=2))
+
+
 def test_a_run_with_other_settings_is_refused(tmp_path):
     supernet_run(tmp_path, settings(iterations=2))
     with pytest.raises(UserError, match=r"--lr 0.3 \(was 0.5\).*--out.*--resume none"):

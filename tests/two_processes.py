@@ -5,8 +5,8 @@ import sys
 import torch
 from test_training import SPACE, Images, settings
 
+import command_line
 import distributed
-import utils
 from evaluation import accuracy, evaluate, recalibrate_bn
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from sampler import PathSampler
@@ -56,7 +56,7 @@ def main(out):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = utils.Parser(__doc__, "two_processes")
+    parser = command_line.Parser(__doc__, "two_processes")
     parser.add_argument("out", type=pathlib.Path)
     parser.set_defaults(device="cpu")
     distributed.run(lambda args: main(args.out), lambda: parser.parse_args(sys.argv[1:]))

@@ -1,0 +1,162 @@
+"""What a search leaves on disk, whole wherever it stops."""
+import itertools
+import json
+import math
+import os
+
+import pytest
+from test_evolution import LIMIT, SPACE, reward
+
+from evolution_tuner import Evolution
+from search_record import SearchRecord, prepare_search, read_results, state_path
+from utils import UserError, hold_lock, read_json
+
+SETTINGS = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "generations": 3, "seed": 5}
+
+
+def result(candidate, **changes):
+    acc1 = reward(candidate)
+    return {"architecture": list(candidate), "flops": 0, "acc1": acc1, "acc5": 99.0, "n_images": 10, "seconds": 1.5} | changes
+
+
+def record(out, settings=SETTINGS):
+    return SearchRecord(out, SPACE, Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, **settings))
+
+
+def fill(out, order=list, stop_after=math.inf):
+    """A search in `out`, started or resumed, whose results arrive in an order; ends after so many. Returns how many there were."""
+    prepare_search(out, SETTINGS, resume=True)
+    searching, n = record(out), 0
+    while waiting := searching.pending():
+        for candidate in order(waiting):
+            if n == stop_after:
+                return n
+            if candidate[0] == 1:
+                searching.fail(candidate, "broken", "t1")
+            else:
+                searching.add(result(candidate), f"t{candidate[0]}")
+            n += 1
+    return n
+
+
+def artefacts(out):
+    """Contents of all files below the folder but the state and the locks."""
+    return {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file() and p.parent.name != "search"}
+
+
+def test_record_leaves_the_artefacts(tmp_path):
+    assert fill(tmp_path) == 12
+    files = artefacts(tmp_path)
+    numbered = [f"{g:03}" for g in range(3)]
+    assert files.keys() == {
+        *(f"acc/{g}.jsonl" for g in numbered), *(f"id2cand/{g}.json" for g in numbered), "checkpoints/best.json",
+        *(f"checkpoints/{g}_{i:03}.json" for g in numbered for i in range(4)),
+    }  # fmt: skip
+    results = [json.loads(line) for line in files["acc/001.jsonl"].splitlines()]
+    evaluated = [r for r in results if r["acc1"] is not None]
+    assert evaluated == sorted(evaluated, key=lambda r: r["acc1"], reverse=True) == results[: len(evaluated)]
+    assert all(r["error"] == "broken" for r in results[len(evaluated) :])
+    for rank, r in enumerate(results):
+        assert SPACE.load_architecture(tmp_path / f"checkpoints/001_{rank:03}.json") == tuple(r["architecture"])
+        assert r["flops"] == SPACE.flops(r["architecture"])
+        assert "trial" not in r
+    said = {f"t{r['architecture'][0]}" for r in results}
+    assert read_json(tmp_path / "id2cand/001.json").keys() == said
+    state = read_json(state_path(tmp_path))
+    best = max((r for r in read_results(tmp_path) if r["acc1"] is not None), key=lambda r: r["acc1"])
+    assert (state["best"], state["done"], state["generation"], state["evaluated"]) == (best, True, 3, 12)
+    assert SPACE.load_architecture(tmp_path / "checkpoints/best.json") == tuple(best["architecture"])
+
+
+def test_files_do_not_depend_on_the_order_of_arrival(tmp_path):
+    fill(tmp_path / "a")
+    fill(tmp_path / "b", order=lambda waiting: waiting[::-1])
+    assert artefacts(tmp_path / "a") == artefacts(tmp_path / "b")
+
+
+def test_search_that_stops_anywhere_goes_on_to_the_same_end(tmp_path):
+    fill(tmp_path / "undisturbed")
+    for n in range(13):
+        assert fill(tmp_path / str(n), stop_after=n) == n
+        if n in (1, 6):  # died while writing, and again one result later
+            path = sorted((tmp_path / str(n) / "acc").glob("*"))[-1]
+            path.write_text(path.read_text() + '{"architecture": [1, 2')
+            assert fill(tmp_path / str(n), stop_after=1) == 1
+        assert fill(tmp_path / str(n)) == 12 - n - (n in (1, 6))
+        assert artefacts(tmp_path / str(n)) == artefacts(tmp_path / "undisturbed")
+
+
+def test_search_that_dies_while_closing_a_generation_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    fill(tmp_path / "undisturbed")
+    monkeypatch.setattr("utils.os.fsync", lambda descriptor: None)
+    for n in itertools.count():
+        countdown = iter(range(n))
+
+        def replace(source, target, countdown=countdown):
+            if next(countdown, None) is None:
+                raise KeyboardInterrupt
+            os.rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.os.replace", replace)
+            try:
+                fill(tmp_path / str(n))
+                break
+            except KeyboardInterrupt:
+                pass
+        fill(tmp_path / str(n))
+        assert artefacts(tmp_path / str(n)) == artefacts(tmp_path / "undisturbed"), n
+    assert n > 30
+
+
+def test_results_that_are_none(tmp_path):
+    prepare_search(tmp_path, SETTINGS, resume=False)
+    searching = record(tmp_path)
+    a, b, c, _ = searching.pending()
+    assert searching.add(result(a, acc1=math.nan))
+    assert searching.add(result(b, acc5=None))
+    assert not searching.add(result(a))
+    assert not searching.add(result((0,) * 20))
+    assert searching.add(result(c, acc1=0))
+    assert [r["acc1"] for r in read_results(tmp_path)] == [None, None, 0]
+    assert searching.results[a]["error"] == "accuracy nan, 99.0"
+
+
+def test_equal_top1_goes_by_top5(tmp_path):
+    prepare_search(tmp_path, SETTINGS, resume=False)
+    searching = record(tmp_path)
+    for acc5, candidate in enumerate(searching.pending()):
+        searching.add(result(candidate, acc1=50.0, acc5=60.0 + acc5))
+    searching.pending()
+    assert [r["acc5"] for r in read_results(tmp_path)] == [63.0, 62.0, 61.0, 60.0]
+
+
+def test_folder_with_a_search_is_refused(tmp_path):
+    prepare_search(tmp_path, SETTINGS, resume=False)
+    prepare_search(tmp_path, SETTINGS, resume=False)  # nothing was evaluated
+    fill(tmp_path, stop_after=1)
+    with pytest.raises(UserError, match=r"holds a search already: .*--resume.*--out"):
+        prepare_search(tmp_path, SETTINGS, resume=False)
+    with pytest.raises(UserError, match=r"other settings: seed 6 \(was 5\), select 3 \(was 2\)"):
+        prepare_search(tmp_path, SETTINGS | {"seed": 6, "select": 3}, resume=True)
+    assert prepare_search(tmp_path, SETTINGS, resume=True)["evaluated"] == 1
+    state_path(tmp_path).write_text("{}")
+    with pytest.raises(UserError, match="not the state of a search"):
+        prepare_search(tmp_path, SETTINGS, resume=True)
+
+
+def test_damaged_results_are_named(tmp_path):
+    fill(tmp_path, stop_after=3)
+    path = tmp_path / "acc/000.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:40], lines[2]]) + "\n")
+    with pytest.raises(UserError, match=r"000\.jsonl: line 2 is damaged"):
+        read_results(tmp_path)
+
+
+def test_lock_is_held_by_one(tmp_path):
+    with hold_lock(tmp_path / "a.lock"):
+        with pytest.raises(UserError, match="another run is going on"):
+            hold_lock(tmp_path / "a.lock")
+        hold_lock(tmp_path / "b.lock").close()
+    hold_lock(tmp_path / "a.lock").close()

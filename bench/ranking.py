@@ -38,7 +38,7 @@ from fixed_batches import FixedBatches, validation_batches  # noqa: E402
 from network import ShuffleNetV2, ShuffleNetV2OneShot  # noqa: E402
 from rank_correlation import agreement, bootstrap, candidates_needed, interval, resamples  # noqa: E402
 from search_space import SearchSpace, operation_convs  # noqa: E402
-from training import DROPOUT, learning_rate, parameter_groups  # noqa: E402
+from training import dropout_seed, learning_rate, parameter_groups  # noqa: E402
 from utils import UserError, read_json, write_json  # noqa: E402
 
 PREDICTORS = {
@@ -128,17 +128,17 @@ class Trainings:
             self.batches[seed] = [FixedBatches(loader, plan, args.cache) for plan in plans if plan]
         return self.batches[seed]
 
-    def run(self, candidate, seed):
-        """Top-1 percent on val."""
+    def network(self, candidate, seed):
+        """The trained network, after the BN pass."""
         args, (training, *bn_pass) = self.args, self._decoded(seed)
         torch.manual_seed(seed)
         model = ShuffleNetV2(candidate, space=self.space).to(self.device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.lr, momentum=args.momentum)
+        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.lr, momentum=args.momentum, fused=True)
         criterion = torch.nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         for step, (images, labels) in enumerate(training, 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.iterations, args.lr, args.warmup)
-            torch.manual_seed(seed * DROPOUT + step)
+            torch.manual_seed(dropout_seed(seed, step))
             loss = criterion(model(images), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -147,7 +147,11 @@ class Trainings:
             raise UserError(f"the training of {list(candidate)}, seed {seed}, has no finite loss; lower lr in --config")
         if bn_pass:
             recalibrate_bn(model, model, bn_pass[0], "average")
-        return accuracy(model.eval(), self.validation)[0]
+        return model
+
+    def run(self, candidate, seed):
+        """Top-1 percent on val."""
+        return accuracy(self.network(candidate, seed).eval(), self.validation)[0]
 
 
 def scratch_args(words, iterations):

@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load_bench, run
 
+from dataset import prepare
 from rank_correlation import agreement, bootstrap, candidates_needed, interval, kendall, resamples
 from search_space import SearchSpace
 from utils import UserError
@@ -129,6 +131,17 @@ supernet: {{iterations: 2, batch-size: 8, bn-batches: 2, bn-batch-size: 8}}
 tester: {{bn: average, bn-batches: 2, bn-batch-size: 8}}
 scratch: {{iterations: 8, batch-size: 8, lr: 0.05, warmup: 4, bn-pass: 4}}
 """
+
+
+def test_a_training_is_that_of_scratch(tree, tmp_path):
+    config = tmp_path / "config.yml"
+    config.write_text(CONFIG.format(tree=tree, cache=tmp_path / "cache"))
+    run("scratch.py", "--config", config, "--out", tmp_path, "--threads", 1, "--seed", 3, "--loader", "torchvision", "--workers", 0)
+    expected = torch.load(tmp_path / "checkpoints" / "scratch" / "bnps-checkpoint.pth")
+    args = bench.scratch_args(["--config", str(config), "--threads", "1", "--loader", "torchvision", "--workers", "0"], 8)
+    prepare(args)
+    network = bench.Trainings(args, SearchSpace.from_dict(expected["space"])).network(expected["architecture"], 3)
+    assert all(torch.equal(value, expected["model"][name]) for name, value in network.state_dict().items())
 
 
 def test_a_run_that_is_killed_goes_on(tree, tmp_path):

@@ -16,9 +16,9 @@ from search_space import SearchSpace
 from utils import HERE, UserError, atomic_write, log
 
 VERSION = 1
-# Settings in which a run may differ from the checkpoint that it goes on from, with the same result.
+# Settings in which a run may differ from the checkpoint that it goes on from, with the same result (on another device but for rounding).
 HARMLESS = {
-    "config", "demo", "out", "data_dir", "cache", "loader", "workers", "threads", "device", "keep", "resume", "save_every", "val_every",
+    "config", "demo", "out", "data_dir", "cache", "workers", "threads", "device", "keep", "resume", "save_every", "val_every",
     "eval", "export", "predict",
 }  # fmt: skip
 

@@ -32,6 +32,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SYNTHETIC = 3  # a random stream beside those of dataset.py
 
 
+def resolve_backend(backend):
+    """The loader that --loader asks for: "dali", "torchvision" or "synthetic". Raises UserError where it is not installed."""
+    there = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+    if backend == "dali" and not there:
+        raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
+    if backend == "auto":
+        return "dali" if there else "torchvision"
+    return backend
+
+
 class Loader:
     """Yields batches of a plan as (images (N, 3, H, W) float, labels (N,) int64) on the device.
 
@@ -42,12 +52,7 @@ class Loader:
     def __init__(self, images, config, augment, seed=0, device="cpu", backend="auto", workers=None):
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
         self.device = torch.device(device)
-        there = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
-        if backend == "dali" and not there:
-            raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
-        if backend == "auto":
-            backend = "dali" if there else "torchvision"
-        self.backend = backend
+        self.backend = resolve_backend(backend)
         self.workers = min(8, max(1, cores() // processes_here())) if workers is None else workers
 
     @classmethod

@@ -202,7 +202,7 @@ class Data:
         self.split = {
             "seed": config.split_seed,
             "heldout_per_class": config.heldout_per_class,
-            "hash": hashlib.sha256(names.encode()).hexdigest()[:16],
+            "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
         }
 
     def images(self, part):

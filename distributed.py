@@ -8,6 +8,7 @@ the whole batch, so weights stay the same everywhere. Only the gradients of the 
 are None on every process. Started without torchrun a script is one process, and nothing here does anything.
 Source: paper section 3.3 (one path a step); the official code is nn.DataParallel, one process.
 """
+import datetime
 import os
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from utils import UserError, run_script
 
+TIMEOUT = datetime.timedelta(hours=12)  # of a wait for the others: the first one checks all images meanwhile; who ends is noticed at once
 LOST = "another process of this run ended; the same command goes on from the last checkpoint"
 
 
@@ -27,8 +29,10 @@ def run(main, parse_args):
     def joined(args):
         on_gpus = args.device != "cpu" and torch.cuda.is_available()
         if on_gpus:
+            if processes_here() > torch.cuda.device_count():
+                raise UserError(f"--nproc-per-node {processes_here()}: this machine has {torch.cuda.device_count()} GPUs; start one process for each")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=n)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=n, timeout=TIMEOUT)
         main(args)
         dist.destroy_process_group()
 

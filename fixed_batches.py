@@ -102,7 +102,7 @@ def _header(loader, plan):
     for index in np.unique(np.concatenate(plan)[:, 1]):
         path = loader.images.paths[index]
         state = os.stat(os.path.join(loader.images.root, path)) if loader.images.root else None
-        files.update(f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n".encode())
+        files.update(f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n".encode(errors="surrogateescape"))
     content = {
         "version": VERSION, "files": files.hexdigest(), "plan": hashlib.sha256(np.concatenate(plan).tobytes()).hexdigest(),
         "config": loader.config.to_dict(), "augment": loader.augment, "seed": loader.seed, "decoder": loader.decoder,

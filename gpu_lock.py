@@ -1,4 +1,7 @@
-"""A GPU for each process: a lock a device, which all searches of a user on a machine agree on."""
+"""A GPU for each process: a lock a device, which all searches of a user on a machine agree on.
+
+CUDA_VISIBLE_DEVICES names the devices: searches that share a machine have to name them alike, by number or by UUID.
+"""
 import os
 import pathlib
 import stat

@@ -36,7 +36,7 @@ def inspect(path):
             if suffixes is None:
                 return None, f"a {image.format} file, which not every loader reads", None
             if image.mode[0] in "IF":
-                return None, f"has more than 8 bits a channel (mode {image.mode}), which the loaders read differently", None
+                return None, f"is grey with more than 8 bits (mode {image.mode}), which the loaders read differently", None
             image.draft("RGB", (1, 1))
             image.convert("RGB")
     except UnidentifiedImageError:

@@ -1,6 +1,7 @@
 """The search on this machine alone: the same evolution and files as with NNI, one worker process a GPU, or some on the CPU."""
 import argparse
 import concurrent.futures
+import functools
 import multiprocessing
 
 from evolution_tuner import EVOLUTION, Evolution
@@ -77,9 +78,16 @@ class Workers:
                     yield futures[future], [], f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
     def _submit(self, candidates):
+        try:
+            return self._workers().submit(_evaluate, candidates)
+        except concurrent.futures.process.BrokenProcessPool:  # a worker has died while there was nothing to do
+            self._end()
+            return self._workers().submit(_evaluate, candidates)
+
+    def _workers(self):
         if self.pool is None:
             self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.trial,))
-        return self.pool.submit(_evaluate, candidates)
+        return self.pool
 
     def _end(self):
         """Ends the workers at once; those of the next `evaluate` are new ones."""
@@ -94,15 +102,20 @@ class Workers:
 
 
 def _start(trial):
-    """Makes this process's evaluator, on its own device."""
-    from evaluation import Evaluator
-    from gpu_lock import take_gpu
-
-    global evaluator
+    global flags
     leave_signals_to_parent()
-    take_gpu(trial["device"])
-    evaluator = Evaluator(argparse.Namespace(**trial, split="search"))
+    flags = argparse.Namespace(**trial, split="search")
 
 
 def _evaluate(candidates):
-    return evaluator.evaluate(candidates)
+    return _evaluator().evaluate(candidates)
+
+
+@functools.cache
+def _evaluator():
+    """This process's evaluator, on its own device. Made with the first list, whose future brings a UserError to the search."""
+    from evaluation import Evaluator
+    from gpu_lock import take_gpu
+
+    take_gpu(flags.device)
+    return Evaluator(flags)

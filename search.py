@@ -24,7 +24,9 @@ import sys
 
 import checkpoint
 from command_line import Parser, add_checkpoint_flag, add_data_flags, add_evaluation_flags, add_run_flags, count, real
+from dataloader import resolve_backend
 from dataset import DataConfig
+from evaluation import resolve_device
 from evolution_tuner import EVOLUTION, Evolution
 from flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from local_engine import search_locally
@@ -154,29 +156,35 @@ def report(results, config, args, out):
     for rank, result in enumerate(ranked[:10], 1):
         numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}"
         print(f"{numbers}  {' '.join(map(str, result['architecture']))}")
-    words = ["python", "scratch.py", "--architecture", os.path.join(args.out, "checkpoints", "best.json")]
-    if args.demo:
-        words.append("--demo")
-    elif args.config:
-        words += ["--config", args.config]
-    else:
+    print(f"retrain the best:\n  {shlex.join(retrain_command(config, args))}")
+    return ranked[0]
+
+
+def retrain_command(config, args):
+    """The words that retrain the best candidate on the search's images: its file of settings, and what that doesn't say."""
+    settings = ["--demo"] if args.demo else ["--config", args.config] if args.config else []
+    words = ["python", "scratch.py", "--architecture", os.path.join(args.out, "checkpoints", "best.json"), *settings]
+    said = parse_args(settings)
+    if args.data_dir != said.data_dir:
         words += ["--data-dir", args.data_dir]
-        for name in ("input_size", "val_resize", "preprocessing", "crop_scale", "crop_ratio", "jitter"):
-            value = getattr(config, name)
-            if value != getattr(DataConfig(), name):
-                words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-        words += ["--no-mirror"] * (not config.mirror)
+    known = DataConfig.from_args(said).to_dict()
+    for name, value in config.to_dict().items():
+        if value != known[name]:
+            flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
     if args.out != ".":
         words += ["--out", args.out]
-    print(f"retrain the best:\n  {shlex.join(words)}")
-    return ranked[0]
+    return words
 
 
 def search(args, out):
     """The search of the arguments, from its checks to its report; returns the best candidate's result."""
     experiment = read_experiment(args.experiment)
+    machines = experiment["trainingService"].get("machineList", [])
     if args.engine == "nni":
-        check_keys(args.experiment, experiment["trainingService"].get("machineList", []))
+        check_keys(args.experiment, machines)
+    if args.engine == "local" or not machines:
+        resolve_device(args)  # says where there is no such one
     table = args.flops_table and read_flops_table(args.flops_table)
     _, stored, config, data = checkpoint.open_supernet(args)
     space, compared = stored.space, official_comparison(SearchSpace())
@@ -192,7 +200,7 @@ def search(args, out):
     settings = {
         **evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": weights, "data": config.to_dict(),
         "split": data.split, "bn": args.bn, "bn_batches": args.bn_batches, "bn_batch_size": args.bn_batch_size,
-        "eval_amp": args.eval_amp, "costs": table and [space.operation_flops, space.fixed_flops],
+        "eval_amp": args.eval_amp, "loader": resolve_backend(args.loader), "costs": table and [space.operation_flops, space.fixed_flops],
     }  # fmt: skip
     state = prepare_search(out, settings, args.resume)
     start_logging(out / "checkpoints" / "search", args, args.device)

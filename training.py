@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
+from dataloader import resolve_backend
 from dataset import training_plan
 from evaluation import autocast, correct_counts
 from utils import Interrupted, UserError, atomic_write, duration, hold_lock, log, output_folder, start_logging
@@ -79,7 +80,7 @@ class Run:
 
     @property
     def settings(self):
-        settings = {k: v for k, v in vars(self.args).items() if k not in checkpoint.HARMLESS}
+        settings = {k: v for k, v in vars(self.args).items() if k not in checkpoint.HARMLESS} | {"loader": resolve_backend(self.args.loader)}
         return settings | ({"processes": distributed.world()} if distributed.world() > 1 else {})
 
     def start(self):
@@ -115,13 +116,13 @@ class Run:
         """What the newest whole checkpoint holds, None where there is none. Raises UserError where it is of another run."""
         for left in self.folder.glob(".checkpoint-*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
-        damaged = None
+        damaged = {}
         for path in reversed(checkpoint.checkpoints(self.folder)):
             try:
                 content = checkpoint.load_file(path)
             except UserError as error:
                 log.warning("warning: %s; looking for an older one", error)
-                damaged = error
+                damaged[path] = error
                 continue
             stored = checkpoint.parse(content, path, self.kind)
             if stored.content is None:
@@ -132,9 +133,11 @@ class Run:
             odd = [k for k in ("split", "classes", "architecture") if content.get(k) != self.stored.get(k)]
             if odd:
                 raise UserError(f"{path}: was trained with another {odd[0]}; use that, another --out, or --resume none")
+            for later in damaged:  # no longer the newest, nor one of --keep
+                later.rename(later.with_name(f"{later.name}.damaged"))
             return content
         if damaged:
-            raise UserError(f"{damaged}; no older one is whole: use another --out, or --resume none")
+            raise UserError(f"{next(iter(damaged.values()))}; no older one is whole: use another --out, or --resume none")
         return None
 
     def save(self, step, model, optimizer, scaler, metrics, rows):
@@ -173,7 +176,25 @@ def train(run, model, loader, validate, path=None):
              f"going on from step {done}" if done else "from the start")  # fmt: skip
     plan = training_plan(len(loader.images), share, args.seed, done, iterations, distributed.rank(), distributed.world())
     meter = _Meter(args, path, scaler, done, metrics["seconds"], rows)
-    with _Journal(run, done, model.space) as journal, _Interruption() as interruption:
+    due = metrics.pop("validation_due", False)
+    with _Journal(run, done, model.space, due) as journal, _Interruption() as interruption:
+
+        def validated(step):
+            """Adds what `validate` measures to the step's metrics, and writes them. Returns the signal that ended it before that, or 0."""
+            try:
+                with meter.paused(), interruption.at_once(step < iterations):
+                    metrics.update(validate(step))
+            except Interrupted as error:
+                return error.args[0]
+            finally:
+                model.train()
+            left = iterations // args.val_every - step // args.val_every
+            log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
+            journal.write(step, metrics, path)
+            return 0
+
+        if due and (stop := validated(done)):
+            raise SystemExit(128 + stop)
         for step, (images, labels) in enumerate(loader.batches(plan), done + 1):
             rate = learning_rate(step, iterations, args.lr, args.warmup)
             for group in optimizer.param_groups:
@@ -199,16 +220,12 @@ def train(run, model, loader, validate, path=None):
                 metrics = meter.summary(step, rate)
                 log.info("step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s", step, iterations, metrics["train/loss"],
                          metrics["train/acc1"], rate, metrics["train/images_per_second"])  # fmt: skip
-                if validates and not (stop and step < iterations):
-                    try:
-                        with meter.paused(), interruption.at_once(step < iterations):
-                            metrics.update(validate(step))
-                    except Interrupted as error:
-                        stop = error.args[0]
-                    model.train()
-                    left = iterations // args.val_every - step // args.val_every
-                    log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
-                journal.write(step, metrics, path)
+                if not validates:
+                    journal.write(step, metrics, path)
+                else:
+                    if not (stop and step < iterations):
+                        stop = validated(step)
+                    metrics |= {"validation_due": True} if stop else {}  # when the run goes on
             if step == iterations or stop or step % args.save_every == 0:
                 metrics["seconds"] = meter.seconds
                 saved = run.save(step, model, optimizer, scaler, metrics, meter.fetch())
@@ -306,24 +323,24 @@ class _Meter:
 class _Journal:
     """log.jsonl, TensorBoard and, on a terminal, a progress bar; written by process 0.
 
-    What a killed run wrote after the step that it goes on from is taken back.
+    What a killed run wrote after the step that it goes on from is taken back, and that step's line too where it is still due.
     """
 
-    def __init__(self, run, done, space):
-        self.run, self.step, self.space = run, done, space
+    def __init__(self, run, done, space, due):
+        self.run, self.done, self.space, self.kept = run, done, space, done - due
 
     def __enter__(self):
         self.writes = distributed.rank() == 0
         self.ending = contextlib.ExitStack()
         self.progress = self.ending.enter_context(tqdm(
-            total=self.run.args.iterations, initial=self.step, unit="step", dynamic_ncols=True, disable=None if self.writes else True
+            total=self.run.args.iterations, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.writes else True
         ))  # fmt: skip
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = self.ending.enter_context(SummaryWriter(self.run.folder / "tensorboard", purge_step=self.step + 1))
+            self.board = self.ending.enter_context(SummaryWriter(self.run.folder / "tensorboard", purge_step=self.kept + 1))
             path = self.run.folder / "log.jsonl"
-            _cut(path, self.step)
+            self.step = _cut(path, self.kept)
             self.file = self.ending.enter_context(open(path, "a"))
         return self
 
@@ -346,11 +363,13 @@ class _Journal:
 
 
 def _cut(path, step):
-    """Removes the lines of later steps from a log.jsonl, and a last one that is not whole."""
+    """Removes the lines of later steps from a log.jsonl, and a last one that is not whole. Returns the step of the last that stays, or 0."""
+    lines = []
     if path.exists():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if _step(line) <= step]
         with atomic_write(path) as file:
             file.writelines(lines)
+    return _step(lines[-1]) if lines else 0
 
 
 def _step(line):

@@ -47,6 +47,7 @@ PREDICTORS = {
 }  # fmt: skip
 CEILING = "another seed's training"
 STEPS = 10_000  # of the search for a tilt
+TRIES = 100_000  # to draw a candidate of given FLOPs
 
 
 # --- candidates ----------------------------------------------------------------------------------------------
@@ -64,10 +65,10 @@ def draw_candidates(space, n, seed=0):
     candidates = []
     for i in range(n):
         weights = _weights(space, low + (i + 0.5) * width)
-        while True:
-            candidate = tuple(rng.choices(range(len(row)), row)[0] for row in weights)
-            if min(n - 1, int((space.flops(candidate) - low) / width)) == i:
-                break
+        drawn = (tuple(rng.choices(range(len(row)), row)[0] for row in weights) for _ in range(TRIES))
+        candidate = next((c for c in drawn if min(n - 1, int((space.flops(c) - low) / width)) == i), None)
+        if candidate is None:
+            raise UserError(f"--candidates {n}: none found in step {i + 1} of {n} between the lowest and the highest FLOPs; take fewer")
         candidates.append(candidate)
     return candidates
 

@@ -146,11 +146,14 @@ CASES = [
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/none.pkl"), "none.pkl: No such file"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/bomb.pth"), "bomb.pth"),
     ("search", ("--checkpoint", "{}/cut.pth"), "cut.pth: not a whole checkpoint"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--device", "cuda", "--engine", "nni"), "--device cuda: no GPU"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--device", "cuda", "--engine", "local"), "--device cuda: no GPU"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("script, words, message", CASES, ids=lambda value: str(value)[-40:])
 def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, monkeypatch, script, words, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
     out = tmp_path / "out"
     out.mkdir()

@@ -1,5 +1,7 @@
 """Folders, splits, order, augmentation and the loaders."""
+import argparse
 import dataclasses
+import os
 import shutil
 
 import numpy as np
@@ -82,6 +84,15 @@ def test_split_is_disjoint_deterministic_and_per_class(data_args):
     assert data.split == again.split and again.images("search").paths == held.paths
     other = Data(data_args, dataclasses.replace(CONFIG, split_seed=1))
     assert other.split["hash"] != data.split["hash"]
+
+
+def test_a_split_of_names_that_are_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+    folder = make_tree(tmp_path / "tree") / "train" / "car"
+    for path in folder.iterdir():
+        os.rename(path, os.fsencode(folder) + b"/caf\xe9" + os.fsencode(path.name))
+    args = argparse.Namespace(data_dir=str(tmp_path / "tree"), loader="auto", demo=False)
+    assert len(Data(args, CONFIG).split["hash"]) == 16
 
 
 def test_config_flags_against_a_checkpoint(data_args):

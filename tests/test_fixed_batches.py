@@ -53,6 +53,12 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) and torch.equal(m, n) for (x, m), (y, n) in zip(a, b))
 
 
+def test_names_that_are_no_text(images, tmp_path):
+    os.rename(tmp_path / "val" / "car" / "000.jpg", os.fsencode(tmp_path / "val" / "car") + b"/caf\xe9.jpg")
+    images = scan(tmp_path / "val")
+    assert same(fixed(images, tmp_path / "cache"), loader_of(images).batches(evaluation_plan(N_IMAGES, 8)))
+
+
 def test_what_comes_from_the_file_is_what_the_loader_gives(images, tmp_path):
     expected = list(loader_of(images).batches(evaluation_plan(N_IMAGES, 8)))
     assert same(fixed(images, tmp_path / "cache"), expected)

@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -97,6 +98,29 @@ def test_only_what_fails_alone_has_failed(tmp_path, fake):
         error = "RuntimeError: too large" if total % 5 == 0 else "a worker process died" if total % 7 == 0 else None
         assert r.get("error") == error and (r["acc1"] is None) == (error is not None)
     assert {r.get("error") for r in results} == {None, "RuntimeError: too large", "a worker process died"}
+
+
+def test_a_worker_that_dies_while_it_waits_is_replaced(fake):
+    fake(evaluate)
+    candidates = generations()[0]
+    with local_engine.Workers(CPU, 1) as workers:
+        for _ in range(2):
+            ((_, results, error),) = workers.evaluate([candidates])
+            assert (results, error) == ([result(c) for c in candidates], None)
+            (worker,) = multiprocessing.active_children()
+            worker.kill()
+            worker.join()
+            time.sleep(0.3)  # the pool sees it
+
+
+def evaluate_with_a_user_error(candidates):
+    raise UserError("--device cuda: no GPU")
+
+
+def test_what_a_user_can_put_right_ends_the_search(tmp_path, fake):
+    fake(evaluate_with_a_user_error)
+    with pytest.raises(UserError, match=r"^--device cuda: no GPU$"):
+        searched(tmp_path)
 
 
 def test_where_nothing_works_the_search_stops(tmp_path, fake):

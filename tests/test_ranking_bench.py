@@ -119,6 +119,12 @@ def test_candidates_are_spread_over_all_flops(space, n):
     assert candidates == bench.draw_candidates(space, n) != bench.draw_candidates(space, n, seed=1)
 
 
+def test_more_steps_than_there_are_candidates_for(monkeypatch):
+    monkeypatch.setattr(bench, "TRIES", 300)
+    with pytest.raises(UserError, match="--candidates 10000: none found in step 2 of 10000"):
+        bench.draw_candidates(SearchSpace.for_images(28, 10), 10_000)
+
+
 def test_kernel_size():
     space = SearchSpace.for_images(28, 10)
     assert [bench.kernel_size(space, [op] * 20) for op in range(4)] == [3, 5, 7, 3]

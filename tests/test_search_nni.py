@@ -330,6 +330,23 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
     assert not {"population", "port", "config", "demo", "input-size"} & settings.keys()
 
 
+@pytest.mark.parametrize(
+    ("words", "config", "expected"),
+    [
+        (["--data-dir", "tree"], DataConfig(heldout_per_class=5, mirror=False), ["--data-dir", "tree", "--no-mirror", "--heldout-per-class", "5"]),
+        (["--demo"], None, ["--demo"]),
+        (["--demo", "--data-dir", "tree", "--jitter", "0.2"], None, ["--demo", "--data-dir", "tree", "--jitter", "0.2"]),
+        (["--config", "a.yml", "--input-size", "64"], None, ["--config", "a.yml", "--input-size", "64", "--val-resize", "73"]),
+    ],
+)
+def test_the_winner_is_retrained_on_the_images_of_the_search(tmp_path, monkeypatch, words, config, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yml").write_text("common: {data-dir: images, crop-scale: [0.5, 1]}")
+    args = search.parse_args(words)
+    command = search.retrain_command(config or DataConfig.from_args(args), args)
+    assert command == ["python", "scratch.py", "--architecture", "./checkpoints/best.json", *expected]
+
+
 def test_report_has_the_ten_best_and_the_next_command(capsys):
     results = [{"architecture": [i % 4] * 20, "flops": 23_000_000 + i, "acc1": float(i), "acc5": 99.0} for i in range(15)]
     results.append(results[0] | {"acc1": None, "acc5": None, "error": "broken"})

@@ -36,6 +36,7 @@ def settings(**changes):
     values = {
         "iterations": 20, "batch_size": 8, "lr": 0.5, "warmup": 0, "momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1,
         "seed": 0, "amp": "off", "val_every": 1000, "save_every": 1000, "keep": 3, "resume": "auto",
+        "loader": "torchvision",
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
@@ -224,6 +225,8 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     supernet_run(tmp_path, settings(iterations=2))
     with pytest.raises(UserError, match=r"--lr 0.3 \(was 0.5\).*--out.*--resume none"):
         supernet_run(tmp_path, settings(iterations=2, lr=0.3))
+    with pytest.raises(UserError, match=r"--loader synthetic \(was torchvision\)"):
+        supernet_run(tmp_path, settings(iterations=2, loader="synthetic"))
     supernet_run(tmp_path, settings(iterations=2, keep=7))  # harmless
     before = (tmp_path / "checkpoint-0000002.pth").read_bytes()
     supernet_run(tmp_path, settings(iterations=2, lr=0.3, resume="none"))
@@ -258,6 +261,18 @@ def test_the_scaler_has_its_say_before_a_loss_ends_the_run(tmp_path, monkeypatch
     model, metrics = supernet_run(tmp_path / "fp16", settings(iterations=5, amp="fp16"))
     assert load(newest(tmp_path / "fp16"), "supernet").content["scaler"]["scale"] <= 2**15
     assert all(p.isfinite().all() for p in model.parameters()) and metrics["train/loss"] > 0
+
+
+def test_a_damaged_checkpoint_takes_nobodys_place(tmp_path):
+    supernet_run(tmp_path, settings(iterations=6, save_every=2))
+    (older, damaged) = checkpoints(tmp_path)[-2:]
+    damaged.write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"--lr 0\.3"):
+        supernet_run(tmp_path, settings(iterations=6, lr=0.3))
+    assert damaged.exists()
+    supernet_run(tmp_path, settings(iterations=6, save_every=1, keep=1))
+    assert load(newest(tmp_path), "supernet").content["step"] == 6 and not older.exists()
+    assert (tmp_path / f"{damaged.name}.damaged").read_bytes() == b"cut"
 
 
 def test_keep_bounds_the_checkpoints(tmp_path):
@@ -314,7 +329,12 @@ def test_a_signal_ends_a_validation_too(tmp_path):
         train(run, model, Images(), validate, PathSampler(SPACE, 0).path)
     assert stopped.value.code == 128 + signal.SIGTERM and not done
     assert newest(tmp_path).name == "checkpoint-0000004.pth" and model.training
-    assert train(run, model, Images(), lambda step: done.append(step) or {}, PathSampler(SPACE, 0).path) and done == [8]
+    assert not (tmp_path / "log.jsonl").read_text()
+    for expected in ([4, 8], [4, 8, 4, 8]):  # the second time, as after a kill before the next checkpoint
+        train(run, model, Images(), lambda step: done.append(step) or {"val/acc1": step}, PathSampler(SPACE, 0).path)
+        rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert done == expected and [(row["step"], row["val/acc1"], "validation_due" in row) for row in rows] == [(4, 4, False), (8, 8, False)]
+        newest(tmp_path).unlink()
 
 
 def test_both_scripts_have_the_official_defaults():

@@ -21,7 +21,8 @@ START_S = 60
 FORGET_S = 20  # NNI's daemon on a machine looks for a manager that it lost for 15 s, and would take the next one's for it
 
 # Loaded into NNI's Node process: its web server, which knows no password, would listen on every interface, it would
-# outlive a killed search.py, and it would wait 10 s for the tuner, too few on a busy machine, and then hang.
+# outlive a killed search.py, it would wait 10 s for the tuner, too few on a busy machine, and then hang, and it would keep
+# two files of every trial open.
 PRELOAD = """
 const net = require('net');
 const listen = net.Server.prototype.listen;
@@ -38,6 +39,14 @@ net.Server.prototype.listen = function (first, ...rest) {
 const timer = global.setTimeout;
 global.setTimeout = (callback, ms, ...rest) => timer(callback, ms === 10000 ? START_MS : ms, ...rest);
 Object.defineProperties(global.setTimeout, Object.getOwnPropertyDescriptors(timer));
+const children = require('child_process');
+const spawn = children.spawn;
+children.spawn = function (...words) {
+    const child = spawn.apply(this, words);
+    const stdio = words[words.length - 1]?.stdio;
+    (Array.isArray(stdio) ? stdio : []).forEach((stream) => stream?.destroy?.());
+    return child;
+};
 const parent = process.ppid;
 setInterval(() => { if (process.ppid !== parent) process.kill(process.pid, 'SIGTERM'); }, 500).unref();
 """

@@ -245,8 +245,10 @@ def verdict(summary, n):
     row, ceiling = summary["supernet"], summary["ceiling"]["tau"]
     difference, (low, high) = row["minus_flops"], row["minus_flops_interval"]
     text = f"tau(supernet) - tau(FLOPs) = {difference:+.2f}, 95% interval {low:+.2f} to {high:+.2f}: "
-    if low > 0:
+    if low > 0 and summary["supernet"]["interval"][0] > 0:
         return f"{text}the supernet ranks better than FLOPs do."
+    if low > 0:
+        return f"{text}FLOPs rank the wrong way round, but the supernet's own tau of {summary['supernet']['tau']:+.2f} is not above 0."
     if high < 0:
         return f"{text}the supernet ranks worse than FLOPs do."
     text += f"not distinguishable with {n} candidates. A true difference of 0.10 takes about {candidates_needed(n, 0.1, low, high):,} of them"

@@ -103,6 +103,10 @@ def test_verdicts():
     for row in worse:
         row["flops"], row["supernet"] = row["supernet"], row["flops"]
     assert "ranks worse than FLOPs" in bench.verdict(bench.summarise(worse, 2), 40)
+    backwards = rows(40, noise=100)
+    for row in backwards:
+        row["flops"] = -row["standalone"][0]
+    assert "wrong way round, but the supernet's own tau of" in bench.verdict(bench.summarise(backwards, 2), 40)
     text = bench.verdict(bench.summarise(rows(10, noise=3), 2), 10)
     assert "not distinguishable with 10 candidates" in text and "A true difference of 0.10 takes about" in text
 

@@ -191,7 +191,6 @@ def measure(options):
     results = read_json(options.results) if options.results.exists() else {"settings": settings}
     if odd := sorted(k for k in settings if results["settings"].get(k) != settings[k]):
         raise UserError(f"{options.results}: has been made with another {odd[0]}; use that, remove it, or name another --results")
-    results |= {"commit": utils.commit(), "versions": utils.versions()}
 
     if "candidates" not in results:
         evaluator = Evaluator(tester.parse_args([*words, "--checkpoint", options.supernet]))
@@ -214,6 +213,8 @@ def train_all(results, args, options):
     """All trainings that are not in the results yet, the first seed of every candidate first."""
     trainings = Trainings(args, SearchSpace.from_dict(results["space"]))
     todo = [(s, row) for s in range(options.seeds) for row in results["candidates"] if len(row["standalone"]) <= s]
+    if todo:
+        results |= {"commit": utils.commit(), "versions": utils.versions()}
     for i, (seed, row) in enumerate(todo, 1):
         start = time.perf_counter()
         row["standalone"].append(trainings.run(row["architecture"], seed))

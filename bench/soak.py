@@ -81,7 +81,7 @@ def through_nni(folder, rounds):
         while not ended.wait(0.2):
             if len(read_results(folder)) >= 50 * (len(found) + 1):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    lasting = [p for p in psutil.Process().children(recursive=True) if {"main.js", "nni.__main__"} & _words(p)]
+                    lasting = [p for p in psutil.Process().children(recursive=True) if {"main.js", "nni"} & _words(p)]
                     found.append(measure([psutil.Process(), *lasting]) | {"processes": 1 + len(lasting)})  # trials come and go
 
     watcher = threading.Thread(target=watch)

@@ -3,13 +3,14 @@
 Without --nni: the demo's search, with a population of 4, ten times in a row in this process with `--engine local`. With it: one
 search of 500 trials through NNI that compute nothing; every 50 of them count as a round. After each round: resident memory, open
 files and number of processes of this one and, with --nni, of NNI's manager and tuner. From the second round on all of it has to
-be flat: no more files or processes, memory up by at most 5%. Writes its part of bench/results/soak.json; exit code 1 where not.
+be flat: no more files or processes in the median, memory up by at most 5%. Writes its part of bench/results/soak.json; exit code 1 if not.
 """
 import argparse
 import contextlib
 import json
 import os
 import pathlib
+import statistics
 import sys
 import tempfile
 import threading
@@ -102,9 +103,11 @@ def _words(process):
 
 
 def flat(rows):
-    """Whether nothing grows from the second row on."""
-    allowed = {name: value * (GROWTH if name == "memory_mb" else 1) for name, value in rows[1].items()}
-    return all(row[name] <= allowed[name] for row in rows[2:] for name in allowed)
+    """Whether nothing grows from the second row on: of files and processes, some are there for a moment, so it is their median that counts."""
+    memory, *counts = (name for name in rows[1])
+    return all(row[memory] <= rows[1][memory] * GROWTH for row in rows[2:]) and all(
+        statistics.median(row[name] for row in rows[2:]) <= rows[1][name] for name in counts
+    )
 
 
 def main():

@@ -8,7 +8,6 @@ Source: paper section 4; official `src/Supernet/train.py`, `utils.py`.
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -19,14 +18,14 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 import distributed
 from dataloader import resolve_backend
 from dataset import training_plan
 from evaluation import autocast, correct_counts
-from utils import Interrupted, UserError, atomic_write, duration, hold_lock, log, output_folder, start_logging
+from journal import Journal
+from utils import Interrupted, UserError, duration, hold_lock, log, output_folder, start_logging
 
 try:
     import resource
@@ -177,7 +176,7 @@ def train(run, model, loader, validate, path=None):
     plan = training_plan(len(loader.images), share, args.seed, done, iterations, distributed.rank(), distributed.world())
     meter = _Meter(args, path, scaler, done, metrics["seconds"], rows)
     due = metrics.pop("validation_due", False)
-    with _Journal(run, done, model.space, due) as journal, _Interruption() as interruption:
+    with Journal(run, done, model.space, due) as journal, _Interruption() as interruption:
 
         def validated(step):
             """Adds what `validate` measures to the step's metrics, and writes them. Returns the signal that ended it before that, or 0."""
@@ -225,7 +224,8 @@ def train(run, model, loader, validate, path=None):
                 else:
                     if not (stop and step < iterations):
                         stop = validated(step)
-                    metrics |= {"validation_due": True} if stop else {}  # when the run goes on
+                    if stop:
+                        metrics["validation_due"] = True  # when the run goes on
             if step == iterations or stop or step % args.save_every == 0:
                 metrics["seconds"] = meter.seconds
                 saved = run.save(step, model, optimizer, scaler, metrics, meter.fetch())
@@ -318,65 +318,6 @@ class _Meter:
             "train/images_per_second": (step - logged) * self.args.batch_size / max(1e-3, self.seconds - before),
             "seconds": self.seconds,
         }  # fmt: skip
-
-
-class _Journal:
-    """log.jsonl, TensorBoard and, on a terminal, a progress bar; written by process 0.
-
-    What a killed run wrote after the step that it goes on from is taken back, and that step's line too where it is still due.
-    """
-
-    def __init__(self, run, done, space, due):
-        self.run, self.done, self.space, self.kept = run, done, space, done - due
-
-    def __enter__(self):
-        self.writes = distributed.rank() == 0
-        self.ending = contextlib.ExitStack()
-        self.progress = self.ending.enter_context(tqdm(
-            total=self.run.args.iterations, initial=self.done, unit="step", dynamic_ncols=True, disable=None if self.writes else True
-        ))  # fmt: skip
-        if self.writes:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = self.ending.enter_context(SummaryWriter(self.run.folder / "tensorboard", purge_step=self.kept + 1))
-            path = self.run.folder / "log.jsonl"
-            self.step = _cut(path, self.kept)
-            self.file = self.ending.enter_context(open(path, "a"))
-        return self
-
-    def __exit__(self, *_):
-        self.ending.close()
-
-    def write(self, step, metrics, path):
-        """Writes the metrics of a step, and to TensorBoard the FLOPs of the paths since the last one."""
-        if not self.writes:
-            return
-        for tag, value in metrics.items():
-            self.board.add_scalar(tag, value, step)
-        if path:
-            mflops = [self.space.flops(path(s)) / 1e6 for s in range(self.step + 1, step + 1)]
-            self.board.add_histogram("paths/MFLOPs", torch.tensor(mflops), step)
-        self.progress.set_postfix(loss=f"{metrics['train/loss']:.3f}", top1=f"{metrics['train/acc1']:.1f}%")
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        self.step = step
-
-
-def _cut(path, step):
-    """Removes the lines of later steps from a log.jsonl, and a last one that is not whole. Returns the step of the last that stays, or 0."""
-    lines = []
-    if path.exists():
-        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if _step(line) <= step]
-        with atomic_write(path) as file:
-            file.writelines(lines)
-    return _step(lines[-1]) if lines else 0
-
-
-def _step(line):
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 class _Interruption:

@@ -104,9 +104,8 @@ def _words(process):
 
 def flat(rows):
     """Whether nothing grows from the second row on: of files and processes, some are there for a moment, so it is their median that counts."""
-    memory, *counts = (name for name in rows[1])
-    return all(row[memory] <= rows[1][memory] * GROWTH for row in rows[2:]) and all(
-        statistics.median(row[name] for row in rows[2:]) <= rows[1][name] for name in counts
+    return all(row["memory_mb"] <= rows[1]["memory_mb"] * GROWTH for row in rows[2:]) and all(
+        statistics.median(row[name] for row in rows[2:]) <= rows[1][name] for name in ("files", "processes")
     )
 
 

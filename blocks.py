@@ -3,6 +3,7 @@
 Source: paper section 3.4 and figure 5; official `src/Supernet/blocks.py`. Parameter names are the official ones, so that
 official weights load.
 """
+
 import torch
 from torch import nn
 
@@ -14,7 +15,9 @@ class _EvenOdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.shape = x.shape
-        ctx.layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        ctx.layout = (
+            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
         return x[:, 0::2], x[:, 1::2]
 
     @staticmethod

@@ -3,6 +3,7 @@
 Values come from, in rising order: the defaults below (the official settings), a YAML file (`--config FILE`; `--demo` is the
 committed demo.yml), the command line. Standard library alone, and PyYAML where a YAML file is read.
 """
+
 import argparse
 import math
 import os
@@ -20,7 +21,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, section):
         super().__init__(
-            description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, prog=f"{section}.py"
+            description=doc,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            prog=f"{section}.py",
         )
         self.section = section
         self.source = ""
@@ -49,7 +53,9 @@ class Parser(argparse.ArgumentParser):
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):
-                raise UserError(f"{path}: {reprlib.repr(name)} is not a section (common, or the name of a script) with settings")
+                raise UserError(
+                    f"{path}: {reprlib.repr(name)} is not a section (common, or the name of a script) with settings"
+                )
         words = []
         for name in ("common", self.section):
             for key, value in document.get(name, {}).items():
@@ -62,7 +68,10 @@ class Parser(argparse.ArgumentParser):
                     words.append(f"--{key}" if value else f"--no-{key}")
                     continue
                 values = value if isinstance(value, list) else [value]
-                if any(isinstance(v, bool) or not isinstance(v, (str, int, float)) or NO_WORD.search(str(v)) for v in values):
+                if any(
+                    isinstance(v, bool) or not isinstance(v, (str, int, float)) or NO_WORD.search(str(v))
+                    for v in values
+                ):
                     raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not a plain value")
                 if key in PATHS:
                     values = list(map(str, values))
@@ -108,56 +117,139 @@ def add_run_flags(parser):
     _add_config_flags(group)
     group.add_argument("--out", default=".", metavar="DIR", help="folder of all outputs (default: here)")
     group.add_argument("--seed", type=count(0), default=0, help="of every random draw (default: 0)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     group.add_argument("--threads", type=count(1, 1024), help="CPU threads of torch (default: its own choice)")
 
 
 def add_data_flags(parser):
     """Flags of the data. None stands for "as the checkpoint says, or else the official value named in the help"."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", default=str(HERE / "data" / "imagenet"), metavar="DIR", help="has train/<class>/ and val/<class>/")
+    group.add_argument(
+        "--data-dir", default=str(HERE / "data" / "imagenet"), metavar="DIR", help="has train/<class>/ and val/<class>/"
+    )
     group.add_argument("--input-size", type=count(16, 2048), metavar="PX", help="side of the network's input (224)")
-    group.add_argument("--val-resize", type=count(16, 4096), metavar="PX", help="shorter side before the centre crop (256/224 of the input size)")
-    group.add_argument("--preprocessing", choices=("spos", "imagenet"), help="BGR in [0, 255], or RGB with mean and standard deviation (spos)")
-    group.add_argument("--crop-scale", type=real(0.001, 1), nargs=2, metavar=("LOW", "HIGH"), help="area share of training crops (0.08 1)")
-    group.add_argument("--crop-ratio", type=real(0.01, 100), nargs=2, metavar=("LOW", "HIGH"), help="width/height of training crops (0.75 1.3333)")
+    group.add_argument(
+        "--val-resize",
+        type=count(16, 4096),
+        metavar="PX",
+        help="shorter side before the centre crop (256/224 of the input size)",
+    )
+    group.add_argument(
+        "--preprocessing",
+        choices=("spos", "imagenet"),
+        help="BGR in [0, 255], or RGB with mean and standard deviation (spos)",
+    )
+    group.add_argument(
+        "--crop-scale",
+        type=real(0.001, 1),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="area share of training crops (0.08 1)",
+    )
+    group.add_argument(
+        "--crop-ratio",
+        type=real(0.01, 100),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="width/height of training crops (0.75 1.3333)",
+    )
     group.add_argument("--jitter", type=real(0, 1), help="brightness, contrast and saturation of training images (0.4)")
-    group.add_argument("--mirror", action=argparse.BooleanOptionalAction, help="mirror half of the training images (yes)")
-    group.add_argument("--heldout-per-class", type=count(1, 1_000_000), metavar="N", help="training images kept for the search (50)")
+    group.add_argument(
+        "--mirror", action=argparse.BooleanOptionalAction, help="mirror half of the training images (yes)"
+    )
+    group.add_argument(
+        "--heldout-per-class", type=count(1, 1_000_000), metavar="N", help="training images kept for the search (50)"
+    )
     group.add_argument("--split-seed", type=count(0), metavar="N", help="of the choice of held-out images (0)")
-    group.add_argument("--loader", choices=("auto", "dali", "torchvision", "synthetic"), default="auto", help="default: DALI where installed")
-    group.add_argument("--eval-batch-size", type=count(1, 100_000), default=200, metavar="N", help="images a step of validation (default: 200)")
-    group.add_argument("--cache", default=str(HERE / "data" / "cache"), metavar="DIR", help="decoded images that every candidate meets (data/cache)")
+    group.add_argument(
+        "--loader",
+        choices=("auto", "dali", "torchvision", "synthetic"),
+        default="auto",
+        help="default: DALI where installed",
+    )
+    group.add_argument(
+        "--eval-batch-size",
+        type=count(1, 100_000),
+        default=200,
+        metavar="N",
+        help="images a step of validation (default: 200)",
+    )
+    group.add_argument(
+        "--cache",
+        default=str(HERE / "data" / "cache"),
+        metavar="DIR",
+        help="decoded images that every candidate meets (data/cache)",
+    )
     group.add_argument("--workers", type=count(0, 256), help="loader processes or threads (default: up to 8)")
 
 
 def add_training_flags(parser, iterations):
     group = parser.add_argument_group("training")
-    group.add_argument("--iterations", type=count(), default=iterations, help=f"optimizer steps (default: {iterations})")
+    group.add_argument(
+        "--iterations", type=count(), default=iterations, help=f"optimizer steps (default: {iterations})"
+    )
     group.add_argument("--batch-size", type=count(2, 1_000_000), default=1024, help="images a step (default: 1024)")
-    group.add_argument("--lr", type=real(0, 1000), default=0.5, help="learning rate before the first step, falls linearly to 0 (default: 0.5)")
-    group.add_argument("--warmup", type=count(0), default=0, metavar="N", help="steps over which the rate rises first (default: 0)")
+    group.add_argument(
+        "--lr",
+        type=real(0, 1000),
+        default=0.5,
+        help="learning rate before the first step, falls linearly to 0 (default: 0.5)",
+    )
+    group.add_argument(
+        "--warmup", type=count(0), default=0, metavar="N", help="steps over which the rate rises first (default: 0)"
+    )
     group.add_argument("--momentum", type=real(0, 1), default=0.9, help="of SGD (default: 0.9)")
-    group.add_argument("--weight-decay", type=real(0, 1), default=4e-5, help="of weights with more than one dimension (default: 4e-5)")
+    group.add_argument(
+        "--weight-decay", type=real(0, 1), default=4e-5, help="of weights with more than one dimension (default: 4e-5)"
+    )
     group.add_argument("--label-smoothing", type=real(0, 1), default=0.1, help="default: 0.1")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="convolutions in bfloat16 or float16 (default: off)")
-    group.add_argument("--val-every", type=count(), default=10_000, metavar="N", help="steps between validations (default: 10000)")
-    group.add_argument("--save-every", type=count(), default=1_000, metavar="N", help="steps between checkpoints (default: 1000)")
+    group.add_argument(
+        "--amp",
+        choices=("off", "bf16", "fp16"),
+        default="off",
+        help="convolutions in bfloat16 or float16 (default: off)",
+    )
+    group.add_argument(
+        "--val-every", type=count(), default=10_000, metavar="N", help="steps between validations (default: 10000)"
+    )
+    group.add_argument(
+        "--save-every", type=count(), default=1_000, metavar="N", help="steps between checkpoints (default: 1000)"
+    )
     group.add_argument("--keep", type=count(), default=3, metavar="N", help="checkpoints to keep (default: 3)")
-    group.add_argument("--resume", choices=("auto", "none"), default="auto", help="go on from the newest checkpoint, or start anew (default: auto)")
+    group.add_argument(
+        "--resume",
+        choices=("auto", "none"),
+        default="auto",
+        help="go on from the newest checkpoint, or start anew (default: auto)",
+    )
 
 
 def add_checkpoint_flag(parser, kind):
-    parser.add_argument("--checkpoint", metavar="FILE", help=f"weights, ours or official (default: newest in OUT/checkpoints/{kind})")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help=f"weights, ours or official (default: newest in OUT/checkpoints/{kind})"
+    )
 
 
 def add_architecture_flag(parser, default):
-    parser.add_argument("--architecture", metavar="FILE", help=f"architecture, one-hot or a plain list (default: {default})")
+    parser.add_argument(
+        "--architecture", metavar="FILE", help=f"architecture, one-hot or a plain list (default: {default})"
+    )
 
 
 def add_evaluation_flags(parser):
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--bn", choices=("ema", "average"), default="ema", help="BN statistics: exponential or plain average (default: ema)")
-    group.add_argument("--bn-batches", type=count(), default=200, metavar="N", help="batches that recalibrate BN (default: 200)")
+    group.add_argument(
+        "--bn",
+        choices=("ema", "average"),
+        default="ema",
+        help="BN statistics: exponential or plain average (default: ema)",
+    )
+    group.add_argument(
+        "--bn-batches", type=count(), default=200, metavar="N", help="batches that recalibrate BN (default: 200)"
+    )
     group.add_argument("--bn-batch-size", type=count(2, 100_000), default=128, metavar="N", help="default: 128")
-    group.add_argument("--eval-amp", choices=("off", "bf16"), default="off", help="bf16: convolutions in bfloat16 (default: off)")
+    group.add_argument(
+        "--eval-amp", choices=("off", "bf16"), default="off", help="bf16: convolutions in bfloat16 (default: off)"
+    )

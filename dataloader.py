@@ -8,6 +8,7 @@ standard deviation.
 
 Source: official `src/Supernet/train.py` (transforms).
 """
+
 import importlib.metadata
 import importlib.util
 import io
@@ -21,11 +22,11 @@ import torch
 from PIL import Image
 
 import command_line
-import image_check
 import utils
-from dataset import EXTENSIONS, draw_augmentation, lonely_classes, scan, tree_paths, validation_geometry
-from distributed import processes_here
-from image_check import UNDECODABLE
+from distributed import local_world_size
+from images import image_check
+from images.dataset import EXTENSIONS, draw_augmentation, lonely_classes, scan, tree_paths, validation_geometry
+from images.image_check import UNDECODABLE
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,7 +54,7 @@ class Loader:
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
         self.device = torch.device(device)
         self.backend = resolve_backend(backend)
-        self.workers = min(8, max(1, cores() // processes_here())) if workers is None else workers
+        self.workers = min(8, max(1, cores() // local_world_size())) if workers is None else workers
 
     @classmethod
     def from_args(cls, images, config, augment, args, device):
@@ -106,7 +107,9 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             reason = str(error).splitlines()[0]
-            raise UserError(f"--workers {self.workers}: {reason} (too little memory?); the same command goes on, or fewer workers") from None
+            raise UserError(
+                f"--workers {self.workers}: {reason} (too little memory?); the same command goes on, or fewer workers"
+            ) from None
 
     def _dali(self, plan):
         import nvidia.dali
@@ -123,7 +126,9 @@ class Loader:
 
         names = ["encoded", "shape", "corner"]
         if self.augment:
-            names += ["brightness", "contrast", "saturation"] * bool(self.config.jitter) + ["mirror"] * self.config.mirror
+            names += ["brightness", "contrast", "saturation"] * bool(self.config.jitter) + [
+                "mirror"
+            ] * self.config.mirror
 
         def operators():
             outputs = fn.external_source(source(), num_outputs=len(names), batch=True)
@@ -131,10 +136,14 @@ class Loader:
             others = dict(zip(names[3:], others))
             decoder = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
             if int(nvidia.dali.__version__.split(".")[0]) >= 2:
-                decoder["adjust_orientation"] = False  # EXIF is ignored, as DALI 1, torchvision and the official code do
+                decoder["adjust_orientation"] = (
+                    False  # EXIF is ignored, as DALI 1, torchvision and the official code do
+                )
             resize = {"interp_type": types.INTERP_LINEAR}
             if not self.augment:
-                images = fn.resize(fn.decoders.image(encoded, **decoder), size=shape, antialias=False, subpixel_scale=False, **resize)
+                images = fn.resize(
+                    fn.decoders.image(encoded, **decoder), size=shape, antialias=False, subpixel_scale=False, **resize
+                )
                 return fn.crop(images, crop=(size, size), crop_pos_y=corner[0], crop_pos_x=corner[1], rounding="round")
             images = fn.decoders.image_slice(
                 encoded, corner, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decoder
@@ -181,7 +190,10 @@ class Loader:
             else:
                 shape, corner = validation_geometry(self.config, height, width)
                 # DALI wants the corner as a share of the room that is left
-                share = [c / (s - self.config.input_size) if s > self.config.input_size else 0.0 for c, s in zip(corner, shape)]
+                share = [
+                    c / (s - self.config.input_size) if s > self.config.input_size else 0.0
+                    for c, s in zip(corner, shape)
+                ]
                 row = {"corner": np.array(share, np.float32), "shape": np.array(shape, np.float32)}
             for name, value in {"encoded": encoded, **row}.items():
                 columns.setdefault(name, []).append(value)
@@ -283,7 +295,9 @@ class _TorchvisionImages:
 def parse_args(argv=None):
     parser = command_line.Parser(__doc__, "dataloader")
     parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
-    parser.add_argument("--accept", action="store_true", help="the mislabelled files are right: training may start with them")
+    parser.add_argument(
+        "--accept", action="store_true", help="the mislabelled files are right: training may start with them"
+    )
     return parser.parse_args(argv)
 
 
@@ -294,18 +308,28 @@ def main(args):
     train, val = (scan(f"{folder}/{part}", problems) for part in ("train", "val"))
     problems += lonely_classes(folder, train, val)
     paths = tree_paths(train, val)
-    found = image_check.fingerprint(folder, paths)  # before the files are read: one that changes meanwhile is checked again
+    found = image_check.fingerprint(
+        folder, paths
+    )  # before the files are read: one that changes meanwhile is checked again
     unreadable, mislabelled = image_check.check(folder, paths)
-    files = [path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()]
+    files = [
+        path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()
+    ]
     ignored = [path for path in files if not path.name.startswith(".") and not path.name.lower().endswith(EXTENSIONS)]
-    lines = [*problems, *(f"{folder}/{line}" for line in unreadable + mislabelled), *(f"{path}: ignored, no image by its name" for path in ignored)]
+    lines = [
+        *problems,
+        *(f"{folder}/{line}" for line in unreadable + mislabelled),
+        *(f"{path}: ignored, no image by its name" for path in ignored),
+    ]
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled"
     if problems or unreadable or (mislabelled and not args.accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or say --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} folders wrong; {way}")
     image_check.remember(folder, found)
-    print(f"{folder}: {len(train)} training and {len(val)} validation images of {len(train.classes)} classes, {counts}; remembered")
+    print(
+        f"{folder}: {len(train)} training and {len(val)} validation images of {len(train.classes)} classes, {counts}; remembered"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the whole batch, so weights stay the same everywhere. Only the gradients of the 
 are None on every process. Started without torchrun a script is one process, and nothing here does anything.
 Source: paper section 3.3 (one path a step); the official code is nn.DataParallel, one process.
 """
+
 import datetime
 import os
 
@@ -16,7 +17,9 @@ import torch.distributed as dist
 
 from utils import UserError, run_script
 
-TIMEOUT = datetime.timedelta(hours=12)  # of a wait for the others: the first one checks all images meanwhile; who ends is noticed at once
+TIMEOUT = datetime.timedelta(
+    hours=12
+)  # of a wait for the others: the first one checks all images meanwhile; who ends is noticed at once
 LOST = "another process of this run ended; the same command goes on from the last checkpoint"
 
 
@@ -29,10 +32,14 @@ def run(main, parse_args):
     def joined(args):
         on_gpus = args.device != "cpu" and torch.cuda.is_available()
         if on_gpus:
-            if processes_here() > torch.cuda.device_count():
-                raise UserError(f"--nproc-per-node {processes_here()}: this machine has {torch.cuda.device_count()} GPUs; start one process for each")
+            if local_world_size() > torch.cuda.device_count():
+                raise UserError(
+                    f"--nproc-per-node {local_world_size()}: this machine has {torch.cuda.device_count()} GPUs; start one process for each"
+                )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=n, timeout=TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=n, timeout=TIMEOUT
+        )
         main(args)
         dist.destroy_process_group()
 
@@ -44,33 +51,35 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def processes_here():
+def local_world_size():
     """The number of them on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def share(batch_size):
+def per_rank_batch_size(batch_size):
     """The images of a batch that each process takes. Raises UserError where they can't be equally many, and at least two for BN."""
-    if batch_size % world() or batch_size < 2 * world():
-        raise UserError(f"--batch-size {batch_size}: not two or more for each of {world()} processes, equally many; choose a multiple of {world()}")
-    return batch_size // world()
+    if batch_size % world_size() or batch_size < 2 * world_size():
+        raise UserError(
+            f"--batch-size {batch_size}: not two or more for each of {world_size()} processes, equally many; choose a multiple of {world_size()}"
+        )
+    return batch_size // world_size()
 
 
-def in_turn(function):
+def local_rank0_first(function):
     """The result of `function()`; the first process of each machine goes first, and leaves what the others find done."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     result = function() if first else None
-    if world() > 1:
+    if world_size() > 1:
         _collective(dist.barrier)
     return result if first else function()
 
 
-def from_first(function):
+def on_rank0(function):
     """What `function()` returns on process 0, or the UserError that it raises there, on every process."""
     outcome = [None, None]
     if rank() == 0:
@@ -78,55 +87,55 @@ def from_first(function):
             outcome = [function(), None]
         except UserError as error:
             outcome = [None, str(error)]
-    if world() > 1:
+    if world_size() > 1:
         _collective(dist.broadcast_object_list, outcome, src=0, device=torch.device("cpu"))
     if outcome[1]:
         raise UserError(outcome[1])
     return outcome[0]
 
 
-def copy_from_first(tensors):
+def broadcast_from_rank0(tensors):
     """Overwrites tensors with those of process 0."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             _collective(dist.broadcast, tensor, src=0)
 
 
 def average_gradients(parameters):
     """Replaces each gradient by its mean over the processes, in one exchange; a parameter has one on all of them or on none."""
-    if world() > 1:
-        _average([p.grad for p in parameters if p.grad is not None])
+    if world_size() > 1:
+        _all_reduce_mean([p.grad for p in parameters if p.grad is not None])
 
 
-def average(tensors, weight):
+def all_reduce_mean(tensors, weight):
     """Replaces tensors, the means over `weight` things on each process, by the means over all things."""
-    if world() > 1:
-        everything = total(torch.tensor(weight)).item()
+    if world_size() > 1:
+        everything = all_reduce_sum(torch.tensor(weight)).item()
         for tensor in tensors:
-            tensor.mul_(weight * world() / everything)
-        _average(tensors)
+            tensor.mul_(weight * world_size() / everything)
+        _all_reduce_mean(tensors)
 
 
-def _average(tensors):
+def _all_reduce_mean(tensors):
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     _collective(dist.all_reduce, flat)
-    flat /= world()
+    flat /= world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(mean.view(tensor.shape))
 
 
-def total(values):
+def all_reduce_sum(values):
     """The sum over all processes of a tensor on the CPU, a new one where there are several."""
-    return _reduced(values, dist.ReduceOp.SUM)
+    return _all_reduce(values, dist.ReduceOp.SUM)
 
 
-def highest(value):
+def all_reduce_max(value):
     """The highest of all processes' whole numbers."""
-    return int(_reduced(torch.tensor(value), dist.ReduceOp.MAX))
+    return int(_all_reduce(torch.tensor(value), dist.ReduceOp.MAX))
 
 
-def _reduced(values, operation):
-    if world() > 1:
+def _all_reduce(values, operation):
+    if world_size() > 1:
         values = values.clone()
         _collective(dist.all_reduce, values, operation)
     return values

@@ -5,6 +5,7 @@
 
 Source: paper section 3.4 and algorithm 1; official `src/Search/search.py`; for differences see the readme's table.
 """
+
 import collections
 import functools
 import itertools
@@ -12,9 +13,9 @@ import math
 import random
 import threading
 
-from prefix_tree import chunks
-from search_record import SearchRecord
-from search_space import SearchSpace
+from engines.search_record import SearchRecord
+from space.search_space import SearchSpace
+from space.splitting import chunks
 from utils import UserError, log
 
 try:
@@ -23,7 +24,15 @@ try:
 except ImportError:  # a search without NNI needs none of it
     Tuner = Assessor = object
 
-EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")  # the settings of Evolution
+EVOLUTION = (
+    "population",
+    "select",
+    "mutation",
+    "crossover",
+    "mutation_prob",
+    "generations",
+    "seed",
+)  # the settings of Evolution
 ENUMERABLE = 10_000  # spaces up to this size are listed where random draws find nothing new
 TRIES = 10  # draws for each child that is wanted (official)
 GRACE_S = 3  # results still on their way when NNI says that a trial has ended
@@ -47,9 +56,13 @@ class Evolution:
         generations=20, seed=0,
     ):  # fmt: skip
         if population < select or select < 1:
-            raise UserError(f"--population {population} and --select {select}: parents are 1 to --population candidates")
+            raise UserError(
+                f"--population {population} and --select {select}: parents are 1 to --population candidates"
+            )
         if mutation < 0 or crossover < 0 or mutation + crossover > population:
-            raise UserError(f"--mutation {mutation} and --crossover {crossover} are more children than --population {population}")
+            raise UserError(
+                f"--mutation {mutation} and --crossover {crossover} are more children than --population {population}"
+            )
         if not 0 <= mutation_prob <= 1:
             raise UserError(f"--mutation-prob {mutation_prob} is not between 0 and 1")
         if generations < 1:
@@ -62,7 +75,9 @@ class Evolution:
         self.mutation_prob, self.generations = mutation_prob, generations
         lowest = cost(self._cheapest())
         if not lowest <= cost_limit:
-            raise UserError(f"limit {cost_limit} is below the lowest cost of any candidate, {lowest}; raise --flops-limit")
+            raise UserError(
+                f"limit {cost_limit} is below the lowest cost of any candidate, {lowest}; raise --flops-limit"
+            )
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
         self.population = []  # the open one, empty between generations
@@ -112,7 +127,12 @@ class Evolution:
         population = []
         if parents := self.ranked()[: self.select]:
             self._extend(population, self.mutation, TRIES, lambda: self._mutate(self.rng.choice(parents)))
-            self._extend(population, self.crossover, TRIES, lambda: self._cross(self.rng.choice(parents), self.rng.choice(parents)))
+            self._extend(
+                population,
+                self.crossover,
+                TRIES,
+                lambda: self._cross(self.rng.choice(parents), self.rng.choice(parents)),
+            )
         # Rejection keeps legal candidates uniform; under a tight limit it finds next to nothing, so then they are repaired.
         self._extend(population, self.population_size - len(population), 100, self._random)
         self._extend(population, self.population_size - len(population), TRIES, lambda: self._repair(self._random()))
@@ -150,7 +170,9 @@ class Evolution:
 
     def _variants(self, candidate, block):
         """The candidate with each of the block's choices."""
-        return [(*candidate[:block], choice, *candidate[block + 1 :]) for choice in range(self.choices_per_block[block])]
+        return [
+            (*candidate[:block], choice, *candidate[block + 1 :]) for choice in range(self.choices_per_block[block])
+        ]
 
     def _cheapest(self):
         candidate = (0,) * len(self.choices_per_block)
@@ -212,7 +234,9 @@ class EvolutionWithFlops(Tuner):
         space = SearchSpace.from_dict(space)
         if costs:
             space = space.with_costs(*costs)
-        self.record = SearchRecord(out, space, Evolution(space.choices_per_block, space.flops, flops_limit, **evolution))
+        self.record = SearchRecord(
+            out, space, Evolution(space.choices_per_block, space.flops, flops_limit, **evolution)
+        )
         self.concurrency, self.candidates_per_trial = concurrency, candidates_per_trial
         self.lock = threading.RLock()
         self.send = None
@@ -287,7 +311,9 @@ class EvolutionWithFlops(Tuner):
     @_contained
     def _plan(self):
         """Splits the next generation into chunks."""
-        self.chunks.extend(chunks(self.record.space, self.record.pending(), self.concurrency, self.candidates_per_trial))
+        self.chunks.extend(
+            chunks(self.record.space, self.record.pending(), self.concurrency, self.candidates_per_trial)
+        )
 
     def _dispatch(self):
         while self.ids and self.chunks:

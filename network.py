@@ -2,13 +2,14 @@
 
 Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/network.py`.
 """
+
 import warnings
 
 import torch
 from torch import nn
 
 from blocks import build_block, conv_bn
-from search_space import SearchSpace
+from space.search_space import SearchSpace
 from utils import UserError
 
 
@@ -44,9 +45,7 @@ class ShuffleNetV2OneShot(_ShuffleNet):
 
     def __init__(self, input_size=224, n_classes=1000, affine=False, space=None):
         space = space or SearchSpace.for_images(input_size, n_classes)
-        features = [
-            nn.ModuleList(build_block(op, shape, affine) for op in space.operations) for shape in space.blocks
-        ]
+        features = [nn.ModuleList(build_block(op, shape, affine) for op in space.operations) for shape in space.blocks]
         super().__init__(space, affine, features)
 
     def forward(self, x, architecture):
@@ -106,9 +105,13 @@ def load_file(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged file makes torch raise nearly anything: struct.error, AssertionError, IndexError...
+    except (
+        Exception
+    ) as error:  # a damaged file makes torch raise nearly anything: struct.error, AssertionError, IndexError...
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a whole checkpoint of plain tensors ({reason[:100]}); remove or replace it") from None
+        raise UserError(
+            f"{path}: not a whole checkpoint of plain tensors ({reason[:100]}); remove or replace it"
+        ) from None
 
 
 def load_and_parse_state_dict(path):
@@ -145,7 +148,9 @@ def load_weights(model, state_dict, path):
     for name in sorted(own.keys() | state_dict.keys()):
         if name not in state_dict or name not in own:
             where = "missing" if name in own else "of another model"
-            raise UserError(f"{path}: entry {name!r} is {where}; the model is {type(model).__name__}, {model.space.n_classes} classes")
+            raise UserError(
+                f"{path}: entry {name!r} is {where}; the model is {type(model).__name__}, {model.space.n_classes} classes"
+            )
         if own[name].shape != state_dict[name].shape:
             shapes = f"{tuple(state_dict[name].shape)}, the model needs {tuple(own[name].shape)}"
             raise UserError(f"{path}: entry {name!r} has shape {shapes}")

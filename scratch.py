@@ -13,6 +13,7 @@ A run that was interrupted goes on where it stopped.
 Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 73.7; published: 74.4); not run here.
 Source: paper section 4.1; official `src/Evaluation/train.py`.
 """
+
 import utils  # first, for it says how OpenMP is to wait, before torch loads it
 
 # isort: split
@@ -22,36 +23,47 @@ import pathlib
 
 import torch
 
-import checkpoint
 import command_line
 import distributed
-import export
 from dataloader import Loader
-from dataset import Data, DataConfig, open_data, prepare, steps_per_epoch, training_plan
-from evaluation import accuracy, recalibrate_bn, resolve_device
-from fixed_batches import validation_batches
+from images.dataset import Data, DataConfig, open_data, prepare, steps_per_epoch, training_plan
+from images.image_cache import validation_batches
 from network import ShuffleNetV2
-from search_space import SearchSpace
-from training import Run, train
+from space.search_space import SearchSpace
+from training import checkpoint, export
+from training.evaluation import accuracy, recalibrate_bn, resolve_device
+from training.loop import TrainingRun, train
 
 
 def parse_args(argv=None):
     parser = command_line.Parser(__doc__, "scratch")
     command_line.add_architecture_flag(parser, default="the published architecture_final.json")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--eval", action="store_true", default=None, help="measure --checkpoint on val instead of training")
-    instead.add_argument("--export", metavar="FILE", help="write --checkpoint as a program for use elsewhere: .pt2, or .onnx")
-    instead.add_argument("--predict", nargs="+", metavar="IMAGE", help="print the classes that --checkpoint sees in image files")
+    instead.add_argument(
+        "--eval", action="store_true", default=None, help="measure --checkpoint on val instead of training"
+    )
+    instead.add_argument(
+        "--export", metavar="FILE", help="write --checkpoint as a program for use elsewhere: .pt2, or .onnx"
+    )
+    instead.add_argument(
+        "--predict", nargs="+", metavar="IMAGE", help="print the classes that --checkpoint sees in image files"
+    )
     command_line.add_checkpoint_flag(parser, "scratch")
     command_line.add_run_flags(parser)
     command_line.add_data_flags(parser)
     command_line.add_training_flags(parser, iterations=300_000)
-    parser.add_argument("--bn-pass", type=command_line.count(0), default=1250, metavar="N", help="training batches of the BN pass (default: 1250)")
+    parser.add_argument(
+        "--bn-pass",
+        type=command_line.count(0),
+        default=1250,
+        metavar="N",
+        help="training batches of the BN pass (default: 1250)",
+    )
     return parser.parse(argv)
 
 
 def open_network(args, folder):
-    """(network, its Stored, DataConfig) of --checkpoint, by default the newest of the run."""
+    """(network, its Checkpoint, DataConfig) of --checkpoint, by default the newest of the run."""
     final = folder / "bnps-checkpoint.pth"
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
@@ -98,14 +110,14 @@ def summary(model, measured):
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
     config = DataConfig.from_args(args)
-    data = distributed.in_turn(lambda: open_data(args, config))
+    data = distributed.local_rank0_first(lambda: open_data(args, config))
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     steps_per_epoch(len(data.train), args.batch_size)
     loader = Loader.from_args(data.train, config, True, args, device)
     validation = validation_batches(data.val, config, args, device)
-    run = Run(args, folder, device, "scratch", {
+    run = TrainingRun(args, folder, device, "scratch", {
         "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
         "architecture": list(candidate),
     })  # fmt: skip
@@ -113,10 +125,15 @@ def retrain(args, folder):
 
     torch.manual_seed(args.seed)
     model = ShuffleNetV2(candidate, space=space)
-    utils.log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), space.flops(candidate) / 1e6, space.params(candidate) / 1e6)
+    utils.log.info(
+        "%s: %.1fM multiply-adds, %.2fM parameters",
+        list(candidate),
+        space.flops(candidate) / 1e6,
+        space.params(candidate) / 1e6,
+    )
 
     def validate(step):
-        distributed.copy_from_first(model.buffers())  # BN statistics, of which each process has its own
+        distributed.broadcast_from_rank0(model.buffers())  # BN statistics, of which each process has its own
         acc1, acc5, n_images = accuracy(model.eval(), validation)
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
         return {"val/acc1": acc1, "val/acc5": acc5}
@@ -125,12 +142,21 @@ def retrain(args, folder):
     before = {"acc1_no_pass": metrics["val/acc1"], "acc5_no_pass": metrics["val/acc5"], "seconds": metrics["seconds"]}
     # Official `bnps-` checkpoint: BN momentum 1/i over training batches at learning rate 0, so a plain average.
     if args.bn_pass:
-        plan = training_plan(len(data.train), args.batch_size, args.seed, args.iterations, args.iterations + args.bn_pass)
-        recalibrate_bn(model, model, loader.batches(itertools.islice(plan, distributed.rank(), None, distributed.world())), "average")
+        plan = training_plan(
+            len(data.train), args.batch_size, args.seed, args.iterations, args.iterations + args.bn_pass
+        )
+        recalibrate_bn(
+            model,
+            model,
+            loader.batches(itertools.islice(plan, distributed.rank(), None, distributed.world_size())),
+            "average",
+        )
     result = summary(model, accuracy(model.eval(), validation)) | before
     if distributed.rank() == 0:
         path = folder / "bnps-checkpoint.pth"
-        checkpoint.save(path, kind="scratch", step=args.iterations, model=model.state_dict(), metrics=result, **run.stored)
+        checkpoint.save(
+            path, kind="scratch", step=args.iterations, model=model.state_dict(), metrics=result, **run.stored
+        )
     utils.log.info("val after the BN pass: top-1 %.2f%%, top-5 %.2f%%", result["acc1"], result["acc5"])
     return result
 

@@ -13,6 +13,7 @@ candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated), OUT/checkpoint
 state, logs and NNI's own files in OUT/checkpoints/search/. Prints the ten best, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
 """
+
 import argparse
 import hashlib
 import itertools
@@ -22,19 +23,19 @@ import shlex
 import signal
 import sys
 
-import checkpoint
 from command_line import Parser, add_checkpoint_flag, add_data_flags, add_evaluation_flags, add_run_flags, count, real
 from dataloader import resolve_backend
-from dataset import DataConfig
-from evaluation import resolve_device
+from engines.local_engine import search_locally
+from engines.machines import check_keys, check_machines
+from engines.nni_engine import search_with_nni, trial_command
+from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import EVOLUTION, Evolution
-from flops_table import comparison, official_comparison, read_flops_table, with_flops_table
-from local_engine import search_locally
-from machines import check_keys, check_machines
-from nni_engine import search_with_nni, trial_command
-from report import write_report
-from search_record import prepare_search, read_results, state_path
-from search_space import SearchSpace
+from images.dataset import DataConfig
+from reports.page import write_report
+from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
+from space.search_space import SearchSpace
+from training import checkpoint
+from training.evaluation import resolve_device
 from utils import (
     HERE,
     Interrupted,
@@ -73,17 +74,51 @@ def parse_args(argv=None):
     group.add_argument("--crossover", type=count(0, 100_000), help="children by crossover a generation (25)")
     group.add_argument("--mutation-prob", type=real(0, 1), help="of each block to be drawn anew (0.1)")
     group.add_argument("--generations", type=count(1, 1_000_000), help="populations to evaluate (20)")
-    group.add_argument("--flops-limit", metavar="FLOPS", help="330000000, 330M, or a share of all candidates (330M, elsewhere than at 224 px 59%%)")
-    group.add_argument("--flops-table", metavar="FILE", help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)")
-    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with the search in OUT")
-    group.add_argument("--engine", choices=("nni", "local"), default="nni", help="who runs the evaluations (default: nni)")
-    group.add_argument("--concurrency", type=count(1, 1000), help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)")
-    group.add_argument("--candidates-per-trial", type=count(1, 100_000), metavar="N", help="default: a generation over the trials at a time")
+    group.add_argument(
+        "--flops-limit",
+        metavar="FLOPS",
+        help="330000000, 330M, or a share of all candidates (330M, elsewhere than at 224 px 59%%)",
+    )
+    group.add_argument(
+        "--flops-table",
+        metavar="FILE",
+        help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)",
+    )
+    group.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with the search in OUT"
+    )
+    group.add_argument(
+        "--engine", choices=("nni", "local"), default="nni", help="who runs the evaluations (default: nni)"
+    )
+    group.add_argument(
+        "--concurrency",
+        type=count(1, 1000),
+        help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)",
+    )
+    group.add_argument(
+        "--candidates-per-trial",
+        type=count(1, 100_000),
+        metavar="N",
+        help="default: a generation over the trials at a time",
+    )
     group = parser.add_argument_group("NNI")
-    group.add_argument("--experiment", default=str(HERE / "config_search.yml"), metavar="FILE", help="the NNI experiment (config_search.yml)")
-    group.add_argument("--trial-timeout", type=count(1), default=1800, metavar="S", help="for each candidate of a trial, then it is ended (1800)")
+    group.add_argument(
+        "--experiment",
+        default=str(HERE / "config_search.yml"),
+        metavar="FILE",
+        help="the NNI experiment (config_search.yml)",
+    )
+    group.add_argument(
+        "--trial-timeout",
+        type=count(1),
+        default=1800,
+        metavar="S",
+        help="for each candidate of a trial, then it is ended (1800)",
+    )
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
-    group.add_argument("--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network")
+    group.add_argument(
+        "--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network"
+    )
     parser.set_defaults(**experiment_defaults(parser, parser.parse(argv).experiment))
     return parser.parse(argv)
 
@@ -110,7 +145,9 @@ def read_experiment(path):
         if key not in forms:
             raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
         if not isinstance(experiment.get(key), forms[key]):
-            raise UserError(f"{path}: {key} is {reprlib.repr(experiment.get(key))}, not of type {forms[key][0].__name__}")
+            raise UserError(
+                f"{path}: {key} is {reprlib.repr(experiment.get(key))}, not of type {forms[key][0].__name__}"
+            )
     keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
     for key, known in keys.items():
         if not known - {"classArgs"} <= experiment[key].keys() <= known:
@@ -119,7 +156,9 @@ def read_experiment(path):
     if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
         return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
     if service != {"platform": "local"}:  # trialGpuNumber among it, for the reason that the file gives
-        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not platform: local alone, nor platform: remote with machineList alone")
+        raise UserError(
+            f"{path}: trainingService is {reprlib.repr(service)}, not platform: local alone, nor platform: remote with machineList alone"
+        )
     return experiment
 
 
@@ -150,7 +189,9 @@ def report(results, config, args, out):
     ranked = sorted((r for r in results if r["acc1"] is not None), key=lambda r: (r["acc1"], r["acc5"]), reverse=True)
     failed = len(results) - len(ranked)
     if not ranked:
-        raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {state_path(out).parent}")
+        raise UserError(
+            f"none of {failed} candidates could be evaluated; the trials' errors are below {state_path(out).parent}"
+        )
     print(f"{len(ranked)} candidates evaluated" + (f", {failed} failed" if failed else ""))
     print("rank  top-1 %  top-5 %  MFLOPs  architecture")
     for rank, result in enumerate(ranked[:10], 1):
@@ -171,7 +212,9 @@ def retrain_command(config, args):
     for name, value in config.to_dict().items():
         if value != known[name]:
             flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
-            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
+            words += (
+                [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
+            )
     if args.out != ".":
         words += ["--out", args.out]
     return words

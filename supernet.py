@@ -10,6 +10,7 @@ log.jsonl, run.log, config.yml, tensorboard/. A run that was interrupted goes on
 Expected on ImageNet: training error about .417 at the end (official log); not run here.
 Source: paper section 3.3 and 4.1; official `src/Supernet/train.py`.
 """
+
 import utils  # first, for it says how OpenMP is to wait, before torch loads it
 
 # isort: split
@@ -23,13 +24,13 @@ import torch
 import command_line
 import distributed
 from dataloader import Loader
-from dataset import DataConfig, open_data, steps_per_epoch
-from evaluation import evaluate, resolve_device
-from fixed_batches import calibration_batches, validation_batches
+from images.dataset import DataConfig, open_data, steps_per_epoch
+from images.image_cache import calibration_batches, validation_batches
 from network import ShuffleNetV2OneShot
-from sampler import PathSampler, default_flops_range
-from search_space import SearchSpace
-from training import Run, train
+from space.sampler import PathSampler, default_flops_range
+from space.search_space import SearchSpace
+from training.evaluation import evaluate, resolve_device
+from training.loop import TrainingRun, train
 
 
 def parse_args(argv=None):
@@ -39,21 +40,35 @@ def parse_args(argv=None):
     command_line.add_training_flags(parser, iterations=150_000)
     command_line.add_evaluation_flags(parser)
     group = parser.add_argument_group("paths")
-    group.add_argument("--sampler", choices=("flops-uniform", "uniform"), default="flops-uniform", help="default: flat over FLOPs bins")
-    group.add_argument("--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)")
+    group.add_argument(
+        "--sampler", choices=("flops-uniform", "uniform"), default="flops-uniform", help="default: flat over FLOPs bins"
+    )
+    group.add_argument(
+        "--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)"
+    )
     group.add_argument("--flops-bins", type=command_line.count(1, 1000), default=7, metavar="N", help="default: 7")
-    group.add_argument("--val-paths", type=command_line.count(1, 1000), default=3, metavar="N", help="fixed paths to validate (default: 3)")
+    group.add_argument(
+        "--val-paths",
+        type=command_line.count(1, 1000),
+        default=3,
+        metavar="N",
+        help="fixed paths to validate (default: 3)",
+    )
     return parser.parse(argv)
 
 
 def main(args):
     config = DataConfig.from_args(args)
-    data = distributed.in_turn(lambda: open_data(args, config))
+    data = distributed.local_rank0_first(lambda: open_data(args, config))
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     flops_range = None
     if args.sampler == "flops-uniform":
-        flops_range = [space.flops_value(v, "--flops-range") for v in args.flops_range] if args.flops_range else list(default_flops_range(space))
+        flops_range = (
+            [space.flops_value(v, "--flops-range") for v in args.flops_range]
+            if args.flops_range
+            else list(default_flops_range(space))
+        )
     sampler = PathSampler(space, args.seed, flops_range, args.flops_bins)
 
     images, heldout = data.images("supernet"), data.images("search")
@@ -62,13 +77,15 @@ def main(args):
     calibration = calibration_batches(images, config, args, device)
     validation = validation_batches(heldout, config, args, device)
     folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    run = Run(args, folder, device, "supernet", {
+    run = TrainingRun(args, folder, device, "supernet", {
         "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
         "flops_range": flops_range,
     })  # fmt: skip
     run.start()
     if flops_range:
-        utils.log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range))
+        utils.log.info(
+            "paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range)
+        )
     rng = random.Random(args.seed)
     fixed_paths = [space.random_candidate(rng) for _ in range(args.val_paths)]
 
@@ -78,10 +95,12 @@ def main(args):
     def validate(step):
         results = evaluate(copy.deepcopy(model), fixed_paths, calibration, validation, args.bn, amp=args.eval_amp)
         acc1, acc5 = (sum(r[k] for r in results) / len(results) for k in ("acc1", "acc5"))
-        utils.log.info("step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results))
+        utils.log.info(
+            "step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results)
+        )
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    metrics = train(run, model, loader, validate, sampler.path)
+    metrics = train(run, model, loader, validate, sampler.candidate)
     if distributed.rank() == 0:
         print(json.dumps(metrics))
 

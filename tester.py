@@ -8,6 +8,7 @@ A candidate's BN statistics are recalibrated on training images, then it is meas
 (`--split search`) or on val (`--split val`). Reads OUT/checkpoints/supernet (newest) or --checkpoint, our own or official.
 Source: paper section 3.4; official `src/Search/tester.py`.
 """
+
 import utils  # first, for it says how OpenMP is to wait, before torch loads it
 
 # isort: split
@@ -20,9 +21,9 @@ import threading
 import time
 
 import command_line
-from evaluation import Evaluator
-from flops_table import official_comparison
-from search_space import SearchSpace
+from space.flops_table import official_comparison
+from space.search_space import SearchSpace
+from training.evaluation import Evaluator
 
 
 def parse_args(argv=None):
@@ -30,7 +31,12 @@ def parse_args(argv=None):
     parser.add_argument("--mode", choices=("gen", "test"), default="test", help="default: test")
     command_line.add_architecture_flag(parser, default="what NNI asks for")
     command_line.add_checkpoint_flag(parser, "supernet")
-    parser.add_argument("--split", choices=("search", "val"), default="search", help="held-out training images, or val (default: search)")
+    parser.add_argument(
+        "--split",
+        choices=("search", "val"),
+        default="search",
+        help="held-out training images, or val (default: search)",
+    )
     command_line.add_run_flags(parser)
     command_line.add_data_flags(parser)
     command_line.add_evaluation_flags(parser)
@@ -54,7 +60,7 @@ def trial(args):
     """
     import nni
 
-    from gpu_lock import take_gpu
+    from engines.gpu_lock import take_gpu
 
     _end_with_parent()
     take_gpu(args.device)
@@ -65,7 +71,9 @@ def trial(args):
     for result in Evaluator(args).evaluate(parameters["candidates"]):
         results.append(result)
         nni.report_intermediate_result({"default": result["acc1"], "result": result})
-    nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results})
+    nni.report_final_result(
+        {"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results}
+    )
 
 
 def _end_with_parent():
@@ -93,7 +101,9 @@ def main(args):
     elif os.environ.get("NNI_PLATFORM"):
         trial(args)
     else:
-        raise utils.UserError("--architecture: name the architecture file to evaluate (search.py starts trials without it)")
+        raise utils.UserError(
+            "--architecture: name the architecture file to evaluate (search.py starts trials without it)"
+        )
     sys.stdout.flush()
 
 

@@ -1,4 +1,5 @@
 """What every script shares: errors a user can put right, signals, files, logging. Standard library and PyYAML."""
+
 import contextlib
 import json
 import logging
@@ -115,7 +116,9 @@ def read_yaml(path):
         raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, which no settings have")
     try:
         document = yaml.safe_load(data)
-    except Exception as error:  # beside YAMLError: a wrong !!timestamp is an AttributeError, !!int an IndexError, !!bool a KeyError
+    except (
+        Exception
+    ) as error:  # beside YAMLError: a wrong !!timestamp is an AttributeError, !!int an IndexError, !!bool a KeyError
         raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping")
@@ -173,7 +176,7 @@ def output_folder(path):
 def try_lock(path):
     """The lock of a file, which one process at a time can hold, until it ends or closes it. None where another holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")  # noqa: SIM115
+    file = open(path, "w")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,7 +263,9 @@ def versions():
 def commit():
     """The project's git commit, "unknown" outside a checkout."""
     try:
-        result = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
+        )
         return result.stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

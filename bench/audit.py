@@ -2,6 +2,7 @@
 
 Exit code 0: none, or none that our use reaches; 1: some that it does, or that nobody has looked at; 3: database not reachable.
 """
+
 import json
 import pathlib
 import subprocess

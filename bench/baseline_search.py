@@ -7,23 +7,24 @@ Imports nothing of this project but the plain network of its tests. DIR has trai
 line: top-1, peak memory, and the seconds of start (imports, network, weights, file lists), decoding and computing, which take turns: both
 use all threads.
 """
+
 import time
 
 START = time.perf_counter()
 
-import argparse  # noqa: E402
-import concurrent.futures  # noqa: E402
-import json  # noqa: E402
-import pathlib  # noqa: E402
-import random  # noqa: E402
-import sys  # noqa: E402
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import random
+import sys
 
-import torch  # noqa: E402
-import torchvision.transforms as T  # noqa: E402
-from PIL import Image  # noqa: E402
+import torch
+import torchvision.transforms as T
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
-from reference_spos import Network  # noqa: E402
+from reference_spos import Network
 
 
 def files_of(folder):
@@ -92,9 +93,22 @@ def main():
             correct += int((model(images, path).argmax(1) == labels).sum())
     n = min(args.validation, len(val))
     status = pathlib.Path("/proc/self/status")
-    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")) if status.exists() else "0 nan"
+    peak = (
+        next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        if status.exists()
+        else "0 nan"
+    )
     peak_mb = float(peak.split()[1]) * 1024 / 1e6
-    print(json.dumps({"acc1": 100 * correct / n, "n_images": n, "peak_mb": peak_mb, **{k: round(v, 3) for k, v in seconds.items()}}))
+    print(
+        json.dumps(
+            {
+                "acc1": 100 * correct / n,
+                "n_images": n,
+                "peak_mb": peak_mb,
+                **{k: round(v, 3) for k, v in seconds.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

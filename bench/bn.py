@@ -9,6 +9,7 @@ ranking with that after calibration on the whole split.
 A train-mode pass doesn't depend on the running statistics, so both modes and all lengths come from one pass over a stream.
 Writes bench/results/bn.json, from which an interrupted run goes on.
 """
+
 import argparse
 import itertools
 import json
@@ -20,18 +21,18 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
+import utils
 
 # isort: split
-import torch  # noqa: E402
+import torch
+from rank_correlation import kendall
 
-import checkpoint  # noqa: E402
-import supernet as supernet_script  # noqa: E402
-from dataloader import Loader  # noqa: E402
-from dataset import Data, calibration_plan, evaluation_plan, prepare  # noqa: E402
-from evaluation import accuracy, batch_norms, fold_bn, momentum, recalibrate_bn  # noqa: E402
-from fixed_batches import FixedBatches  # noqa: E402
-from rank_correlation import kendall  # noqa: E402
+import supernet as supernet_script
+from dataloader import Loader
+from images.dataset import Data, calibration_plan, evaluation_plan, prepare
+from images.image_cache import FixedBatches
+from training import checkpoint
+from training.evaluation import accuracy, batch_norms, fold_bn, momentum, recalibrate_bn
 
 LENGTHS = (10, 50, 200)
 MODES = ("ema", "average")
@@ -88,7 +89,10 @@ def main():
         checkpoint.check_split(stored, data.split)
         train, heldout = data.images("supernet"), data.images("search")
         loader = Loader(train, stored.data, True, backend="torchvision", workers=0)
-        streams = [FixedBatches(loader, calibration_plan(train.labels, max(options.lengths), 128, seed), args.cache) for seed in (1, 2)]
+        streams = [
+            FixedBatches(loader, calibration_plan(train.labels, max(options.lengths), 128, seed), args.cache)
+            for seed in (1, 2)
+        ]
         whole = FixedBatches(loader, calibration_plan(train.labels, len(train) // 128, 128, 3), args.cache)
         plain = Loader(heldout, stored.data, False, backend="torchvision", workers=0)
         validation = FixedBatches(plain, evaluation_plan(len(heldout), 200), args.cache)
@@ -100,18 +104,26 @@ def main():
             for k, stream in enumerate(streams):
                 for (mode, n), stats in statistics(model, candidate, stream, options.lengths).items():
                     row[f"{mode} {n} {k}"] = measure(model, candidate, stats, validation)
-            recalibrate_bn(model, lambda images, model=model, candidate=candidate: model(images, candidate), whole, "average")
+            recalibrate_bn(
+                model, lambda images, model=model, candidate=candidate: model(images, candidate), whole, "average"
+            )
             folded = fold_bn(model)
-            row["whole"] = accuracy(lambda images, folded=folded, candidate=candidate: folded(images, candidate), validation)[0]
+            row["whole"] = accuracy(
+                lambda images, folded=folded, candidate=candidate: folded(images, candidate), validation
+            )[0]
             rows.append(row)
-            utils.write_json(options.results, {"commit": utils.commit(), "versions": utils.versions(), "rows": rows}, indent=1)
+            utils.write_json(
+                options.results, {"commit": utils.commit(), "versions": utils.versions(), "rows": rows}, indent=1
+            )
     report(rows, options)
     print(f"{time.perf_counter() - start:.0f} s")
 
 
 def report(rows, options):
     """Prints the table of means over supernets."""
-    print("| mode | batches of 128 | top-1, mean | between two streams, mean abs. difference | tau between the streams | tau with the whole split |")
+    print(
+        "| mode | batches of 128 | top-1, mean | between two streams, mean abs. difference | tau between the streams | tau with the whole split |"
+    )
     print("|---|---|---|---|---|---|")
     supernets = sorted({r["supernet"] for r in rows})
     for mode, n in itertools.product(MODES, options.lengths):

@@ -5,6 +5,7 @@ search must reach 86% on the test images and beat logistic regression on the sam
 candidate is the first legal draw of the seed and is fixed before the search. What is finished is not run again:
 an interrupted demo goes on, and a finished one only prints its table (`rm -r demo` starts anew).
 """
+
 import argparse
 import json
 import pathlib
@@ -19,13 +20,13 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import scratch  # noqa: E402
-from dataloader import Loader  # noqa: E402
-from dataset import Data, DataConfig, evaluation_plan, prepare  # noqa: E402
-from network import ShuffleNetV2OneShot  # noqa: E402
-from search_record import read_results  # noqa: E402
-from search_space import SearchSpace  # noqa: E402
-from utils import read_json, write_json  # noqa: E402
+import scratch
+from dataloader import Loader
+from engines.search_record import read_results
+from images.dataset import Data, DataConfig, evaluation_plan, prepare
+from network import ShuffleNetV2OneShot
+from space.search_space import SearchSpace
+from utils import read_json, write_json
 
 TARGET = 86.0  # percent, top-1 of the retrained winner
 
@@ -60,7 +61,9 @@ def commands(*several):
     several = [[str(w) for w in words] for words in several]
     for words in several:
         print(f"$ python {shlex.join(words)}", flush=True)
-    processes = [subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for words in several]
+    processes = [
+        subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for words in several
+    ]
     outputs = [process.communicate()[0] for process in processes]
     for words, process, output in zip(several, processes, outputs):
         print(output, flush=True)
@@ -97,7 +100,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=ROOT / "demo", type=pathlib.Path, metavar="DIR")
     parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="after --: flags for supernet.py and scratch.py, such as --iterations 20")
+    parser.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        help="after --: flags for supernet.py and scratch.py, such as --iterations 20",
+    )
     options = parser.parse_args()
     out, overrides = options.out.resolve(), options.overrides[1:]
     start = time.perf_counter()
@@ -132,7 +139,9 @@ def main():
     winner = next(r for r in measured if tuple(r["architecture"]) == winner_candidate)
 
     def row(name, measured_on, acc1, flops, params, seconds):
-        print(f"| {name:<50} | {measured_on:<8} | {acc1:6.2f} | {flops / 1e6:5.2f} | {params / 1e6:6.2f} | {seconds:7.0f} |")
+        print(
+            f"| {name:<50} | {measured_on:<8} | {acc1:6.2f} | {flops / 1e6:5.2f} | {params / 1e6:6.2f} | {seconds:7.0f} |"
+        )
 
     def candidate_row(name, measured_on, acc1, candidate, seconds):
         row(name, measured_on, acc1, space.flops(candidate), space.params(candidate), seconds)
@@ -142,14 +151,42 @@ def main():
     drawn = [r for r in first_population if r["acc1"] is not None]
     acc1, flops = (sum(r[key] for r in drawn) / len(drawn) for key in ("acc1", "flops"))
     supernet_params = sum(p.numel() for p in ShuffleNetV2OneShot(space=space).parameters())
-    row(f"supernet, mean of {len(drawn)} random candidates", "held-out", acc1, flops, supernet_params, steps.seconds("supernet"))
+    row(
+        f"supernet, mean of {len(drawn)} random candidates",
+        "held-out",
+        acc1,
+        flops,
+        supernet_params,
+        steps.seconds("supernet"),
+    )
     name = f"best of the search, {len(measured)} candidates, in the supernet"
     candidate_row(name, "held-out", winner["acc1"], winner_candidate, steps.seconds("search"))
-    candidate_row("a random candidate, in the supernet", "held-out", in_supernet["acc1"], chosen, steps.seconds("random in supernet"))
-    candidate_row("best of the search, retrained", "test", retrained["winner"]["acc1"], winner_candidate, retrained["winner"]["seconds"])
-    candidate_row("the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, retrained["random"]["seconds"])
+    candidate_row(
+        "a random candidate, in the supernet",
+        "held-out",
+        in_supernet["acc1"],
+        chosen,
+        steps.seconds("random in supernet"),
+    )
+    candidate_row(
+        "best of the search, retrained",
+        "test",
+        retrained["winner"]["acc1"],
+        winner_candidate,
+        retrained["winner"]["seconds"],
+    )
+    candidate_row(
+        "the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, retrained["random"]["seconds"]
+    )
     weights = 3 * config.input_size**2 * space.n_classes
-    row("logistic regression on the same pixels", "test", regression, weights, weights + space.n_classes, steps.seconds("logistic regression"))
+    row(
+        "logistic regression on the same pixels",
+        "test",
+        regression,
+        weights,
+        weights + space.n_classes,
+        steps.seconds("logistic regression"),
+    )
     print(f"\nFLOPs (multiply-adds) and parameters in millions; the limit of the search was {limit / 1e6:.1f}M. "
           f"This run took {time.perf_counter() - start:.0f} s.")  # fmt: skip
     if not overrides and not max(TARGET, regression) <= retrained["winner"]["acc1"]:

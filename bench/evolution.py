@@ -12,6 +12,7 @@ candidates each; the official code evaluates 21) and with more parents is measur
 candidate that measured best, in percent of the range from the worst to the best legal candidate. Prints a Markdown table and
 writes bench/results/evolution.json. `--make-tables` writes bench/evolution_tables.json anew, which gives the committed file.
 """
+
 import argparse
 import itertools
 import pathlib
@@ -23,10 +24,10 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import count  # noqa: E402
-from evolution_tuner import Evolution  # noqa: E402
-from search_space import SearchSpace  # noqa: E402
-from utils import commit, read_json, versions, write_json  # noqa: E402
+from command_line import count
+from evolution_tuner import Evolution
+from space.search_space import SearchSpace
+from utils import commit, read_json, versions, write_json
 
 SPACE, LIMIT = SearchSpace(), 330_000_000
 TABLES = ROOT / "bench" / "evolution_tables.json"
@@ -80,7 +81,9 @@ def extreme(table, costs, limit, sign):
             beginnings = []
             for last, front in fronts.items():
                 change = sign * (gain + (pairs[block - 1][last][choice] if block and pairs else 0))
-                beginnings += [(cost + costs[block][choice], value + change, (*begun, choice)) for cost, value, begun in front]
+                beginnings += [
+                    (cost + costs[block][choice], value + change, (*begun, choice)) for cost, value, begun in front
+                ]
             following[choice] = pareto(beginnings, limit - to_come[block])
         fronts = following
     return max(itertools.chain(*fronts.values()), key=lambda end: end[1])[2]
@@ -105,7 +108,8 @@ def with_extremes(rewards, pairs=(), noise_sd=0):
         "best_without_limit": extreme(table, SPACE.operation_flops, SPACE.flops_range[1], 1),
     }
     return table | {
-        name: {"architecture": list(c), "flops": SPACE.flops(c), "reward": reward(table, c)} for name, c in found.items()
+        name: {"architecture": list(c), "flops": SPACE.flops(c), "reward": reward(table, c)}
+        for name, c in found.items()
     }
 
 
@@ -170,8 +174,12 @@ def summary(regrets):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make-tables", action="store_true", help="write the tables and end")
-    parser.add_argument("--seeds", type=count(), default=100, metavar="N", help="searches for each table and method (default: 100)")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "evolution.json", metavar="FILE")
+    parser.add_argument(
+        "--seeds", type=count(), default=100, metavar="N", help="searches for each table and method (default: 100)"
+    )
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "evolution.json", metavar="FILE"
+    )
     options = parser.parse_args(argv)
     if options.make_tables:
         write_json(TABLES, committed_tables())
@@ -192,7 +200,11 @@ def main(argv=None):
         "seeds": options.seeds, "flops_limit": LIMIT, "tables_seed": committed["seed"], "methods": METHODS | MORE,
         "range": {name: reward_range(table) for name, table in committed["tables"].items()},
     }  # fmt: skip
-    write_json(options.results, {"settings": settings, "commit": commit(), "versions": versions(), "results": results}, indent=1)
+    write_json(
+        options.results,
+        {"settings": settings, "commit": commit(), "versions": versions(), "results": results},
+        indent=1,
+    )
 
 
 if __name__ == "__main__":

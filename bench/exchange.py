@@ -4,6 +4,7 @@ The same steps, in turns, with no exchange at all, with that of distributed.py (
 with DistributedDataParallel (find_unused_parameters: those of all operations, in buckets, while the backward pass still runs). Prints
 a Markdown table of medians and adds to bench/results/exchange.json. Needs neither DALI nor NNI nor images.
 """
+
 import pathlib
 import statistics
 import sys
@@ -12,19 +13,19 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
+import utils
 
 # isort: split
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-import command_line  # noqa: E402
-import distributed  # noqa: E402
-from evaluation import resolve_device  # noqa: E402
-from network import ShuffleNetV2OneShot  # noqa: E402
-from sampler import PathSampler, default_flops_range  # noqa: E402
-from search_space import SearchSpace  # noqa: E402
-from training import begin_momentum, parameter_groups  # noqa: E402
+import command_line
+import distributed
+from network import ShuffleNetV2OneShot
+from space.sampler import PathSampler, default_flops_range
+from space.search_space import SearchSpace
+from training.evaluation import resolve_device
+from training.loop import begin_momentum, parameter_groups
 
 EXCHANGES = ("none", "the path's gradients", "DistributedDataParallel")
 
@@ -49,15 +50,20 @@ def main(options):
         torch.manual_seed(0)
         models[name] = ShuffleNetV2OneShot(space=space).to(device, memory_format=torch.channels_last).train()
         optimizers[name] = torch.optim.SGD(parameter_groups(models[name], 4e-5), lr=0.01, momentum=0.9, fused=True)
-    models[EXCHANGES[2]] = nn.parallel.DistributedDataParallel(models[EXCHANGES[2]], find_unused_parameters=True, forward_sync_buffers=False)
+    models[EXCHANGES[2]] = nn.parallel.DistributedDataParallel(
+        models[EXCHANGES[2]], find_unused_parameters=True, forward_sync_buffers=False
+    )
     images = torch.rand(options.batch_size, 3, options.input_size, options.input_size, device=device).mul_(255)
-    images, labels = images.to(memory_format=torch.channels_last), torch.randint(1000, (options.batch_size,), device=device)
+    images, labels = (
+        images.to(memory_format=torch.channels_last),
+        torch.randint(1000, (options.batch_size,), device=device),
+    )
     for step in range(options.steps + 1):
         for name in EXCHANGES:
-            distributed.highest(0)  # start together
+            distributed.all_reduce_max(0)  # start together
             start = time.perf_counter()
             optimizers[name].zero_grad(set_to_none=True)
-            criterion(models[name](images, sampler.path(step)), labels).backward()
+            criterion(models[name](images, sampler.candidate(step)), labels).backward()
             if name == EXCHANGES[1]:
                 distributed.average_gradients(models[name].parameters())
             begin_momentum(optimizers[name])
@@ -69,12 +75,15 @@ def main(options):
     if distributed.rank():
         return
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    sent = {EXCHANGES[1]: space.params(sampler.path(0)), EXCHANGES[2]: sum(p.numel() for p in models[EXCHANGES[0]].parameters())}
+    sent = {
+        EXCHANGES[1]: space.params(sampler.candidate(0)),
+        EXCHANGES[2]: sum(p.numel() for p in models[EXCHANGES[0]].parameters()),
+    }
     print("| exchange | ms a step | over none, ms | MB of gradients |\n|---|---|---|---|")
     for name, s in medians.items():
         print(f"| {name} | {1000 * s:.0f} | {1000 * (s - medians['none']):.0f} | {4e-6 * sent.get(name, 0):.1f} |")
     result = {
-        "medians": medians, "seconds": seconds, "processes": distributed.world(), "batch_size": options.batch_size, "input_size": options.input_size,
+        "medians": medians, "seconds": seconds, "processes": distributed.world_size(), "batch_size": options.batch_size, "input_size": options.input_size,
         "commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }  # fmt: skip

@@ -10,6 +10,7 @@ Every training is written to the results file when it ends: a run that was stopp
 started again. Images are decoded once. The recipe is that of demo.yml, or --config, with its warm-up and BN pass shortened as the
 iterations are. Writes bench/results/ranking.json, and ranking.svg and ranking.png beside it.
 """
+
 import argparse
 import bisect
 import hashlib
@@ -22,24 +23,24 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
+import utils
 
 # isort: split
-import torch  # noqa: E402
+import torch
+from rank_correlation import agreement, bootstrap, candidates_needed, interval, resamples
 
-import scratch  # noqa: E402
-import tester  # noqa: E402
-from command_line import count  # noqa: E402
-from dataloader import Loader  # noqa: E402
-from dataset import Data, DataConfig, prepare, training_plan  # noqa: E402
-from evaluation import Evaluator, accuracy, evaluate, recalibrate_bn, resolve_device  # noqa: E402
-from figures import draw_ranking  # noqa: E402
-from fixed_batches import FixedBatches, validation_batches  # noqa: E402
-from network import ShuffleNetV2, ShuffleNetV2OneShot  # noqa: E402
-from rank_correlation import agreement, bootstrap, candidates_needed, interval, resamples  # noqa: E402
-from search_space import SearchSpace, operation_convs  # noqa: E402
-from training import dropout_seed, learning_rate, parameter_groups  # noqa: E402
-from utils import UserError, read_json, write_json  # noqa: E402
+import scratch
+import tester
+from command_line import count
+from dataloader import Loader
+from images.dataset import Data, DataConfig, prepare, training_plan
+from images.image_cache import FixedBatches, validation_batches
+from network import ShuffleNetV2, ShuffleNetV2OneShot
+from reports.figures import draw_ranking
+from space.search_space import SearchSpace, operation_convs
+from training.evaluation import Evaluator, accuracy, evaluate, recalibrate_bn, resolve_device
+from training.loop import dropout_seed, learning_rate, parameter_groups
+from utils import UserError, read_json, write_json
 
 PREDICTORS = {
     "supernet": "supernet", "flops": "FLOPs", "params": "parameters", "kernel_size": "mean depthwise kernel size",
@@ -68,7 +69,9 @@ def draw_candidates(space, n, seed=0):
         drawn = (tuple(rng.choices(range(len(row)), row)[0] for row in weights) for _ in range(TRIES))
         candidate = next((c for c in drawn if min(n - 1, int((space.flops(c) - low) / width)) == i), None)
         if candidate is None:
-            raise UserError(f"--candidates {n}: none found in step {i + 1} of {n} between the lowest and the highest FLOPs; take fewer")
+            raise UserError(
+                f"--candidates {n}: none found in step {i + 1} of {n} between the lowest and the highest FLOPs; take fewer"
+            )
         candidates.append(candidate)
     return candidates
 
@@ -91,7 +94,9 @@ def _weights(space, target):
 
 def kernel_size(space, candidate):
     """The mean size of the depthwise kernels."""
-    convs = [c for shape, choice in zip(space.blocks, candidate) for c in operation_convs(space.operations[choice], shape)]
+    convs = [
+        c for shape, choice in zip(space.blocks, candidate) for c in operation_convs(space.operations[choice], shape)
+    ]
     sizes = [c.kernel_size for c in convs if c.groups > 1]
     return sum(sizes) / len(sizes)
 
@@ -134,7 +139,9 @@ class Trainings:
         args, (training, *bn_pass) = self.args, self._decoded(seed)
         torch.manual_seed(seed)
         model = ShuffleNetV2(candidate, space=self.space).to(self.device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(parameter_groups(model, args.weight_decay), lr=args.lr, momentum=args.momentum, fused=True)
+        optimizer = torch.optim.SGD(
+            parameter_groups(model, args.weight_decay), lr=args.lr, momentum=args.momentum, fused=True
+        )
         criterion = torch.nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         for step, (images, labels) in enumerate(training, 1):
             for group in optimizer.param_groups:
@@ -167,14 +174,20 @@ def scratch_args(words, iterations):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--supernet", metavar="FILE", required=True, help="its checkpoint")
-    parser.add_argument("--config", metavar="FILE", help="settings of tester.py and scratch.py (default: demo.yml, the bundled images)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings of tester.py and scratch.py (default: demo.yml, the bundled images)"
+    )
     parser.add_argument("--candidates", type=count(3, 10_000), default=32, help="default: 32")
     parser.add_argument("--seeds", type=count(2, 100), default=2, help="of training, from 0 (default: 2)")
     parser.add_argument("--iterations", type=count(), default=300, help="of every training (default: 300)")
     parser.add_argument("--threads", type=count(1, 1024), default=1, help="default: 1")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "ranking.json", metavar="FILE")
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "ranking.json", metavar="FILE"
+    )
     return parser.parse_args(argv)
 
 
@@ -184,13 +197,22 @@ def measure(options):
     words += ["--threads", str(options.threads), "--loader", "torchvision", "--workers", "0"]
     args = scratch_args(words, options.iterations)
     prepare(args)
-    settings = {key: vars(args)[key] for key in ("iterations", "batch_size", "lr", "warmup", "weight_decay", "label_smoothing", "bn_pass")}
-    settings |= {"candidates": options.candidates, "seeds": options.seeds, "config": options.config and pathlib.Path(options.config).read_text()}
+    settings = {
+        key: vars(args)[key]
+        for key in ("iterations", "batch_size", "lr", "warmup", "weight_decay", "label_smoothing", "bn_pass")
+    }
+    settings |= {
+        "candidates": options.candidates,
+        "seeds": options.seeds,
+        "config": options.config and pathlib.Path(options.config).read_text(),
+    }
     with open(options.supernet, "rb") as file:
         settings["supernet"] = hashlib.file_digest(file, "sha256").hexdigest()
     results = read_json(options.results) if options.results.exists() else {"settings": settings}
     if odd := sorted(k for k in settings if results["settings"].get(k) != settings[k]):
-        raise UserError(f"{options.results}: has been made with another {odd[0]}; use that, remove it, or name another --results")
+        raise UserError(
+            f"{options.results}: has been made with another {odd[0]}; use that, remove it, or name another --results"
+        )
 
     if "candidates" not in results:
         evaluator = Evaluator(tester.parse_args([*words, "--checkpoint", options.supernet]))
@@ -263,13 +285,19 @@ def report(results):
     summary = results["summary"]
     spread = [max(row["standalone"]) - min(row["standalone"]) for row in results["candidates"]]
     alone = sorted(sum(row["standalone"]) / len(row["standalone"]) for row in results["candidates"])
-    print(f"\nstand-alone top-1 from {alone[0]:.2f} to {alone[-1]:.2f}%, seeds {sum(spread) / len(spread):.2f} points apart in the mean\n")
+    print(
+        f"\nstand-alone top-1 from {alone[0]:.2f} to {alone[-1]:.2f}%, seeds {sum(spread) / len(spread):.2f} points apart in the mean\n"
+    )
     print("| candidates ranked by | tau | 95% interval | minus that of FLOPs | 95% interval |")
     print("|---|---|---|---|---|")
     for name, row in summary.items():
         cells = [PREDICTORS.get(name, CEILING), f"{row['tau']:.2f}", "{:.2f} to {:.2f}".format(*row["interval"])]
         compared = "minus_flops" in row and name != "flops"
-        cells += [f"{row['minus_flops']:+.2f}", "{:+.2f} to {:+.2f}".format(*row["minus_flops_interval"])] if compared else ["", ""]
+        cells += (
+            [f"{row['minus_flops']:+.2f}", "{:+.2f} to {:+.2f}".format(*row["minus_flops_interval"])]
+            if compared
+            else ["", ""]
+        )
         print(f"| {' | '.join(cells)} |")
     print(f"\n{results['verdict']}")
 
@@ -279,7 +307,11 @@ def main(options):
     results["summary"] = summarise(results["candidates"], options.seeds)
     results["verdict"] = verdict(results["summary"], options.candidates)
     write_json(options.results, results, indent=1)
-    draw_ranking(results["candidates"], {PREDICTORS.get(name, CEILING): row for name, row in results["summary"].items()}, options.results.parent)
+    draw_ranking(
+        results["candidates"],
+        {PREDICTORS.get(name, CEILING): row for name, row in results["summary"].items()},
+        options.results.parent,
+    )
     report(results)
 
 

@@ -10,6 +10,7 @@ mid-search (the tenth of twenty) of a simulated evolution. "images once" and the
 and the loading of the supernet, which a trial does once for its whole list. Runs on a GPU as it does on CPU cores. Prints
 Markdown tables and adds to bench/results/search.json.
 """
+
 import argparse
 import contextlib
 import json
@@ -25,24 +26,24 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import utils  # noqa: E402
+import utils
 
 # isort: split
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image
 
-import checkpoint  # noqa: E402
-from bench.bn import kendall  # noqa: E402
-from dataloader import Loader  # noqa: E402
-from dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order  # noqa: E402
-from evaluation import PrefixTree, evaluate, resolve_device  # noqa: E402
-from evolution_tuner import Evolution  # noqa: E402
-from fixed_batches import FixedBatches  # noqa: E402
-from network import ShuffleNetV2OneShot  # noqa: E402
-from prefix_tree import tree_flops  # noqa: E402
-from search_record import read_results  # noqa: E402
-from search_space import SearchSpace  # noqa: E402
+from bench.bn import kendall
+from dataloader import Loader
+from engines.search_record import read_results
+from evolution_tuner import Evolution
+from images.dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order
+from images.image_cache import FixedBatches
+from network import ShuffleNetV2OneShot
+from space.search_space import SearchSpace
+from space.splitting import tree_flops
+from training import checkpoint
+from training.evaluation import PrefixTree, evaluate, resolve_device
 
 CALIBRATION, VALIDATION = 20, 2000  # batches of 128; images
 FULL = 25_600 + 50_000  # the images that a candidate meets in the official search and the paper's validation
@@ -68,7 +69,9 @@ def draw_jpegs(folder, n_classes=1000):
     sources = []
     folder.mkdir(parents=True)
     for i in range(100):
-        small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
         noisy = np.clip(np.asarray(small) + rng.normal(0, 12, (375, 500, 1)), 0, 255).astype(np.uint8)
         sources.append(folder / f"{i}.jpg")
         Image.fromarray(noisy).save(sources[-1], quality=92)
@@ -90,7 +93,9 @@ class Bench:
         val = val.take(stratified_order(val.labels, 0)[:VALIDATION])
 
         def fixed(images, augment, plan):
-            return FixedBatches(Loader(images, config, augment, device=self.device, backend=options.loader), plan, cache)
+            return FixedBatches(
+                Loader(images, config, augment, device=self.device, backend=options.loader), plan, cache
+            )
 
         self.calibration = fixed(train, True, calibration_plan(train.labels, CALIBRATION, 128, 0))
         self.validation = fixed(val, False, evaluation_plan(VALIDATION, 200))
@@ -118,7 +123,9 @@ class Bench:
         torch.set_num_threads(threads or before)
         self.supernet.to(memory_format=layout)
         contiguous = layout == torch.contiguous_format
-        batches = [[(x.contiguous() if contiguous else x, y) for x, y in b] for b in (self.calibration, self.validation)]
+        batches = [
+            [(x.contiguous() if contiguous else x, y) for x, y in b] for b in (self.calibration, self.validation)
+        ]
         tree, found = PrefixTree(self.supernet, candidates, fold, amp), {c: [] for c in candidates}
         with torch.inference_mode(), tree.borrowed_norms():
             tree.calibrate(batches[0], "average")
@@ -197,15 +204,25 @@ def run_case(options):
         result["tree"] = {n: tree_flops(model.space, c) / sum(map(model.space.flops, c))
                           for n in (10, 50, 200) for c in [generation(model.space, n)]}  # fmt: skip
         if options.case == "demo":
-            result["populations"] = {n: bench.evaluate(generation(model.space, n), "prefix tree")[0] for n in options.populations}
+            result["populations"] = {
+                n: bench.evaluate(generation(model.space, n), "prefix tree")[0] for n in options.populations
+            }
             result["exactness"] = exactness(bench, candidates)
         return result
 
 
 def summarize(rows, starts, population, bench):
-    base = {k: statistics.median(r[k] for r in rows["baseline"]) for k in ("start", "decode", "compute", "total", "peak_mb")}
+    base = {
+        k: statistics.median(r[k] for r in rows["baseline"]) for k in ("start", "decode", "compute", "total", "peak_mb")
+    }
     start = statistics.median(starts)
-    result = {"baseline": base, "trial_start": start, "decoding_once": bench.decoding, "population": population, "rows": {}}
+    result = {
+        "baseline": base,
+        "trial_start": start,
+        "decoding_once": bench.decoding,
+        "population": population,
+        "rows": {},
+    }
     without = base["decode"] + base["compute"]
     print(f"\n{population} candidates; start of a trial {start:.1f} s; decoding once {bench.decoding:.1f} s\n")
     print("| | s a candidate | times the baseline | with process start | peak memory, MB | 25,600 + 50,000 images, s |")
@@ -219,7 +236,9 @@ def summarize(rows, starts, population, bench):
         with_start = (base["start"] + without) / (seconds + start / a_list)
         result["rows"][change] = {"seconds": seconds, "ratio": without / seconds, "ratio_with_start": with_start, "peak_mb": peak,
                                   "all": [r[0] for r in rows[change]]}  # fmt: skip
-        print(f"| + {change} | {seconds:.2f} | {without / seconds:.1f} | {with_start:.1f} | {peak:.0f} | {full * seconds + start / a_list:.0f} |")
+        print(
+            f"| + {change} | {seconds:.2f} | {without / seconds:.1f} | {with_start:.1f} | {peak:.0f} | {full * seconds + start / a_list:.0f} |"
+        )
     return result
 
 
@@ -239,7 +258,11 @@ def exactness(bench, candidates):
         print(f"| {name} | {result[name]:.3f} |")
     (_, a), (_, b) = bench.predictions(candidates), bench.predictions(candidates, amp="bf16")
     a, b = ([x[c] for c in candidates] for x in (a, b))
-    result["bf16_ranking"] = {"tau": kendall(a, b), "mean_abs_points": statistics.fmean(abs(x - y) for x, y in zip(a, b)), "candidates": len(a)}
+    result["bf16_ranking"] = {
+        "tau": kendall(a, b),
+        "mean_abs_points": statistics.fmean(abs(x - y) for x, y in zip(a, b)),
+        "candidates": len(a),
+    }
     print(f"\nbf16 over {len(a)} candidates: accuracies {result['bf16_ranking']['mean_abs_points']:.2f} points apart in the mean, "
           f"Kendall's tau with float32 {result['bf16_ranking']['tau']:.2f}")  # fmt: skip
     return result
@@ -251,14 +274,42 @@ def run_nni(options):
     print("| engine | wall time, s | evaluating, s | share of all else |\n|---|---|---|---|")
     for engine in ("local", "nni"):
         with tempfile.TemporaryDirectory() as out:
-            subprocess.run([sys.executable, ROOT / "tester.py", "--mode", "gen", "--out", out], check=True, capture_output=True)
-            words = ["--demo", "--engine", engine, "--checkpoint", options.supernet, "--out", out, "--bn-batches", CALIBRATION]
-            words += ["--population", 50, "--select", 10, "--mutation", 25, "--crossover", 25, "--generations", options.generations]
+            subprocess.run(
+                [sys.executable, ROOT / "tester.py", "--mode", "gen", "--out", out], check=True, capture_output=True
+            )
+            words = [
+                "--demo",
+                "--engine",
+                engine,
+                "--checkpoint",
+                options.supernet,
+                "--out",
+                out,
+                "--bn-batches",
+                CALIBRATION,
+            ]
+            words += [
+                "--population",
+                50,
+                "--select",
+                10,
+                "--mutation",
+                25,
+                "--crossover",
+                25,
+                "--generations",
+                options.generations,
+            ]
             start = time.perf_counter()
             subprocess.run([sys.executable, ROOT / "search.py", *map(str, words)], check=True, capture_output=True)
             wall = time.perf_counter() - start
             evaluating = sum(r["seconds"] for r in read_results(out)) / 2  # two trials at a time
-            result[engine] = {"wall": wall, "evaluating": evaluating, "share": 1 - evaluating / wall, "generations": options.generations}
+            result[engine] = {
+                "wall": wall,
+                "evaluating": evaluating,
+                "share": 1 - evaluating / wall,
+                "generations": options.generations,
+            }
             print(f"| {engine} | {wall:.0f} | {evaluating:.0f} | {1 - evaluating / wall:.1%} |", flush=True)
     return result
 
@@ -269,7 +320,13 @@ def main():
     parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, nni)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--population", type=int, help="default: 50 (demo), 10 (jpeg)")
-    parser.add_argument("--populations", type=int, nargs="*", default=(10, 50, 200), help="whose seconds a candidate are compared (demo)")
+    parser.add_argument(
+        "--populations",
+        type=int,
+        nargs="*",
+        default=(10, 50, 200),
+        help="whose seconds a candidate are compared (demo)",
+    )
     parser.add_argument("--generations", type=int, default=3, help="of the real searches (nni)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--loader", choices=("dali", "torchvision"), default="torchvision")
@@ -279,7 +336,12 @@ def main():
     if options.case != "jpeg" and not options.supernet:
         parser.error("--supernet: name a checkpoint of supernet.py --demo")
     result = run_nni(options) if options.case == "nni" else run_case(options)
-    result |= {"commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(), "device": options.device}
+    result |= {
+        "commit": utils.commit(),
+        "versions": utils.versions(),
+        "threads": torch.get_num_threads(),
+        "device": options.device,
+    }
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     utils.write_json(options.results, results | {options.case: result}, indent=1)
 

@@ -9,6 +9,7 @@ The floor is what the step would take if the convolutions ran at the rate of a l
 were written and read once by each convolution in each of the three passes (forward, gradient of input, gradient of weights) at
 the rate of a copy.
 """
+
 import argparse
 import contextlib
 import json
@@ -20,18 +21,18 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import utils  # noqa: E402
+import utils
 
 # isort: split
-import torch  # noqa: E402
-from reference_spos import Network  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from reference_spos import Network
+from torch import nn
 
-from evaluation import correct_counts, resolve_device  # noqa: E402
-from network import ShuffleNetV2OneShot  # noqa: E402
-from sampler import PathSampler, default_flops_range  # noqa: E402
-from search_space import SearchSpace, operation_convs  # noqa: E402
-from training import begin_momentum, parameter_groups  # noqa: E402
+from network import ShuffleNetV2OneShot
+from space.sampler import PathSampler, default_flops_range
+from space.search_space import SearchSpace, operation_convs
+from training.evaluation import correct_counts, resolve_device
+from training.loop import begin_momentum, parameter_groups
 
 KINDS = {  # of operations, by parts of their names, in this order
     "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "Optimizer"), "convolutions": ("conv",),
@@ -43,14 +44,29 @@ KINDS = {  # of operations, by parts of their names, in this order
 class Variant:
     """A network and its optimizer with some of the changes; `step(images, labels, path)` trains once."""
 
-    def __init__(self, name, space, weights, device, views=True, channels_last=True, fused=True, lazy=True, amp="off", tf32=False, compiled=False):
+    def __init__(
+        self,
+        name,
+        space,
+        weights,
+        device,
+        views=True,
+        channels_last=True,
+        fused=True,
+        lazy=True,
+        amp="off",
+        tf32=False,
+        compiled=False,
+    ):
         self.name, self.device, self.amp, self.lazy, self.tf32 = name, device, amp, lazy, tf32
         self.fused = fused
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         if views:
             self.model = ShuffleNetV2OneShot(space=space)
         else:
-            self.model = Network(None, space.n_classes, stem_stride=space.stem_stride, last_size=space.blocks[-1].out_size)
+            self.model = Network(
+                None, space.n_classes, stem_stride=space.stem_stride, last_size=space.blocks[-1].out_size
+            )
         self.model.load_state_dict(weights)
         self.model.to(device, memory_format=self.layout).train()
         if compiled:
@@ -166,7 +182,11 @@ def main():
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--compile", action="store_true", help="a row with every operation compiled: minutes, for the first of its steps")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="a row with every operation compiled: minutes, for the first of its steps",
+    )
     parser.add_argument("--paths", type=int, metavar="N", help="take the same N paths in turn; --steps is to be higher")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int)
@@ -178,7 +198,7 @@ def main():
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size, 3, options.input_size, options.input_size)
     rows = variants(space, device, options.compile)
-    paths = [sampler.path(i) for i in range(options.paths or options.steps + 1)]
+    paths = [sampler.candidate(i) for i in range(options.paths or options.steps + 1)]
     seconds, peaks = {v.name: [] for v in rows}, {}
     for step in range(options.steps + 1):
         images = (torch.rand(shape, generator=generator) * 255).to(device)
@@ -194,10 +214,14 @@ def main():
             peaks[variant.name] = max(peaks.get(variant.name, 0), memory_mb(device))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     counted, threads = len(seconds["reference"]), torch.get_num_threads()
-    print(f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads, median of {counted} steps\n")
+    print(
+        f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads, median of {counted} steps\n"
+    )
     print("| | ms a step | times the reference | images a second | peak memory, MB |\n|---|---|---|---|---|")
     for name, s in medians.items():
-        print(f"| {name} | {1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f} |")
+        print(
+            f"| {name} | {1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f} |"
+        )
     batch = images, labels, paths[0]
     whole = next(v for v in rows if v.name == "+ metrics fetched late")
     profiles = {v.name: profile(v, batch) for v in (rows[0], whole, rows[-1])}

@@ -7,6 +7,7 @@ usr/share/datasets/fashion-mnist in Debian's package dataset-fashion-mnist) and 
 greyscale JPEG files of 28x28 px, fashion-mnist/{train,val}/<class>/NNNNN.jpg, with the licence. NNNNN is an image's place
 in its original file, and those taken are the first of every class there. Takes half a minute.
 """
+
 import argparse
 import gzip
 import hashlib

@@ -1,4 +1,5 @@
 """Shared fixtures: small trees of coloured images, bundled ones as tensors, and the scripts run as a person runs them."""
+
 import argparse
 import functools
 import importlib.util
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import bundled
+from images import bundled
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
@@ -40,9 +41,9 @@ def make_tree(root, train=12, val=7):
     return root
 
 
-def load_bench(name):
-    """The module bench/NAME.py, whose name a module of the project may have too."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+def load(path):
+    """The module in a file, "bench/search.py", whose name a module at the root may have too."""
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -51,7 +52,9 @@ def load_bench(name):
 @functools.cache
 def real_images(n, px):
     """`n` of the bundled training images, as many of each class in turn: (n, 3, px, px) in [0, 255], and their labels (n,)."""
-    classes = sorted(path for path in (bundled.unpack(ROOT / "data" / "fashion-mnist") / "train").iterdir() if path.is_dir())
+    classes = sorted(
+        path for path in (bundled.unpack(ROOT / "data" / "fashion-mnist") / "train").iterdir() if path.is_dir()
+    )
     files = [sorted(folder.iterdir()) for folder in classes]
     images = []
     for i in range(n):
@@ -82,6 +85,8 @@ def run(script, *words, code=0, cwd=None, **variables):
         words += ("--cache", os.environ["TEST_CACHE"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     words = [str(w) for w in words]
-    result = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True, env=environment, timeout=300, cwd=cwd)
+    result = subprocess.run(
+        [sys.executable, ROOT / script, *words], capture_output=True, text=True, env=environment, timeout=300, cwd=cwd
+    )
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr

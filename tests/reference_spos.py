@@ -4,6 +4,7 @@ Written from the published description (arXiv 1904.00420, section 3.4 and table 
 uses torch and nothing of this project, and no cleverness: every layer is spelled out, channels are shuffled by reshape
 and permute, and the pooling is an AvgPool of the last feature map's size.
 """
+
 import torch
 from torch import nn
 

@@ -1,14 +1,19 @@
 """bench/audit.py on what pip-audit says; and that the program installed is the pinned one."""
+
 import json
 import re
 import stat
 
 import pytest
-from conftest import ROOT, load_bench
+from conftest import ROOT, load
 
-audit = load_bench("audit")
+audit = load("bench/audit.py")
 CLEAN = {"name": "numpy", "version": "2.4.6", "vulns": []}
-BROKEN = {"name": "pillow", "version": "1.0", "vulns": [{"id": "PYSEC-1", "aliases": ["CVE-2"], "fix_versions": ["1.1"], "description": ""}]}
+BROKEN = {
+    "name": "pillow",
+    "version": "1.0",
+    "vulns": [{"id": "PYSEC-1", "aliases": ["CVE-2"], "fix_versions": ["1.1"], "description": ""}],
+}
 UNKNOWN = {"name": "torch", "skip_reason": "not found on PyPI"}
 
 

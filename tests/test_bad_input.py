@@ -3,6 +3,7 @@
 Image files and trees are in test_dataloader.py and test_image_check.py, architecture files in test_search_space.py, FLOPs
 tables in test_flops_table.py, ports in test_search_nni.py, settings of the evolution in test_evolution.py.
 """
+
 import importlib
 import json
 
@@ -10,14 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, make_tree
 
-import checkpoint
 import command_line
 import dataloader
-import image_check
 import utils
-from dataset import DataConfig, evaluation_plan, scan
+from images import image_check
+from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from search_space import SearchSpace
+from space.search_space import SearchSpace
+from training import checkpoint
 
 SCRIPTS = ("supernet", "tester", "search", "scratch")
 SPACE = SearchSpace.for_images(32, 3)
@@ -159,7 +160,9 @@ def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, monkeypatch, scr
     out.mkdir()
     (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
     words = [str(w).replace("{}", str(world)) for w in words]
-    line = refused(script, ["--data-dir", world / "tree", *DATA, "--out", out, "--cache", tmp_path / "cache", *words], capsys)
+    line = refused(
+        script, ["--data-dir", world / "tree", *DATA, "--out", out, "--cache", tmp_path / "cache", *words], capsys
+    )
     assert message in line
     assert [p.name for p in files(out)] == ["nni_auto_gen_search_space.json"] and not (world / "executed").exists()
 
@@ -168,7 +171,16 @@ def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, monkeypatch, scr
 def test_a_file_where_the_output_folder_should_be(world, tmp_path, capsys, monkeypatch, script):
     monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
     words = {"tester": ("--mode", "gen"), "search": ("--checkpoint", world / "supernet.pth")}
-    words = [*words.get(script, ("--batch-size", "4")), "--data-dir", world / "tree", *DATA, "--cache", tmp_path / "cache", "--out", world / "file"]
+    words = [
+        *words.get(script, ("--batch-size", "4")),
+        "--data-dir",
+        world / "tree",
+        *DATA,
+        "--cache",
+        tmp_path / "cache",
+        "--out",
+        world / "file",
+    ]
     assert str(world / "file") in refused(script, words, capsys)
     assert (world / "file").read_text() == "a file where a folder should be"
 
@@ -176,7 +188,19 @@ def test_a_file_where_the_output_folder_should_be(world, tmp_path, capsys, monke
 def test_dali_that_is_asked_for_and_missing(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
     monkeypatch.setattr(dataloader.importlib.util, "find_spec", lambda name: None)
-    words = ["--data-dir", world / "tree", *DATA, "--loader", "dali", "--batch-size", "4", "--out", tmp_path / "out", "--sampler", "uniform"]
+    words = [
+        "--data-dir",
+        world / "tree",
+        *DATA,
+        "--loader",
+        "dali",
+        "--batch-size",
+        "4",
+        "--out",
+        tmp_path / "out",
+        "--sampler",
+        "uniform",
+    ]
     line = refused("supernet", words, capsys)
     assert "--loader dali: DALI is not installed; pip install" in line and not (tmp_path / "out").exists()
 
@@ -191,7 +215,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.os, "fdopen", lambda descriptor, mode: open("/dev/full", mode))  # noqa: SIM115
+    monkeypatch.setattr(utils.os, "fdopen", lambda descriptor, mode: open("/dev/full", mode))
     with pytest.raises(utils.UserError, match=r"c\.pth: can't be written") as error:
         checkpoint.save(tmp_path / "c.pth", model={"a": torch.zeros(100_000)})
     assert "\n" not in str(error.value) and files(tmp_path) == []
@@ -200,7 +224,7 @@ def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_a_log_on_a_full_disk_says_nothing(tmp_path, capsys):
     log = utils._LogFile(tmp_path / "run.log")
     log.stream.close()
-    log.stream = open("/dev/full", "w")  # noqa: SIM115
+    log.stream = open("/dev/full", "w")
     log.emit(utils.logging.LogRecord("spos", 20, "x.py", 1, "text", (), None))
     assert capsys.readouterr().err == ""
 
@@ -208,8 +232,14 @@ def test_a_log_on_a_full_disk_says_nothing(tmp_path, capsys):
 def test_killed_loader_process_is_one_line(world, monkeypatch):
     parent = utils.os.getpid()
     decode = dataloader._decode
-    monkeypatch.setattr(dataloader, "_decode", lambda path: decode(path) if utils.os.getpid() == parent else utils.os.kill(utils.os.getpid(), 9))
-    loader = dataloader.Loader(scan(world / "tree" / "train"), DataConfig(32, 37), False, backend="torchvision", workers=1)
+    monkeypatch.setattr(
+        dataloader,
+        "_decode",
+        lambda path: decode(path) if utils.os.getpid() == parent else utils.os.kill(utils.os.getpid(), 9),
+    )
+    loader = dataloader.Loader(
+        scan(world / "tree" / "train"), DataConfig(32, 37), False, backend="torchvision", workers=1
+    )
     with pytest.raises(utils.UserError, match=r"--workers 1: DataLoader worker .* fewer workers") as error:
         list(loader.batches(evaluation_plan(12, 4)))
     assert "\n" not in str(error.value)

@@ -1,4 +1,5 @@
 """The bundled images: the archive, how it is made, and how it is unpacked."""
+
 import collections
 import gzip
 import hashlib
@@ -13,7 +14,7 @@ import time
 import pytest
 from PIL import Image
 
-import bundled
+from images import bundled
 from utils import HERE, UserError
 
 CLASSES = {"t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"}
@@ -46,7 +47,10 @@ def small(tmp_path, monkeypatch):
     for part, n in (("train", 50), ("t10k", 20)):
         labels = bytes(i * 3 % 10 for i in range(n))
         pixels = b"".join(bytes([i]) * 784 for i in range(n))
-        for name, data in (("images-idx3", struct.pack(">4I", 2051, n, 28, 28) + pixels), ("labels-idx1", struct.pack(">2I", 2049, n) + labels)):
+        for name, data in (
+            ("images-idx3", struct.pack(">4I", 2051, n, 28, 28) + pixels),
+            ("labels-idx1", struct.pack(">2I", 2049, n) + labels),
+        ):
             with gzip.open(tmp_path / f"{part}-{name}-ubyte.gz", "wb") as file:
                 file.write(data)
             monkeypatch.setitem(maker.SHA256, f"{part}-{name}-ubyte.gz", hashlib.sha256(data).hexdigest())
@@ -89,9 +93,13 @@ def test_script_takes_the_first_of_each_class(small, tmp_path):
     # item i has label 3i % 10, so class c has items 7c % 10, 7c % 10 + 10, ...
     first = {c: 7 * c % 10 for c in range(10)}
     assert paths == {"LICENSE.txt"} | {
-        f"{part}/{name}/{first[c] + skip:05d}.jpg" for c, name in enumerate(small.CLASSES) for part, skip in (("train", 0), ("train", 10), ("val", 0))
+        f"{part}/{name}/{first[c] + skip:05d}.jpg"
+        for c, name in enumerate(small.CLASSES)
+        for part, skip in (("train", 0), ("train", 10), ("val", 0))
     }
-    with Image.open(folder / "train" / small.CLASSES[3] / "00011.jpg") as image:  # class 3: items 1 and 11, of grey level 1 and 11
+    with Image.open(
+        folder / "train" / small.CLASSES[3] / "00011.jpg"
+    ) as image:  # class 3: items 1 and 11, of grey level 1 and 11
         assert abs(image.getpixel((14, 14)) - 11) <= 1
 
 
@@ -206,7 +214,10 @@ def test_hidden_files_do_not_matter(small, tmp_path):
 def test_where_it_cannot_write(small, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "images"):
-        with pytest.raises(UserError, match=r"--data-dir .*file.*: can't unpack the bundled images .*; name a folder that can be written"):
+        with pytest.raises(
+            UserError,
+            match=r"--data-dir .*file.*: can't unpack the bundled images .*; name a folder that can be written",
+        ):
             bundled.unpack(folder)
 
 

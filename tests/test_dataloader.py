@@ -1,4 +1,5 @@
 """Folders, splits, order, augmentation and the loaders."""
+
 import argparse
 import dataclasses
 import os
@@ -12,9 +13,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import dataloader
-import image_check
 from dataloader import Loader
-from dataset import (
+from images import image_check
+from images.dataset import (
     Augmentation,
     Data,
     DataConfig,
@@ -121,7 +122,7 @@ def test_training_plan_visits_every_image_once_an_epoch():
 
 def test_training_plan_does_not_depend_on_ranks_or_resume():
     whole = np.stack(list(training_plan(50, 12, seed=1, steps=9)))
-    parts = [np.stack(list(training_plan(50, 4, seed=1, steps=9, rank=r, world=3))) for r in range(3)]
+    parts = [np.stack(list(training_plan(50, 4, seed=1, steps=9, rank=r, world_size=3))) for r in range(3)]
     assert (np.concatenate(parts, axis=1) == whole).all()
     assert (np.stack(list(training_plan(50, 12, seed=1, start=5, steps=9))) == whole[5:]).all()
 
@@ -175,7 +176,9 @@ def test_augmentation_has_the_official_distribution():
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], float)
     for ours, official in zip((top, left, h, w), theirs.T):
-        assert np.quantile(ours, [0.1, 0.25, 0.5, 0.75, 0.9]) == pytest.approx(np.quantile(official, [0.1, 0.25, 0.5, 0.75, 0.9]), abs=9)
+        assert np.quantile(ours, [0.1, 0.25, 0.5, 0.75, 0.9]) == pytest.approx(
+            np.quantile(official, [0.1, 0.25, 0.5, 0.75, 0.9]), abs=9
+        )
     jitter = np.array([(d.brightness, d.contrast, d.saturation) for d in draws])
     assert (abs(jitter - 1) <= 0.4).all() and (jitter.min(0) < 0.62).all() and (jitter.max(0) > 1.38).all()
     assert 0.47 < np.mean([d.mirror for d in draws]) < 0.53
@@ -230,7 +233,9 @@ def test_mirror_and_crop_follow_the_parameters(tmp_path, backend, monkeypatch):
     pixels[:32, :32] = 200  # the upper left quarter
     images = single(tmp_path, Image.fromarray(pixels))
     for mirror, column in ((False, 0), (True, 1)):
-        monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_, m=mirror: Augmentation((0, 0, 64, 64), mirror=m))
+        monkeypatch.setattr(
+            dataloader, "draw_augmentation", lambda *_, m=mirror: Augmentation((0, 0, 64, 64), mirror=m)
+        )
         quarters = first(images, CONFIG, True, backend).float().mean(dim=2).reshape(2, 16, 2, 16).mean(dim=(1, 3))
         assert quarters[0, column] > 190 and quarters.sum() - quarters[0, column] < 30
     monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_: Augmentation((0, 0, 32, 32)))
@@ -275,13 +280,19 @@ def test_dali_and_torchvision_agree(tree, augment, jitter, mean):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_workers_and_ragged_batches_change_nothing(tree, backend):
     images = scan(tree / "val")
-    a, b = (list(Loader(images, CONFIG, True, backend=backend, workers=w).decode(evaluation_plan(21, s))) for w, s in ((0, 8), (2, 5)))
+    a, b = (
+        list(Loader(images, CONFIG, True, backend=backend, workers=w).decode(evaluation_plan(21, s)))
+        for w, s in ((0, 8), (2, 5))
+    )
     assert [len(x) for x, _ in a] == [8, 8, 5] and [len(x) for x, _ in b] == [5, 5, 5, 5, 1]
     assert torch.equal(torch.cat([x for x, _ in a]), torch.cat([x for x, _ in b]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"text"), lambda p: p.write_bytes(p.read_bytes()[:300])])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"text"), lambda p: p.write_bytes(p.read_bytes()[:300])],
+)
 def test_a_damaged_image_is_named(tmp_path, backend, damage):
     images = scan(make_tree(tmp_path / "d", 4, 1) / "train")
     damage(tmp_path / "d" / "train" / "bird" / "001.jpg")
@@ -338,6 +349,9 @@ def test_synthetic_images_need_no_files(data_args):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_arrive_on_the_gpu(tree, backend):
     images = scan(tree / "val")
-    (a, _), (b, labels) = (next(Loader(images, CONFIG, True, device=d, backend=backend).batches(evaluation_plan(21, 8))) for d in ("cpu", "cuda"))
+    (a, _), (b, labels) = (
+        next(Loader(images, CONFIG, True, device=d, backend=backend).batches(evaluation_plan(21, 8)))
+        for d in ("cpu", "cuda")
+    )
     assert b.device.type == labels.device.type == "cuda"
     assert (a - b.cpu()).abs().mean() < 3

@@ -1,4 +1,5 @@
 """Training on two processes, and runs that are killed: as on one process, and as if nothing had been."""
+
 import itertools
 import json
 import os
@@ -17,17 +18,43 @@ from conftest import ROOT
 from test_training import SPACE, Images
 from torch import nn
 
-import checkpoint
-from dataset import training_plan
-from distributed import share
+from distributed import per_rank_batch_size
+from images.dataset import training_plan
 from network import ShuffleNetV2OneShot
-from sampler import PathSampler
-from training import dropout_seed
+from space.sampler import PathSampler
+from training import checkpoint
+from training.loop import dropout_seed
 from utils import UserError
 
 TINY = ("--demo", "--heldout-per-class", 4, "--threads", 1, "--workers", 1, "--batch-size", 16, "--warmup", 2)
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
-SUPERNET = ("supernet.py", *TINY, "--bn-batches", 2, "--bn-batch-size", 16, "--val-paths", 1, "--iterations", 14, "--val-every", 7, "--save-every", 2)
+TORCHRUN = (
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--master-port",
+    "0",
+    "--rdzv-backend",
+    "c10d",
+    "--rdzv-endpoint",
+    "127.0.0.1:0",
+)
+SUPERNET = (
+    "supernet.py",
+    *TINY,
+    "--bn-batches",
+    2,
+    "--bn-batch-size",
+    16,
+    "--val-paths",
+    1,
+    "--iterations",
+    14,
+    "--val-every",
+    7,
+    "--save-every",
+    2,
+)
 SCRATCH = ("scratch.py", *TINY, "--iterations", 10, "--val-every", 10, "--save-every", 2, "--bn-pass", 3)
 
 
@@ -38,7 +65,12 @@ def start(processes, script, *words, out):
         words += ["--cache", os.environ["TEST_CACHE"]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        [sys.executable, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
 
 
@@ -104,7 +136,7 @@ def test_gradients_are_the_mean_of_the_shards(two, dtype, steps, tolerance):
             model.zero_grad()
             torch.manual_seed(dropout_seed(0, step, rank))
             images, labels = batches[step - 1]
-            nn.functional.cross_entropy(model(images, sampler.path(step)), labels, label_smoothing=0.1).backward()
+            nn.functional.cross_entropy(model(images, sampler.candidate(step)), labels, label_smoothing=0.1).backward()
             gradients.append({name: p.grad for name, p in model.named_parameters()})
         for name, p in model.named_parameters():
             p.grad = None if gradients[0][name] is None else (gradients[0][name] + gradients[1][name]) / 2
@@ -143,7 +175,7 @@ def test_what_is_not_sampled_has_no_momentum_on_two_processes(two):
     out, _ = two
     content = checkpoint.load_file(checkpoint.newest(out / "torch.float64"))
     sampler = PathSampler(SPACE, 0)
-    paths = [sampler.path(step) for step in (1, 2, 3)]
+    paths = [sampler.candidate(step) for step in (1, 2, 3)]
     names = [name for name, p in ShuffleNetV2OneShot(space=SPACE).named_parameters() if p.dim() > 1]
     assert len(names) == len(content["optimizer"]["param_groups"][0]["params"])
     for i, name in enumerate(names):
@@ -166,11 +198,13 @@ def test_evaluation_counts_every_image_once_and_calibrates_on_all(two):
 def test_a_batch_that_can_not_be_shared_is_one_line(tmp_path, monkeypatch):
     _, stderr = finish(start(2, *SUPERNET, "--batch-size", 15, out=tmp_path), code=1)
     lines = [line for line in stderr.splitlines() if line.startswith("supernet.py: error:")]
-    assert lines == [f"supernet.py: error: --batch-size 15: {lines[0].split(': ', 3)[3]}"] and "multiple of 2" in lines[0]
-    monkeypatch.setattr("distributed.world", lambda: 8)
-    assert share(1024) == 128
+    assert (
+        lines == [f"supernet.py: error: --batch-size 15: {lines[0].split(': ', 3)[3]}"] and "multiple of 2" in lines[0]
+    )
+    monkeypatch.setattr("distributed.world_size", lambda: 8)
+    assert per_rank_batch_size(1024) == 128
     with pytest.raises(UserError, match="two or more for each of 8"):
-        share(8)
+        per_rank_batch_size(8)
 
 
 # --- runs that are killed ------------------------------------------------------------------------------------
@@ -182,7 +216,9 @@ def outcome(out, kind):
     files = [checkpoint.newest(folder)] + [folder / "bnps-checkpoint.pth"] * (kind == "scratch")
     contents = [checkpoint.load_file(path) for path in files]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return contents, [{k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second")} for line in lines]
+    return contents, [
+        {k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second")} for line in lines
+    ]
 
 
 def assert_same(a, b):
@@ -219,7 +255,9 @@ def killed_and_resumed(tmp_path, processes, kills, seed, words):
     assert_same(outcome(tmp_path / "killed", kind), outcome(tmp_path / "straight", kind))
 
 
-@pytest.mark.parametrize("processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH)], ids=["supernet", "supernet on two", "scratch"])
+@pytest.mark.parametrize(
+    "processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH)], ids=["supernet", "supernet on two", "scratch"]
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, processes, words):
     killed_and_resumed(tmp_path, processes, 2, 0, (*words, "--loader", "torchvision"))
 
@@ -264,7 +302,9 @@ def test_a_signal_saves_within_a_step(tmp_path, processes, number, send):
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode == 128 + number) if processes == 1 else process.returncode
     (saved,) = checkpoint.checkpoints(tmp_path / "checkpoints" / "supernet")
-    assert f"interrupted: saved {saved}" in stderr and "Error:" not in stderr.replace("ChildFailedError:", "").replace("SignalException", "")
+    assert f"interrupted: saved {saved}" in stderr and "Error:" not in stderr.replace("ChildFailedError:", "").replace(
+        "SignalException", ""
+    )
     assert checkpoint.load_file(saved)["step"] == int(saved.stem[11:])
 
 

@@ -1,4 +1,5 @@
 """BN recalibration and exact accuracy."""
+
 import copy
 import random
 import weakref
@@ -6,9 +7,9 @@ import weakref
 import pytest
 import torch
 
-from evaluation import PrefixTree, accuracy, evaluate, fold_bn, recalibrate_bn
 from network import ShuffleNetV2OneShot
-from search_space import SearchSpace
+from space.search_space import SearchSpace
+from training.evaluation import PrefixTree, accuracy, evaluate, fold_bn, recalibrate_bn
 
 SPACE = SearchSpace(input_size=32, n_classes=7, stem_stride=1)
 PATHS = [(0, 1, 2, 3) * 5, (3, 2, 1, 0) * 5]
@@ -17,7 +18,10 @@ PATHS = [(0, 1, 2, 3) * 5, (3, 2, 1, 0) * 5]
 def batches(n, size, seed=0, ragged=0):
     generator = torch.Generator().manual_seed(seed)
     sizes = [size] * n + [ragged] * bool(ragged)
-    return [(torch.rand(s, 3, 32, 32, generator=generator) * 255, torch.randint(0, 7, (s,), generator=generator)) for s in sizes]
+    return [
+        (torch.rand(s, 3, 32, 32, generator=generator) * 255, torch.randint(0, 7, (s,), generator=generator))
+        for s in sizes
+    ]
 
 
 @pytest.fixture
@@ -107,7 +111,15 @@ def test_a_common_prefix_is_computed_once(supernet):
     for block in supernet.features:
         for operation in block:
             operation.register_forward_hook(lambda *_: calls.append(1))
-    list(evaluate(supernet, candidates, batches(2, 4), [(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))], fold=False))
+    list(
+        evaluate(
+            supernet,
+            candidates,
+            batches(2, 4),
+            [(torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))],
+            fold=False,
+        )
+    )
     prefixes = {candidate[:k] for candidate in candidates for k in range(1, 21)}
     assert len(calls) == 3 * len(prefixes) < 3 * 20 * len(set(candidates))
 
@@ -155,7 +167,10 @@ def test_a_result_does_not_depend_on_what_was_evaluated_before(supernet):
     calibration, validation = batches(3, 8), batches(2, 16, 1, ragged=3)
 
     def results(candidates):
-        return {tuple(r["architecture"]): (r["acc1"], r["acc5"]) for r in evaluate(supernet, candidates, calibration, validation)}
+        return {
+            tuple(r["architecture"]): (r["acc1"], r["acc5"])
+            for r in evaluate(supernet, candidates, calibration, validation)
+        }
 
     for norm in supernet.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):

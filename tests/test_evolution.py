@@ -1,4 +1,5 @@
 """The evolution: populations, parents, children, and where it ends."""
+
 import collections
 import itertools
 import math
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from evolution_tuner import Evolution
-from search_space import SearchSpace
+from space.search_space import SearchSpace
 from utils import HERE, UserError
 
 SPACE = SearchSpace.for_images(28, 10)

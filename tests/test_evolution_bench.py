@@ -1,13 +1,14 @@
 """The tables with a known optimum, and how close the evolution comes to it."""
+
 import itertools
 import random
 
 import pytest
-from conftest import load_bench
+from conftest import load
 
 from utils import read_json
 
-bench = load_bench("evolution")
+bench = load("bench/evolution.py")
 
 TABLES = read_json(bench.TABLES)["tables"]
 
@@ -33,7 +34,11 @@ def test_extremes_equal_brute_force(with_pairs):
         blocks, n = rng.randint(1, 6), rng.randint(2, 4)
         wide = rng.choice((5, 1000))
         rewards, costs = ([[rng.randrange(wide) for _ in range(n)] for _ in range(blocks)] for _ in range(2))
-        pairs = [[[rng.randint(-wide, wide) for _ in range(n)] for _ in range(n)] for _ in range(blocks - 1)] if with_pairs else []
+        pairs = (
+            [[[rng.randint(-wide, wide) for _ in range(n)] for _ in range(n)] for _ in range(blocks - 1)]
+            if with_pairs
+            else []
+        )
         table = {"rewards": rewards, "pairs": pairs}
 
         def cost(candidate, costs=costs):

@@ -1,4 +1,5 @@
 """`scratch.py --export` and `--predict`: what the written files say and compute, and what is refused."""
+
 import dataclasses
 import importlib.util
 import json
@@ -10,18 +11,19 @@ import torch
 from conftest import CLASSES, ROOT, run
 from torchvision.transforms.v2 import functional as F
 
-import checkpoint
-import export
 import scratch
 from dataloader import Loader
-from dataset import DataConfig, evaluation_plan, scan
-from evaluation import recalibrate_bn
+from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
-from search_space import SearchSpace
+from space.search_space import SearchSpace
+from training import checkpoint, export
+from training.evaluation import recalibrate_bn
 from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=37)
-needs_onnx = pytest.mark.skipif(not all(map(importlib.util.find_spec, export.ONNX_PACKAGES)), reason="ONNX's packages are not installed")
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, export.ONNX_PACKAGES)), reason="ONNX's packages are not installed"
+)
 
 
 def make_checkpoint(path, tree, config):
@@ -43,7 +45,10 @@ def trained(tree, tmp_path_factory):
     """(checkpoint file, network, DataConfig) for each preprocessing, by its name."""
     folder = tmp_path_factory.mktemp("trained")
     configs = {name: dataclasses.replace(CONFIG, preprocessing=name) for name in ("spos", "imagenet")}
-    return {name: (folder / f"{name}.pth", make_checkpoint(folder / f"{name}.pth", tree, config), config) for name, config in configs.items()}
+    return {
+        name: (folder / f"{name}.pth", make_checkpoint(folder / f"{name}.pth", tree, config), config)
+        for name, config in configs.items()
+    }
 
 
 def network_logits(model, images, config):
@@ -71,7 +76,8 @@ def open_file(path):
 
 
 @pytest.mark.parametrize(
-    ("preprocessing", "suffix"), [("spos", ".pt2"), ("imagenet", ".pt2"), pytest.param("spos", ".onnx", marks=needs_onnx)]
+    ("preprocessing", "suffix"),
+    [("spos", ".pt2"), ("imagenet", ".pt2"), pytest.param("spos", ".onnx", marks=needs_onnx)],
 )
 def test_an_exported_file_is_the_network(trained, tree, tmp_path, preprocessing, suffix):
     path, model, config = trained[preprocessing]
@@ -85,8 +91,12 @@ def test_an_exported_file_is_the_network(trained, tree, tmp_path, preprocessing,
     values, program = open_file(file)
     assert values["classes"] == list(CLASSES) and values["architecture"] == list(model.architecture)
     assert values["preprocessing"] | {"resize": 37, "crop": 32, "crop_where": "centre"} == values["preprocessing"]
-    assert (values["inside"]["channels"], values["inside"]["range"]) == (("BGR", [0, 255]) if config.preprocessing == "spos" else ("RGB", [0, 1]))
-    assert values["licence"] == (ROOT / "LICENSE").read_text() and values["flops"] == model.space.flops(model.architecture)
+    assert (values["inside"]["channels"], values["inside"]["range"]) == (
+        ("BGR", [0, 255]) if config.preprocessing == "spos" else ("RGB", [0, 1])
+    )
+    assert values["licence"] == (ROOT / "LICENSE").read_text() and values["flops"] == model.space.flops(
+        model.architecture
+    )
 
     loader = Loader(scan(tree / "val"), CONFIG, False, backend="torchvision", workers=0)
     images = torch.cat([x for x, _ in loader.decode(evaluation_plan(21, 21))])
@@ -126,10 +136,15 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
 def test_predict_prints_the_classes_of_each_image(trained, tree):
     path, model, config = trained["spos"]
     images = sorted(str(p) for p in (tree / "val").glob("*/00[0-2].jpg"))
-    stdout, _ = run("scratch.py", "--predict", *images, "--checkpoint", path, "--loader", "torchvision", "--eval-batch-size", 4)
+    stdout, _ = run(
+        "scratch.py", "--predict", *images, "--checkpoint", path, "--loader", "torchvision", "--eval-batch-size", 4
+    )
     lines = stdout.splitlines()
     loader = Loader(scan(tree / "val"), CONFIG, False, backend="torchvision", workers=0)
-    decoded = {f"{tree}/val/{p}": x for p, x in zip(loader.images.paths, torch.cat([x for x, _ in loader.decode(evaluation_plan(21, 21))]))}
+    decoded = {
+        f"{tree}/val/{p}": x
+        for p, x in zip(loader.images.paths, torch.cat([x for x, _ in loader.decode(evaluation_plan(21, 21))]))
+    }
     assert [line.split(": ")[0] for line in lines] == images
     for image, line in zip(images, lines):
         found = {name: float(percent) for name, percent in re.findall(r"([\w-]+) ([\d.]+)%", line.split(": ")[1])}
@@ -153,9 +168,21 @@ def test_predict_names_a_file_that_is_no_image(trained, tree, tmp_path):
 
 def test_official_files_have_numbers_for_names(trained, tree, tmp_path, capsys):
     path, _, config = trained["spos"]
-    torch.save({"state_dict": {f"module.{k}": v for k, v in checkpoint.load(path, "scratch").weights.items()}}, tmp_path / "official.pth.tar")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in checkpoint.load(path, "scratch").weights.items()}},
+        tmp_path / "official.pth.tar",
+    )
     image = next((tree / "val" / "bird").iterdir())
-    words = ["--predict", image, "--input-size", 32, "--preprocessing", config.preprocessing, "--checkpoint", tmp_path / "official.pth.tar"]
+    words = [
+        "--predict",
+        image,
+        "--input-size",
+        32,
+        "--preprocessing",
+        config.preprocessing,
+        "--checkpoint",
+        tmp_path / "official.pth.tar",
+    ]
     scratch.main(scratch.parse_args([str(w) for w in words]))
     assert re.search(r"bird/\d+\.jpg: class \d [\d.]+%, class \d ", capsys.readouterr().out)
 

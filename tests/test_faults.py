@@ -1,4 +1,5 @@
-"""bench/faults.py: nothing is lost, and a guard that is taken out turns its rows red."""
+"""faults/faults.py: nothing is lost, and a guard that is taken out turns its rows red."""
+
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from conftest import ROOT
 
 def faults(tmp_path, *words):
     """(exit code, rows) of the bench with these words."""
-    words = [sys.executable, ROOT / "bench" / "faults.py", "--results", tmp_path / "faults.json", *words]
+    words = [sys.executable, ROOT / "faults" / "faults.py", "--results", tmp_path / "faults.json", *words]
     result = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=580)
     assert result.returncode in (0, 1), result.stdout + result.stderr
     return result.returncode, json.loads((tmp_path / "faults.json").read_text())["rows"]
@@ -39,7 +40,16 @@ def test_every_guard_matters(tmp_path, guard, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "rows", ["time supernet", "time tester", "time search", "time scratch", "rename scratch", "full at every write scratch", "trial:"]
+    "rows",
+    [
+        "time supernet",
+        "time tester",
+        "time search",
+        "time scratch",
+        "rename scratch",
+        "full at every write scratch",
+        "trial:",
+    ],
 )
 def test_nothing_is_lost_by_kills_and_full_disks(tmp_path, rows):
     code, found = faults(tmp_path, "--kills", 20, "--rows", rows)

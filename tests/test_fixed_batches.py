@@ -1,4 +1,5 @@
 """Calibration and validation images: decoded once on a machine, never stale, never half."""
+
 import concurrent.futures
 import dataclasses
 import multiprocessing
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from dataloader import Loader
-from dataset import DataConfig, evaluation_plan, scan
-from fixed_batches import HEADER_BYTES, FixedBatches
+from images.dataset import DataConfig, evaluation_plan, scan
+from images.image_cache import HEADER_BYTES, FixedBatches
 from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=40)

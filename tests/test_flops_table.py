@@ -1,4 +1,5 @@
 """The official FLOPs table: read whole, compared, used; and nothing a pickle can carry is executed or exhausts the machine."""
+
 import os
 import pathlib
 import pickle
@@ -8,10 +9,10 @@ import time
 import pytest
 from test_search_space import PUBLISHED, SPACE, WINNER, assert_one_line
 
-import flops_table
 import tester
-from flops_table import read_flops_table, with_flops_table
-from search_space import OPERATIONS, SearchSpace
+from space import flops_table
+from space.flops_table import read_flops_table, with_flops_table
+from space.search_space import OPERATIONS, SearchSpace
 from utils import UserError
 
 SHAPES = {  # first and last block: full width in and out, middle, input size, stride at 224 px
@@ -84,7 +85,9 @@ def test_the_official_file_is_compared_where_it_is_there(write, tmp_path, monkey
     assert gen() == [f"{path}: all entries agree with the analytic count"]
     table["rest_operation"][640, 1000, 7, 7, 1] = 1
     write(table)
-    assert gen() == [f"warning: {path} differs from the analytic count: rest_operation (640, 1000, 7, 7, 1) is 1, not 33136640"]
+    assert gen() == [
+        f"warning: {path} differs from the analytic count: rest_operation (640, 1000, 7, 7, 1) is 1, not 33136640"
+    ]
     write({group: dict.fromkeys(entries, 7) for group, entries in table.items()})
     (line,) = gen()
     assert line.startswith(f"warning: {path} ") and line.count("is 7, not") == 3 and line.endswith(", and 31 more")
@@ -122,7 +125,12 @@ def test_nothing_is_executed(write, tmp_path, protocol):
         pickle.loads(pickle.dumps(bomb, protocol))
         assert mark.exists()  # so the bomb works
         mark.unlink()
-        for content in (bomb, {"conv1": bomb}, official_table() | {"conv1": {(3, 16, 224, 224, 2): bomb}}, {"conv1": {bomb: 1}}):
+        for content in (
+            bomb,
+            {"conv1": bomb},
+            official_table() | {"conv1": {(3, 16, 224, 224, 2): bomb}},
+            {"conv1": {bomb: 1}},
+        ):
             with pytest.raises(UserError, match=r"op_flops_dict\.pkl: not a plain FLOPs table") as error:
                 read_flops_table(write(content, protocol))
             assert_one_line(error)
@@ -141,7 +149,11 @@ def doubled_tuples(depth):
 
 def colliding_keys(n):
     """A dict of n integers with one hash, each key compared with all before."""
-    return b"\x80\x02}(" + b"".join(b"\x8a\x0b%bK\x01" % (1 + i * (2**61 - 1)).to_bytes(11, "little", signed=True) for i in range(n)) + b"u."
+    return (
+        b"\x80\x02}("
+        + b"".join(b"\x8a\x0b%bK\x01" % (1 + i * (2**61 - 1)).to_bytes(11, "little", signed=True) for i in range(n))
+        + b"u."
+    )
 
 
 HOSTILE = {
@@ -193,7 +205,9 @@ def test_keys_other_than_tuples_of_integers_are_refused(write, key):
     assert_one_line(error)
 
 
-@pytest.mark.parametrize("flops", ["3", 0, -5, 2.5, float("nan"), float("inf"), 10**16, True, None, {}, [3], b"3"], ids=repr)
+@pytest.mark.parametrize(
+    "flops", ["3", 0, -5, 2.5, float("nan"), float("inf"), 10**16, True, None, {}, [3], b"3"], ids=repr
+)
 def test_costs_other_than_whole_positive_numbers_are_refused(write, flops):
     with pytest.raises(UserError, match=r"op_flops_dict\.pkl: ") as error:
         read_flops_table(write({"conv1": {(1, 2): flops}}))

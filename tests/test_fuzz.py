@@ -1,17 +1,18 @@
-"""A few hundred inputs of bench/fuzz.py for each parser, and what its longer runs have found."""
+"""A few hundred inputs of faults/fuzz.py for each parser, and what its longer runs have found."""
+
 import sys
 
 import pytest
 import torch
-from conftest import load_bench
+from conftest import load
 
-import checkpoint
 import scratch
 import search
-from search_space import SearchSpace
+from space.search_space import SearchSpace
+from training import checkpoint
 from utils import UserError
 
-fuzz = load_bench("fuzz")
+fuzz = load("faults/fuzz.py")
 
 
 @pytest.mark.parametrize("name", fuzz.PARSERS)
@@ -57,7 +58,15 @@ def test_an_endless_word_makes_a_short_error():
 
 def test_a_checkpoint_that_speaks_of_a_giant_gets_no_memory(tmp_path):
     space = SearchSpace(28, 3, 1, (1,), (1,), (1_000_000,), 2, 1_000_000)  # some 40 TB
-    content = {"version": 1, "kind": "supernet", "model": {"a": torch.zeros(1)}, "space": space.to_dict(), "data": {}, "split": None, "classes": []}
+    content = {
+        "version": 1,
+        "kind": "supernet",
+        "model": {"a": torch.zeros(1)},
+        "space": space.to_dict(),
+        "data": {},
+        "split": None,
+        "classes": [],
+    }
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"c\.pth: entry 'a' is of another model"):
         checkpoint.load_supernet(tmp_path / "c.pth", None)
@@ -72,7 +81,15 @@ def test_a_checkpoint_that_speaks_of_a_giant_gets_no_memory(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_checkpoints_of_the_wrong_types(tmp_path, changes):
-    content = {"version": 1, "kind": "scratch", "model": {"a": torch.zeros(1)}, "space": {}, "data": {}, "split": None, "classes": []}
+    content = {
+        "version": 1,
+        "kind": "scratch",
+        "model": {"a": torch.zeros(1)},
+        "space": {},
+        "data": {},
+        "split": None,
+        "classes": [],
+    }
     torch.save(content, tmp_path / "c.pth")
     checkpoint.load(tmp_path / "c.pth", "scratch")
     torch.save(content | changes, tmp_path / "c.pth")

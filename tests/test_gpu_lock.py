@@ -1,16 +1,17 @@
 """Each process gets a device of its own, waits while there is none, and frees it however it ends. No GPU is needed."""
+
 import os
 import subprocess
 import sys
 
 import pytest
 
-import gpu_lock
+from engines import gpu_lock
 from utils import HERE, UserError
 
 TAKE = """
 import pathlib, sys
-import gpu_lock
+from engines import gpu_lock
 
 gpu_lock.POLL_S = 0.05
 print(gpu_lock.take_device(sys.argv[2:], pathlib.Path(sys.argv[1])), flush=True)
@@ -52,7 +53,14 @@ def test_each_process_has_its_own_device_and_a_killed_one_frees_it(taker):
 
 @pytest.mark.parametrize(
     ("visible", "n", "names"),
-    [(None, 2, ["0", "1"]), ("2, 5", 2, ["2", "5"]), ("GPU-1,GPU-2", 2, ["GPU-1", "GPU-2"]), ("1,-1,0", 1, ["1"]), ("", 0, []), (None, 0, [])],
+    [
+        (None, 2, ["0", "1"]),
+        ("2, 5", 2, ["2", "5"]),
+        ("GPU-1,GPU-2", 2, ["GPU-1", "GPU-2"]),
+        ("1,-1,0", 1, ["1"]),
+        ("", 0, []),
+        (None, 0, []),
+    ],
 )
 def test_devices_are_those_that_are_visible(monkeypatch, visible, n, names):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -1,4 +1,5 @@
 """The check of an image tree: `python dataloader.py --check DIR`, and the scripts that refuse a tree that did not pass."""
+
 import json
 import os
 import shutil
@@ -7,11 +8,24 @@ import pytest
 from conftest import make_tree, run
 from PIL import Image
 
-import image_check
-from dataset import scan, tree_paths
+from images import image_check
+from images.dataset import scan, tree_paths
 from utils import UserError
 
-SCRATCH = ("--input-size", 32, "--heldout-per-class", 1, "--batch-size", 4, "--iterations", 1, "--bn-pass", 0, "--loader", "torchvision")
+SCRATCH = (
+    "--input-size",
+    32,
+    "--heldout-per-class",
+    1,
+    "--batch-size",
+    4,
+    "--iterations",
+    1,
+    "--bn-pass",
+    0,
+    "--loader",
+    "torchvision",
+)
 
 
 @pytest.fixture
@@ -91,7 +105,10 @@ def test_training_refuses_before_it_starts(tree, tmp_path, script):
     (tree / "train" / "bird" / "002.jpg").write_bytes(b"")
     stdout, stderr = run(script, *words, code=2)
     assert stdout == "" and len(stderr.splitlines()) == 1
-    assert "2 unreadable and 0 mislabelled files, the first: train/bird/002.jpg: an empty file" in stderr and f"--check {tree}" in stderr
+    assert (
+        "2 unreadable and 0 mislabelled files, the first: train/bird/002.jpg: an empty file" in stderr
+        and f"--check {tree}" in stderr
+    )
     assert not (tmp_path / "out").exists()
 
 

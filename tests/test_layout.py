@@ -1,4 +1,5 @@
 """Who may import whom, what the project's files may not say, and that every requirement is pinned and has a reason."""
+
 import ast
 import re
 import subprocess
@@ -9,8 +10,24 @@ import pytest
 
 from utils import HERE
 
-SCRIPTS = {"supernet", "tester", "search", "scratch"}
-MODULES = {path.stem: path for path in sorted(HERE.glob("*.py"))}
+COMMANDS = {"supernet", "tester", "search", "scratch", "report"}
+ROOMS = ("space", "images", "training", "engines", "reports")
+# What a row may import: itself and the rows above it. A name stands for a module at the root, or for all modules of a folder.
+ORDER = (
+    {"utils"},
+    {"space", "command_line", "distributed"},
+    {"images", "dataloader", "blocks", "network"},
+    {"training"},
+    {"engines", "evolution_tuner"},
+    {"reports"},
+    COMMANDS,
+)
+MODULES = {
+    ".".join(path.relative_to(HERE).with_suffix("").parts): path
+    for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS))
+    for path in sorted(HERE.glob(pattern))
+    if path.name != "__init__.py"
+}
 MAX_FILE_BYTES = 2**20
 ARCHIVE = "data/fashion-mnist.tar.xz"
 
@@ -28,7 +45,12 @@ def imports(tree):
 
 def at_import(tree):
     """The same, of what runs when the module is imported: not in a function."""
-    inner = {id(node) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for node in ast.walk(f)}
+    inner = {
+        id(node)
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(f)
+    }
     return ((name, node) for name, node in imports(tree) if id(node) not in inner)
 
 
@@ -51,75 +73,86 @@ def users(package):
 
 
 def test_import_finder_sees_every_form():
-    tree = ast.parse("import a.b\nfrom c import d\ndef f():\n    import e as g\n    from h.i import j\nclass K:\n    import l\n")
+    tree = ast.parse(
+        "import a.b\nfrom c import d\ndef f():\n    import e as g\n    from h.i import j\nclass K:\n    import l\n"
+    )
     assert names(imports(tree)) == {"a.b", "c", "c.d", "e", "h.i", "h.i.j", "l"}
     assert names(at_import(tree)) == {"a.b", "c", "c.d", "l"}
 
 
-def test_only_the_search_imports_nni():
-    assert users("nni") <= {"evolution_tuner", "nni_engine", "tester"}
+def ours(found):
+    """The modules of the project among imported names."""
+    return names(found) & MODULES.keys()
 
 
-def test_tester_imports_nni_only_as_a_trial():
-    assert "nni" not in packages(at_import(parse("tester")))
-
-
-def test_the_local_engine_starts_without_nni():
-    assert "nni" not in packages(at_import(parse("search"))) | packages(at_import(parse("nni_engine"))) | packages(imports(parse("local_engine")))
-
-
-def test_only_the_dataloader_imports_dali_and_only_when_used():
-    assert users("nvidia") <= {"dataloader"}
-    assert "nvidia" not in packages(at_import(parse("dataloader")))
-
-
-def test_only_the_export_imports_onnx_and_only_when_used():
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        assert users(package) <= {"export"}
-        assert package not in packages(at_import(parse("export")))
-
-
-def test_no_script_is_imported():
+def test_imports_run_one_way():
+    row = {name: number for number, names in enumerate(ORDER) for name in names}
+    assert {module.split(".")[0] for module in MODULES} == row.keys()
     for module in MODULES:
-        assert not packages(imports(parse(module))) & SCRIPTS, module
-
-
-def test_utils_imports_nothing_of_ours():
-    assert not packages(imports(parse("utils"))) & MODULES.keys()
-
-
-@pytest.mark.parametrize("module", ["search_space", "bundled", "command_line"])
-def test_needs_only_utils_and_the_standard_library(module):
-    assert packages(imports(parse(module))) <= sys.stdlib_module_names | {"utils"}
-
-
-def test_the_image_check_needs_no_torch():
-    assert packages(imports(parse("image_check"))) <= sys.stdlib_module_names | {"utils", "PIL", "tqdm"}
-
-
-def test_utils_needs_only_the_standard_library_when_imported():
-    assert packages(at_import(parse("utils"))) <= sys.stdlib_module_names
-
-
-def test_blocks_need_only_torch():
-    assert packages(imports(parse("blocks"))) <= {"torch"}
-
-
-def test_evolution_needs_no_torch():
-    for module in {"evolution_tuner", "search_space"} & MODULES.keys():
-        assert not packages(imports(parse(module))) & {"torch", "torchvision"}, module
-
-
-def test_only_the_figures_import_matplotlib():
-    assert users("matplotlib") == {"figures"}
-    assert "torch" not in packages(imports(parse("report"))) | packages(imports(parse("search_results"))) | packages(imports(parse("figures")))
+        for other in ours(imports(parse(module))):
+            assert row[other.split(".")[0]] <= row[module.split(".")[0]], f"{module} imports {other}"
 
 
 def test_imports_make_no_circle():
-    needs = {m: packages(imports(parse(m))) & MODULES.keys() for m in MODULES}
-    while free := {m for m, others in needs.items() if not others & needs.keys()}:
-        needs = {m: others for m, others in needs.items() if m not in free}
+    needs = {module: ours(imports(parse(module))) for module in MODULES}
+    while free := {module for module, others in needs.items() if not others & needs.keys()}:
+        needs = {module: others for module, others in needs.items() if module not in free}
     assert not needs
+
+
+def test_no_command_is_imported():
+    for module in MODULES:
+        assert not ours(imports(parse(module))) & COMMANDS, module
+
+
+def test_every_room_is_small_and_says_what_belongs_there():
+    assert len([path for path in HERE.glob("*.py")]) <= 12
+    for room in ROOMS:
+        assert len([path for path in (HERE / room).iterdir() if path.is_file()]) <= 8, room
+        tree = ast.parse((HERE / room / "__init__.py").read_text())
+        assert ast.get_docstring(tree).endswith(".") and len(tree.body) == 1, room
+
+
+@pytest.mark.parametrize(
+    ("package", "modules"),
+    [
+        ("nni", {"evolution_tuner", "engines.nni_engine", "tester"}),
+        ("nvidia", {"dataloader"}),
+        ("matplotlib", {"reports.figures"}),
+        ("onnx", {"training.export"}),
+        ("onnxscript", set()),
+        ("onnxruntime", {"training.export"}),
+    ],
+)
+def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, modules):
+    assert users(package) == modules
+    late = modules - {"evolution_tuner", "reports.figures"}
+    assert not [module for module in late if package in packages(at_import(parse(module)))]
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("utils", set()),
+        ("command_line", {"utils"}),
+        ("space.search_space", {"utils"}),
+        ("space.splitting", {"utils"}),
+        ("images.bundled", {"utils"}),
+        ("images.image_check", {"utils", "PIL", "tqdm"}),
+        ("blocks", {"torch"}),
+        ("engines.search_record", {"utils"}),
+    ],
+)
+def test_a_module_needs_few_packages(module, allowed):
+    assert packages(at_import(parse(module))) <= sys.stdlib_module_names | allowed
+
+
+def test_evolution_and_reports_need_no_torch():
+    def needed(module):
+        return {module}.union(*map(needed, ours(at_import(parse(module)))))
+
+    for module in ("evolution_tuner", "space.search_space", "reports.figures", "reports.search_results"):
+        assert not [m for m in needed(module) if packages(at_import(parse(m))) & {"torch", "torchvision"}], module
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -145,7 +178,9 @@ FORBIDDEN = (
 )
 
 
-@pytest.mark.parametrize("text", ["see /work/x", "'/root/a'", "cd /home/me", "https://deb.debian.org/", "pypi.org/simple"])
+@pytest.mark.parametrize(
+    "text", ["see /work/x", "'/root/a'", "cd /home/me", "https://deb.debian.org/", "pypi.org/simple"]
+)
 def test_forbidden_patterns_match(text):
     assert any(re.search(pattern, text) for pattern in FORBIDDEN)
 
@@ -167,7 +202,17 @@ def test_files_are_small(tracked):
 
 
 def test_outputs_are_not_tracked(tracked):
-    outputs = ("checkpoints/", "acc/", "id2cand/", "figures/", "report.html", "demo/", ".venv/", "data/fashion-mnist/", "data/imagenet/")
+    outputs = (
+        "checkpoints/",
+        "acc/",
+        "id2cand/",
+        "figures/",
+        "report.html",
+        "demo/",
+        ".venv/",
+        "data/fashion-mnist/",
+        "data/imagenet/",
+    )
     assert not [path for path in tracked if path.startswith(outputs)]
 
 
@@ -202,7 +247,9 @@ def test_requirements_are_pinned_and_say_why():
 def test_requirements_fit_the_platform(platform, machine, python, expected):
     markers = pytest.importorskip("packaging.markers")
     environment = {"sys_platform": platform, "platform_machine": machine, "python_version": python}
-    assert {name for name, _, marker, _ in requirements() if marker and markers.Marker(marker).evaluate(environment)} == expected
+    assert {
+        name for name, _, marker, _ in requirements() if marker and markers.Marker(marker).evaluate(environment)
+    } == expected
 
 
 def test_installed_versions_are_those_required():

@@ -1,4 +1,5 @@
 """The search without NNI: the evolution's generations, whatever workers do, and nothing left of it when it is killed."""
+
 import contextlib
 import itertools
 import json
@@ -12,15 +13,23 @@ import time
 import psutil
 import pytest
 
-import local_engine
+from engines import local_engine
+from engines.local_engine import search_locally
+from engines.search_record import prepare_search, read_results
 from evolution_tuner import Evolution
-from local_engine import search_locally
-from search_record import prepare_search, read_results
-from search_space import SearchSpace
+from space.search_space import SearchSpace
 from utils import HERE, UserError
 
 SPACE = SearchSpace.for_images(28, 10)
-EVOLUTION = {"population": 6, "select": 2, "mutation": 2, "crossover": 2, "mutation_prob": 0.1, "generations": 3, "seed": 0}
+EVOLUTION = {
+    "population": 6,
+    "select": 2,
+    "mutation": 2,
+    "crossover": 2,
+    "mutation_prob": 0.1,
+    "generations": 3,
+    "seed": 0,
+}
 SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%")}
 CPU = {"device": "cpu"}
 
@@ -30,7 +39,14 @@ def reward(candidate):
 
 
 def result(candidate):
-    return {"architecture": list(candidate), "flops": 0, "acc1": reward(candidate), "acc5": 99.0, "n_images": 10, "seconds": 0}
+    return {
+        "architecture": list(candidate),
+        "flops": 0,
+        "acc1": reward(candidate),
+        "acc5": 99.0,
+        "n_images": 10,
+        "seconds": 0,
+    }
 
 
 def generations():
@@ -133,7 +149,8 @@ def test_where_nothing_works_the_search_stops(tmp_path, fake):
 
 SEARCH = """
 import sys
-import test_local_engine as t, local_engine, pathlib
+import test_local_engine as t, pathlib
+from engines import local_engine
 from utils import Interrupted, interrupt, signals
 
 local_engine._start, local_engine._evaluate = t.start_as_ours, t.evaluate_slowly
@@ -161,7 +178,9 @@ def test_a_killed_search_leaves_no_process_and_goes_on(tmp_path, fake, number):
     (tmp_path / "go.py").write_text(SEARCH)
     out = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE / 'tests'}"}
-    process = subprocess.Popen([sys.executable, tmp_path / "go.py", out, "new"], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "go.py", out, "new"], env=environment, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not (out / "acc").exists() or not read_results(out):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -1,4 +1,5 @@
 """Both networks against reference_spos.py, an implementation that shares no line with them; the parts of both."""
+
 import functools
 import random
 
@@ -11,7 +12,7 @@ from torch import nn
 
 import blocks
 import network
-from search_space import SearchSpace
+from space.search_space import SearchSpace
 from utils import UserError
 
 CLASSES = 10
@@ -276,6 +277,10 @@ def test_parameters_are_as_published():
 
     with torch.device("meta"):
         assert count(network.ShuffleNetV2OneShot()) == 8_388_176
-        assert count(network.ShuffleNetV2(reference_spos.WINNER)) == 3_558_464 == SearchSpace().params(reference_spos.WINNER)
+        assert (
+            count(network.ShuffleNetV2(reference_spos.WINNER))
+            == 3_558_464
+            == SearchSpace().params(reference_spos.WINNER)
+        )
         for path in candidates(3):
             assert count(network.ShuffleNetV2(path, 64, 7)) == SearchSpace.for_images(64, 7).params(path)

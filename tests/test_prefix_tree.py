@@ -1,11 +1,12 @@
 """What candidates cost together, and how they are split between trials."""
+
 import itertools
 import random
 
 import pytest
 
-from prefix_tree import split, tree_flops
-from search_space import SearchSpace
+from space.search_space import SearchSpace
+from space.splitting import split, tree_flops
 
 SPACE = SearchSpace()
 
@@ -37,7 +38,10 @@ def test_the_costliest_list_is_as_cheap_as_can_be(n):
     lists = split(SPACE, candidates[::-1], n)
     assert list(itertools.chain(*lists)) == candidates and len(lists) <= n
     cuts = itertools.combinations(range(1, len(candidates)), n - 1)
-    best = min(max(tree_flops(SPACE, candidates[a:b]) for a, b in itertools.pairwise((0, *cut, len(candidates)))) for cut in cuts)
+    best = min(
+        max(tree_flops(SPACE, candidates[a:b]) for a, b in itertools.pairwise((0, *cut, len(candidates))))
+        for cut in cuts
+    )
     assert max(tree_flops(SPACE, part) for part in lists) == best
 
 

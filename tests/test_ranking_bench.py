@@ -1,4 +1,5 @@
 """The ranking study: its statistics, its candidates, and a small run that is killed and goes on."""
+
 import itertools
 import json
 import signal
@@ -9,14 +10,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_bench, run
-
-from dataset import prepare
+from conftest import ROOT, load, run
 from rank_correlation import agreement, bootstrap, candidates_needed, interval, kendall, resamples
-from search_space import SearchSpace
+
+from images.dataset import prepare
+from space.search_space import SearchSpace
 from utils import UserError
 
-bench = load_bench("ranking")
+bench = load("bench/ranking.py")
 
 
 # --- statistics ----------------------------------------------------------------------------------------------
@@ -50,7 +51,9 @@ def test_bootstrap_equals_resampled_lists():
         drawn = [i for i, n in enumerate(count) for _ in range(n)]
         taken = [[v[i] for i in drawn] for v in (predictor, *truths)]
         assert value == pytest.approx(agreement(taken[0], taken[1:]))
-    assert agreement(predictor, truths) == pytest.approx((kendall(predictor, truths[0]) + kendall(predictor, truths[1])) / 2)
+    assert agreement(predictor, truths) == pytest.approx(
+        (kendall(predictor, truths[0]) + kendall(predictor, truths[1])) / 2
+    )
 
 
 def test_intervals_cover_the_true_value():
@@ -96,7 +99,9 @@ def rows(n, noise, seed=0):
 
 def test_verdicts():
     summary = bench.summarise(rows(40, noise=0.2), 2)
-    assert summary["supernet"]["minus_flops_interval"][0] > 0 and "ranks better than FLOPs" in bench.verdict(summary, 40)
+    assert summary["supernet"]["minus_flops_interval"][0] > 0 and "ranks better than FLOPs" in bench.verdict(
+        summary, 40
+    )
     assert summary["flops"]["minus_flops_interval"] == (0, 0)
     assert summary["untrained"]["tau"] == 0 and summary["ceiling"]["tau"] > 0.8
     worse = rows(40, noise=0.2)
@@ -119,7 +124,9 @@ def test_verdicts():
 def test_candidates_are_spread_over_all_flops(space, n):
     candidates = bench.draw_candidates(space, n)
     low, high = space.flops_range
-    assert [min(n - 1, int((space.flops(space.check(c)) - low) / (high - low) * n)) for c in candidates] == list(range(n))
+    assert [min(n - 1, int((space.flops(space.check(c)) - low) / (high - low) * n)) for c in candidates] == list(
+        range(n)
+    )
     assert candidates == bench.draw_candidates(space, n) != bench.draw_candidates(space, n, seed=1)
 
 
@@ -146,9 +153,25 @@ scratch: {{iterations: 8, batch-size: 8, lr: 0.05, warmup: 4, bn-pass: 4}}
 def test_a_training_is_that_of_scratch(tree, tmp_path):
     config = tmp_path / "config.yml"
     config.write_text(CONFIG.format(tree=tree, cache=tmp_path / "cache"))
-    run("scratch.py", "--config", config, "--out", tmp_path, "--threads", 1, "--seed", 3, "--loader", "torchvision", "--workers", 0)
+    run(
+        "scratch.py",
+        "--config",
+        config,
+        "--out",
+        tmp_path,
+        "--threads",
+        1,
+        "--seed",
+        3,
+        "--loader",
+        "torchvision",
+        "--workers",
+        0,
+    )
     expected = torch.load(tmp_path / "checkpoints" / "scratch" / "bnps-checkpoint.pth")
-    args = bench.scratch_args(["--config", str(config), "--threads", "1", "--loader", "torchvision", "--workers", "0"], 8)
+    args = bench.scratch_args(
+        ["--config", str(config), "--threads", "1", "--loader", "torchvision", "--workers", "0"], 8
+    )
     prepare(args)
     network = bench.Trainings(args, SearchSpace.from_dict(expected["space"])).network(expected["architecture"], 3)
     assert all(torch.equal(value, expected["model"][name]) for name, value in network.state_dict().items())
@@ -159,10 +182,23 @@ def test_a_run_that_is_killed_goes_on(tree, tmp_path):
     config, results = tmp_path / "config.yml", tmp_path / "killed" / "ranking.json"
     config.write_text(CONFIG.format(tree=tree, cache=tmp_path / "cache"))
     run("supernet.py", "--config", config, "--out", tmp_path)
-    words = ["--supernet", tmp_path / "checkpoints" / "supernet" / "checkpoint-0000002.pth", "--config", config, "--candidates", 3, "--iterations", 4]
+    words = [
+        "--supernet",
+        tmp_path / "checkpoints" / "supernet" / "checkpoint-0000002.pth",
+        "--config",
+        config,
+        "--candidates",
+        3,
+        "--iterations",
+        4,
+    ]
 
     def trained():
-        return [a for row in json.loads(results.read_text())["candidates"] for a in row["standalone"]] if results.exists() else []
+        return (
+            [a for row in json.loads(results.read_text())["candidates"] for a in row["standalone"]]
+            if results.exists()
+            else []
+        )
 
     command = [sys.executable, ROOT / "bench" / "ranking.py", *map(str, words), "--results", results]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -7,6 +7,7 @@ A comment before a block of commands, which readers of the page don't see, is th
                                              requirements are those that are installed (by make test-all)
     <!-- commands: need ImageNet -->         not run; the script's own parser takes the arguments
 """
+
 import ast
 import importlib
 import importlib.metadata
@@ -22,6 +23,7 @@ import pytest
 import torch.distributed.run
 import yaml
 from conftest import ROOT
+from test_layout import ROOMS
 
 README = (ROOT / "readme.md").read_text()
 TAGS = ("run by a test", "run small by a test", "need ImageNet")
@@ -90,7 +92,7 @@ SMALL_DEMO = {
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project without what was made in it; python is the running one. Returns its folder and the environment."""
-    for pattern in ("*.*", "Makefile", "bench/*.py", "data/*.*"):
+    for pattern in ("*.*", "Makefile", "*/*.py", "data/*.*"):
         for path in ROOT.glob(pattern):
             if path.is_file():
                 target = tmp_path / "project" / path.relative_to(ROOT)
@@ -113,12 +115,16 @@ def small_project(project):
     (folder / "demo.yml").write_text(yaml.safe_dump(settings))
     installed = {d.name for d in importlib.metadata.distributions()}
     lines = (folder / "requirements.txt").read_text().splitlines()
-    (folder / "requirements.txt").write_text("\n".join(line for line in lines if re.match(r"[\w-]*", line)[0] in installed))
+    (folder / "requirements.txt").write_text(
+        "\n".join(line for line in lines if re.match(r"[\w-]*", line)[0] in installed)
+    )
     return folder, environment
 
 
 def execute(block, folder, environment):
-    result = subprocess.run(["bash", "-euc", block], cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    result = subprocess.run(
+        ["bash", "-euc", block], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -134,7 +140,11 @@ def make_becomes_what_it_runs(block, folder):
     def recipe(match):
         result = subprocess.run(["make", "-n", match[1]], cwd=folder, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        return result.stdout.splitlines()[-1].replace(".venv/bin/python", "python").replace("bench/demo.py", "bench/demo.py -- --batch-size 16")
+        return (
+            result.stdout.splitlines()[-1]
+            .replace(".venv/bin/python", "python")
+            .replace("bench/demo.py", "bench/demo.py -- --batch-size 16")
+        )
 
     return re.sub(r"^make (\w+)$", recipe, block, flags=re.M)
 
@@ -169,7 +179,13 @@ TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
 
 def test_the_readme_has_the_four_commands():
-    for command in ("python supernet.py", "python tester.py --mode gen", "python search.py", "python scratch.py", "make demo"):
+    for command in (
+        "python supernet.py",
+        "python tester.py --mode gen",
+        "python search.py",
+        "python scratch.py",
+        "make demo",
+    ):
         assert any(command in commands(tag) for tag in TAGS)
 
 
@@ -214,12 +230,14 @@ def test_images_exist():
 
 
 def test_the_file_map_is_complete():
-    named = set(re.findall(r"`([\w]+\.(?:py|yml|json))`", README.split("## Files")[1].split("\n## ")[0]))
-    assert {p.name for pattern in ("*.py", "*.yml", "*.json") for p in ROOT.glob(pattern)} - {"nni_auto_gen_search_space.json"} == named
+    named = set(re.findall(r"`([\w/]+\.(?:py|yml|json))`", README.split("## Files")[1].split("\n## ")[0]))
+    root = {path.name for pattern in ("*.py", "*.yml", "*.json") for path in ROOT.glob(pattern)}
+    rooms = {f"{room}/{p.name}" for room in ROOMS for p in (ROOT / room).glob("*.py") if p.name != "__init__.py"}
+    assert named == root - {"nni_auto_gen_search_space.json"} | rooms
 
 
 def test_flags_in_the_readme_exist():
-    known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py"), ROOT / "Makefile"])
+    known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "Makefile"])
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"} - TORCHRUN:
         assert f'"{flag}"' in known, flag
 
@@ -228,7 +246,12 @@ def test_tests_in_the_comparison_exist():
     """Every row of the table beside the official code and NNI names tests, and no test that is not there."""
     table = README.split("## Beside the official code")[1].split("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
-    there = {f"{path.name}::{name}" for path in (ROOT / "tests").glob("test_*.py") for name in names(path) if name.startswith("test_")}
+    there = {
+        f"{path.name}::{name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in names(path)
+        if name.startswith("test_")
+    }
     assert len(rows) > 30
     for row in rows:
         assert len(row) == 5, row

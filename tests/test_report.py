@@ -1,4 +1,5 @@
 """The report of a search, on synthetic ones: its numbers, its figures, the page; and the page as a real browser shows it."""
+
 import html
 import itertools
 import json
@@ -15,15 +16,23 @@ import pytest
 from conftest import run
 from PIL import Image
 
+from engines.search_record import SearchRecord, prepare_search, state_path
 from evolution_tuner import Evolution
-from report import duration, read_log, write_report
-from search_record import SearchRecord, prepare_search, state_path
-from search_results import RandomSearch, Run, expected_best, extrapolate, normal_maximum
-from search_space import SearchSpace
-from utils import UserError
+from reports.page import read_log, write_report
+from reports.search_results import RandomSearch, SearchResults, expected_best, extrapolate, normal_maximum
+from space.search_space import SearchSpace
+from utils import UserError, duration
 
 SPACE = SearchSpace.for_images(28, 10)
-SMALL = {"population": 12, "select": 4, "mutation": 5, "crossover": 5, "mutation_prob": 0.1, "generations": 4, "seed": 5}
+SMALL = {
+    "population": 12,
+    "select": 4,
+    "mutation": 5,
+    "crossover": 5,
+    "mutation_prob": 0.1,
+    "generations": 4,
+    "seed": 5,
+}
 LOG = """23:59:50 command: search.py --data-dir '<b>&'
 23:59:51 versions: python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5
 00:00:20 generation 1 of 4
@@ -54,7 +63,9 @@ def make(out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0
                 record.fail(candidate, "out of memory", "t1")
             else:
                 acc1 = accuracy(candidate)
-                record.add({"architecture": list(candidate), "acc1": acc1, "acc5": 99.0, "n_images": 500, "seconds": 1.5}, "t1")
+                record.add(
+                    {"architecture": list(candidate), "acc1": acc1, "acc5": 99.0, "n_images": 500, "seconds": 1.5}, "t1"
+                )
             n += 1
     return out
 
@@ -79,7 +90,7 @@ def on_disk(out):
 
 
 def test_numbers_are_those_of_acc(searched):
-    results, found = on_disk(searched), Run(searched)
+    results, found = on_disk(searched), SearchResults(searched)
     succeeded = {a: r for a, r in results.items() if r["acc1"] is not None}
     assert len(found.results) == len(results) == 48 and found.n_failed == 48 - len(succeeded) > 0
     assert [tuple(r["architecture"]) for r in found.succeeded] == sorted(succeeded, key=lambda a: -succeeded[a]["acc1"])
@@ -89,14 +100,16 @@ def test_numbers_are_those_of_acc(searched):
         values = [r["acc1"] for r in succeeded.values() if r["generation"] == generation.number]
         best, n = max(best, *values), n + len(values)
         assert generation.best["acc1"] == max(values) and so_far == (n, best)
-        assert generation.mean == pytest.approx(np.mean(values)) and generation.sd == pytest.approx(np.std(values, ddof=1))
+        assert generation.mean == pytest.approx(np.mean(values)) and generation.sd == pytest.approx(
+            np.std(values, ddof=1)
+        )
     shares = [found.shares(found.results, i) for i in range(4)]
     assert shares[2][6] == sum(a[6] == 2 for a in results) / 48
     assert np.sum(shares, 0) == pytest.approx(1)
 
 
 def test_the_front_is_what_no_other_candidate_beats(searched):
-    found = Run(searched)
+    found = SearchResults(searched)
     beaten = {
         id(r) for r, other in itertools.permutations(found.succeeded, 2)
         if other["flops"] <= r["flops"] and other["acc1"] >= r["acc1"] and (other["flops"], other["acc1"]) != (r["flops"], r["acc1"])
@@ -126,7 +139,7 @@ def test_extrapolation_of_a_normal_sample():
 
 
 def test_random_search_is_measured_on_the_first_generation_and_marked_beyond(searched):
-    found = Run(searched)
+    found = SearchResults(searched)
     sample = [r["acc1"] for r in on_disk(searched).values() if r["generation"] == 1 and r["acc1"] is not None]
     comparison = RandomSearch(found)
     assert comparison.measured == expected_best(sample) and comparison.size == len(sample)
@@ -137,10 +150,12 @@ def test_random_search_is_measured_on_the_first_generation_and_marked_beyond(sea
 
 def test_against_a_random_search(searched, tmp_path):
     other = make(tmp_path / "random", mutation=0, crossover=0, seed=8, population=20)
-    comparison = RandomSearch(Run(searched), Run(other))
+    comparison = RandomSearch(SearchResults(searched), SearchResults(other))
     sample = [r["acc1"] for r in on_disk(other).values() if r["acc1"] is not None]
-    budget = len(Run(searched).succeeded)
-    assert len(sample) > budget and comparison.measured == expected_best(sample)[:budget] and not comparison.extrapolated
+    budget = len(SearchResults(searched).succeeded)
+    assert (
+        len(sample) > budget and comparison.measured == expected_best(sample)[:budget] and not comparison.extrapolated
+    )
     assert comparison.at_budget == (budget, expected_best(sample)[budget - 1], None, None)
     path = write_report(shutil.copytree(searched, tmp_path / "searched"), other)
     assert "random candidates, measured" in path.read_text() and "extrapolat" not in path.read_text()
@@ -156,7 +171,7 @@ def test_a_search_that_is_no_fair_comparison_is_refused(searched, tmp_path):
 
 def test_no_random_curve_where_the_first_generation_is_not_uniform(tmp_path):
     out = make(tmp_path, limit="0.1%", generations=1)
-    comparison = RandomSearch(Run(out))
+    comparison = RandomSearch(SearchResults(out))
     assert not comparison.measured and not comparison.extrapolated and comparison.at_budget is None
     assert "not a uniform sample" in write_report(out).read_text()
 
@@ -171,7 +186,9 @@ def test_the_log_gives_commands_versions_and_seconds(tmp_path):
     assert seconds == 30 + 30  # over midnight, and without the hours between the two starts
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (3599, "1 h 0 min"), (9000, "2 h 30 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (150, "2.5 min"), (3600, "60.0 min"), (9000, "2.5 h")]
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
@@ -215,7 +232,9 @@ def check_figures(out, space=SPACE):
         assert len(operations[name]) == len(generations) * space.n_blocks
     assert len(operations["all"]) == len(operations["last"]) == len(space.operations) * space.n_blocks
     best = titles(out, "best")
-    assert best.keys() == {f"path-{r}-block-{b}" for r in range(1, min(10, len(succeeded)) + 1) for b in range(1, space.n_blocks + 1)}
+    assert best.keys() == {
+        f"path-{r}-block-{b}" for r in range(1, min(10, len(succeeded)) + 1) for b in range(1, space.n_blocks + 1)
+    }
     for name in ("plane", "generations", "operations", "best"):
         with Image.open(out / "figures" / f"{name}.png") as image:
             assert image.width == 1800
@@ -229,7 +248,10 @@ def test_heat_map_names_the_shares(searched):
     results = on_disk(searched)
     second = [a for a, r in results.items() if r["generation"] == 2]
     share = sum(a[3] == 0 for a in second) / len(second)
-    assert titles(searched, "operations")["shufflenet_3x3"][20 + 3] == f"block 4, ShuffleNet 3x3, generation 2: {share:.0%}"
+    assert (
+        titles(searched, "operations")["shufflenet_3x3"][20 + 3]
+        == f"block 4, ShuffleNet 3x3, generation 2: {share:.0%}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,7 +287,10 @@ def test_the_report_of_an_interrupted_search_leaves_the_search_as_it_is(tmp_path
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     page = write_report(out).read_text()
     assert {path: path.read_bytes() for path in before} == before
-    assert {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file() and path not in before} == {"report.html", "figures"}
+    assert {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file() and path not in before} == {
+        "report.html",
+        "figures",
+    }
     assert "31 of 48 candidates, in generation 3 of 4" in page and "3 (not finished)" in page
     (out / "acc" / "002.jsonl").write_bytes(before[out / "acc" / "002.jsonl"].rpartition(b"\n")[0] + b"\n")
     check_figures(out)
@@ -277,11 +302,19 @@ def test_the_page_says_what_ran_and_needs_no_network(searched):
     assert "python search.py --data-dir &#x27;&lt;b&gt;&amp;&#x27;" in page
     for text in ("commit abc1234", "<dt>seed</dt><dd>5</dd>", "60 s by the log", "out of memory"):
         assert text in page
-    for text in (f"{best['acc1']:.2f} %", f"{best['flops']:,}", f"{SPACE.params(best['architecture']):,}", str(best["architecture"])):
+    for text in (
+        f"{best['acc1']:.2f} %",
+        f"{best['flops']:,}",
+        f"{SPACE.params(best['architecture']):,}",
+        str(best["architecture"]),
+    ):
         assert text in page
     assert "<b>&" not in page and "<script" not in page
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in re.findall(r'(?:src|href)="([^"]*)', page))
-    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert not re.search(r"url\((?!#)|@import", page)
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -342,7 +375,9 @@ def test_a_browser_shows_what_is_in_acc(searched, tmp_path, browse):
     results = on_disk(searched)
     succeeded = {a for a, r in results.items() if r["acc1"] is not None}
     page = (searched / "report.html").read_text()
-    (tmp_path / "measured.html").write_text(re.sub("<meta http-equiv[^>]*>", "", page).replace("</body>", f"{MEASURE}</body>"))
+    (tmp_path / "measured.html").write_text(
+        re.sub("<meta http-equiv[^>]*>", "", page).replace("</body>", f"{MEASURE}</body>")
+    )
     dom, console = browse(tmp_path / "measured.html", "--dump-dom")
     assert not console
     drawn = json.loads(html.unescape(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.S)[1]))
@@ -359,13 +394,20 @@ def test_a_browser_shows_what_is_in_acc(searched, tmp_path, browse):
     assert len(drawn["generations-candidates"]) == len(succeeded)
 
     means = drawn["generations-mean"]
-    assert [int(re.match(r"generation (\d+)", m["title"])[1]) for m in means] == sorted({r["generation"] for r in results.values()})
+    assert [int(re.match(r"generation (\d+)", m["title"])[1]) for m in means] == sorted(
+        {r["generation"] for r in results.values()}
+    )
     steps = np.diff([m["x"] for m in means])
     assert steps == pytest.approx(steps[0], abs=0.1) and steps[0] > 20
     for name in SPACE.operations:
         cells = drawn[f"operations-{name}"]
-        assert len({round(c["y"]) for c in cells}) == len(means) and len({round(c["x"]) for c in cells}) == SPACE.n_blocks
-        light = [sum(map(int, re.findall(r"\d+", c["fill"])[:3])) for c in sorted(cells, key=lambda c: int(c["title"].split()[-1][:-1]))]
+        assert (
+            len({round(c["y"]) for c in cells}) == len(means) and len({round(c["x"]) for c in cells}) == SPACE.n_blocks
+        )
+        light = [
+            sum(map(int, re.findall(r"\d+", c["fill"])[:3]))
+            for c in sorted(cells, key=lambda c: int(c["title"].split()[-1][:-1]))
+        ]
         assert light == sorted(light, reverse=True) and light[0] - light[-1] > 300  # the darker the more
 
     ranked = sorted(succeeded, key=lambda a: -results[a]["acc1"])[:10]
@@ -381,8 +423,12 @@ def test_a_browser_shows_what_is_in_acc(searched, tmp_path, browse):
 
 @pytest.mark.slow
 def test_a_browser_has_nothing_to_complain_about(searched, tmp_path, browse):
-    (tmp_path / "bad.html").write_text('<meta http-equiv="Content-Security-Policy" content="img-src data:"><img src="http://a.example/b.png">')
-    assert browse(tmp_path / "bad.html", "--dump-dom")[1], "errors must show in the console for their absence to say something"
+    (tmp_path / "bad.html").write_text(
+        '<meta http-equiv="Content-Security-Policy" content="img-src data:"><img src="http://a.example/b.png">'
+    )
+    assert browse(tmp_path / "bad.html", "--dump-dom")[1], (
+        "errors must show in the console for their absence to say something"
+    )
     _, console = browse(searched / "report.html", f"--screenshot={tmp_path / 'page.png'}")
     assert not console
     with Image.open(tmp_path / "page.png") as image:

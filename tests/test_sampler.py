@@ -1,4 +1,5 @@
 """The path sampler: flat over the bins, uniform within each, a pure function of seed and step, fast, and never endless."""
+
 import collections
 import itertools
 import random
@@ -7,14 +8,16 @@ import time
 import numpy as np
 import pytest
 
-import sampler
-from sampler import PathSampler, default_flops_range
-from search_space import SearchSpace
+from space import sampler
+from space.sampler import PathSampler, default_flops_range
+from space.search_space import SearchSpace
 from utils import UserError
 
 SPACE = SearchSpace()
 RANGE = (290_000_000, 360_000_000)
-TINY = SearchSpace(input_size=32, n_classes=10, stem_stride=1, stage_strides=(2, 2), stage_blocks=(2, 2), stage_channels=(24, 40))
+TINY = SearchSpace(
+    input_size=32, n_classes=10, stem_stride=1, stage_strides=(2, 2), stage_blocks=(2, 2), stage_channels=(24, 40)
+)
 ALL_TINY = list(itertools.product(range(4), repeat=4))
 
 
@@ -35,7 +38,7 @@ def chi_square(counts, expected):
 
 def test_paths_are_flat_over_the_official_bins():
     paths = PathSampler(SPACE, seed=3, flops_range=RANGE)
-    drawn = [paths.path(step) for step in range(7000)]
+    drawn = [paths.candidate(step) for step in range(7000)]
     assert all(SPACE.check(c) == c for c in drawn[:100])
     assert bins_of(drawn, SPACE, *RANGE, 7) == pytest.approx([1 / 7] * 7, abs=0.015)
 
@@ -45,7 +48,9 @@ def test_paths_are_flat_over_the_default_bins_of_other_sizes(size):
     space = SearchSpace.for_images(size, 10)
     low, high = default_flops_range(space)
     paths = PathSampler(space, flops_range=(low, high))
-    assert bins_of([paths.path(step) for step in range(7000)], space, low, high, 7) == pytest.approx([1 / 7] * 7, abs=0.015)
+    assert bins_of([paths.candidate(step) for step in range(7000)], space, low, high, 7) == pytest.approx(
+        [1 / 7] * 7, abs=0.015
+    )
 
 
 def test_the_default_range_is_the_official_one_and_elsewhere_its_quantiles():
@@ -68,17 +73,17 @@ def test_paths_are_uniform_within_a_bin(n_bins):
     members[-1] += [c for c in ALL_TINY if TINY.flops(c) == high]
     expected = {c: 60_000 / n_bins / len(bin_members) for bin_members in members for c in bin_members}
     paths = PathSampler(TINY, seed=1, flops_range=(low, high), n_bins=n_bins)
-    counts = collections.Counter(paths.path(step) for step in range(60_000))
+    counts = collections.Counter(paths.candidate(step) for step in range(60_000))
     assert counts.keys() == expected.keys()
     assert abs(chi_square(counts, expected)) < 4
 
 
 def test_without_a_range_paths_are_uniform():
     paths = PathSampler(TINY, seed=2)
-    counts = collections.Counter(paths.path(step) for step in range(50_000))
+    counts = collections.Counter(paths.candidate(step) for step in range(50_000))
     assert abs(chi_square(counts, dict.fromkeys(ALL_TINY, 50_000 / 256))) < 4
     big = PathSampler(SPACE)
-    drawn = np.array([big.path(step) for step in range(8000)])
+    drawn = np.array([big.candidate(step) for step in range(8000)])
     assert all(abs(np.bincount(block, minlength=4) / 8000 - 0.25).max() < 0.025 for block in drawn.T)
     assert abs(np.corrcoef(drawn.T) - np.eye(20)).max() < 0.06
 
@@ -86,14 +91,14 @@ def test_without_a_range_paths_are_uniform():
 @pytest.mark.parametrize("flops_range", [None, RANGE])
 def test_a_path_is_a_pure_function_of_seed_and_step(flops_range):
     steps = [0, 1, 5, 1023, 1024, 1025, 5000, 149_999]
-    expected = [PathSampler(SPACE, 7, flops_range).path(step) for step in steps]
+    expected = [PathSampler(SPACE, 7, flops_range).candidate(step) for step in steps]
     assert all(type(path) is tuple and all(type(choice) is int for choice in path) for path in expected)
     paths = PathSampler(SPACE, 7, flops_range)
     for step in random.Random(0).sample(steps, len(steps)) + steps[::-1]:
-        assert paths.path(step) == expected[steps.index(step)]
+        assert paths.candidate(step) == expected[steps.index(step)]
     assert len(set(expected)) == len(steps)
     other = PathSampler(SPACE, 8, flops_range)
-    assert all(other.path(step) != path for step, path in zip(steps, expected))
+    assert all(other.candidate(step) != path for step, path in zip(steps, expected))
 
 
 def test_numpy_and_python_generators_are_left_alone():
@@ -102,7 +107,7 @@ def test_numpy_and_python_generators_are_left_alone():
     expected = np.random.random(), random.random()
     np.random.seed(0)
     random.seed(0)
-    PathSampler(SPACE, 0, RANGE).path(10)
+    PathSampler(SPACE, 0, RANGE).candidate(10)
     assert (np.random.random(), random.random()) == expected
 
 
@@ -111,7 +116,7 @@ def test_a_path_takes_less_than_a_fifth_of_a_millisecond(flops_range, n_bins):
     paths = PathSampler(SPACE, 0, flops_range, n_bins)
     start = time.process_time()
     for step in range(10_240):
-        paths.path(step)
+        paths.candidate(step)
     assert (time.process_time() - start) / 10_240 < 0.2e-3
 
 
@@ -127,7 +132,10 @@ def test_a_bin_out_of_reach_is_an_error_at_the_start(flops_range, bin_message):
         PathSampler(SPACE, 0, flops_range)
     message = str(error.value)
     assert message.startswith(f"--flops-range {flops_range[0]} {flops_range[1]}: 0 of ") and bin_message in message
-    assert "candidates cost 270359360 to 398609216, 99.7% of them 290000000 to 360000000" in message and "\n" not in message
+    assert (
+        "candidates cost 270359360 to 398609216, 99.7% of them 290000000 to 360000000" in message
+        and "\n" not in message
+    )
     assert time.process_time() - start < 20
 
 
@@ -138,7 +146,9 @@ def test_a_bin_that_is_too_rare_is_an_error_at_the_start():
 
 @pytest.mark.parametrize("flops_range", [(360_000_000, 290_000_000), (300_000_000, 300_000_000)])
 def test_an_empty_range_is_an_error(flops_range):
-    with pytest.raises(UserError, match=f"--flops-range {flops_range[0]} {flops_range[1]}: the first has to be the lower"):
+    with pytest.raises(
+        UserError, match=f"--flops-range {flops_range[0]} {flops_range[1]}: the first has to be the lower"
+    ):
         PathSampler(SPACE, 0, flops_range)
 
 
@@ -147,4 +157,4 @@ def test_drawing_ends_even_where_it_finds_nothing(monkeypatch):
     monkeypatch.setattr(sampler, "MAX_BATCHES", 1)
     monkeypatch.setattr(paths, "edges", np.array([1, 2, 3]))
     with pytest.raises(RuntimeError, match="1024 steps got no path"):
-        paths.path(0)
+        paths.candidate(0)

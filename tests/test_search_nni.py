@@ -1,4 +1,5 @@
 """search.py's NNI experiment for real, with trials that need no torch, and what search.py checks before it starts one."""
+
 import contextlib
 import json
 import os
@@ -12,12 +13,12 @@ import psutil
 import pytest
 import yaml
 
-import nni_engine
 import search
-from dataset import DataConfig
+from engines import nni_engine
+from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
-from search_record import prepare_search, read_results, state_path
-from search_space import SearchSpace
+from images.dataset import DataConfig
+from space.search_space import SearchSpace
 from utils import UserError, read_json
 
 SPACE = SearchSpace.for_images(28, 10)
@@ -53,10 +54,10 @@ nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nn
 
 HOST = """
 import json, pathlib, sys
-import nni_engine
+from engines import nni_engine
 import search
-from search_record import prepare_search
-from search_space import SearchSpace
+from engines.search_record import prepare_search
+from space.search_space import SearchSpace
 from utils import Interrupted, interrupt, run_script, signals
 
 def main(arguments):
@@ -137,7 +138,9 @@ def answers(host, port):
 
 
 def expected():
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, SETTINGS["flops_limit"], **{k: SETTINGS[k] for k in search.EVOLUTION})
+    evolution = Evolution(
+        SPACE.choices_per_block, SPACE.flops, SETTINGS["flops_limit"], **{k: SETTINGS[k] for k in search.EVOLUTION}
+    )
     while population := evolution.ask():
         evolution.tell({c: (sum(g * (i + 1) for i, g in enumerate(c)) / 10, 99.0) for c in population})
     return evolution
@@ -171,7 +174,9 @@ def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path):
     check_outcome(tmp_path)
     assert len(evaluated(tmp_path)) == 8
     (experiment,) = (tmp_path / "checkpoints/search/nni").glob("????????")
-    assert len(list(experiment.glob("environments/*/trials/*"))) == 6  # two a generation, and two for those of the one that died
+    assert (
+        len(list(experiment.glob("environments/*/trials/*"))) == 6
+    )  # two a generation, and two for those of the one that died
 
 
 def test_interrupted_search_leaves_nothing_running_and_goes_on(tmp_path):
@@ -219,7 +224,15 @@ def experiment(tmp_path, **changes):
 def test_committed_experiment_has_the_official_numbers():
     args = search.parse_args([])
     numbers = {name: getattr(args, name) for name in search.EVOLUTION}
-    official = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": 20, "seed": 0}
+    official = {
+        "population": 50,
+        "select": 10,
+        "mutation": 25,
+        "crossover": 25,
+        "mutation_prob": 0.1,
+        "generations": 20,
+        "seed": 0,
+    }
     assert numbers == official
     assert args.concurrency == 1
 
@@ -243,13 +256,17 @@ def test_damaged_experiment_is_named(tmp_path, changes, message):
 def test_experiment_sets_defaults_under_config_and_command_line(tmp_path, monkeypatch):
     tuner = {"codeDirectory": ".", "className": "evolution_tuner.EvolutionWithFlops"}
     (tmp_path / "config_search.yml").write_text(
-        experiment(tmp_path, tuner=tuner | {"classArgs": {"population": 30, "mutation": 9, "crossover": 8}}, trialConcurrency=3).read_text()
+        experiment(
+            tmp_path, tuner=tuner | {"classArgs": {"population": 30, "mutation": 9, "crossover": 8}}, trialConcurrency=3
+        ).read_text()
     )
     (tmp_path / "mine.yml").write_text("search: {mutation: 7, crossover: 6}")
     monkeypatch.setattr(search, "HERE", tmp_path)
     args = search.parse_args(["--config", str(tmp_path / "mine.yml"), "--crossover", "5"])
     assert (args.population, args.mutation, args.crossover, args.concurrency) == (30, 7, 5, 3)
-    (tmp_path / "config_search.yml").write_text(experiment(tmp_path, tuner=tuner | {"classArgs": {"populaton": 30}}).read_text())
+    (tmp_path / "config_search.yml").write_text(
+        experiment(tmp_path, tuner=tuner | {"classArgs": {"populaton": 30}}).read_text()
+    )
     with pytest.raises(UserError, match=r"config_search\.yml: .*--populaton"):
         search.parse_args([])
 
@@ -294,13 +311,23 @@ def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
     caught = {}
     monkeypatch.setattr(nni_engine, "host_experiment", lambda config, out: caught.update(config))
     prepare_search(tmp_path, settings, resume=False)
-    nni_engine.search_with_nni(SPACE, ["trial"], settings, tmp_path, search.read_experiment(search.HERE / "config_search.yml"))
+    nni_engine.search_with_nni(
+        SPACE, ["trial"], settings, tmp_path, search.read_experiment(search.HERE / "config_search.yml")
+    )
     tuner = EvolutionWithFlops(**json.loads(json.dumps(caught["tuner"]["classArgs"])))
     while population := tuner.record.evolution.ask():
-        tuner.keep("id", [{"architecture": list(c), "flops": 0, "acc1": float(c[0]), "acc5": 99.0, "n_images": 1, "seconds": 1} for c in population])
+        tuner.keep(
+            "id",
+            [
+                {"architecture": list(c), "flops": 0, "acc1": float(c[0]), "acc5": 99.0, "n_images": 1, "seconds": 1}
+                for c in population
+            ],
+        )
     assert tuner.record.state["done"] and len(read_results(tmp_path)) == 8
     for result in read_results(tmp_path):
-        assert result["flops"] == 1000 + sum(row[choice] for row, choice in zip(costs[0], result["architecture"])) <= 3000
+        assert (
+            result["flops"] == 1000 + sum(row[choice] for row, choice in zip(costs[0], result["architecture"])) <= 3000
+        )
     tuner.record.lock.close()
     with pytest.raises(UserError, match=r"other settings: costs None \(was \[\[.{1,400}\], 1000\]\)"):
         prepare_search(tmp_path, SETTINGS | {"flops_limit": 3000}, resume=True)
@@ -317,10 +344,30 @@ def test_nnis_manager_gets_time_to_start():
 
 def test_settings_of_trials_go_through_a_file(tmp_path):
     out = tmp_path / "a 'quoted' $(folder)"
-    args = search.parse_args(["--data-dir", "some data", "--bn-batches", "7", "--no-mirror", "--crop-scale", "0.5", "1", "--concurrency", "2"])
+    args = search.parse_args(
+        [
+            "--data-dir",
+            "some data",
+            "--bn-batches",
+            "7",
+            "--no-mirror",
+            "--crop-scale",
+            "0.5",
+            "1",
+            "--concurrency",
+            "2",
+        ]
+    )
     trial = search.trial_settings(args, out, "net.pth")
     command = nni_engine.trial_command(search.read_experiment(search.HERE / "config_search.yml"), out, trial)
-    assert command == [sys.executable, str(search.HERE / "tester.py"), "--mode", "test", "--config", str(out / "checkpoints/search/trial.yml")]
+    assert command == [
+        sys.executable,
+        str(search.HERE / "tester.py"),
+        "--mode",
+        "test",
+        "--config",
+        str(out / "checkpoints/search/trial.yml"),
+    ]
     settings = yaml.safe_load((out / "checkpoints/search/trial.yml").read_text())["tester"]
     assert settings["data-dir"] == os.path.abspath("some data")
     assert settings["checkpoint"] == os.path.abspath("net.pth")
@@ -333,10 +380,22 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "config", "expected"),
     [
-        (["--data-dir", "tree"], DataConfig(heldout_per_class=5, mirror=False), ["--data-dir", "tree", "--no-mirror", "--heldout-per-class", "5"]),
+        (
+            ["--data-dir", "tree"],
+            DataConfig(heldout_per_class=5, mirror=False),
+            ["--data-dir", "tree", "--no-mirror", "--heldout-per-class", "5"],
+        ),
         (["--demo"], None, ["--demo"]),
-        (["--demo", "--data-dir", "tree", "--jitter", "0.2"], None, ["--demo", "--data-dir", "tree", "--jitter", "0.2"]),
-        (["--config", "a.yml", "--input-size", "64"], None, ["--config", "a.yml", "--input-size", "64", "--val-resize", "73"]),
+        (
+            ["--demo", "--data-dir", "tree", "--jitter", "0.2"],
+            None,
+            ["--demo", "--data-dir", "tree", "--jitter", "0.2"],
+        ),
+        (
+            ["--config", "a.yml", "--input-size", "64"],
+            None,
+            ["--config", "a.yml", "--input-size", "64", "--val-resize", "73"],
+        ),
     ],
 )
 def test_the_winner_is_retrained_on_the_images_of_the_search(tmp_path, monkeypatch, words, config, expected):
@@ -348,13 +407,18 @@ def test_the_winner_is_retrained_on_the_images_of_the_search(tmp_path, monkeypat
 
 
 def test_report_has_the_ten_best_and_the_next_command(capsys):
-    results = [{"architecture": [i % 4] * 20, "flops": 23_000_000 + i, "acc1": float(i), "acc5": 99.0} for i in range(15)]
+    results = [
+        {"architecture": [i % 4] * 20, "flops": 23_000_000 + i, "acc1": float(i), "acc5": 99.0} for i in range(15)
+    ]
     results.append(results[0] | {"acc1": None, "acc5": None, "error": "broken"})
     args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
     assert search.report(results, DataConfig(), args, args.out) == results[14]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "15 candidates evaluated, 1 failed"
     assert [line.split()[:2] for line in lines[2:12]] == [[str(rank + 1), f"{14 - rank}.00"] for rank in range(10)]
-    assert lines[13].split(maxsplit=1) == ["python", "scratch.py --architecture 'my runs/checkpoints/best.json' --data-dir tree --out 'my runs'"]
+    assert lines[13].split(maxsplit=1) == [
+        "python",
+        "scratch.py --architecture 'my runs/checkpoints/best.json' --data-dir tree --out 'my runs'",
+    ]
     with pytest.raises(UserError, match="none of 1 candidates could be evaluated"):
         search.report(results[15:], DataConfig(), args, args.out)

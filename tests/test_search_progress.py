@@ -1,4 +1,5 @@
 """What is seen of a running search: on a terminal, in a log, in TensorBoard."""
+
 import io
 import logging
 import statistics
@@ -8,15 +9,23 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-import search_progress
+from engines import progress
+from engines.progress import Progress
+from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
 from evolution_tuner import Evolution
-from search_progress import Progress
-from search_record import SearchRecord, prepare_search, read_generations, state_path
-from search_space import SearchSpace
+from space.search_space import SearchSpace
 from utils import Screen, UserError, log
 
 SPACE = SearchSpace.for_images(28, 10)
-EVOLUTION = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "mutation_prob": 0.1, "generations": 3, "seed": 0}
+EVOLUTION = {
+    "population": 4,
+    "select": 2,
+    "mutation": 2,
+    "crossover": 2,
+    "mutation_prob": 0.1,
+    "generations": 3,
+    "seed": 0,
+}
 SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%")}
 
 
@@ -51,7 +60,9 @@ def search(out, stop_after=None):
             if candidate == evolution.population[1]:
                 record.fail(candidate, "broken")
             else:
-                record.add({"architecture": candidate, "acc1": sum(candidate), "acc5": 99.0, "n_images": 10, "seconds": 1.0})
+                record.add(
+                    {"architecture": candidate, "acc1": sum(candidate), "acc5": 99.0, "n_images": 10, "seconds": 1.0}
+                )
             n += 1
             progress.read()
     progress.read()
@@ -60,10 +71,15 @@ def search(out, stop_after=None):
 
 def curves(out):
     """{tag: [(step, value)]} as TensorBoard reads them."""
-    events = EventAccumulator(str(out / "checkpoints" / "search" / "tensorboard"), size_guidance={"histograms": 0, "scalars": 0})
+    events = EventAccumulator(
+        str(out / "checkpoints" / "search" / "tensorboard"), size_guidance={"histograms": 0, "scalars": 0}
+    )
     events.Reload()
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    return scalars | {f"{tag} histogram": [(e.step, e.histogram_value.num) for e in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
+    return scalars | {
+        f"{tag} histogram": [(e.step, e.histogram_value.num) for e in events.Histograms(tag)]
+        for tag in events.Tags()["histograms"]
+    }
 
 
 def expected_curves(out):
@@ -99,15 +115,19 @@ def test_a_resumed_search_has_every_generation_once(tmp_path, lines, n):
 def test_a_log_has_a_line_a_generation_and_no_bar(tmp_path, lines, capsys):
     search(tmp_path)
     assert capsys.readouterr().err == ""
-    assert [line.split(",")[0] for line in lines] == [f"generation {g} of 3: {4 * g} candidates so far" for g in (1, 2, 3)]
-    best = max((r for results in read_generations(tmp_path) for r in results if r["acc1"] is not None), key=lambda r: r["acc1"])
+    assert [line.split(",")[0] for line in lines] == [
+        f"generation {g} of 3: {4 * g} candidates so far" for g in (1, 2, 3)
+    ]
+    best = max(
+        (r for results in read_generations(tmp_path) for r in results if r["acc1"] is not None), key=lambda r: r["acc1"]
+    )
     assert lines[-1].split(";")[0].endswith(f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M")
 
 
 def test_a_log_has_a_line_every_half_minute(tmp_path, lines, monkeypatch):
     """With 20 s a candidate: after the second of each four, and at the end of a generation."""
     now = [0.0]
-    monkeypatch.setattr(search_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     add = SearchRecord._append
 
     def slowly(self, *args):

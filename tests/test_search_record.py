@@ -1,4 +1,5 @@
 """What a search leaves on disk, whole wherever it stops."""
+
 import itertools
 import json
 import math
@@ -7,8 +8,8 @@ import os
 import pytest
 from test_evolution import LIMIT, SPACE, reward
 
+from engines.search_record import SearchRecord, prepare_search, read_results, state_path
 from evolution_tuner import Evolution
-from search_record import SearchRecord, prepare_search, read_results, state_path
 from utils import UserError, hold_lock, read_json
 
 SETTINGS = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "generations": 3, "seed": 5}
@@ -16,7 +17,14 @@ SETTINGS = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "genera
 
 def result(candidate, **changes):
     acc1 = reward(candidate)
-    return {"architecture": list(candidate), "flops": 0, "acc1": acc1, "acc5": 99.0, "n_images": 10, "seconds": 1.5} | changes
+    return {
+        "architecture": list(candidate),
+        "flops": 0,
+        "acc1": acc1,
+        "acc5": 99.0,
+        "n_images": 10,
+        "seconds": 1.5,
+    } | changes
 
 
 def record(out, settings=SETTINGS):

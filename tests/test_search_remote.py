@@ -2,6 +2,7 @@
 
 The machines are SSH servers of this one, at two addresses of the loopback interface, with a key made for the test.
 """
+
 import contextlib
 import getpass
 import os
@@ -18,11 +19,10 @@ import pytest
 import yaml
 from conftest import ROOT, run
 
-import machines
-import nni_engine
 import search
-from machines import Connections, MachinesLost, check_machines
-from search_record import read_generations
+from engines import machines, nni_engine
+from engines.machines import Connections, MachinesLost, check_machines
+from engines.search_record import read_generations
 from utils import UserError, read_json
 
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
@@ -50,10 +50,14 @@ def experiment(tmp_path):
 
 
 def test_the_committed_file_differs_in_its_machines_alone(tmp_path):
-    plain, remote = (yaml.safe_load((ROOT / name).read_text()) for name in ("config_search.yml", "config_search_remote.yml"))
+    plain, remote = (
+        yaml.safe_load((ROOT / name).read_text()) for name in ("config_search.yml", "config_search_remote.yml")
+    )
     service = remote["trainingService"]
     assert service["platform"] == "remote" and len(service["machineList"]) == 2
-    assert remote | {"trainingService": plain["trainingService"], "trialConcurrency": plain["trialConcurrency"]} == plain
+    assert (
+        remote | {"trainingService": plain["trainingService"], "trialConcurrency": plain["trialConcurrency"]} == plain
+    )
     (tmp_path / "key").write_text("a key")
     check_machines(tmp_path / "remote.yml", [machine | {"sshKeyFile": "key"} for machine in service["machineList"]])
 
@@ -68,19 +72,43 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
     ("service", "message"),
     [
         ({"platform": "remote"}, "trainingService is .* not platform: local alone, nor platform: remote"),
-        ({"platform": "remote", "machineList": [MACHINE], "trialGpuNumber": 1}, "trainingService is .* not platform: local alone, nor"),
+        (
+            {"platform": "remote", "machineList": [MACHINE], "trialGpuNumber": 1},
+            "trainingService is .* not platform: local alone, nor",
+        ),
         ({"platform": "remote", "machineList": []}, r"machineList is \[\], not a list of machines"),
         ({"platform": "remote", "machineList": MACHINE}, "machineList is .*, not a list of machines"),
         ({"platform": "remote", "machineList": [MACHINE, "host"]}, "machine 2 is 'host', not a mapping"),
-        ({"platform": "remote", "machineList": [MACHINE | {"password": "x"}]}, "machine 1 has the unknown entry 'password'"),
-        ({"platform": "remote", "machineList": [MACHINE | {"useActiveGpu": True}]}, "machine 1 has the unknown entry 'useActiveGpu'"),
-        ({"platform": "remote", "machineList": [{k: v for k, v in MACHINE.items() if k != "user"}]}, "machine 1: user is None, not a text"),
+        (
+            {"platform": "remote", "machineList": [MACHINE | {"password": "x"}]},
+            "machine 1 has the unknown entry 'password'",
+        ),
+        (
+            {"platform": "remote", "machineList": [MACHINE | {"useActiveGpu": True}]},
+            "machine 1 has the unknown entry 'useActiveGpu'",
+        ),
+        (
+            {"platform": "remote", "machineList": [{k: v for k, v in MACHINE.items() if k != "user"}]},
+            "machine 1: user is None, not a text",
+        ),
         ({"platform": "remote", "machineList": [MACHINE | {"port": 0}]}, "machine 1: port is 0, not a number"),
         ({"platform": "remote", "machineList": [MACHINE | {"port": "22"}]}, "machine 1: port is '22', not a number"),
-        ({"platform": "remote", "machineList": [MACHINE | {"host": "-oProxyCommand=x"}]}, "machine 1: host is .* a shell"),
-        ({"platform": "remote", "machineList": [MACHINE | {"pythonPath": "/opt/$(x)"}]}, "machine 1: pythonPath is .* a shell"),
-        ({"platform": "remote", "machineList": [MACHINE | {"pythonPath": "bin"}]}, "machine 1: pythonPath is 'bin', not the absolute path"),
-        ({"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": ""}]}, "machine 1: sshKeyFile is '', not a text"),
+        (
+            {"platform": "remote", "machineList": [MACHINE | {"host": "-oProxyCommand=x"}]},
+            "machine 1: host is .* a shell",
+        ),
+        (
+            {"platform": "remote", "machineList": [MACHINE | {"pythonPath": "/opt/$(x)"}]},
+            "machine 1: pythonPath is .* a shell",
+        ),
+        (
+            {"platform": "remote", "machineList": [MACHINE | {"pythonPath": "bin"}]},
+            "machine 1: pythonPath is 'bin', not the absolute path",
+        ),
+        (
+            {"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": ""}]},
+            "machine 1: sshKeyFile is '', not a text",
+        ),
     ],
 )
 def test_a_wrong_entry_is_named(experiment, service, message):
@@ -150,7 +178,10 @@ def test_an_ended_connection_names_its_machine(tmp_path, monkeypatch):
 
 def test_what_ssh_says_of_a_machine_that_does_not_answer_is_told(tmp_path, monkeypatch):
     fake_ssh(tmp_path, monkeypatch, "echo 'Permission denied (publickey).' >&2; exit 255")
-    with pytest.raises(MachinesLost, match=r"192\.0\.2\.1:22 \(Permission denied"), Connections(entries("192.0.2.1"), 8080, tmp_path):
+    with (
+        pytest.raises(MachinesLost, match=r"192\.0\.2\.1:22 \(Permission denied"),
+        Connections(entries("192.0.2.1"), 8080, tmp_path),
+    ):
         pass
 
 
@@ -209,7 +240,13 @@ class Server:
 
     def entry(self):
         python = pathlib.Path(sys.executable)
-        return {"host": self.host, "port": self.port, "user": getpass.getuser(), "sshKeyFile": "key", "pythonPath": str(python.parent)}
+        return {
+            "host": self.host,
+            "port": self.port,
+            "user": getpass.getuser(),
+            "sshKeyFile": "key",
+            "pythonPath": str(python.parent),
+        }
 
     def running(self):
         """What runs on this machine, without its server: what it started, even if its parent has ended."""
@@ -271,14 +308,31 @@ def wait_for(condition, what, process, log):
 
 def outcome(out):
     """Every generation: architectures with their accuracies, by rank."""
-    return [[(r["architecture"], r["acc1"], r["acc5"], r["n_images"]) for r in results] for results in read_generations(out)]
+    return [
+        [(r["architecture"], r["acc1"], r["acc5"], r["n_images"]) for r in results] for results in read_generations(out)
+    ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A folder with a supernet and a finished search of it on this machine."""
     out = tmp_path_factory.mktemp("local")
-    run("supernet.py", *SMALL, "--batch-size", 16, "--val-every", 20, "--save-every", 20, "--iterations", 20, "--val-paths", 1, "--out", out)
+    run(
+        "supernet.py",
+        *SMALL,
+        "--batch-size",
+        16,
+        "--val-every",
+        20,
+        "--save-every",
+        20,
+        "--iterations",
+        20,
+        "--val-paths",
+        1,
+        "--out",
+        out,
+    )
     run("tester.py", "--mode", "gen", "--out", out)
     run("search.py", *SMALL, *SEARCH, "--engine", "local", "--device", "cpu", "--out", out)
     return out
@@ -293,7 +347,18 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, undisturb
     content = yaml.safe_load((ROOT / "config_search_remote.yml").read_text())
     content["trainingService"]["machineList"] = [server.entry() for server in servers]
     (tmp_path / "remote.yml").write_text(yaml.safe_dump(content))
-    words = ["--experiment", tmp_path / "remote.yml", *SMALL, *SEARCH, "--device", "cpu", "--out", far, "--cache", os.environ["TEST_CACHE"]]
+    words = [
+        "--experiment",
+        tmp_path / "remote.yml",
+        *SMALL,
+        *SEARCH,
+        "--device",
+        "cpu",
+        "--out",
+        far,
+        "--cache",
+        os.environ["TEST_CACHE"],
+    ]
     log, start = tmp_path / "search.log", time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen([sys.executable, ROOT / "search.py", *map(str, words)], stdout=file, stderr=file)
@@ -304,7 +369,12 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, undisturb
         (trial,) = wait_for(servers[1].trials, "no trial on the second machine", process, log)
         code = pathlib.Path(trial.cwd())
         brought = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-        assert brought == {path.name for path in ROOT.glob("*.py")} | {"data/cache/checked.json"}
+        modules = {
+            str(path.relative_to(ROOT))
+            for room in (".", "space", "images", "training", "engines")
+            for path in ROOT.glob(f"{room}/*.py")
+        }
+        assert brought == modules | {"engines/preload.js", "data/cache/checked.json"}
         print(f"stopped after {time.monotonic() - start:.0f} s")
         children = psutil.Process(process.pid).children(recursive=True)
         listening = {c.laddr.ip for p in children for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}

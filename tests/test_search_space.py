@@ -1,4 +1,5 @@
 """The search space: every published cost, an independent count, quantiles, and what is and isn't an architecture."""
+
 import itertools
 import json
 import random
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import network
-from search_space import OPERATIONS, SearchSpace
+from space.search_space import OPERATIONS, SearchSpace
 from utils import HERE, UserError
 
 SPACE = SearchSpace()
@@ -38,7 +39,14 @@ PUBLISHED = [  # block, then multiply-adds with 3x3, 5x5, 7x7, xception at 224 p
     (19, 10176320, 10427200, 10803520, 15476160),
     (20, 10176320, 10427200, 10803520, 15476160),
 ]
-TINY = SearchSpace(input_size=32, n_classes=10, stem_stride=1, stage_strides=(2, 1, 2), stage_blocks=(2, 2, 3), stage_channels=(24, 40, 64))
+TINY = SearchSpace(
+    input_size=32,
+    n_classes=10,
+    stem_stride=1,
+    stage_strides=(2, 1, 2),
+    stage_blocks=(2, 2, 3),
+    stage_channels=(24, 40, 64),
+)
 
 
 # --- cost ----------------------------------------------------------------------------------------------------
@@ -48,7 +56,12 @@ def test_published_flops():
     assert [(i, *row) for i, row in enumerate(SPACE.operation_flops, 1)] == PUBLISHED
     assert SPACE.stem_conv.flops == 5_419_008
     assert SPACE.fixed_flops - SPACE.stem_conv.flops == 33_136_640
-    assert SPACE.flops(WINNER) == network.get_candidate_flops(WINNER) == network.get_candidate_flops(SPACE.to_architecture(WINNER)) == 322_918_720
+    assert (
+        SPACE.flops(WINNER)
+        == network.get_candidate_flops(WINNER)
+        == network.get_candidate_flops(SPACE.to_architecture(WINNER))
+        == 322_918_720
+    )
     assert SPACE.params(WINNER) == 3_558_464
 
 
@@ -57,7 +70,9 @@ def hooked_flops(model, *path, size):
     count = []
 
     def hook(module, _, output):
-        per_output = module.weight.numel() // (module.out_channels if isinstance(module, nn.Conv2d) else module.out_features)
+        per_output = module.weight.numel() // (
+            module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+        )
         count.append(per_output * output.numel())
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -78,7 +93,14 @@ SETTINGS = [
     {"input_size": 96},
     {"input_size": 225, "n_classes": 7},
     {"input_size": 40, "stem_stride": 3, "stage_strides": (2, 1, 3, 1)},
-    {"input_size": 49, "stage_blocks": (1, 2), "stage_strides": (2, 2), "stage_channels": (20, 50), "stem_channels": 7, "last_channels": 30},
+    {
+        "input_size": 49,
+        "stage_blocks": (1, 2),
+        "stage_strides": (2, 2),
+        "stage_channels": (20, 50),
+        "stem_channels": 7,
+        "last_channels": 30,
+    },
 ]
 
 
@@ -116,7 +138,9 @@ def test_uniform_candidates_cost_what_is_published():
     assert sum(c <= 330_000_000 for c in costs) / len(costs) == pytest.approx(0.59, abs=0.012)
     assert sum(290_000_000 <= c <= 360_000_000 for c in costs) / len(costs) == pytest.approx(0.997, abs=0.002)
     assert SPACE.flops_quantile(0.59) == pytest.approx(330e6, abs=0.3e6)
-    assert SPACE.flops_quantile(0.00078) == pytest.approx(290e6, abs=0.3e6)  # 6,000,000 random candidates: 0.078% are below
+    assert SPACE.flops_quantile(0.00078) == pytest.approx(
+        290e6, abs=0.3e6
+    )  # 6,000,000 random candidates: 0.078% are below
     assert SPACE.flops_quantile(0.99797) == pytest.approx(360e6, abs=0.3e6)  # and 0.203% above
     for share in (0.05, 0.5, 0.95):
         assert SPACE.flops_quantile(share) == pytest.approx(costs[int(share * len(costs))], abs=0.5e6)
@@ -140,7 +164,10 @@ def test_flops_values(text, flops):
     assert SPACE.flops_value(text) == flops
 
 
-@pytest.mark.parametrize("text", ["", "M", "330MB", "-330M", "330 M", "0", "0%", "101%", "nan", "1e400", "9" * 400, None, [1], "330m", "1,000"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "M", "330MB", "-330M", "330 M", "0", "0%", "101%", "nan", "1e400", "9" * 400, None, [1], "330m", "1,000"],
+)
 def test_bad_flops_values(text):
     with pytest.raises(UserError, match=r"^FLOPs .* is neither multiply-adds \(330000000, 330M\) nor a share"):
         SPACE.flops_value(text)
@@ -275,7 +302,7 @@ def test_random_candidates_are_uniform_and_of_the_space():
     assert SPACE.choices_per_block == (4,) * 20
 
 
-@pytest.mark.parametrize("module", ["search_space", "flops_table"])
+@pytest.mark.parametrize("module", ["space.search_space", "space.flops_table"])
 def test_the_search_space_needs_the_standard_library_alone(module):
     code = f"import sys, {module}; sys.exit(str({{'torch', 'numpy', 'yaml', 'nni'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,5 @@
 """The training recipe, resuming, and what a step leaves alone."""
+
 import argparse
 import itertools
 import json
@@ -10,12 +11,12 @@ from torch import nn
 
 import scratch
 import supernet
-from checkpoint import checkpoints, load, newest
-from dataset import training_plan
+from images.dataset import training_plan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from sampler import PathSampler, default_flops_range
-from search_space import SearchSpace
-from training import Run, dropout_seed, learning_rate, parameter_groups, train
+from space.sampler import PathSampler, default_flops_range
+from space.search_space import SearchSpace
+from training.checkpoint import checkpoints, load, newest
+from training.loop import TrainingRun, dropout_seed, learning_rate, parameter_groups, train
 from utils import UserError
 
 SPACE = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
@@ -47,10 +48,10 @@ def supernet_run(folder, args, model=None, sampler=None):
     sampler = sampler or PathSampler(SPACE, args.seed)
     stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(args, folder, torch.device("cpu"), "supernet", stored)
+    run = TrainingRun(args, folder, torch.device("cpu"), "supernet", stored)
     if args.resume == "none":
         run.start()
-    metrics = train(run, model, Images(), lambda step: {"val/acc1": 1.0}, sampler.path)
+    metrics = train(run, model, Images(), lambda step: {"val/acc1": 1.0}, sampler.candidate)
     return model, metrics
 
 
@@ -81,14 +82,16 @@ def test_twenty_steps_are_the_official_recipe_bit_for_bit(tmp_path):
     sampler, momentum = PathSampler(SPACE, 0), {}
     for step, (images, labels) in enumerate(Images().batches(training_plan(64, 8, 0, steps=20)), 1):
         torch.manual_seed(dropout_seed(0, step))
-        logits = other(images, sampler.path(step))
+        logits = other(images, sampler.candidate(step))
         smooth = torch.full_like(logits, 0.1 / 3).scatter_(1, labels[:, None], 0.9 + 0.1 / 3)
         loss = -(smooth * logits.log_softmax(1)).sum(1).mean()
         for p in other.parameters():
             p.grad = None
         # The criterion's own backward pass is used for the gradient: another order of summing is another last bit.
         nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
-        assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-5)
+        assert loss.item() == pytest.approx(
+            nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-5
+        )
         with torch.no_grad():
             for name, p in other.named_parameters():
                 if p.grad is None:
@@ -125,7 +128,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
     if kind == "supernet":
         model = ShuffleNetV2OneShot(space=SPACE).double()
         reference = reference_spos.Network(None, 3, False, stem_stride=1, last_size=2).double()
-        steps = [(sampler.path(step),) for step in (1, 2, 3)]
+        steps = [(sampler.candidate(step),) for step in (1, 2, 3)]
         assert len(set(steps)) == 3
     else:
         model = ShuffleNetV2(fixed, space=SPACE).double()
@@ -148,8 +151,10 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
                     momentum[name] = 0.9 * momentum[name] + gradient if name in momentum else gradient
                     p -= 0.5 * (1 - k / iterations) * momentum[name]
 
-    run = Run(settings(iterations=iterations, batch_size=32, save_every=3), tmp_path, torch.device("cpu"), kind, {})
-    train(run, model, ThreeBatches(), None, sampler.path if kind == "supernet" else None)
+    run = TrainingRun(
+        settings(iterations=iterations, batch_size=32, save_every=3), tmp_path, torch.device("cpu"), kind, {}
+    )
+    train(run, model, ThreeBatches(), None, sampler.candidate if kind == "supernet" else None)
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
     ours, theirs, moved = model.state_dict(), reference.state_dict(), 0
     for name, expected in theirs.items():
@@ -165,7 +170,7 @@ def test_what_is_not_sampled_stays_as_it_is(tmp_path):
     """Operations not sampled stay bit-identical, momentum included, although earlier steps moved them."""
 
     class TwoPaths:
-        def path(self, step):
+        def candidate(self, step):
             return (0,) * 20 if step <= 5 else (1,) * 20
 
     supernet_run(tmp_path, settings(save_every=5, iterations=9), sampler=TwoPaths())
@@ -176,7 +181,9 @@ def test_what_is_not_sampled_stays_as_it_is(tmp_path):
         operation = int(name.split(".")[2]) if name.startswith("features") else None
         assert same == (operation in (0, 2, 3)), name
         if operation == 0:
-            assert torch.equal(before["optimizer"]["state"][i]["momentum_buffer"], after["optimizer"]["state"][i]["momentum_buffer"])
+            assert torch.equal(
+                before["optimizer"]["state"][i]["momentum_buffer"], after["optimizer"]["state"][i]["momentum_buffer"]
+            )
         if operation in (2, 3):
             assert i not in after["optimizer"]["state"]
 
@@ -184,7 +191,7 @@ def test_what_is_not_sampled_stays_as_it_is(tmp_path):
 def test_channels_last_gives_the_same_gradients():
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE).double()
-    images, path = torch.rand(8, 3, 32, 32).double() * 255, PathSampler(SPACE, 0).path(1)
+    images, path = torch.rand(8, 3, 32, 32).double() * 255, PathSampler(SPACE, 0).candidate(1)
     gradients = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = model.to(memory_format=layout).eval()
@@ -238,7 +245,9 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 def test_mixed_precision_trains_float32_weights_and_resumes_bit_identical(tmp_path, amp):
     _, exact = supernet_run(tmp_path / "exact", settings(iterations=1))
     _, metrics = supernet_run(tmp_path / "first", settings(iterations=1, amp=amp))
-    assert metrics["train/loss"] != exact["train/loss"] and metrics["train/loss"] == pytest.approx(exact["train/loss"], rel=0.02)
+    assert metrics["train/loss"] != exact["train/loss"] and metrics["train/loss"] == pytest.approx(
+        exact["train/loss"], rel=0.02
+    )
     args = settings(iterations=6, amp=amp, save_every=3, lr=0.01)
     straight, metrics = supernet_run(tmp_path / "run", args)
     assert {p.dtype for p in straight.parameters()} == {torch.float32}
@@ -282,10 +291,10 @@ def test_keep_bounds_the_checkpoints(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     class Poisoned(PathSampler):
-        def path(self, step):
+        def candidate(self, step):
             if step == 4:
                 model.first_conv[0].weight.data.fill_(float("nan"))
-            return super().path(step)
+            return super().candidate(step)
 
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE)
@@ -299,10 +308,10 @@ def test_a_signal_saves_and_ends(tmp_path):
     import signal
 
     class Stopping(PathSampler):
-        def path(self, step):
+        def candidate(self, step):
             if step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().path(step)
+            return super().candidate(step)
 
     with pytest.raises(SystemExit) as stopped:
         supernet_run(tmp_path, settings(), sampler=Stopping(SPACE, 0))
@@ -324,24 +333,41 @@ def test_a_signal_ends_a_validation_too(tmp_path):
         return {"val/acc1": 1.0}
 
     stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
-    run = Run(settings(val_every=4, iterations=8), tmp_path, torch.device("cpu"), "supernet", stored)
+    run = TrainingRun(settings(val_every=4, iterations=8), tmp_path, torch.device("cpu"), "supernet", stored)
     with pytest.raises(SystemExit) as stopped:
-        train(run, model, Images(), validate, PathSampler(SPACE, 0).path)
+        train(run, model, Images(), validate, PathSampler(SPACE, 0).candidate)
     assert stopped.value.code == 128 + signal.SIGTERM and not done
     assert newest(tmp_path).name == "checkpoint-0000004.pth" and model.training
     assert not (tmp_path / "log.jsonl").read_text()
     for expected in ([4, 8], [4, 8, 4, 8]):  # the second time, as after a kill before the next checkpoint
-        train(run, model, Images(), lambda step: done.append(step) or {"val/acc1": step}, PathSampler(SPACE, 0).path)
+        train(
+            run, model, Images(), lambda step: done.append(step) or {"val/acc1": step}, PathSampler(SPACE, 0).candidate
+        )
         rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert done == expected and [(row["step"], row["val/acc1"], "validation_due" in row) for row in rows] == [(4, 4, False), (8, 8, False)]
+        assert done == expected and [(row["step"], row["val/acc1"], "validation_due" in row) for row in rows] == [
+            (4, 4, False),
+            (8, 8, False),
+        ]
         newest(tmp_path).unlink()
 
 
 def test_both_scripts_have_the_official_defaults():
     for script, iterations in ((supernet, 150_000), (scratch, 300_000)):
         args = script.parse_args([])
-        assert (args.iterations, args.batch_size, args.lr, args.warmup, args.momentum) == (iterations, 1024, 0.5, 0, 0.9)
+        assert (args.iterations, args.batch_size, args.lr, args.warmup, args.momentum) == (
+            iterations,
+            1024,
+            0.5,
+            0,
+            0.9,
+        )
         assert (args.weight_decay, args.label_smoothing) == (4e-5, 0.1)
     args = supernet.parse_args([])
-    assert (args.sampler, args.flops_bins, args.bn, args.bn_batches, args.bn_batch_size) == ("flops-uniform", 7, "ema", 200, 128)
+    assert (args.sampler, args.flops_bins, args.bn, args.bn_batches, args.bn_batch_size) == (
+        "flops-uniform",
+        7,
+        "ema",
+        200,
+        128,
+    )
     assert scratch.parse_args([]).bn_pass == 1250

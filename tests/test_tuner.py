@@ -1,4 +1,5 @@
 """The NNI tuner, with NNI played by the test."""
+
 import collections
 import itertools
 import time
@@ -8,8 +9,8 @@ from test_evolution import LIMIT, SPACE, reward, search
 from test_search_record import SETTINGS, result
 
 import evolution_tuner
+from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops, KeepResults
-from search_record import prepare_search, read_results, state_path
 from utils import read_json
 
 
@@ -105,7 +106,10 @@ def test_only_what_a_trial_reports_is_believed(tmp_path):
     for id_ in (a, b):
         nni.tuner.trial_end(id_, True)
     kept = read_json(tmp_path / "id2cand/000.json")
-    assert {k: sorted(v) for k, v in kept.items()} == {f"trial{b}": first["candidates"], f"trial{a}": second["candidates"]}
+    assert {k: sorted(v) for k, v in kept.items()} == {
+        f"trial{b}": first["candidates"],
+        f"trial{a}": second["candidates"],
+    }
 
 
 def test_slots_that_find_nothing_to_do_are_served_by_the_next_generation(tmp_path):

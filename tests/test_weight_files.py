@@ -1,4 +1,5 @@
 """Files of weights: official ones load strictly, what is damaged or hostile is refused."""
+
 import io
 import pathlib
 import pickle
@@ -22,7 +23,9 @@ def official_file(path, state_dict, **kwargs):
 def test_an_official_supernet_file_loads_strictly(tmp_path, zipped):
     """The official files are of torch 1.x, whose format was not yet a zip archive."""
     _, reference = supernets(32, torch.float32)
-    path = official_file(tmp_path / "checkpoint-150000.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped)
+    path = official_file(
+        tmp_path / "checkpoint-150000.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped
+    )
     model = network.ShuffleNetV2OneShot(32, CLASSES)
     weights = network.load_and_parse_state_dict(path)
     model.load_state_dict(weights, strict=True)
@@ -50,7 +53,13 @@ def small_weights():
 def test_bare_and_wrapped_state_dicts_are_the_same(tmp_path):
     weights = dict(small_weights())
     prefixed = {f"module.{k}": v for k, v in weights.items()}
-    for content in (weights, prefixed, {"model": weights}, {"state_dict": weights}, {"state_dict": prefixed, "epoch": 3}):
+    for content in (
+        weights,
+        prefixed,
+        {"model": weights},
+        {"state_dict": weights},
+        {"state_dict": prefixed, "epoch": 3},
+    ):
         torch.save(content, tmp_path / "file")
         found = network.load_and_parse_state_dict(tmp_path / "file")
         assert found.keys() == weights.keys() and all(torch.equal(v, weights[k]) for k, v in found.items())
@@ -120,9 +129,13 @@ def test_a_missing_file_and_a_folder_are_refused(path):
 
 def test_weights_of_another_model_are_refused():
     supernet, fixed = network.ShuffleNetV2OneShot(space=SMALL), network.ShuffleNetV2((0, 1, 2), space=SMALL)
-    with pytest.raises(UserError, match=r"FILE: entry '.*' is (missing|of another model); the model is ShuffleNetV2, 5 classes"):
+    with pytest.raises(
+        UserError, match=r"FILE: entry '.*' is (missing|of another model); the model is ShuffleNetV2, 5 classes"
+    ):
         network.load_weights(fixed, supernet.state_dict(), "FILE")
-    with pytest.raises(UserError, match=r"FILE: entry 'classifier.0.weight' has shape \(6, 16\), the model needs \(5, 16\)"):
+    with pytest.raises(
+        UserError, match=r"FILE: entry 'classifier.0.weight' has shape \(6, 16\), the model needs \(5, 16\)"
+    ):
         network.load_weights(supernet, small_weights() | {"classifier.0.weight": torch.zeros(6, 16)}, "FILE")
     with pytest.raises(UserError, match=r"FILE: entry 'conv_last.0.weight' is missing"):
         network.load_weights(supernet, {k: v for k, v in small_weights().items() if k != "conv_last.0.weight"}, "FILE")

@@ -1,4 +1,5 @@
 """Run by test_distributed.py under torchrun: trains and evaluates on random images, and leaves what each process has in OUT."""
+
 import pathlib
 import sys
 
@@ -7,10 +8,10 @@ from test_training import SPACE, Images, settings
 
 import command_line
 import distributed
-from evaluation import accuracy, evaluate, recalibrate_bn
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from sampler import PathSampler
-from training import Run, train
+from space.sampler import PathSampler
+from training.evaluation import accuracy, evaluate, recalibrate_bn
+from training.loop import TrainingRun, train
 
 CANDIDATES = [(0, 1, 2, 3) * 5, (0, 1, 2, 0) * 5]
 
@@ -23,7 +24,10 @@ class InDouble(Images):
 def random_batches(n, size):
     generator = torch.Generator().manual_seed(1)
     sizes = [size - i % 2 for i in range(n)]
-    return [(torch.rand(s, 3, 32, 32, generator=generator) * 255, torch.randint(3, (s,), generator=generator)) for s in sizes]
+    return [
+        (torch.rand(s, 3, 32, 32, generator=generator) * 255, torch.randint(3, (s,), generator=generator))
+        for s in sizes
+    ]
 
 
 def measured(rank=0, world=1):
@@ -43,15 +47,21 @@ def trained(folder, dtype, steps):
     sampler = PathSampler(SPACE, 0)
     stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(settings(iterations=steps), folder, torch.device("cpu"), "supernet", stored)
-    metrics = train(run, model, InDouble() if dtype == torch.float64 else Images(), lambda step: {}, sampler.path)
-    return {"weights": dict(model.named_parameters()), "gradients": {n: p.grad for n, p in model.named_parameters()}, "loss": metrics["train/loss"]}
+    run = TrainingRun(settings(iterations=steps), folder, torch.device("cpu"), "supernet", stored)
+    metrics = train(run, model, InDouble() if dtype == torch.float64 else Images(), lambda step: {}, sampler.candidate)
+    return {
+        "weights": dict(model.named_parameters()),
+        "gradients": {n: p.grad for n, p in model.named_parameters()},
+        "loss": metrics["train/loss"],
+    }
 
 
 def main(out):
     rank = distributed.rank()
-    result = {str(dtype): trained(out / str(dtype), dtype, steps) for dtype, steps in ((torch.float32, 1), (torch.float64, 3))}
-    torch.save(result | {"measured": measured(rank, distributed.world())}, out / f"{rank}.pth")
+    result = {
+        str(dtype): trained(out / str(dtype), dtype, steps) for dtype, steps in ((torch.float32, 1), (torch.float64, 3))
+    }
+    torch.save(result | {"measured": measured(rank, distributed.world_size())}, out / f"{rank}.pth")
 
 
 if __name__ == "__main__":

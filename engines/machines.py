@@ -1,0 +1,183 @@
+"""The machines of a search on NNI's remote service: their entries in the experiment file, and an SSH connection to each.
+
+What runs there reports to NNI's manager by its web server, which listens on 127.0.0.1 alone: each connection carries that port
+to the machine's own 127.0.0.1. A connection that ends is how a search knows that a machine has stopped.
+"""
+
+import contextlib
+import ipaddress
+import os
+import pathlib
+import select
+import shlex
+import subprocess
+import time
+
+from utils import UserError
+
+READY_S = 60
+POLL_S = 0.5
+NOTICE_S = (
+    20  # until a silent machine counts as stopped: three questions that ssh asks, five seconds each, and some more
+)
+
+
+class MachinesLost(Exception):
+    """Machines that can't be reached, or no longer: `machines`, their entries."""
+
+    def __init__(self, machines, reason):
+        super().__init__(reason)
+        self.machines = machines
+
+
+def check_machines(path, machines):
+    """The entries of machineList, checked, key files as absolute paths. Raises UserError that names the file, machine and entry."""
+    if not isinstance(machines, list) or not machines:
+        raise UserError(f"{path}: machineList is {machines!r}, not a list of machines")
+    return [
+        _check_machine(f"{path}: machine {number}", pathlib.Path(path).parent, machine)
+        for number, machine in enumerate(machines, 1)
+    ]
+
+
+def _check_machine(name, folder, machine):
+    known = ("host", "port", "user", "sshKeyFile", "pythonPath")
+    if not isinstance(machine, dict):
+        raise UserError(f"{name} is {machine!r}, not a mapping of {', '.join(known)}")
+    machine = {"port": 22, **machine}
+    if unknown := [str(key) for key in machine if key not in known]:
+        raise UserError(f"{name} has the unknown entry {unknown[0]!r}; those of a machine are {', '.join(known)}")
+    for key in known:
+        value = machine.get(key)
+        if key == "port":
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
+                raise UserError(f"{name}: port is {value!r}, not a number from 1 to 65535")
+        elif not isinstance(value, str) or not value:
+            raise UserError(f"{name}: {key} is {value!r}, not a text")
+        elif key != "sshKeyFile" and (
+            shlex.quote(value) != value or value.startswith("-")
+        ):  # NNI puts them into shell commands
+            raise UserError(f"{name}: {key} is {value!r}, which has characters that a shell would take for its own")
+    if not machine["pythonPath"].startswith("/"):
+        raise UserError(
+            f"{name}: pythonPath is {machine['pythonPath']!r}, not the absolute path of a folder with python in it"
+        )
+    key_file = folder / pathlib.Path(machine["sshKeyFile"]).expanduser()
+    return machine | {"sshKeyFile": str(key_file.absolute())}
+
+
+def check_keys(path, machines):
+    """Raises UserError where the key file of a checked entry can't be read."""
+    for number, machine in enumerate(machines, 1):
+        key_file = pathlib.Path(machine["sshKeyFile"])
+        if not key_file.is_file() or not os.access(key_file, os.R_OK):
+            raise UserError(
+                f"{path}: machine {number}: sshKeyFile {key_file} is not a file that can be read; make one with ssh-keygen"
+            )
+
+
+class Connections:
+    """SSH connections to machines, of which each carries `port` there; a context, at whose end they end.
+
+    Host keys are kept in `folder`: a machine that shows another one than the first time is not connected to. Raises
+    MachinesLost where a machine can't be reached.
+    """
+
+    def __init__(self, machines, port, folder):
+        self.machines, self.port, self.folder = machines, port, folder
+        self.links = []
+
+    def __enter__(self):
+        try:
+            self.links = [self._start(number, machine) for number, machine in enumerate(self.machines, 1)]
+            self._check([machine for machine, link in zip(self.machines, self.links) if not _answers(link)])
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._end()
+
+    def lost(self):
+        """The machines whose connection has ended."""
+        return [machine for machine, link in zip(self.machines, self.links) if link.poll() is not None]
+
+    def check(self, wait_s=0):
+        """Raises MachinesLost where connections have ended, or do so within `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        self._check(self.lost())
+        while self.links and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            self._check(self.lost())
+
+    def _start(self, number, machine):
+        host = machine["host"]
+        tunnel = [] if is_this_machine(host) else ["-R", f"127.0.0.1:{self.port}:127.0.0.1:{self.port}"]
+        options = {
+            "BatchMode": "yes", "IdentitiesOnly": "yes", "IdentityAgent": "none", "ConnectTimeout": NOTICE_S, "ServerAliveInterval": 5,
+            "ServerAliveCountMax": 3, "StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": "known_hosts", "ExitOnForwardFailure": "yes",
+        }  # fmt: skip
+        words = [
+            "ssh",
+            "-F",
+            "none",
+            "-T",
+            "-i",
+            machine["sshKeyFile"],
+            "-p",
+            str(machine["port"]),
+            "-l",
+            machine["user"],
+        ]
+        words += [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+        words += [*tunnel, "--", host, "cat"]  # which ends when this process does, for then it has nothing to read
+        with open(self._log(number), "w") as log:
+            try:
+                return subprocess.Popen(
+                    words,
+                    cwd=self.folder,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            except FileNotFoundError:
+                raise UserError("ssh is not there; install the OpenSSH client") from None
+
+    def _check(self, lost):
+        if lost:
+            number = self.machines.index(lost[0]) + 1
+            said = self._log(number).read_text(errors="replace").strip().splitlines()
+            names = ", ".join(f"{machine['host']}:{machine['port']}" for machine in lost)
+            raise MachinesLost(lost, f"no SSH connection to {names}" + (f" ({said[-1][:200]})" if said else ""))
+
+    def _log(self, number):
+        return self.folder / f"ssh_{number}.log"
+
+    def _end(self):
+        for link in self.links:
+            link.terminate()
+        for link in self.links:
+            link.wait()
+            for stream in (link.stdin, link.stdout):
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def is_this_machine(host):
+    """Whether the name or address is one of the loopback interface."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _answers(link):
+    """Whether the `cat` at the other end sends back what it gets: then the port is carried too."""
+    try:
+        link.stdin.write(b"\n")
+        link.stdin.flush()
+    except OSError:
+        return False
+    return bool(select.select([link.stdout], [], [], READY_S)[0] and link.stdout.read(1))

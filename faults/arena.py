@@ -1,0 +1,223 @@
+"""Where `faults/faults.py` tries its faults: the four commands as forks, their undisturbed results, the state that is left."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import runpy
+import signal
+import sys
+import time
+import traceback
+
+import injection
+import numpy as np
+import psutil
+from PIL import Image
+
+import utils
+from engines import search_record
+from network import load_file
+from space.search_space import SearchSpace
+from training import checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Lost(Exception):
+    """A fault did harm: what it was."""
+
+
+class Process:
+    """A command in a fork of this process; `fault()` is called in it before the script runs."""
+
+    def __init__(self, arena, script, words, fault=None):
+        self.log = arena.folder / f"stderr{next(arena.numbers)}"
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(arena, script, [str(w) for w in words], fault)
+        self.code = None
+
+    def _run(self, arena, script, words, fault):
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            with open(self.log, "wb") as log, open(self.log.with_suffix(".out"), "wb") as out:
+                os.dup2(log.fileno(), 2)
+                os.dup2(out.fileno(), 1)
+            sys.argv = [script, *words]
+            if arena.broken:
+                injection.take_out(arena.broken)
+            if fault:
+                fault()
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else bool(error.code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self):
+        """The exit code, None while it runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, timeout=300):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise Lost(f"did not end in {timeout} s")
+            time.sleep(0.005)
+        return self
+
+    def family(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.pid).children(recursive=True)
+        return []
+
+    def kill(self):
+        """SIGKILL; what it had started has to end by itself."""
+        family = self.family()
+        os.kill(self.pid, signal.SIGKILL)
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        left = psutil.wait_procs(family, timeout=15)[1]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if left:
+            raise Lost(f"{len(left)} processes of a killed one went on")
+
+    def stderr(self):
+        return self.log.read_text(errors="replace")
+
+    def stdout(self):
+        return self.log.with_suffix(".out").read_text(errors="replace")
+
+    def one_line(self):
+        """The error of a command that ended with code 2; Lost where it ended otherwise, or said more than the log and a line."""
+        lines = [line for line in self.stderr().splitlines() if not re.match(r"\d\d:\d\d:\d\d |\r| *$", line)]
+        if self.code != 2 or len(lines) != 1 or ": error: " not in lines[0]:
+            raise Lost(f"exit code {self.code}: {' / '.join(lines)[-300:]}")
+        return lines[0].split(": error: ")[1]
+
+
+class Arena:
+    """Images, settings and undisturbed results of the four commands, and the folders in which the faults happen."""
+
+    def __init__(self, folder, options):
+        self.folder, self.broken, self.kills, self.seed = folder, options.broken, options.kills, options.seed
+        self.every = options.every
+        self.numbers = iter(range(10**9))
+        rng = np.random.default_rng(options.seed)
+        for part, n in (("train", 12), ("val", 4)):
+            for name in "ab":
+                (folder / "images" / part / name).mkdir(parents=True)
+                for i in range(n):
+                    Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
+                        folder / "images" / part / name / f"{i}.png"
+                    )
+        common = {
+            "data-dir": str(folder / "images"),
+            "input-size": 28,
+            "heldout-per-class": 3,
+            "loader": "torchvision",
+            "workers": 0,
+            "threads": 1,
+        }
+        train = {"iterations": 8, "batch-size": 4, "lr": 0.01, "save-every": 2, "val-every": 8, "keep": 2}
+        bn = {"bn-batches": 2, "bn-batch-size": 4}
+        evolution = {
+            "population": 4,
+            "select": 2,
+            "mutation": 1,
+            "crossover": 1,
+            "generations": 3,
+            "concurrency": 1,
+            "candidates-per-trial": 2,
+        }
+        sections = {"common": common, "supernet": train | bn | {"val-paths": 1, "sampler": "uniform"}, "scratch": train | {"bn-pass": 2},
+                    "tester": bn, "search": bn | evolution}  # fmt: skip
+        self.config = folder / "settings.yml"
+        self.config.write_text(json.dumps(sections))  # which is YAML
+        self.reference, self.seconds = {}, {}
+        self.supernet = None
+        for script in ("supernet.py", "scratch.py", "tester.py", "search.py"):
+            out = self.new()
+            start = time.perf_counter()
+            process = self.command(script, out).wait()
+            self.seconds[script] = time.perf_counter() - start
+            if process.code:
+                sys.exit(f"{script} does not even run undisturbed: {process.stderr()}")
+            self.reference[script] = self.result(script, out, process)
+            print(f"undisturbed {script}: {self.seconds[script]:.1f} s", file=sys.stderr)
+            if script == "supernet.py":
+                self.supernet = checkpoint.newest(out / "checkpoints" / "supernet")
+
+    def new(self):
+        """An empty --out."""
+        out = self.folder / f"out{next(self.numbers)}"
+        out.mkdir()
+        (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SearchSpace().nni_search_space()))
+        return out
+
+    def command(self, script, out, *more, fault=None):
+        words = ["--config", self.config, "--out", out, "--cache", out / "cache"]
+        if script == "tester.py":
+            words += ["--architecture", ROOT / "architecture_final.json", "--checkpoint", self.supernet]
+        if script == "search.py":
+            words += ["--checkpoint", self.supernet, "--resume", "--engine", "local"]
+        return Process(self, script, [*words, *more], fault)
+
+    def result(self, script, out, process):
+        """A hash of what the command is for, once it has ended well."""
+        if script == "tester.py":
+            return digest(json.loads(process.stdout().splitlines()[-1]) | {"seconds": 0})
+        return self.state(script, out)[0]
+
+    def state(self, script, out):
+        """(hash, how far it had got) of the state in `out`. Lost where a file of it is not whole."""
+        try:
+            if script == "search.py":
+                results = [r | {"seconds": 0} for r in search_record.read_results(out)]
+                architectures = {p.name: utils.read_json(p) for p in sorted((out / "checkpoints").glob("*.json"))}
+                if search_record.state_path(out).exists():
+                    utils.read_json(search_record.state_path(out))
+                return digest([results, architectures]), len(results)
+            if script == "tester.py":
+                return digest(sorted(p.name for p in (out / "cache").glob("*.images"))), 0
+            folder = out / "checkpoints" / script.removesuffix(".py")
+            step, found = 0, []
+            for path in [*checkpoint.checkpoints(folder), *folder.glob("bnps-checkpoint.pth")]:
+                content = load_file(path)
+                step = max(step, content["step"])
+                found.append(
+                    [path.name, content["step"], [[k, v.numpy().tobytes().hex()] for k, v in content["model"].items()]]
+                )
+            return digest(found[-2:]), step
+        except utils.UserError as error:
+            raise Lost(f"a file is not whole: {error}") from None
+
+    def finish(self, script, out):
+        """Gives the command again, undisturbed: it has to come to the undisturbed result."""
+        self.check(script, out, self.command(script, out).wait())
+
+    def check(self, script, out, process):
+        """Lost where a process did not end well, or came to another result than the undisturbed one."""
+        if process.code:
+            raise Lost(f"ended with {process.code}: {process.stderr().strip().splitlines()[-1:]}")
+        if self.result(script, out, process) != self.reference[script]:
+            raise Lost("came to another result")
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""What `faults/faults.py` does to a command: guards taken out of the project's code, and faults. Called in a fork, before the script runs."""
+
+import builtins
+import contextlib
+import errno
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch._dynamo  # which an optimizer imports, as others the next two: once here instead of in every fork
+import torch.utils.tensorboard
+import torchvision.transforms.v2  # noqa: F401
+
+import dataloader
+from engines import search_record
+from training import evaluation, loop
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# --- guards that --break takes out -------------------------------------------
+
+
+def _everywhere(name, value):
+    """Replaces a name in all modules of the project that have it."""
+    for module in [
+        m for m in list(sys.modules.values()) if str(getattr(m, "__file__", None) or "").startswith(f"{ROOT}{os.sep}")
+    ]:
+        if ".venv" not in module.__file__ and hasattr(module, name):
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _plain_write(path, mode="w"):
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode) as file:
+        yield file
+
+
+def _accept_anything(self, result, trial=None):
+    return self._append(
+        tuple(result["architecture"]), {k: result[k] for k in ("acc1", "acc5", "n_images", "seconds")}, trial
+    )
+
+
+def _blind(fetch):
+    def run(meter):
+        meter.window = [torch.nan_to_num(values) for values in meter.window]
+        return fetch(meter)
+
+    return run
+
+
+def take_out(name):
+    """Takes the guard of this name (BREAKS) out of the project."""
+    load, read = torch.load, search_record.read_generations
+    {
+        "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
+        "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
+        "repair": lambda: setattr(search_record, "read_generations", lambda out, repair=False: read(out)),
+        "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
+        "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
+        "finite": lambda: setattr(loop._Meter, "fetch", _blind(loop._Meter.fetch)),
+        "full-disk": lambda: _everywhere("run_script", lambda main, parse_args: main(parse_args())),
+        "loader": lambda: setattr(dataloader, "UserError", RuntimeError),
+        "no-code": lambda: setattr(torch, "load", lambda path, **how: load(path, **how | {"weights_only": False})),
+        "parent-watch": lambda: _everywhere("leave_signals_to_parent", lambda *_: None),
+    }[name]()
+
+
+BREAKS = (
+    "atomic-write",
+    "lock",
+    "repair",
+    "optimizer",
+    "nan",
+    "finite",
+    "full-disk",
+    "loader",
+    "no-code",
+    "parent-watch",
+)
+
+
+# --- faults -------------------------------------------------------------------
+
+
+class Events:
+    """Counts what the fork's main thread does to files: opens for writing, first writes, fsync, rename, unlink; acts at the n-th.
+
+    `action` "kill": half of a write is done, then SIGKILL. "full": from then on, nothing more can be written (ENOSPC).
+    """
+
+    def __init__(self, action, n, report=None):
+        self.action, self.n, self.seen, self.report, self.pid = action, n, 0, report, os.getpid()
+
+    def happen(self, half=None, needs_space=True):
+        if os.getpid() != self.pid or threading.current_thread() is not threading.main_thread():
+            return
+        if self.action == "full" and not needs_space:
+            return
+        self.seen += 1
+        if self.report:
+            os.pwrite(self.report, str(self.seen).encode(), 0)
+        if self.action == "kill" and self.seen == self.n:
+            if half:
+                half()
+            os.kill(self.pid, signal.SIGKILL)
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @property
+    def full(self):
+        """Whether the disk is full by now."""
+        return self.action == "full" and self.seen >= self.n > 0
+
+    def install(self):
+        opened, replace, fsync, unlink, fdopen = builtins.open, os.replace, os.fsync, os.unlink, os.fdopen
+
+        def watched(function, needs_space):
+            def run(*args, **kwargs):
+                self.happen(needs_space=needs_space)
+                return function(*args, **kwargs)
+
+            return run
+
+        def open_file(file, mode="r", *args, **kwargs):
+            if not set(mode) & set("wax+"):
+                return opened(file, mode, *args, **kwargs)
+            self.happen()
+            return _File(opened(file, mode, *args, **kwargs), self)
+
+        builtins.open = open_file
+        os.fdopen = lambda descriptor, mode="r", *args, **kwargs: _File(fdopen(descriptor, mode, *args, **kwargs), self)
+        os.replace, os.unlink, os.fsync = watched(replace, False), watched(unlink, False), watched(fsync, True)
+
+
+class _File:
+    def __init__(self, file, events):
+        self.file, self.events, self.written = file, events, False
+
+    def write(self, data):
+        if not self.written or self.events.full:
+            self.written = True
+            self.events.happen(half=lambda: (self.file.write(data[: len(data) // 2]), self.file.flush()))
+        return self.file.write(data)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def clock_back():
+    """time.time() from 2001 on."""
+    now, start = time.time, time.time()
+    time.time = lambda: 1e9 + now() - start
+
+
+def bad_trials(kind):
+    """Every third candidate by the sum of its choices "crashes" its worker, or reports "nan"."""
+    evaluate = evaluation.Evaluator.evaluate
+
+    def run(self, candidates):
+        bad = [c for c in candidates if sum(c) % 3 == 0]
+        if bad and kind == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [
+            r | {"acc1": float("nan")} if sum(r["architecture"]) % 3 == 0 else r for r in evaluate(self, candidates)
+        ]
+
+    evaluation.Evaluator.evaluate = run
+
+
+def poisoned_step(step):
+    """The weights become NaN before a training step."""
+    batches = dataloader.Loader.batches
+
+    def run(self, plan):
+        for n, (images, labels) in enumerate(batches(self, plan), 1):
+            yield images * float("nan") if n == step and self.augment else images, labels
+
+    dataloader.Loader.batches = run

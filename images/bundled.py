@@ -1,0 +1,83 @@
+"""The bundled images of `--demo`: part of Fashion-MNIST as a folder tree of JPEG files, kept as one archive and unpacked on use.
+
+data/fashion-mnist.tar.xz is made by data/make_fashion_mnist.py. Standard library alone.
+"""
+
+import hashlib
+import lzma
+import os
+import pathlib
+import tarfile
+import tempfile
+
+from utils import HERE, UserError, atomic_write
+
+ARCHIVE = HERE / "data" / "fashion-mnist.tar.xz"
+NOTE = ".unpacked"  # holds the fingerprint of the folder that it is in, and is written last
+
+
+def files(folder):
+    """Relative paths of the files in a tree, sorted, without hidden ones (as .DS_Store is)."""
+    paths = (
+        os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names
+    )
+    return sorted(path for path in paths if not os.path.basename(path).startswith("."))
+
+
+def fingerprint(folder):
+    """SHA-256 over the archive and every path and content in the folder: it changes with either."""
+    digest = hashlib.sha256(ARCHIVE.read_bytes())
+    for path in files(folder):
+        content = pathlib.Path(folder, path).read_bytes()
+        digest.update(f"{path}\n{len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def is_whole(folder):
+    """Whether the folder holds exactly what is in the archive. Reads all of it: 0.2 s."""
+    try:
+        return pathlib.Path(folder, NOTE).read_bytes() == fingerprint(folder).encode()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def unpack(folder):
+    """Unpacks the bundled images to `folder`, unless they are there whole, and returns its path: has train/ and val/.
+
+    What is missing or damaged is replaced, file by file and each at once, so that several processes may do this at the
+    same time and others may be reading. A folder with anything else in it is not touched. Raises UserError then, where
+    it can't be written, and where the archive is missing or damaged.
+    """
+    folder = pathlib.Path(folder)
+    if not ARCHIVE.is_file():
+        raise UserError(f"{ARCHIVE}: missing; it comes with this project: git checkout -- {ARCHIVE.relative_to(HERE)}")
+    try:
+        if not is_whole(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+                with tarfile.open(ARCHIVE) as archive:
+                    archive.extractall(temporary, filter="data")
+                _move(pathlib.Path(temporary, "fashion-mnist"), folder)
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{ARCHIVE}: damaged ({error}); git checkout -- {ARCHIVE.relative_to(HERE)}") from None
+    except OSError as error:
+        raise UserError(
+            f"--data-dir {folder}: can't unpack the bundled images ({error}); name a folder that can be written"
+        ) from None
+    return folder
+
+
+def _move(source, folder):
+    wanted = files(source)
+    strangers = sorted(set(files(folder)) - set(wanted))
+    if strangers:
+        raise UserError(
+            f"--data-dir {folder}: {strangers[0]!r} is none of the bundled images; name another folder, or move it away"
+        )
+    note = fingerprint(source)
+    for path in wanted:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / path, target)
+    with atomic_write(folder / NOTE) as file:
+        file.write(note)

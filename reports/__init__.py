@@ -1,0 +1,1 @@
+"""What report.py needs: the results of a search in numbers, and their figures."""

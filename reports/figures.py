@@ -1,0 +1,372 @@
+"""The figures of a search's report and of the ranking study, drawn by matplotlib: SVG whose elements can be counted and pointed at, and PNG.
+
+In every SVG text stays text, and what is drawn for a candidate, a generation, a share or a block is one element of the
+class "datum" in a group with a name: #plane-candidates .datum are the candidates in the FLOPs-accuracy plane. Its title,
+which browsers show, says what it is.
+"""
+
+import io
+import xml.etree.ElementTree as ET
+
+import matplotlib
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from utils import atomic_write
+
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+INK, GREY, PALE = "#222222", "#767676", "#b8b8b8"
+BEST, MEAN, RANDOM, LIMIT = "#0b4f8a", "#4c9bd4", "#b35806", "#8c2d04"
+# Blue by kernel size and orange for the other kind of unit: told apart by all forms of colour vision, and in grey.
+OPERATIONS = {
+    "shufflenet_3x3": ("ShuffleNet 3x3", "3", "#bfdcf0", INK, 0.42),
+    "shufflenet_5x5": ("ShuffleNet 5x5", "5", "#3a87c0", "white", 0.60),
+    "shufflenet_7x7": ("ShuffleNet 7x7", "7", "#0b4f8a", "white", 0.78),
+    "xception_3x3": ("Xception 3x3", "X", "#f0a03c", INK, 0.60),
+}  # name: (label, short, colour, colour of text on it, height in a picture of a path)
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "figures", "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 9.5,
+    "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"], "axes.edgecolor": GREY, "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": INK, "text.color": INK, "xtick.color": GREY,
+    "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "legend.fontsize": 8.5,
+    "axes.titlelocation": "left", "axes.grid": True, "grid.color": "#ececec", "grid.linewidth": 0.8, "axes.axisbelow": True,
+}  # fmt: skip
+
+
+def millions(number):
+    return f"{number / 1e6:.{1 if number >= 1e8 else 2}f}M"
+
+
+def draw(run, random, folder):
+    """Draws all figures of a `SearchResults` and its `RandomSearch` into a folder; returns {name: SVG text}."""
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "generations": _generations(run, random),
+            "plane": _plane(run),
+            "operations": _operations(run),
+            "best": _best(run),
+        }
+        return {name: _save(name, *figure, folder) for name, figure in figures.items()}
+
+
+def _save(name, figure, titles, folder):
+    """Writes folder/name.svg and .png; `titles` has for each named group the title of each element. Returns the SVG."""
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # it is laid out now
+    figure.savefig(picture, format="png", facecolor="white", dpi=200)
+    svg = _name_elements(drawn.getvalue(), name, titles)
+    for kind, data in (
+        ("svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg}\n'.encode()),
+        ("png", picture.getvalue()),
+    ):
+        with atomic_write(folder / f"{name}.{kind}", "wb") as file:
+            file.write(data)
+    return svg
+
+
+def _name_elements(data, name, titles):
+    """The SVG with `name` before every id, so that several fit in one page, and classes and titles for what is drawn."""
+    ET.register_namespace("", SVG)
+    ET.register_namespace("xlink", XLINK)
+    root = ET.fromstring(data)
+    root.remove(root.find(f"{{{SVG}}}metadata"))
+    groups = {element.get("id"): element for element in root.iter(f"{{{SVG}}}g")}
+    for group, texts in titles.items():
+        shapes = {id(e) for defs in groups[group].iter(f"{{{SVG}}}defs") for e in defs.iter()}
+        marks = [e for e in groups[group].iter(f"{{{SVG}}}use") if id(e) not in shapes]
+        marks = marks or [e for e in groups[group].iter(f"{{{SVG}}}path") if id(e) not in shapes]
+        for mark, text in zip(marks, texts, strict=True):
+            mark.set("class", "datum")
+            ET.SubElement(mark, f"{{{SVG}}}title").text = text
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key == "id":
+                element.set(key, f"{name}-{value}")
+            elif key == f"{{{XLINK}}}href":
+                element.set(key, value.replace("#", f"#{name}-"))
+            elif "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{name}-"))
+    return ET.tostring(root, encoding="unicode")
+
+
+def _describe(run, result):
+    accuracy = "failed" if result["acc1"] is None else f"top-1 {result['acc1']:.2f} %"
+    return f"generation {result['generation']}: {accuracy}, {millions(result['flops'])} FLOPs, {' '.join(map(str, result['architecture']))}"
+
+
+def _generations(run, random):
+    """Left: best, mean and spread by generation. Right: the best so far against random search, by evaluated candidates."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    dots = [(g.number + _jitter(i), r) for g in run.generations for i, r in enumerate(g.succeeded)]
+    left.scatter(
+        [x for x, _ in dots], [r["acc1"] for _, r in dots], 9, PALE, linewidths=0, gid="candidates", label="a candidate"
+    )
+    shown = [g for g in run.generations if g.succeeded]
+    numbers, means = [g.number for g in shown], [g.mean for g in shown]
+    low, high = ([g.mean + sign * g.sd for g in shown] for sign in (-1, 1))
+    if len(shown) > 1:
+        left.fill_between(numbers, low, high, color=MEAN, alpha=0.22, linewidth=0, label="± 1 standard deviation")
+    else:
+        left.errorbar(
+            numbers,
+            means,
+            [g.sd for g in shown],
+            color=MEAN,
+            capsize=3,
+            linestyle="none",
+            label="± 1 standard deviation",
+        )
+    left.plot(numbers, means, "o-", color=MEAN, markersize=4, gid="mean", label="mean")
+    left.plot(numbers, [g.best["acc1"] for g in shown], "s-", color=BEST, markersize=4, gid="best", label="best")
+    left.set(xlabel="generation", ylabel="top-1 in the supernet (%)", title="(a) Accuracy by generation")
+    left.set_xlim(0.4, run.generations[-1].number + 0.6)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    left.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=2)
+
+    so_far = run.best_so_far()
+    right.plot(
+        [n for n, _ in so_far], [a for _, a in so_far], "s", color=BEST, markersize=4, gid="so-far", label="this search"
+    )
+    right.plot([n for n, _ in so_far], [a for _, a in so_far], color=BEST, drawstyle="steps-post")
+    if random.measured:
+        n = range(1, len(random.measured) + 1)
+        right.plot(
+            n,
+            random.measured,
+            color=RANDOM,
+            linestyle="--",
+            gid="random",
+            label=f"random search (from {random.size} candidates)",
+        )
+    if random.extrapolated:
+        n, values, low, high = zip(*random.extrapolated)
+        right.fill_between(n, low, high, color=RANDOM, alpha=0.13, linewidth=0)
+        right.plot(
+            n, values, color=RANDOM, linestyle=":", gid="random-extrapolated", label="extrapolated, not measured"
+        )
+    right.set(xlabel="candidates evaluated", title="(b) Best so far, same budget")
+    right.set_xlim(0, len(run.succeeded) * 1.04)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.tick_params(labelleft=True)
+    right.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1)
+    titles = {
+        "candidates": [_describe(run, r) for _, r in dots],
+        "mean": [f"generation {g.number}: mean {g.mean:.2f} %, standard deviation {g.sd:.2f}" for g in shown],
+        "best": [f"generation {g.number}: best {g.best['acc1']:.2f} %" for g in shown],
+        "so-far": [f"after {n} candidates: {a:.2f} %" for n, a in so_far],
+    }
+    return figure, titles
+
+
+def _jitter(i):
+    """Spreads the candidates of a generation evenly over ±0.28, the same each time: steps of the golden ratio."""
+    return (i * 0.618034 % 1 - 0.5) * 0.56
+
+
+def _plane(run):
+    """Every candidate by FLOPs and top-1, the Pareto front and the limit; those that failed below, where there is no accuracy."""
+    figure = Figure(figsize=(9, 4.3), layout="constrained")
+    axes = figure.subplots()
+    last = run.generations[-1].number
+    shades = matplotlib.colormaps["Blues"]([0.3 + 0.7 * i / max(last - 1, 1) for i in range(last)])
+    size = 26 if len(run.succeeded) < 300 else 14
+    points = axes.scatter(
+        [r["flops"] / 1e6 for r in run.succeeded], [r["acc1"] for r in run.succeeded], size, [r["generation"] for r in run.succeeded],
+        cmap=ListedColormap(shades), vmin=0.5, vmax=last + 0.5, edgecolors="white", linewidths=0.4, gid="candidates",
+    )  # fmt: skip
+    front = run.front()
+    x, y = [r["flops"] / 1e6 for r in front], [r["acc1"] for r in front]
+    axes.plot(x, y, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
+    axes.scatter(x, y, 2.6 * size, "none", edgecolors=INK, linewidths=1, gid="front", label="Pareto front")
+    axes.axvline(
+        run.limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, gid="limit", label=f"limit, {millions(run.limit)}"
+    )
+    titles = {
+        "candidates": [_describe(run, r) for r in run.succeeded],
+        "front": [_describe(run, r) for r in front],
+        "limit": [f"limit: {millions(run.limit)} FLOPs"],
+    }
+    if failed := [r for r in run.results if r["acc1"] is None]:
+        axes.scatter(
+            [r["flops"] / 1e6 for r in failed], [0.02] * len(failed), 22, LIMIT, marker="x", linewidths=1.1, gid="failed",
+            label="failed (no accuracy)", transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
+        titles["failed"] = [_describe(run, r) for r in failed]
+    axes.set(xlabel="FLOPs (millions of multiply-adds)", ylabel="top-1 in the supernet (%)")
+    flops = [r["flops"] / 1e6 for r in run.results] + [run.limit / 1e6]
+    margin = 0.03 * (max(flops) - min(flops)) or 1
+    axes.set_xlim(min(flops) - margin, max(flops) + margin)
+    axes.margins(y=0.09)
+    axes.legend(loc="upper left", ncols=3, bbox_to_anchor=(0, 1.1), borderaxespad=0)
+    bar = figure.colorbar(points, label="generation", pad=0.015, aspect=30)
+    bar.locator = MaxNLocator(integer=True, min_n_ticks=1)
+    bar.outline.set_visible(False)
+    return figure, titles
+
+
+def _operations(run):
+    """Shares of the operations by block: of all candidates and of the last generation, then of each operation over generations."""
+    blocks, operations, generations = run.space.n_blocks, run.space.operations, run.generations
+    labels = [OPERATIONS[op][0] for op in operations]
+    rows = -(-len(operations) // 2)
+    tall = min(max(0.17 * len(generations), 0.35), 3.2)
+    figure = Figure(figsize=(9, 1.9 + rows * (tall + 0.62)), layout="constrained")
+    grid = figure.subplots(1 + rows, 2, squeeze=False, sharex=True, height_ratios=[0.8, *[tall] * rows])
+    titles, ends = {}, [sum(run.space.stage_blocks[: i + 1]) for i in range(len(run.space.stage_blocks) - 1)]
+
+    def heat(axes, gid, shares, title, what):
+        mesh = axes.pcolormesh(
+            [0.5 + i for i in range(blocks + 1)], [0.5 + i for i in range(len(shares) + 1)], shares,
+            cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6, gid=gid,
+        )  # fmt: skip
+        for end in ends:
+            axes.axvline(end + 0.5, color=GREY, linewidth=0.8)
+        axes.set_title(title)
+        axes.set_ylim(len(shares) + 0.5, 0.5)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        titles[gid] = [f"block {b}, {what(i)}: {s:.0%}" for i, row in enumerate(shares) for b, s in enumerate(row, 1)]
+        return mesh
+
+    last = generations[-1]
+    for axes, gid, results, title in (
+        (grid[0, 0], "all", run.results, f"All {len(run.results):,} candidates"),
+        (grid[0, 1], "last", last.results, f"Generation {last.number}{'' if last.closed else ', not finished'}"),
+    ):
+        heat(axes, gid, [run.shares(results, i) for i in range(len(operations))], title, lambda i: labels[i])
+    grid[0, 0].set_yticks(range(1, len(labels) + 1), labels)
+    grid[0, 1].set_yticks([])
+    for i, axes in enumerate(grid[1:].flat):
+        if i >= len(operations):
+            axes.set_visible(False)
+            continue
+        shares = [run.shares(g.results, i) for g in generations]
+        mesh = heat(
+            axes, operations[i], shares, labels[i], lambda j, i=i: f"{labels[i]}, generation {generations[j].number}"
+        )
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if i % 2 == 0:
+            axes.set_ylabel("generation")
+    for axes in grid[-1]:
+        axes.set_xlabel("block")
+    figure.colorbar(
+        mesh, ax=grid, label="share of candidates", format=PercentFormatter(1, 0), aspect=40, pad=0.015
+    ).outline.set_visible(False)
+    return figure, titles
+
+
+def _best(run):
+    """The best candidates as pictures of their paths, a row each: a box for each block, colour and height by operation."""
+    best, space = run.succeeded[:10], run.space
+    gaps = [0.45 * sum(i >= end for end in _stage_ends(space)) for i in range(space.n_blocks)]
+    x = [i + gap for i, gap in enumerate(gaps)]
+    right = x[-1] + 1
+    width = right + 13.9
+    figure = Figure(figsize=(9, 0.9 + 0.36 * len(best)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-2.6, width - 2.6), ylim=(len(best) + 0.1, -2.4))
+    axes.axis("off")
+    size = min(1, 34 / width)  # of texts in boxes, which shrink as blocks are more
+    for end, begin in zip([*_stage_ends(space), space.n_blocks], [0, *_stage_ends(space)]):
+        shape = space.blocks[begin]
+        text = f"{shape.out_channels} ch, {shape.out_size} px"
+        axes.text((x[begin] + x[end - 1] + 0.9) / 2, -0.55, text, ha="center", color=GREY, fontsize=8 * size)
+    columns = {"top-1 %": 2.4, "FLOPs": 5.1, "params": 7.6, "generation": 11.2}
+    axes.text(-1.7, -0.55, "rank", ha="center", color=GREY, fontsize=8)
+    for name, offset in columns.items():
+        axes.text(right + offset, -0.55, name, ha="right", color=GREY, fontsize=8)
+    for i, operation in enumerate(space.operations):
+        label, short, colour, on, height = OPERATIONS[operation]
+        axes.add_patch(_box(i * 6, -1.75, height, colour))
+        axes.text(i * 6 + 0.45, -1.75, short, ha="center", va="center_baseline", color=on, fontsize=7.5)
+        axes.text(i * 6 + 1.2, -1.75, label, va="center_baseline", fontsize=8.5)
+    titles = {}
+    for rank, result in enumerate(best, 1):
+        y = rank - 0.5
+        axes.plot([-0.7, right + 0.5], [y, y], color=PALE, linewidth=1.5, zorder=0)
+        axes.text(-1.7, y, str(rank), ha="center", va="center_baseline")
+        for block, choice in enumerate(result["architecture"]):
+            label, short, colour, on, height = OPERATIONS[space.operations[choice]]
+            box = axes.add_patch(_box(x[block], y, height, colour))
+            box.set_gid(f"path-{rank}-block-{block + 1}")
+            titles[box.get_gid()] = [f"rank {rank}, block {block + 1}: {label}"]
+            axes.text(x[block] + 0.45, y, short, ha="center", va="center_baseline", color=on, fontsize=7.5 * size)
+        values = (
+            f"{result['acc1']:.2f}",
+            millions(result["flops"]),
+            millions(space.params(result["architecture"])),
+            str(result["generation"]),
+        )
+        for value, offset in zip(values, columns.values()):
+            axes.text(
+                right + offset, y, value, ha="right", va="center_baseline", weight="bold" if rank == 1 else "normal"
+            )
+    return figure, titles
+
+
+def draw_ranking(candidates, taus, folder):
+    """Draws how candidates rank in the supernet and when trained alone into folder/ranking.svg and .png; returns the SVG.
+
+    `candidates` have flops, supernet and standalone (top-1 percent, one of each seed); `taus` are {name: {"tau", "interval"}}.
+    """
+    with matplotlib.rc_context(STYLE):
+        return _save("ranking", *_ranking(candidates, taus), folder)
+
+
+def _ranking(candidates, taus):
+    """Left: top-1 in the supernet against top-1 alone, mean and range of the seeds. Right: Kendall's taus with their intervals."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = [c["supernet"] for c in candidates]
+    alone = [sum(c["standalone"]) / len(c["standalone"]) for c in candidates]
+    left.vlines(
+        x,
+        [min(c["standalone"]) for c in candidates],
+        [max(c["standalone"]) for c in candidates],
+        color=PALE,
+        linewidth=1,
+    )
+    shades = ListedColormap(matplotlib.colormaps["Blues"]([0.3 + 0.7 * i / 255 for i in range(256)]))
+    points = left.scatter(
+        x, alone, 30, [c["flops"] / 1e6 for c in candidates], cmap=shades, edgecolors="white", linewidths=0.4, gid="candidates", zorder=2,
+    )  # fmt: skip
+    left.set(
+        xlabel="top-1 in the supernet (%)",
+        ylabel="top-1 trained from scratch (%)",
+        title="(a) Candidates; bars: the seeds' range",
+    )
+    figure.colorbar(
+        points, ax=left, label="FLOPs (millions of multiply-adds)", pad=0.015, aspect=30
+    ).outline.set_visible(False)
+    for y, row in enumerate(taus.values()):
+        colour = {0: BEST, len(taus) - 1: RANDOM}.get(y, GREY)
+        right.plot(row["interval"], [y, y], color=colour, linewidth=1.4)
+        right.plot(row["tau"], y, "o", color=colour, markersize=5, gid=f"tau-{y}")
+        right.text(row["tau"], y - 0.16, f"{row['tau']:.2f}", ha="center", color=colour)
+    right.axvline(0, color=GREY, linewidth=0.8)
+    right.set_yticks(range(len(taus)), taus)
+    right.set_ylim(len(taus) - 0.5, -0.7)
+    right.set(xlabel="Kendall's tau with top-1 trained from scratch", title="(b) Rank agreement, 95% intervals")
+    titles = {"candidates": [
+        f"{millions(c['flops'])} FLOPs: {c['supernet']:.2f} % in the supernet, {', '.join(f'{a:.2f}' for a in c['standalone'])} % alone"
+        for c in candidates
+    ]}  # fmt: skip
+    return figure, titles
+
+
+def _stage_ends(space):
+    """Blocks before each stage but the first."""
+    return [sum(space.stage_blocks[:i]) for i in range(1, len(space.stage_blocks))]
+
+
+def _box(x, y, height, colour):
+    """A block's box, 0.9 wide, in the middle of a row."""
+    return FancyBboxPatch(
+        (x, y - height / 2), 0.9, height, boxstyle="round,pad=0,rounding_size=0.12", facecolor=colour, edgecolor="none"
+    )

@@ -1,0 +1,162 @@
+"""What a search has found, in numbers: its generations, Pareto front and shares of operations, and random search beside it."""
+
+import functools
+import math
+import pathlib
+import statistics
+
+import numpy as np
+
+from engines.search_record import Generation, by_accuracy, read_generations, state_path
+from space.search_space import SearchSpace
+from utils import UserError, read_json
+
+EVOLUTION = {"population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed"}
+FEWEST = 8  # accuracies from which a spread is estimated
+SAME = 0.95  # of a budget and more is the same budget: a few candidates fail
+
+
+class SearchResults:
+    """What the search in a folder has found so far. Raises UserError where there is no search or no accuracy yet.
+
+    `results` are those of acc/, each with its generation, `succeeded` those with an accuracy, best first.
+    """
+
+    def __init__(self, out):
+        self.out = pathlib.Path(out)
+        if not state_path(out).exists():
+            raise UserError(f"{out}: no search here ({state_path(out)} is missing); name the --out folder of a search")
+        self.state = read_json(state_path(out))
+        try:
+            self.settings, closed = self.state["settings"], self.state["generation"]
+            self.space, self.limit = SearchSpace.from_dict(self.settings["space"]), self.settings["flops_limit"]
+        except (KeyError, TypeError):
+            raise UserError(f"{state_path(out)}: not the state of a search") from None
+        self.generations = [
+            Generation(number, [{**r, "generation": number} for r in results], number <= closed)
+            for number, results in enumerate(read_generations(out), 1) if results
+        ]  # fmt: skip
+        self.results = [r for g in self.generations for r in g.results]
+        for result in self.results:
+            self.space.check(result["architecture"])
+        self.succeeded = sorted((r for r in self.results if r["acc1"] is not None), key=by_accuracy, reverse=True)
+        if not self.succeeded:
+            failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
+            raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
+
+    @property
+    def n_failed(self):
+        return len(self.results) - len(self.succeeded)
+
+    def is_random(self):
+        return not self.settings["mutation"] and not self.settings["crossover"]
+
+    def best_so_far(self):
+        """(candidates with an accuracy, best top-1 of them) at the end of each generation."""
+        points, n, best = [], 0, -math.inf
+        for generation in self.generations:
+            if generation.succeeded:
+                n, best = n + len(generation.succeeded), max(best, generation.best["acc1"])
+                points.append((n, best))
+        return points
+
+    def front(self):
+        """The candidates that no other one beats in top-1 for at most their FLOPs, by rising FLOPs."""
+        front = []
+        for result in sorted(self.succeeded, key=lambda r: (r["flops"], -r["acc1"])):
+            if not front or result["acc1"] > front[-1]["acc1"]:
+                front.append(result)
+        return front
+
+    def shares(self, results, operation):
+        """Share of the results that choose an operation (its index), for each block."""
+        return [
+            sum(r["architecture"][b] == operation for r in results) / len(results) for b in range(self.space.n_blocks)
+        ]
+
+
+# --- random search -------------------------------------------------------------------------------------------
+
+
+class RandomSearch:
+    """What random search finds with the budget of a search, from accuracies of uniform random legal candidates.
+
+    They are a random search's own, or the first generation. `measured` is the expected best of n of them, for n from 1 to
+    their number or the budget; `extrapolated` has (n, value, low, high) up to the budget, by a normal law with their mean and
+    standard deviation and its 95% bootstrap interval. Neither is there where the first generation is not uniform.
+    """
+
+    def __init__(self, run, other=None):
+        source = other or run
+        self.other, self.budget = other, len(run.succeeded)
+        # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
+        self.uniform = run.limit >= run.space.flops_quantile(0.02)
+        sample = [
+            r["acc1"] for r in source.results if r["acc1"] is not None and (source.is_random() or r["generation"] == 1)
+        ]
+        self.size = len(sample)
+        self.measured = expected_best(sample)[: self.budget] if self.uniform else []
+        self.extrapolated = []
+        if self.uniform and FEWEST <= self.size < SAME * self.budget:
+            step = max(1, (self.budget - self.size) // 60)
+            self.extrapolated = extrapolate(sample, [*range(self.size, self.budget, step), self.budget])
+
+    @property
+    def at_budget(self):
+        """(n, expected best, lower end, upper end) for the budget, the ends None where measured; None where unknown or the search's own."""
+        if self.extrapolated:
+            return self.extrapolated[-1]
+        n = len(self.measured)
+        return (n, self.measured[-1], None, None) if self.other and n >= SAME * self.budget else None
+
+
+def check_comparable(run, other):
+    """Raises UserError where `other` is no random search under the conditions of `run`."""
+    if not other.is_random():
+        raise UserError(f"--random {other.out}: no random search; make one by search.py --mutation 0 --crossover 0")
+    keys = (run.settings.keys() | other.settings.keys()) - EVOLUTION
+    if odd := sorted(k for k in keys if run.settings.get(k) != other.settings.get(k)):
+        raise UserError(
+            f"--random {other.out}: differs from {run.out} in {', '.join(odd)}, so accuracies do not compare"
+        )
+
+
+def expected_best(values):
+    """Expected maximum of n of the values drawn without replacement, as a list for n from 1 to their number.
+
+    P(maximum of n <= k-th smallest) = C(k, n) / C(N, n), which grows from n - 1 to n by the factor (k - n + 1) / (N - n + 1).
+    """
+    values, total, expected = np.sort(values), len(values), []
+    k, at_most = np.arange(1, total + 1), np.ones(total)
+    for n in range(1, total + 1):
+        at_most *= np.maximum(k - n + 1, 0) / (total - n + 1)
+        expected.append(float(values @ np.diff(at_most, prepend=0)))
+    return expected
+
+
+def extrapolate(values, numbers, resamples=1000):
+    """(n, expected maximum of n normal draws with the values' mean and deviation, and its 95% bootstrap interval)."""
+    rng = np.random.default_rng(0)
+    fits = [_fit(rng.choice(values, len(values))) for _ in range(resamples)]
+    mean, sd = _fit(np.asarray(values))
+    rows = []
+    for n in numbers:
+        factor = normal_maximum(n)
+        spread = sorted(m + factor * s for m, s in fits)
+        rows.append((n, mean + factor * sd, spread[int(0.025 * resamples)], spread[int(0.975 * resamples)]))
+    return rows
+
+
+def _fit(values):
+    return float(values.mean()), float(values.std(ddof=1))
+
+
+def normal_maximum(n):
+    """Expected maximum of n standard normal draws, to 1e-3 for n up to a million: the upper end less the integral of the CDF^n."""
+    return 8 - 0.01 * sum(p**n for p in _normal_cdf()) if n > 1 else 0.0
+
+
+@functools.cache
+def _normal_cdf():
+    """At the middles of steps of 0.01 from -8 to 8."""
+    return [statistics.NormalDist().cdf(-8 + 0.01 * (i + 0.5)) for i in range(1600)]

@@ -1,0 +1,153 @@
+"""The official FLOPs table, `op_flops_dict.pkl`, read without executing anything a pickle can carry.
+
+    {"conv1": {(3, 16, 224, 224, 2): n},                        # stem: channels, input size, stride
+     "rest_operation": {(640, 1000, 7, 7, 1): n},               # last convolution, pooling, classifier
+     "shufflenet_3x3_stride_1": {(64, 64, 32, 56, 56, 1): n},   # full width in and out, middle, input size, stride
+     ...}
+
+The count in search_space.py is analytic and needs no table; a table is for comparing, and for costs of one's own
+(`search.py --flops-table FILE`).
+Needs the standard library alone.
+"""
+
+import io
+import pickle
+import pickletools
+import reprlib
+
+from utils import HERE, UserError
+
+OFFICIAL = (
+    HERE / "data" / "op_flops_dict.pkl"
+)  # not part of this project; where a copy of the official file is looked for
+MAX_BYTES = 1_000_000  # the official table has a few kB
+_INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+_OTHERS = {
+    "PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
+    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    """Names nothing outside the file: neither classes nor functions, which is where execution begins."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"names {module}.{name}")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("names a persistent object")
+
+
+def _check_opcodes(data):
+    """Raises UnpicklingError unless `data` makes dicts, strings, numbers and flat tuples of integers only.
+
+    That much has to be known before a byte is unpickled, since classes are not the only danger: tuples of tuples cost
+    exponential time or the whole stack as keys, huge integers make keys collide, a memo index of 2^31 costs 34 GB.
+    """
+    mark, integers = False, 0  # how many integers were pushed last, and whether a mark stands before them
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _INTEGERS and abs(argument) < 2**60:
+            integers += 1
+            continue
+        if name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            if not (mark if name == "TUPLE" else integers >= int(name[-1])):
+                raise pickle.UnpicklingError("holds a tuple of something else than integers")
+        elif name not in _OTHERS:
+            raise pickle.UnpicklingError(f"holds {name} {reprlib.repr(argument)}")
+        elif "PUT" in name and argument > len(data):
+            raise pickle.UnpicklingError(f"memo index {argument}")
+        mark, integers = name == "MARK", 0
+
+
+def read_flops_table(path):
+    """The table in a file, {group: {key: multiply-adds}}; keys are tuples of ints.
+
+    Raises UserError where the file is missing or larger than any table, or holds anything but a table.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"{path}: over {MAX_BYTES} bytes, which no FLOPs table has")
+        _check_opcodes(data)
+        table = _Unpickler(io.BytesIO(data)).load()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        EOFError,
+        OverflowError,
+        AttributeError,
+    ) as error:
+        raise UserError(f"{path}: not a plain FLOPs table ({str(error)[:80]})") from None
+    return _check_table(table, path)
+
+
+def _check_table(table, path):
+    if not isinstance(table, dict) or not all(isinstance(group, dict) for group in table.values()):
+        raise UserError(f"{path}: not a FLOPs table, a dict of dicts")
+    for name, group in table.items():
+        for key, flops in group.items():
+            entry = f"{path}: entry {reprlib.repr(name)} {reprlib.repr(key)}"
+            if not isinstance(name, str) or not isinstance(key, tuple):
+                raise UserError(f"{entry}: not a name and a tuple")
+            if type(flops) not in (int, float) or not 0 < flops < 1e15 or flops != int(flops):
+                raise UserError(f"{entry}: {reprlib.repr(flops)} is not a whole number of multiply-adds")
+    return {name: {key: int(flops) for key, flops in group.items()} for name, group in table.items()}
+
+
+def with_flops_table(space, table, path="FLOPs table"):
+    """(the space with the table's costs, {entry: (table, analytic)} where these differ).
+
+    Raises UserError naming the first entry that the space needs and the table lacks.
+    """
+    differences = {}
+
+    def look_up(group, key, analytic):
+        try:
+            flops = table[group][key]
+        except KeyError:
+            need = f"which input size {space.input_size} and {space.n_classes} classes need"
+            raise UserError(f"{path}: no entry {group} {key}, {need}; use another table, or none") from None
+        if flops != analytic:
+            differences[group, key] = flops, analytic
+        return flops
+
+    rows = []
+    for shape, analytic in zip(space.blocks, space.operation_flops):
+        key = (shape.in_channels, shape.out_channels, shape.mid_channels, shape.in_size, shape.in_size, shape.stride)
+        rows.append(tuple(look_up(f"{op}_stride_{shape.stride}", key, n) for op, n in zip(space.operations, analytic)))
+    stem, last = space.stem_conv, space.last_conv
+    stem_key = (stem.in_channels, stem.out_channels, space.input_size, space.input_size, space.stem_stride)
+    last_key = (last.in_channels, space.n_classes, last.out_size, last.out_size, 1)
+    classifier = space.last_channels * space.n_classes
+    fixed = look_up("conv1", stem_key, stem.flops) + look_up("rest_operation", last_key, last.flops + classifier)
+    return space.with_costs(rows, fixed), differences
+
+
+def official_comparison(space):
+    """A line that says how the official table compares with the analytic count; None where it isn't there.
+
+    `space` is the paper's, which that table is of. It is only looked at, so one that can't be read is no error.
+    """
+    if not OFFICIAL.exists():
+        return None
+    try:
+        return comparison(with_flops_table(space, read_flops_table(OFFICIAL), OFFICIAL)[1], OFFICIAL)
+    except UserError as error:
+        return f"warning: {error}"
+
+
+def comparison(differences, path):
+    """The line that says how a table compares with the analytic count; the differences are with_flops_table's."""
+    if not differences:
+        return f"{path}: all entries agree with the analytic count"
+    named = [f"{group} {key} is {flops}, not {analytic}" for (group, key), (flops, analytic) in differences.items()]
+    more = f", and {len(named) - 3} more" if len(named) > 3 else ""
+    return f"warning: {path} differs from the analytic count: {', '.join(named[:3])}{more}"

@@ -1,0 +1,103 @@
+"""The path sampler of supernet training: which candidate a step trains.
+
+Official training draws a FLOPs bin, then uniform candidates until one falls in it, so that paths are flat over the bins
+(7 of 10M from 290M to 360M) and uniform within each. Official gives up after 500 tries and takes any candidate; here there
+is no such fallback, and a bin that random candidates don't reach is an error before training starts.
+
+A path is a pure function of seed and step: resuming needs no state, and data-parallel ranks agree without a word.
+
+Source: official `src/Supernet/train.py` (`get_random_cand`, `get_uniform_sample_cand`).
+"""
+
+import numpy as np
+
+from space.search_space import SearchSpace
+from utils import UserError
+
+STREAM = 0x50617468  # keeps these draws apart from others of the same seed
+CHUNK = 1024  # steps that are drawn together
+BATCH = 16_384  # random candidates that are costed together
+MAX_BATCHES = 62  # about a million candidates, which have to fill the bins of an average chunk
+
+
+def default_flops_range(space):
+    """(low, high) in multiply-adds: 290M-360M in the paper's space, elsewhere the quantiles that these are there."""
+    if space == SearchSpace():
+        return 290_000_000, 360_000_000
+    return space.flops_quantile(0.0014), space.flops_quantile(0.9986)
+
+
+class PathSampler:
+    """Candidates for training steps, uniform or, with `flops_range`, flat over `n_bins` equal bins of FLOPs.
+
+    `flops_range` is (low, high) in multiply-adds. A bin holds low <= cost < high, the last one its upper edge too.
+    Raises UserError where a bin is so rare that a path would cost some 1,000 random candidates (0.2 ms) or more.
+    """
+
+    def __init__(self, space, seed=0, flops_range=None, n_bins=7):
+        self.space = space
+        self.seed = seed
+        self._costs = np.array(space.operation_flops)
+        self._cached = None, None  # a chunk's number and its paths
+        self.edges = None
+        if flops_range is not None:
+            low, high = flops_range
+            if not low < high:
+                raise UserError(f"--flops-range {low} {high}: the first has to be the lower one")
+            self.edges = np.array([low + (high - low) * i // n_bins for i in range(n_bins + 1)])
+            self._check_bins()
+
+    def candidate(self, step):
+        """The candidate of a step (0, 1, ...), a tuple of one int a block."""
+        chunk, offset = divmod(step, CHUNK)
+        cached, paths = self._cached
+        if cached != chunk:
+            paths = self._draw(np.random.default_rng([self.seed, STREAM, chunk]))
+            self._cached = chunk, paths
+        return tuple(paths[offset].tolist())
+
+    def _draw(self, rng):
+        """The paths of a chunk, (CHUNK, n_blocks)."""
+        if self.edges is None:
+            return self._candidates(rng, CHUNK)
+        n_bins = len(self.edges) - 1
+        wanted = rng.integers(n_bins, size=CHUNK)
+        steps = [np.flatnonzero(wanted == b) for b in range(n_bins)]  # that still have no path
+        paths = np.empty((CHUNK, self.space.n_blocks), np.uint8)
+        for candidates, bins in self._binned(rng, 4 * MAX_BATCHES):  # no chunk is that far from the average
+            for b in range(n_bins):
+                found = candidates[bins == b][: len(steps[b])]
+                paths[steps[b][: len(found)]] = found
+                steps[b] = steps[b][len(found) :]
+            if not any(map(len, steps)):
+                return paths
+        raise RuntimeError(f"{sum(map(len, steps))} steps got no path from {4 * MAX_BATCHES * BATCH} random candidates")
+
+    def _candidates(self, rng, n):
+        """Uniform candidates, (n, n_blocks)."""
+        return rng.integers(len(self.space.operations), size=(n, self.space.n_blocks), dtype=np.uint8)
+
+    def _binned(self, rng, n_batches):
+        """Batches of uniform candidates (BATCH, n_blocks) and their bins (BATCH,); -1 and n_bins are outside."""
+        for _ in range(n_batches):
+            candidates = self._candidates(rng, BATCH)
+            flops = self.space.fixed_flops + sum(row[choice] for row, choice in zip(self._costs, candidates.T))
+            bins = np.searchsorted(self.edges, flops, side="right") - 1
+            bins[flops == self.edges[-1]] -= 1
+            yield candidates, bins
+
+    def _check_bins(self):
+        n_bins = len(self.edges) - 1
+        needed = max(CHUNK // n_bins, 100)
+        hits = np.zeros(n_bins, int)
+        for _, bins in self._binned(np.random.default_rng([self.seed, STREAM]), MAX_BATCHES):
+            hits += np.bincount(bins + 1, minlength=n_bins + 2)[1:-1]
+            if hits.min() >= needed:
+                return
+        rarest = int(hits.argmin())
+        (low, high), (usual_low, usual_high) = self.space.flops_range, default_flops_range(self.space)
+        raise UserError(
+            f"--flops-range {self.edges[0]} {self.edges[-1]}: {hits[rarest]} of {MAX_BATCHES * BATCH} random candidates fall into "
+            f"bin {rarest + 1} of {n_bins}, {self.edges[rarest]} to {self.edges[rarest + 1]}, and {needed} have to; candidates cost "
+            f"{low} to {high}, 99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
+        )

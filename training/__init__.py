@@ -1,0 +1,1 @@
+"""Training and evaluation: the training loop and its checkpoints, BN recalibration, accuracy, export."""

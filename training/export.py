@@ -1,0 +1,178 @@
+"""The retrained network for use elsewhere: one file with the program, the weights, and all that its user has to know.
+
+The program takes images as every decoder gives them, uint8 RGB (N, H, W, 3), resized and cropped, any N, and returns logits
+(N, classes). Order of the channels, scale and normalisation are inside of it, since nothing else would notice a mistake in
+them: another type or another size is refused when it is run. The metadata say what comes before and what happens inside.
+
+FILE.pt2 is written by torch.export (metadata.json in its extra files), FILE.onnx by torch.onnx (metadata_props, a value
+that is no text as JSON). A file is read back and compared with the network on bundled images before it gets its name.
+"""
+
+import importlib.util
+import io
+import json
+import pathlib
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from dataloader import IMAGENET_MEAN, IMAGENET_STD, Loader, network_input
+from images import bundled
+from images.dataset import ImageSet, evaluation_plan, scan, stratified_order
+from images.image_check import inspect
+from utils import HERE, UserError, atomic_write, commit, versions
+
+TOLERANCE = 1e-4  # of logits, absolute
+N_IMAGES, BATCH_SIZE = 20, 7  # of the comparison: 7, 7 and 6 images
+WARM_UP, TIMED = 10, 50  # runs of one image
+ONNX_PACKAGES = (
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+)  # torch.onnx writes with the first two; the third runs what was written
+
+
+class Program(nn.Module):
+    """What is exported: uint8 RGB (N, H, W, 3) -> logits (N, classes)."""
+
+    def __init__(self, network, preprocessing):
+        super().__init__()
+        self.network, self.preprocessing = network, preprocessing
+
+    def forward(self, images):
+        return self.network(network_input(images, self.preprocessing))
+
+
+def class_names(stored):
+    """The names of a checkpoint's classes; official files have none, and get numbers."""
+    return list(stored.classes or (f"class {i}" for i in range(stored.space.n_classes)))
+
+
+def metadata(model, stored, config):
+    """All that the file says about itself, by name; plain values."""
+    space, candidate = model.space, model.architecture
+    size, spos = config.input_size, config.preprocessing == "spos"
+    return {
+        "model": "one path of the Single Path One-Shot supernet (arXiv 1904.00420), retrained",
+        "input": f"images: uint8 (N, {size}, {size}, 3), RGB from 0 to 255, any N",
+        "output": "logits: float32 (N, classes); their softmax is the probabilities",
+        "preprocessing": {  # what the user does
+            "resize": config.val_resize, "resize_what": "shorter side, px", "interpolation": "bilinear, not antialiased",
+            "crop": size, "crop_where": "centre",
+        },
+        "inside": {"channels": "BGR", "range": [0, 255]} if spos
+                  else {"channels": "RGB", "range": [0, 1], "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+        "classes": class_names(stored),
+        "architecture": list(candidate),
+        "operations": [space.operations[choice] for choice in candidate],
+        "flops": space.flops(candidate), "params": space.params(candidate),
+        "metrics": stored.content and stored.content["metrics"],
+        "source": f"{pathlib.Path(stored.path).name}; {versions()}; commit {commit()}",
+        "licence": (HERE / "LICENSE").read_text(),
+    }  # fmt: skip
+
+
+def export(path, model, stored, config):
+    """Writes the network to `path`, .pt2 or .onnx, and returns what was measured: largest difference of logits, latency.
+
+    Raises UserError where the suffix is another, a package is missing, the file can't be written or its logits differ.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in (".pt2", ".onnx"):
+        raise UserError(f"--export {path}: ends in neither .pt2 (torch.export) nor .onnx")
+    missing = [name for name in ONNX_PACKAGES if path.suffix == ".onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--export {path}: ONNX needs pip install {' '.join(missing)}; a file named .pt2 needs nothing more"
+        )
+    model.to("cpu").eval()
+    example = torch.zeros(2, config.input_size, config.input_size, 3, dtype=torch.uint8)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        program = torch.export.export(Program(model, config.preprocessing), (example,), dynamic_shapes=batch)
+    content, run = (_torch_export if path.suffix == ".pt2" else _onnx)(program, metadata(model, stored, config))
+    difference = compare(run, model, config)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"--export {path}: not written, since its logits differ from the network's by {difference:.2g}, over {TOLERANCE}"
+        )
+    try:
+        with atomic_write(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f"--export {path}: can't be written ({error.strerror})") from None
+    return {
+        "file": str(path), "bytes": len(content), "max_difference": difference, "n_images": N_IMAGES,
+        "latency_ms": latency(run, example[:1]), "threads": torch.get_num_threads(), "runs": TIMED,
+    }  # fmt: skip
+
+
+def _torch_export(program, values):
+    """(the bytes of a .pt2 file, what runs it)."""
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(values, indent=1)})
+    content = file.getvalue()
+    return content, torch.export.load(io.BytesIO(content)).module()
+
+
+def _onnx(program, values):
+    """(the bytes of an .onnx file, what runs it)."""
+    import onnx
+    import onnxruntime
+
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": {"images": {0: "batch"}}}
+    model = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    onnx.helper.set_model_props(model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()})
+    content = model.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def compare(run, model, config):
+    """The largest difference between the logits of `run(images)` and the network's, on bundled images of all classes."""
+    images = scan(bundled.unpack(HERE / "data" / "fashion-mnist") / "val")
+    images = images.take(stratified_order(images.labels, 0)[:N_IMAGES])
+    loader = Loader(images, config, False, backend="torchvision", workers=0)
+    differences = []
+    with torch.no_grad():
+        for decoded, _ in loader.decode(evaluation_plan(len(images), BATCH_SIZE)):
+            differences.append((run(decoded) - model(loader.finish(decoded))).abs().max().item())
+    return max(differences)
+
+
+def latency(run, image):
+    """Median milliseconds of `run(image)`."""
+    seconds = []
+    with torch.no_grad():
+        for _ in range(WARM_UP + TIMED):
+            start = time.perf_counter()
+            run(image)
+            seconds.append(time.perf_counter() - start)
+    return round(statistics.median(seconds[WARM_UP:]) * 1000, 3)
+
+
+def predict(paths, model, stored, config, args, device):
+    """Yields (path, [(class name, probability), ...]) for each image file, the five most probable classes first.
+
+    Raises UserError that names the file, before anything is computed, where one is not an image.
+    """
+    if args.loader == "synthetic":
+        raise UserError("--loader synthetic: reads no files; leave the flag out with --predict")
+    for path in paths:
+        _, reason, _ = inspect(path)
+        if reason:
+            raise UserError(f"--predict {path}: {reason}")
+    names = class_names(stored)
+    images = ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), tuple(names))
+    model.to(device, memory_format=torch.channels_last).eval()
+    loader = Loader.from_args(images, config, False, args, device)
+    done = iter(paths)
+    with torch.inference_mode():
+        for batch, _ in loader.batches(evaluation_plan(len(paths), args.eval_batch_size)):
+            top = model(batch).softmax(dim=1).topk(min(5, len(names)))
+            for probabilities, indices in zip(top.values.tolist(), top.indices.tolist()):
+                yield next(done), [(names[i], p) for i, p in zip(indices, probabilities)]

@@ -176,7 +176,7 @@ def output_folder(path):
 def try_lock(path):
     """The lock of a file, which one process at a time can hold, until it ends or closes it. None where another holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
+    file = open(path, "w")  # noqa: SIM115
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

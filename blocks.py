@@ -13,8 +13,8 @@ from torch import nn
 class _EvenOdd(torch.autograd.Function):
     """Even and odd channels as views.
 
-    The backward pass writes both gradients into one tensor, in the layout of x: autograd would fill two tensors of zeros,
-    in NCHW, and add them (8% of a training step on the CPU).
+    The backward pass writes both gradients into one tensor, in the layout of x: autograd would fill two tensors of
+    zeros, in NCHW, and add them (8% of a training step on the CPU).
     """
 
     @staticmethod

@@ -8,8 +8,8 @@
     python scratch.py --predict IMAGE...                       prints the classes of image files
 
 Reads all of DIR/train, and DIR/val for the numbers reported. Writes OUT/checkpoints/scratch/: checkpoint-STEP.pth,
-bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is JSON,
-except with --predict. The same command resumes an interrupted run.
+bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is
+JSON, except with --predict. The same command resumes an interrupted run.
 Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 73.7; published: 74.4); not run here.
 Source: paper section 4.1; official `src/Evaluation/train.py`.
 """
@@ -79,8 +79,8 @@ def export_checkpoint(args, folder):
     resolve_device(args)  # --threads
     result = export.export(args.export, *open_network(args, folder))
     print(
-        "{file}: logits within {max_difference:.1g} of the network's on {n_images} images; {latency_ms} ms an image on this "
-        "CPU (median of {runs} runs, batch 1, {threads} threads)".format(**result)
+        "{file}: logits within {max_difference:.1g} of the network's on {n_images} images; {latency_ms} ms an image on "
+        "this CPU (median of {runs} runs, batch 1, {threads} threads)".format(**result)
     )
     return result
 

@@ -38,8 +38,8 @@ from images.image_cache import FixedBatches, validation_batches
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from reports.figures import draw_ranking
 from space.search_space import SearchSpace, operation_convs
-from training.evaluation import Evaluator, accuracy, evaluate, recalibrate_bn, resolve_device
-from training.loop import dropout_seed, learning_rate, parameter_groups
+from training.evaluation import accuracy, evaluate, open_evaluation, recalibrate_bn, resolve_device
+from training.recipe import dropout_seed, learning_rate, parameter_groups
 from utils import UserError, read_json, write_json
 
 PREDICTORS = {
@@ -104,14 +104,15 @@ def kernel_size(space, candidate):
 # --- measurements --------------------------------------------------------------------------------------------
 
 
-def in_supernets(evaluator, candidates):
+def in_supernets(args, opened, candidates):
     """Top-1 percent of the candidates on the held-out images, in the supernet and in one with initial weights."""
+    supernet, *batches = opened
     torch.manual_seed(0)
-    untrained = ShuffleNetV2OneShot(space=evaluator.space).to(evaluator.device, memory_format=torch.channels_last)
+    untrained = ShuffleNetV2OneShot(space=supernet.space).to(resolve_device(args), memory_format=torch.channels_last)
     return [
-        [r["acc1"] for r in evaluate(model, candidates, evaluator.calibration, evaluator.validation, evaluator.bn, amp=evaluator.amp)]
-        for model in (evaluator.supernet, untrained)
-    ]  # fmt: skip
+        [result["acc1"] for result in evaluate(model, candidates, *batches, args.bn, amp=args.eval_amp)]
+        for model in (supernet, untrained)
+    ]
 
 
 class Trainings:
@@ -215,8 +216,9 @@ def measure(options):
         )
 
     if "candidates" not in results:
-        evaluator = Evaluator(tester.parse_args([*words, "--checkpoint", options.supernet]))
-        space = evaluator.space
+        test_args = tester.parse_args([*words, "--checkpoint", options.supernet])
+        opened = open_evaluation(test_args)
+        space = opened[0].space
         candidates = draw_candidates(space, options.candidates)
         results["space"] = space.to_dict()
         results["candidates"] = [
@@ -224,7 +226,7 @@ def measure(options):
                 "architecture": list(c), "flops": space.flops(c), "params": space.params(c), "kernel_size": round(kernel_size(space, c), 4),
                 "supernet": in_supernet, "untrained": untrained, "standalone": [], "seconds": [],
             }
-            for c, in_supernet, untrained in zip(candidates, *in_supernets(evaluator, candidates))
+            for c, in_supernet, untrained in zip(candidates, *in_supernets(test_args, opened, candidates))
         ]  # fmt: skip
         write_json(options.results, results, indent=1)
     train_all(results, args, options)

@@ -140,8 +140,8 @@ def open_supernet(args):
 def load_network(path, architecture=None, space=None):
     """(the retrained network, its Checkpoint) from `path`.
 
-    An official file does not carry its architecture: that is read from the file `architecture`, by default the published
-    winner's. Raises UserError where `architecture` contradicts the checkpoint.
+    An official file does not carry its architecture: that is read from the file `architecture`, by default the
+    published winner's. Raises UserError where `architecture` contradicts the checkpoint.
     """
     ckpt = load(path, "scratch", space)
     given = architecture and ckpt.space.load_architecture(architecture)
@@ -175,7 +175,7 @@ def check_classes(ckpt, classes):
 
 
 def check_settings(ckpt, settings, folder):
-    """Raises UserError that names the settings in which a run differs from the one in `folder`, but for HARMLESS ones."""
+    """Raises UserError that names the settings in which a run differs from the one in `folder`."""
     before = ckpt.content["settings"]
     odd = sorted(k for k in before.keys() | settings.keys() if k not in HARMLESS and before.get(k) != settings.get(k))
     if odd:

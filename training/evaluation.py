@@ -16,7 +16,7 @@ from utils import UserError
 
 
 def open_evaluation(args):
-    """(supernet, calibration batches, validation batches) of the flags: training images, and those of `args.split`."""
+    """(supernet, calibration batches, validation batches), the images that `args.split` names, of the flags."""
     supernet, _, config, data = checkpoint.open_supernet(args)
     device = resolve_device(args)
     supernet.to(device, memory_format=torch.channels_last)
@@ -54,8 +54,8 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
 def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):
     """Resets all BN statistics of `model` and recalculates those that `forward(images)` passes through.
 
-    `batches` yields (images, labels). For `bn` see `bn_momentum`. `sharded` says that each rank has other batches, whose
-    plain averages are then averaged over the ranks. Dropout stays off; the model is left in eval mode.
+    `batches` yields (images, labels). For `bn` see `bn_momentum`. `sharded` says that each rank has other batches,
+    whose plain averages are then averaged over the ranks. Dropout stays off; the model is left in eval mode.
     """
     model.eval()
     norms, n = batch_norms(model), 0
@@ -81,7 +81,8 @@ def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):
 def bn_momentum(bn, n):
     """BN momentum of the n-th calibration batch, for a value of --bn.
 
-    "ema": 0.1, an exponential average that sees about the last 19 batches (official). "average": 1 / n, the plain average.
+    "ema": 0.1, an exponential average that sees about the last 19 batches (official).
+    "average": 1 / n, the plain average of all.
     """
     return 0.1 if bn == "ema" else 1 / n
 
@@ -117,7 +118,7 @@ def _all_reduce_counts(counts, n_images):
 
 
 def resolve_device(args):
-    """The torch device of --device; sets --threads too. Raises UserError where torch can't use a GPU that is asked for."""
+    """The torch device of --device; sets --threads too. Raises UserError where there is no GPU to use."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():

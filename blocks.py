@@ -4,6 +4,7 @@ Source: paper section 3.4 and figure 5; official `src/Supernet/blocks.py`. Param
 that official weights load.
 """
 
+import functools
 import itertools
 
 import torch
@@ -50,10 +51,10 @@ def conv_bn(inp, oup, kernel_size, stride=1, groups=1, affine=True, relu=True):
 
 
 def conv_bn_pairs(model):
-    """(convolution, the BN behind it) of all that `conv_bn` made in a model."""
+    """(convolution, the BN behind it) of all such pairs in the Sequentials of a model, as `conv_bn` makes them."""
     for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
         for conv, norm in itertools.pairwise(layers):
-            if isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 yield conv, norm
 
 
@@ -82,11 +83,11 @@ class ChoiceBlock(nn.Module):
 
 
 class ShuffleNetBlock(ChoiceBlock):
-    """ShuffleNetV2 unit: pointwise, depthwise of `kernel_size`, pointwise. `shape` is a search_space.BlockShape."""
+    """ShuffleNetV2 unit: pointwise, depthwise of `kernel_size`, pointwise."""
 
-    def __init__(self, shape, kernel_size, affine=True):
+    def __init__(self, shape, width, affine, kernel_size):
         super().__init__(shape, kernel_size, affine)
-        (inp, oup), mid = shape.branch_channels, shape.mid_channels
+        (inp, oup), mid = shape.branch_channels, shape.mid_channels(width)
         self.branch_main = nn.Sequential(
             *conv_bn(inp, mid, 1, affine=affine),
             *conv_bn(mid, mid, kernel_size, shape.stride, groups=mid, affine=affine, relu=False),
@@ -95,11 +96,11 @@ class ShuffleNetBlock(ChoiceBlock):
 
 
 class ShuffleXceptionBlock(ChoiceBlock):
-    """Xception-like unit: depthwise and pointwise, three times. `shape` is a search_space.BlockShape."""
+    """Xception-like unit: depthwise and pointwise, three times."""
 
-    def __init__(self, shape, kernel_size=3, affine=True):
+    def __init__(self, shape, width, affine, kernel_size=3):
         super().__init__(shape, kernel_size, affine)
-        (inp, oup), mid = shape.branch_channels, shape.mid_channels
+        (inp, oup), mid = shape.branch_channels, shape.mid_channels(width)
         self.branch_main = nn.Sequential(
             *conv_bn(inp, inp, kernel_size, shape.stride, groups=inp, affine=affine, relu=False),
             *conv_bn(inp, mid, 1, affine=affine),
@@ -110,8 +111,84 @@ class ShuffleXceptionBlock(ChoiceBlock):
         )
 
 
-def build_block(operation, shape, affine=True):
-    """The block of an operation's name in the search space, "shufflenet_5x5" or "xception_3x3"."""
-    kind, kernel = operation.split("_")
-    block = {"shufflenet": ShuffleNetBlock, "xception": ShuffleXceptionBlock}[kind]
-    return block(shape, int(kernel.split("x")[0]), affine)
+# --- operations by name ---------------------------------------------------------------------------------------
+
+OPERATIONS = {
+    "shufflenet_3x3": functools.partial(ShuffleNetBlock, kernel_size=3),
+    "shufflenet_5x5": functools.partial(ShuffleNetBlock, kernel_size=5),
+    "shufflenet_7x7": functools.partial(ShuffleNetBlock, kernel_size=7),
+    "xception_3x3": ShuffleXceptionBlock,
+}
+
+
+def register(name):
+    """A class decorator that makes an operation of a search space, by name.
+
+    The class is a module (N, in_channels, H, W) -> (N, out_channels, H/stride, W/stride). Its constructor takes a
+    search_space.BlockShape, the width (a scale of the middle channels), and whether BN is affine.
+    """
+
+    def registered(operation):
+        OPERATIONS[name] = operation
+        return operation
+
+    return registered
+
+
+def build_block(operation, shape, width=1.0, affine=True):
+    """The module of an operation's name at a block."""
+    return OPERATIONS[operation](shape, width, affine)
+
+
+class Choices(nn.ModuleList):
+    """A choice block of the supernet: its operations, of which a path runs one, at one of `widths`.
+
+    Every operation has the weights of its widest form. At another width it is built without memory, and runs on the first
+    channels of these weights and BN statistics.
+    """
+
+    def __init__(self, operations, shape, widths=(1.0,), affine=False):
+        super().__init__(build_block(operation, shape, max(widths), affine) for operation in operations)
+        self.operations, self.shape, self.widths, self.affine = operations, shape, widths, affine
+        self.narrow = {}  # choice -> Narrow, made when it is first needed
+
+    def forward(self, x, choice):
+        """Runs the choice, an index into all pairs of operation and width."""
+        return self.part(choice)(x)
+
+    def part(self, choice):
+        """What runs a choice: the operation's module where it is the widest, else a Narrow."""
+        operation, width = divmod(choice, len(self.widths))
+        if self.widths[width] == max(self.widths):
+            return self[operation]
+        if choice not in self.narrow:
+            with torch.device("meta"):
+                form = build_block(self.operations[operation], self.shape, self.widths[width], self.affine)
+            self.narrow[choice] = Narrow(self[operation], form)
+        return self.narrow[choice]
+
+
+class Narrow:
+    """`form`, a module without memory, run on the first channels of what `widest`, of the same structure, has."""
+
+    def __init__(self, widest, form):
+        self.widest, self.form = widest, form
+        self.tensors, self.norms = [], []  # (module, attribute, name, index); (norm of form, norm of widest)
+        for (path, module), narrow in zip(widest.named_modules(), form.modules(), strict=True):
+            for name, tensor in (*narrow.named_parameters(recurse=False), *narrow.named_buffers(recurse=False)):
+                if tensor.dim():
+                    self.tensors.append((module, name, f"{path}.{name}".lstrip("."), first_channels(tensor.shape)))
+            if isinstance(narrow, nn.BatchNorm2d):
+                narrow.num_batches_tracked = None
+                self.norms.append((narrow, module))
+
+    def __call__(self, x):
+        for norm, widest in self.norms:
+            norm.training, norm.momentum = widest.training, widest.momentum
+        tensors = {name: getattr(module, attribute)[index] for module, attribute, name, index in self.tensors}
+        return torch.func.functional_call(self.form, tensors, (x,))
+
+
+def first_channels(shape):
+    """The index of the first channels of a larger tensor: of an output, of an input, or of both."""
+    return tuple(slice(n) for n in shape)

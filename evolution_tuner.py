@@ -235,7 +235,7 @@ class EvolutionWithFlops(Tuner):
         if costs:
             space = space.with_costs(*costs)
         self.record = SearchRecord(
-            out, space, Evolution(space.choices_per_block, space.flops, flops_limit, **evolution)
+            out, space, Evolution(space.choices, space.flops, flops_limit, **evolution)
         )
         self.concurrency, self.candidates_per_trial = concurrency, candidates_per_trial
         self.lock = threading.RLock()

@@ -4,12 +4,13 @@ Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/
 """
 
 import copy
+import itertools
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from blocks import build_block, conv_bn
+from blocks import Choices, Narrow, build_block, conv_bn
 from space.search_space import SearchSpace
 
 
@@ -26,7 +27,7 @@ class _ShuffleNet(nn.Module):
         self.features = nn.ModuleList(features)
         self.conv_last = nn.Sequential(*conv_bn(space.stage_channels[-1], space.last_channels, 1, affine=affine))
         self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Sequential(nn.Linear(space.last_channels, space.n_classes, bias=False))
+        self.classifier = nn.Sequential(nn.Linear(space.last_channels, space.n_classes, bias=space.classifier_bias))
         initialize(self)
 
     def head(self, x):
@@ -48,26 +49,27 @@ class ShuffleNetV2OneShot(_ShuffleNet):
 
     def __init__(self, input_size=224, n_classes=1000, affine=False, space=None):
         space = space or SearchSpace.for_images(input_size, n_classes)
-        features = [nn.ModuleList(build_block(op, shape, affine) for op in space.operations) for shape in space.blocks]
-        super().__init__(space, affine, features)
+        blocks = zip(space.block_operations, space.blocks)
+        super().__init__(space, affine, [Choices(names, shape, space.widths, affine) for names, shape in blocks])
 
     def forward(self, x, candidate):
-        """Logits (N, n_classes) of images (N, 3, H, W) through the candidate, a sequence of one int a block."""
+        """Logits (N, n_classes) of images (N, 3, H, W) through the candidate."""
         x = self.first_conv(x)
-        for block, choice in zip(self.features, candidate, strict=True):
-            x = block[choice](x)
+        for block, choice in zip(self.features, self.space.block_choices(candidate), strict=True):
+            x = block(x, choice)
         return self.head(x)
 
     def part(self, key):
         """A part of the forward pass, as a callable: "stem", (block, choice), or "head"."""
-        return self.head if key == "head" else self.module_of(key)
-
-    def module_of(self, key):
-        """The module with the convolutions and norms of a part."""
         if isinstance(key, tuple):
             block, choice = key
-            return self.features[block][choice]
-        return {"stem": self.first_conv, "head": self.conv_last}[key]
+            return self.features[block].part(choice)
+        return {"stem": self.first_conv, "head": self.head}[key]
+
+    def module_of(self, key):
+        """The module that holds the weights and the BN statistics of a part."""
+        part = self.part(key)
+        return self.conv_last if key == "head" else part.widest if isinstance(part, Narrow) else part
 
 
 class ShuffleNetV2(_ShuffleNet):
@@ -76,11 +78,8 @@ class ShuffleNetV2(_ShuffleNet):
     def __init__(self, architecture, input_size=224, n_classes=1000, affine=True, space=None):
         space = space or SearchSpace.for_images(input_size, n_classes)
         self.architecture = space.from_architecture(architecture)
-        features = [
-            build_block(space.operations[choice], shape, affine)
-            for shape, choice in zip(space.blocks, self.architecture)
-        ]
-        super().__init__(space, affine, features)
+        chosen = zip(space.chosen(self.architecture), space.blocks)
+        super().__init__(space, affine, [build_block(name, shape, width, affine) for (name, width), shape in chosen])
 
     def forward(self, x):
         """Logits (N, n_classes) of images (N, 3, H, W)."""
@@ -92,12 +91,14 @@ class ShuffleNetV2(_ShuffleNet):
 
 def initialize(model):
     """Official initial weights: N(mean 0, standard deviation): stem 0.01, other convolutions 1 / weight.shape[1]
-    (so 1 for depthwise ones), linear 0.01; BN bias 1e-4 where there is one."""
+    (so 1 for depthwise ones), linear 0.01; affine BN has bias 1e-4."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, 0.01 if name.startswith("first_conv") else 1 / module.weight.shape[1])
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.constant_(module.bias, 1e-4)
 
@@ -116,9 +117,9 @@ def fold_bn(model):
     """A copy of the model in eval mode whose BN layers are folded into the convolutions before them."""
     model = copy.deepcopy(model).eval()
     for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm2d):
-                layers[i - 1], layers[i] = fuse_conv_bn_eval(layers[i - 1], layer), nn.Identity()
+        for i, (conv, norm) in enumerate(itertools.pairwise(list(layers))):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                layers[i], layers[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return model
 
 

@@ -239,11 +239,11 @@ def search(args, out):
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     evolution = {name: getattr(args, name) for name in EVOLUTION}
     limit = flops_limit(args.flops_limit, space)
-    Evolution(space.choices_per_block, space.flops, limit, **evolution)  # says what is wrong with the numbers
+    Evolution(space.choices, space.flops, limit, **evolution)  # says what is wrong with the numbers
     settings = {
         **evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": weights, "data": config.to_dict(),
         "split": data.split, "bn": args.bn, "bn_batches": args.bn_batches, "bn_batch_size": args.bn_batch_size,
-        "eval_amp": args.eval_amp, "loader": resolve_backend(args.loader), "costs": table and [space.operation_flops, space.fixed_flops],
+        "eval_amp": args.eval_amp, "loader": resolve_backend(args.loader), "costs": table and [space.choice_flops, space.fixed_flops],
     }  # fmt: skip
     state = prepare_search(out, settings, args.resume)
     start_logging(out / "checkpoints" / "search", args, args.device)

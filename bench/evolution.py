@@ -103,9 +103,9 @@ def with_extremes(rewards, pairs=(), noise_sd=0):
     table = {"rewards": rewards, "pairs": list(pairs), "noise_sd": noise_sd}
     limit = LIMIT - SPACE.fixed_flops
     found = {
-        "best": extreme(table, SPACE.operation_flops, limit, 1),
-        "worst": extreme(table, SPACE.operation_flops, limit, -1),
-        "best_without_limit": extreme(table, SPACE.operation_flops, SPACE.flops_range[1], 1),
+        "best": extreme(table, SPACE.choice_flops, limit, 1),
+        "worst": extreme(table, SPACE.choice_flops, limit, -1),
+        "best_without_limit": extreme(table, SPACE.choice_flops, SPACE.flops_range[1], 1),
     }
     return table | {
         name: {"architecture": list(c), "flops": SPACE.flops(c), "reward": reward(table, c)}
@@ -150,7 +150,7 @@ def committed_tables():
 
 def regret(table, seed, settings):
     """Percent of the table's range by which a search's winner falls short of the optimum."""
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, seed=seed, **settings)
+    evolution = Evolution(SPACE.choices, SPACE.flops, LIMIT, seed=seed, **settings)
     while population := evolution.ask():
         evolution.tell({candidate: measured(table, candidate, seed) for candidate in population})
     winner, _ = evolution.best

@@ -82,11 +82,11 @@ def _weights(space, target):
 
     def weights(step):
         rate = (step / STEPS - 0.5) * 2000 / (high - low)
-        rows = [[rate * (cost - (max(row) if rate > 0 else min(row))) for cost in row] for row in space.operation_flops]
+        rows = [[rate * (cost - (max(row) if rate > 0 else min(row))) for cost in row] for row in space.choice_flops]
         return [[math.exp(x) for x in row] for row in rows]
 
     def mean(step):
-        rows = zip(weights(step), space.operation_flops)
+        rows = zip(weights(step), space.choice_flops)
         return space.fixed_flops + sum(sum(w * c for w, c in zip(*row)) / sum(row[0]) for row in rows)
 
     return weights(bisect.bisect_left(range(STEPS), target, key=mean))

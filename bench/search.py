@@ -56,7 +56,7 @@ def generation(space, population):
     rng = random.Random(0)
     table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
     evolution = Evolution(
-        space.choices_per_block, space.flops, space.flops_value("59%"), population, max(2, population // 5),
+        space.choices, space.flops, space.flops_value("59%"), population, max(2, population // 5),
         population // 2, population // 2, seed=0,
     )  # fmt: skip
     for _ in range(9):

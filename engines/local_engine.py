@@ -21,7 +21,7 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
     that fail alone too have failed. Raises UserError where nothing can be evaluated.
     """
     evolution = Evolution(
-        space.choices_per_block, space.flops, settings["flops_limit"], **{k: settings[k] for k in EVOLUTION}
+        space.choices, space.flops, settings["flops_limit"], **{k: settings[k] for k in EVOLUTION}
     )
     record, progress = SearchRecord(out, space, evolution), Progress(out)
     with Workers(trial, concurrency) as workers:

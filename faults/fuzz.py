@@ -143,10 +143,10 @@ class FlopsTable:
         self.path = path
         space = SearchSpace()
         groups = {
-            "conv1": {(3, 16, 224, 224, 2): space.stem_conv.flops},
+            "conv1": {(3, 16, 224, 224, 2): space.costs.stem_flops},
             "rest_operation": {(640, 1000, 7, 7, 1): 33136640},
         }
-        for shape, row in zip(space.blocks, space.operation_flops):
+        for shape, row in zip(space.blocks, space.choice_flops):
             key = (
                 shape.in_channels,
                 shape.out_channels,

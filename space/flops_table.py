@@ -5,7 +5,7 @@
      "shufflenet_3x3_stride_1": {(64, 64, 32, 56, 56, 1): n},   # full width in and out, middle, input size, stride
      ...}
 
-The count in search_space.py is analytic and needs no table; a table is for comparing, and for costs of one's own
+The count of space/costs.py needs no table; a table is for comparing, and for costs of one's own
 (`search.py --flops-table FILE`).
 Needs the standard library alone.
 """
@@ -109,26 +109,29 @@ def with_flops_table(space, table, path="FLOPs table"):
     """
     differences = {}
 
-    def look_up(group, key, analytic):
+    def look_up(group, key, counted):
         try:
             flops = table[group][key]
         except KeyError:
             need = f"which input size {space.input_size} and {space.n_classes} classes need"
             raise UserError(f"{path}: no entry {group} {key}, {need}; use another table, or none") from None
-        if flops != analytic:
-            differences[group, key] = flops, analytic
+        if flops != counted:
+            differences[group, key] = flops, counted
         return flops
 
+    if space.n_widths > 1:
+        raise UserError(f"{path}: has operations of one width, the search space {space.n_widths}; leave the table out")
     rows = []
-    for shape, analytic in zip(space.blocks, space.operation_flops):
-        key = (shape.in_channels, shape.out_channels, shape.mid_channels, shape.in_size, shape.in_size, shape.stride)
-        rows.append(tuple(look_up(f"{op}_stride_{shape.stride}", key, n) for op, n in zip(space.operations, analytic)))
-    stem, last = space.stem_conv, space.last_conv
-    stem_key = (stem.in_channels, stem.out_channels, space.input_size, space.input_size, space.stem_stride)
-    last_key = (last.in_channels, space.n_classes, last.out_size, last.out_size, 1)
-    classifier = space.last_channels * space.n_classes
-    fixed = look_up("conv1", stem_key, stem.flops) + look_up("rest_operation", last_key, last.flops + classifier)
-    return space.with_costs(rows, fixed), differences
+    for shape, names, counted in zip(space.blocks, space.block_operations, space.choice_flops):
+        mid = shape.mid_channels()
+        key = (shape.in_channels, shape.out_channels, mid, shape.in_size, shape.in_size, shape.stride)
+        rows.append(tuple(look_up(f"{op}_stride_{shape.stride}", key, n) for op, n in zip(names, counted)))
+    size, last = space.input_size, space.blocks[-1]
+    stem_key = (3, space.stem_channels, size, size, space.stem_stride)
+    tail_key = (last.out_channels, space.n_classes, last.out_size, last.out_size, 1)
+    stem = look_up("conv1", stem_key, space.costs.stem_flops)
+    tail = look_up("rest_operation", tail_key, space.costs.tail_flops)
+    return space.with_costs(*space.costs._replace(flops=tuple(rows), stem_flops=stem, tail_flops=tail)), differences
 
 
 def official_comparison(space):

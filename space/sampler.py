@@ -11,10 +11,9 @@ Source: official `src/Supernet/train.py` (`get_random_cand`, `get_uniform_sample
 
 import numpy as np
 
-from space.search_space import SearchSpace
 from utils import UserError
 
-STREAM = 0x50617468  # separates these draws from others of the same seed
+STREAM, WARMUP = 0x50617468, 0x57696465  # separate these draws from others of the same seed
 CHUNK = 1024  # steps that are drawn together
 BATCH = 16_384  # random candidates that are costed together
 MAX_BATCHES = 62  # about a million candidates, which have to fill the bins of an average chunk
@@ -22,7 +21,7 @@ MAX_BATCHES = 62  # about a million candidates, which have to fill the bins of a
 
 def default_flops_range(space):
     """(low, high) in multiply-adds: 290M to 360M in the paper's space, in others the same quantiles."""
-    if space == SearchSpace():
+    if space.is_papers:
         return 290_000_000, 360_000_000
     return space.flops_quantile(0.0014), space.flops_quantile(0.9986)
 
@@ -30,14 +29,13 @@ def default_flops_range(space):
 class PathSampler:
     """Candidates for training steps, uniform or, with `flops_range`, flat over `n_bins` equal bins of FLOPs.
 
-    `flops_range` is (low, high) in multiply-adds. A bin holds low <= cost < high, the last one its upper edge too.
-    Raises UserError where a bin is so rare that a path would cost some 1,000 random candidates (0.2 ms) or more.
+    `flops_range` is (low, high) in multiply-adds. A bin holds low <= cost < high, the last one its upper edge too. The
+    first `width_warmup` steps begin with the widest choices alone and add one width after the other; these paths are
+    uniform, without bins, in which the widest ones are not. Raises UserError where a bin is so rare that a path would cost some 1,000 random candidates (0.2 ms) or more.
     """
 
-    def __init__(self, space, seed=0, flops_range=None, n_bins=7):
-        self.space = space
-        self.seed = seed
-        self._costs = np.array(space.operation_flops)
+    def __init__(self, space, seed=0, flops_range=None, n_bins=7, width_warmup=0):
+        self.space, self.seed, self.width_warmup = space, seed, width_warmup
         self._cached = None, None  # a chunk's number and its paths
         self.edges = None
         if flops_range is not None:
@@ -48,7 +46,9 @@ class PathSampler:
             self._check_bins()
 
     def candidate(self, step):
-        """The candidate of a step (0, 1, ...), a tuple of one int a block."""
+        """The candidate of a step (0, 1, ...)."""
+        if step < self.width_warmup:
+            return self._widest(step)
         chunk, offset = divmod(step, CHUNK)
         cached, paths = self._cached
         if cached != chunk:
@@ -56,14 +56,22 @@ class PathSampler:
             self._cached = chunk, paths
         return tuple(paths[offset].tolist())
 
+    def _widest(self, step):
+        """A uniform candidate of the widths that the warm-up allows at a step, the widest first."""
+        rng = np.random.default_rng([self.seed, STREAM, WARMUP, step])
+        n, allowed = self.space.n_widths, 1 + (self.space.n_widths - 1) * step // self.width_warmup
+        candidate = rng.integers(self.space.choices)
+        candidate[-self.space.n_blocks :] = rng.integers(n - allowed, n, self.space.n_blocks)
+        return tuple(candidate.tolist())
+
     def _draw(self, rng):
-        """The paths of a chunk, (CHUNK, n_blocks)."""
+        """The paths of a chunk, (CHUNK, entries of a candidate)."""
         if self.edges is None:
             return self._candidates(rng, CHUNK)
         n_bins = len(self.edges) - 1
         wanted = rng.integers(n_bins, size=CHUNK)
         steps = [np.flatnonzero(wanted == b) for b in range(n_bins)]  # that still have no path
-        paths = np.empty((CHUNK, self.space.n_blocks), np.uint8)
+        paths = np.empty((CHUNK, len(self.space.choices)), np.uint8)
         for candidates, bins in self._binned(rng, 4 * MAX_BATCHES):  # no chunk is that far from the average
             for b in range(n_bins):
                 found = candidates[bins == b][: len(steps[b])]
@@ -74,14 +82,17 @@ class PathSampler:
         raise RuntimeError(f"{sum(map(len, steps))} steps got no path from {4 * MAX_BATCHES * BATCH} random candidates")
 
     def _candidates(self, rng, n):
-        """Uniform candidates, (n, n_blocks)."""
-        return rng.integers(len(self.space.operations), size=(n, self.space.n_blocks), dtype=np.uint8)
+        """Uniform candidates, (n, entries)."""
+        high = self.space.choices
+        return rng.integers(high if len(set(high)) > 1 else high[0], size=(n, len(high)), dtype=np.uint8)
 
     def _binned(self, rng, n_batches):
-        """Batches of uniform candidates (BATCH, n_blocks) and their bins (BATCH,); -1 and n_bins are outside."""
+        """Batches of uniform candidates (BATCH, entries) and their bins (BATCH,); -1 and n_bins are outside."""
+        costs = [np.array(row) for row in self.space.choice_flops]
         for _ in range(n_batches):
             candidates = self._candidates(rng, BATCH)
-            flops = self.space.fixed_flops + sum(row[choice] for row, choice in zip(self._costs, candidates.T))
+            choices = self.space.block_choices(candidates.T.astype(np.intp))
+            flops = self.space.fixed_flops + sum(row[choice] for row, choice in zip(costs, choices))
             bins = np.searchsorted(self.edges, flops, side="right") - 1
             bins[flops == self.edges[-1]] -= 1
             yield candidates, bins
@@ -99,6 +110,6 @@ class PathSampler:
         edges = f"{self.edges[rarest]} to {self.edges[rarest + 1]}"
         raise UserError(
             f"--flops-range {self.edges[0]} {self.edges[-1]}: {hits[rarest]} of {MAX_BATCHES * BATCH} random "
-            f"candidates fall into bin {rarest + 1} of {n_bins}, {edges}, and {needed} have to; candidates cost {low} to {high}, "
-            f"99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
+            f"candidates fall into bin {rarest + 1} of {n_bins}, {edges}, and {needed} have to; candidates cost {low} to "
+            f"{high}, 99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
         )

@@ -1,11 +1,15 @@
 """The single path search space: what a candidate is, what it costs, how it is written down.
 
-Everything that knows how many choice blocks there are, which operations a block offers, how wide and
-how large each block is, and what a candidate costs, is in this file. It needs the standard library alone.
+Everything that knows how many choice blocks there are, which operations and widths a block offers, how wide and how
+large each block is, and what a candidate costs, is in this file. It needs the standard library alone, and torch once
+where costs are asked for that nobody gave it.
 
-    candidate      a tuple of ints, the index of the chosen operation for each block
-    architecture   a candidate as stored: NNI's one-hot form {"LayerChoice1": [false, true, ...], ...}
+    candidate      a tuple of ints: the index of an operation for each block, then of a width for each block,
+                   without the part in which nothing is to choose
+    architecture   a candidate as stored: NNI's one-hot form {"LayerChoice1": [false, true, ...], "ChannelChoice1": ...}
                    or a plain list of ints; both are read, the one-hot form is written
+    choice         a block's pair of operation and width, as one index
+    width          a scale of the middle channels of a block's main branch
     FLOPs          multiply-adds of convolutions and linear layers, as the paper counts them
 
 Source: paper (arXiv 1904.00420) section 3.4 and table 1; official `src/Search/blocks.py`, `network.py`.
@@ -25,13 +29,16 @@ OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x
 
 
 class BlockShape(NamedTuple):
-    """Where a choice block sits: channels in and out (full width), middle channels, stride, input size in px."""
+    """Where a choice block sits: channels in and out, stride, input size in px."""
 
     in_channels: int
     out_channels: int
-    mid_channels: int
     stride: int
     in_size: int
+
+    def mid_channels(self, width=1.0):
+        """Channels in the middle of the main branch, at a scale of them."""
+        return int(self.out_channels // 2 * width)
 
     @property
     def out_size(self):
@@ -49,51 +56,22 @@ class BlockShape(NamedTuple):
         return inp, self.out_channels - inp
 
 
-class Conv(NamedTuple):
-    """One convolution, for counting: channels, kernel size, groups, output size in px."""
+class Costs(NamedTuple):
+    """Multiply-adds and parameters: of every choice at every block, of the stem, of last convolution and classifier."""
 
-    in_channels: int
-    out_channels: int
-    kernel_size: int
-    groups: int
-    out_size: int
-
-    @property
-    def weights(self):
-        return self.out_channels * (self.in_channels // self.groups) * self.kernel_size**2
-
-    @property
-    def flops(self):
-        return self.weights * self.out_size**2
-
-
-def operation_convs(operation, shape):
-    """The convolutions of one operation at one block, in the order in which they run.
-
-    Source: official `blocks.py`. "shufflenet_KxK" is the ShuffleNetV2 unit with a KxK depthwise convolution,
-    "xception_3x3" the unit with three depthwise + pointwise pairs.
-    """
-    kind, kernel = operation.split("_")
-    kernel = int(kernel.split("x")[0])
-    inp, out = shape.branch_channels
-    mid, big, small = shape.mid_channels, shape.in_size, shape.out_size
-    if kind == "shufflenet":
-        convs = [Conv(inp, mid, 1, 1, big), Conv(mid, mid, kernel, mid, small), Conv(mid, out, 1, 1, small)]
-    else:
-        convs = [
-            Conv(inp, inp, kernel, inp, small), Conv(inp, mid, 1, 1, small),
-            Conv(mid, mid, kernel, mid, small), Conv(mid, mid, 1, 1, small),
-            Conv(mid, mid, kernel, mid, small), Conv(mid, out, 1, 1, small),
-        ]  # fmt: skip
-    if shape.projects:
-        convs += [Conv(inp, inp, kernel, inp, small), Conv(inp, inp, 1, 1, small)]
-    return convs
+    flops: tuple
+    stem_flops: int
+    tail_flops: int
+    params: tuple
+    fixed_params: int
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """Choice blocks in stages, each choosing one of `operations`; the defaults are the paper's space.
+    """Choice blocks in stages, each with one of `operations` at one of `widths`; the defaults are the paper's space.
 
+    `architecture` fixes the operations, so that widths alone are chosen. `operations_hash` is that of the file that
+    operations other than the official ones come from.
     input_size is in px. `stem_stride` and `stage_strides` say where the image shrinks: the first block of a
     stage has the stage's stride. Raises UserError where the numbers make no network.
     """
@@ -107,21 +85,17 @@ class SearchSpace:
     stem_channels: int = 16
     last_channels: int = 1024
     operations: tuple = OPERATIONS
+    widths: tuple = (1.0,)
+    architecture: tuple = ()
+    classifier_bias: bool = False
+    operations_hash: str = ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            numbers = value if isinstance(value, (tuple, list)) else (value,)
-            shown = reprlib.repr(value)  # short, whatever a damaged checkpoint holds
-            if field.name == "operations":
-                if not isinstance(value, (tuple, list)) or not value or any(op not in OPERATIONS for op in value):
-                    raise UserError(f"search space: operations {shown} are not all of {', '.join(OPERATIONS)}")
-            elif isinstance(value, (tuple, list)) != isinstance(field.default, tuple) or not numbers:
-                raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
-            elif any(type(n) is not int or not 1 <= n <= 1_000_000 for n in numbers):
-                raise UserError(f"search space: {field.name} is {shown}, not made of positive whole numbers")
             if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, field.name, value := tuple(value))
+            self._check_entry(field, value)
         if not len(self.stage_strides) == len(self.stage_blocks) == len(self.stage_channels):
             raise UserError("search space: stage_strides, stage_blocks and stage_channels differ in length")
         if self.n_blocks > MAX_BLOCKS:
@@ -131,6 +105,36 @@ class SearchSpace:
         channels = (self.stem_channels, *self.stage_channels)
         if any(a >= b for a, b in itertools.pairwise(channels)):
             raise UserError(f"search space: channels {reprlib.repr(channels)} do not grow from stage to stage")
+        if (
+            any(a >= b for a, b in itertools.pairwise(self.widths))
+            or min(self.stage_channels) // 2 * self.widths[0] < 1
+        ):
+            raise UserError(f"search space: widths {reprlib.repr(self.widths)} do not rise, or leave no middle channel")
+        if self.architecture:
+            fixed, n = self.architecture, len(self.operations)
+            if len(fixed) != self.n_blocks or max(fixed) >= n or len(self.widths) == 1:
+                shown = f"architecture {reprlib.repr(fixed)}, {n} operations, {len(self.widths)} widths"
+                raise UserError(f"search space: {shown}: needs an operation for each block, and widths to choose from")
+
+    @staticmethod
+    def _check_entry(field, value):
+        """Raises UserError where an entry is not of the form of its default."""
+        values, shown = value if isinstance(value, tuple) else (value,), reprlib.repr(value)
+        if isinstance(value, tuple) != isinstance(field.default, tuple) or not (values or field.name == "architecture"):
+            raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
+        if field.name == "operations":
+            if not all(isinstance(name, str) and re.fullmatch(r"\w{1,50}", name) for name in values):
+                raise UserError(f"search space: operations {shown} are not all names, such as {', '.join(OPERATIONS)}")
+            if len(set(values)) != len(values):
+                raise UserError(f"search space: operations {shown} has a name twice")
+        elif field.name == "widths":
+            if not all(type(w) in (int, float) and 0 < w <= 100 for w in values):
+                raise UserError(f"search space: widths {shown} are not made of positive numbers up to 100")
+        elif isinstance(field.default, (bool, str)):
+            if type(value) is not type(field.default):
+                raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
+        elif any(type(n) is not int or not (field.name != "architecture") <= n <= 1_000_000 for n in values):
+            raise UserError(f"search space: {field.name} is {shown}, not made of positive whole numbers")
 
     @classmethod
     def for_images(cls, input_size=224, n_classes=1000):
@@ -146,8 +150,17 @@ class SearchSpace:
         return cls(**values)
 
     def to_dict(self):
-        """Plain numbers, strings and lists, for JSON and checkpoints."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain numbers, strings and lists, for JSON and checkpoints; without what only some spaces have."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        for name in ("widths", "architecture", "classifier_bias", "operations_hash"):
+            if getattr(self, name) == getattr(type(self), name):
+                del values[name]
+        return values
+
+    @property
+    def is_papers(self):
+        """Whether stages, sizes and operations are the paper's, whatever is chosen or fixed of them."""
+        return dataclasses.replace(self, widths=(1.0,), architecture=()) == SearchSpace()
 
     # --- shape -------------------------------------------------------------------------------------------
 
@@ -157,7 +170,7 @@ class SearchSpace:
         shapes, channels, size = [], self.stem_channels, self.stem_size
         for stride, depth, out in zip(self.stage_strides, self.stage_blocks, self.stage_channels):
             for i in range(depth):
-                shapes.append(BlockShape(channels, out, out // 2, stride if i == 0 else 1, size))
+                shapes.append(BlockShape(channels, out, stride if i == 0 else 1, size))
                 channels, size = out, shapes[-1].out_size
         return tuple(shapes)
 
@@ -170,70 +183,89 @@ class SearchSpace:
         return sum(self.stage_blocks)
 
     @property
-    def choices_per_block(self):
-        """How many operations each block offers, as a tuple of n_blocks ints."""
-        return (len(self.operations),) * self.n_blocks
+    def n_widths(self):
+        return len(self.widths)
+
+    @functools.cached_property
+    def block_operations(self):
+        """The names of the operations that each block offers; one each where an architecture is fixed."""
+        if self.architecture:
+            return tuple((self.operations[operation],) for operation in self.architecture)
+        return (self.operations,) * self.n_blocks
+
+    @functools.cached_property
+    def choices(self):
+        """How many values each entry of a candidate can take: operations of each block, then widths of each block."""
+        operations = () if self.architecture else (len(self.operations),) * self.n_blocks
+        return operations + (self.n_widths,) * self.n_blocks * (self.n_widths > 1)
+
+    def block_choices(self, candidate):
+        """The choice of each block, operation * n_widths + width, of a candidate or of columns of many (numpy)."""
+        if self.n_widths == 1:
+            return candidate
+        operations = (0,) * self.n_blocks if self.architecture else candidate[: self.n_blocks]
+        widths = candidate[-self.n_blocks :]
+        return tuple(operation * self.n_widths + width for operation, width in zip(operations, widths))
+
+    def chosen(self, candidate):
+        """The (operation name, width) of each block."""
+        for names, choice in zip(self.block_operations, self.block_choices(candidate)):
+            operation, width = divmod(choice, self.n_widths)
+            yield names[operation], self.widths[width]
 
     def check(self, candidate):
         """The candidate as a tuple of ints. Raises UserError where it is not one of this space."""
         candidate = tuple(candidate)
-        if len(candidate) != self.n_blocks:
-            raise UserError(f"architecture has {len(candidate)} blocks, this search space has {self.n_blocks}")
-        for i, choice in enumerate(candidate, 1):
-            if type(choice) is not int or not 0 <= choice < len(self.operations):
-                raise UserError(
-                    f"architecture: block {i} chooses {reprlib.repr(choice)}, not 0 to {len(self.operations) - 1}"
-                )
+        if len(candidate) != len(self.choices):
+            what = f"architecture has {len(candidate)} entries, this search space has {len(self.choices)}"
+            raise UserError(f"{what} for {self.n_blocks} blocks")
+        for i, (choice, n) in enumerate(zip(candidate, self.choices)):
+            if type(choice) is not int or not 0 <= choice < n:
+                block, what = i % self.n_blocks + 1, reprlib.repr(choice)
+                raise UserError(f"architecture: block {block} chooses {what}, not 0 to {n - 1}")
         return candidate
 
     def random_candidate(self, rng):
         """A uniform candidate from a `random.Random`."""
-        return tuple(rng.randrange(n) for n in self.choices_per_block)
+        return tuple(rng.randrange(n) for n in self.choices)
 
     # --- cost --------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def operation_flops(self):
-        """Multiply-adds of every operation at every block: n_blocks tuples of len(operations) ints."""
-        return tuple(
-            tuple(sum(c.flops for c in operation_convs(op, shape)) for op in self.operations) for shape in self.blocks
-        )
+    def costs(self):
+        """The Costs of every choice, counted from its module, for which torch is imported."""
+        from space.costs import count_costs
+
+        return count_costs(self)
+
+    def with_costs(self, *costs):
+        """This space with these Costs, or the fields of them, instead of counted ones."""
+        space = dataclasses.replace(self)
+        vars(space)["costs"] = Costs(*costs)  # takes the place of the cached property
+        return space
 
     @property
-    def stem_conv(self):
-        return Conv(3, self.stem_channels, 3, 1, self.stem_size)
+    def choice_flops(self):
+        """Multiply-adds of every choice at every block: n_blocks tuples of ints."""
+        return self.costs.flops
 
     @property
-    def last_conv(self):
-        return Conv(self.stage_channels[-1], self.last_channels, 1, 1, self.blocks[-1].out_size)
-
-    @functools.cached_property
     def fixed_flops(self):
         """Multiply-adds of what every candidate has: stem, last convolution and classifier."""
-        return self.stem_conv.flops + self.last_conv.flops + self.last_channels * self.n_classes
+        return self.costs.stem_flops + self.costs.tail_flops
 
     def flops(self, candidate):
-        """Multiply-adds of one image through the candidate, analytic."""
-        return self.fixed_flops + sum(row[choice] for row, choice in zip(self.operation_flops, candidate))
+        """Multiply-adds of one image through the candidate."""
+        return self.fixed_flops + _total(self.costs.flops, self.block_choices(candidate))
 
     def params(self, candidate):
-        """Parameters of the candidate as a stand-alone network: convolutions, affine BN, classifier."""
-        convs = [self.stem_conv, self.last_conv]
-        for shape, choice in zip(self.blocks, candidate):
-            convs += operation_convs(self.operations[choice], shape)
-        return sum(c.weights + 2 * c.out_channels for c in convs) + self.last_channels * self.n_classes
-
-    def with_costs(self, operation_flops, fixed_flops):
-        """This space with other multiply-adds than the analytic ones: of each operation at each block, and of the rest."""
-        space = dataclasses.replace(self)
-        costs = {"operation_flops": tuple(map(tuple, operation_flops)), "fixed_flops": fixed_flops}
-        vars(space).update(costs)  # takes the place of the cached properties
-        return space
+        """Parameters of the candidate as a stand-alone network, with affine BN."""
+        return self.costs.fixed_params + _total(self.costs.params, self.block_choices(candidate))
 
     @functools.cached_property
     def flops_range(self):
         """The lowest and the highest FLOPs of any candidate."""
-        rows = self.operation_flops
+        rows = self.choice_flops
         return self.fixed_flops + sum(map(min, rows)), self.fixed_flops + sum(map(max, rows))
 
     @functools.cached_property
@@ -246,7 +278,7 @@ class SearchSpace:
         low, high = self.flops_range
         step = max((high - low) / 8192, 1)
         counts = {0: 1}
-        for row in self.operation_flops:
+        for row in self.choice_flops:
             offsets = [round((cost - min(row)) / step) for cost in row]
             following = {}
             for cell, n in counts.items():
@@ -277,36 +309,53 @@ class SearchSpace:
     # --- written form ------------------------------------------------------------------------------------
 
     def nni_search_space(self):
-        """The search space in NNI's form, {"LayerChoice1": {"_type": "layer_choice", "_value": [names]}, ...}."""
-        value = {"_type": "layer_choice", "_value": list(self.operations)}
-        return {f"LayerChoice{i}": value for i in range(1, self.n_blocks + 1)}
+        """The search space in NNI's form: "LayerChoice1" to choose an operation, "ChannelChoice1" to choose a width."""
+        space = {}
+        for i, names in enumerate(self.block_operations, 1):
+            space[f"LayerChoice{i}"] = {"_type": "layer_choice", "_value": list(names)}
+        if self.n_widths > 1:
+            for i in range(1, self.n_blocks + 1):
+                space[f"ChannelChoice{i}"] = {"_type": "choice", "_value": list(self.widths)}
+        return space
 
     def to_architecture(self, candidate):
         """The candidate in NNI's one-hot form, {"LayerChoice1": [false, false, true, false], ...}."""
-        return {
-            f"LayerChoice{i}": [op == choice for op in range(len(self.operations))]
-            for i, choice in enumerate(self.check(candidate), 1)
-        }
+        chosen = list(self.chosen(self.check(candidate)))
+        hot = {f"LayerChoice{i}": [op == name for op in self.operations] for i, (name, _) in enumerate(chosen, 1)}
+        if self.n_widths > 1:
+            hot |= {f"ChannelChoice{i}": [w == width for w in self.widths] for i, (_, width) in enumerate(chosen, 1)}
+        return hot
 
     def from_architecture(self, architecture):
-        """The candidate in an architecture of either form. Raises UserError that names what is wrong."""
+        """The candidate in an architecture of either form; widths that it does not name are 1.0.
+
+        Raises UserError that names what is wrong.
+        """
         if isinstance(architecture, (list, tuple)):
-            return self.check(architecture)
+            operations_alone = self.n_widths > 1 and not self.architecture and len(architecture) == self.n_blocks
+            return self.check((*architecture, *self._full_widths()) if operations_alone else architecture)
         if not isinstance(architecture, dict):
             raise UserError(f"architecture is a {type(architecture).__name__}, not a one-hot object or a list of ints")
-        names = [f"LayerChoice{i}" for i in range(1, self.n_blocks + 1)]
+        layers = [f"LayerChoice{i}" for i in range(1, self.n_blocks + 1)]
+        channels = [f"ChannelChoice{i}" for i in range(1, self.n_blocks + 1)] if self.n_widths > 1 else []
+        names = [*layers, *(channels if not channels or any(name in architecture for name in channels) else ())]
         if set(architecture) != set(names):
             odd = min(set(architecture) ^ set(names), key=str)
             raise UserError(f"architecture: {reprlib.repr(odd)} is {'missing' if odd in names else 'unknown'}")
-        candidate = []
-        for name in names:
-            hot = architecture[name]
-            if not isinstance(hot, list) or len(hot) != len(self.operations) or any(type(h) is not bool for h in hot):
-                raise UserError(f"architecture: {name} is not a list of {len(self.operations)} true/false values")
-            if sum(hot) != 1:
-                raise UserError(f"architecture: {name} chooses {sum(hot)} operations, not one")
-            candidate.append(hot.index(True))
-        return self.check(candidate)
+        operations = tuple(_hot(architecture, name, len(self.operations), "operations") for name in layers)
+        if self.architecture and operations != self.architecture:
+            raise UserError(
+                f"architecture: has operations {list(operations)}, this search space {list(self.architecture)}"
+            )
+        widths = tuple(_hot(architecture, name, self.n_widths, "widths") for name in names[self.n_blocks :])
+        if channels and not widths:
+            widths = self._full_widths()
+        return self.check((() if self.architecture else operations) + widths)
+
+    def _full_widths(self):
+        if 1.0 not in self.widths:
+            raise UserError(f"architecture: names no widths, and 1.0 is not one of {list(self.widths)}")
+        return (self.widths.index(1.0),) * self.n_blocks
 
     def load_architecture(self, path):
         """The candidate in a JSON file of either form. Raises UserError that names the file."""
@@ -315,3 +364,17 @@ class SearchSpace:
             return self.from_architecture(architecture)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+
+
+def _total(rows, choices):
+    return sum(row[choice] for row, choice in zip(rows, choices))
+
+
+def _hot(architecture, name, n, what):
+    """The index of the one true value in an entry of a one-hot architecture."""
+    hot = architecture[name]
+    if not isinstance(hot, list) or len(hot) != n or any(type(h) is not bool for h in hot):
+        raise UserError(f"architecture: {name} is not a list of {n} true/false values")
+    if sum(hot) != 1:
+        raise UserError(f"architecture: {name} chooses {sum(hot)} {what}, not one")
+    return hot.index(True)

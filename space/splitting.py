@@ -14,7 +14,7 @@ def chunks(space, candidates, n, size=None):
     """The lists that `n` workers evaluate: `split`, or of `size` candidates each where that is given."""
     if not size:
         return split(space, candidates, n)
-    candidates = sorted(candidates)
+    candidates = sorted(candidates, key=space.block_choices)
     return [candidates[i : i + size] for i in range(0, len(candidates), size)]
 
 
@@ -34,11 +34,11 @@ def split(space, candidates, n):
 def _marginal_costs(space, candidates):
     """(candidate, its multiply-adds, those that it does not share with the one before), sorted, each candidate once."""
     costs, before = [], None
-    for candidate in sorted(set(candidates)):
+    for candidate in sorted(set(candidates), key=space.block_choices):
         alone = more = space.flops(candidate)
         if before:
-            more -= space.stem_conv.flops
-            for row, choice, other in zip(space.operation_flops, candidate, before):
+            more -= space.costs.stem_flops
+            for row, choice, other in zip(space.choice_flops, *map(space.block_choices, (candidate, before))):
                 if choice != other:
                     break
                 more -= row[choice]

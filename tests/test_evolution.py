@@ -31,11 +31,11 @@ def search(evolution, reward=reward):
 
 def small(**changes):
     settings = {"population": 12, "select": 4, "mutation": 6, "crossover": 6, "generations": 4} | changes
-    return Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, **settings)
+    return Evolution(SPACE.choices, SPACE.flops, LIMIT, **settings)
 
 
 def test_populations_are_legal_new_and_full():
-    history = search(Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT))
+    history = search(Evolution(SPACE.choices, SPACE.flops, LIMIT))
     candidates = [c for population in history for c in population]
     assert [len(p) for p in history] == [50] * 20
     assert len(set(candidates)) == 1000
@@ -136,15 +136,15 @@ def test_impossible_settings(settings, message):
 def test_impossible_limit_names_the_lowest_cost():
     lowest = SPACE.flops_range[0]
     with pytest.raises(UserError, match=f"limit {lowest - 1} is below .*, {lowest};"):
-        Evolution(SPACE.choices_per_block, SPACE.flops, lowest - 1)
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, lowest)
+        Evolution(SPACE.choices, SPACE.flops, lowest - 1)
+    evolution = Evolution(SPACE.choices, SPACE.flops, lowest)
     assert [SPACE.flops(c) for c in evolution.ask()] == [lowest]
 
 
 def test_tight_limit_is_met_by_repair():
     """One candidate in 10^5 is legal: rejection finds none."""
     limit = SPACE.flops_quantile(1e-5)
-    population = Evolution(SPACE.choices_per_block, SPACE.flops, limit).ask()
+    population = Evolution(SPACE.choices, SPACE.flops, limit).ask()
     assert len(set(population)) == 50
     assert all(SPACE.flops(c) <= limit for c in population)
 

@@ -50,7 +50,7 @@ def result(candidate):
 
 
 def generations():
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, **{k: v for k, v in SETTINGS.items() if k != "flops_limit"},
+    evolution = Evolution(SPACE.choices, SPACE.flops, **{k: v for k, v in SETTINGS.items() if k != "flops_limit"},
                           cost_limit=SETTINGS["flops_limit"])  # fmt: skip
     while population := evolution.ask():
         evolution.tell({c: (reward(c), 99.0) for c in population})

@@ -27,8 +27,8 @@ def test_one_candidate_costs_what_it_costs():
 def test_every_prefix_is_counted_once():
     candidates = generation(20)
     prefixes = {c[:k] for c in candidates for k in range(1, 21)}
-    leaves = len(set(candidates)) * (SPACE.fixed_flops - SPACE.stem_conv.flops)
-    expected = SPACE.stem_conv.flops + leaves + sum(SPACE.operation_flops[len(p) - 1][p[-1]] for p in prefixes)
+    leaves = len(set(candidates)) * (SPACE.fixed_flops - SPACE.costs.stem_flops)
+    expected = SPACE.costs.stem_flops + leaves + sum(SPACE.choice_flops[len(p) - 1][p[-1]] for p in prefixes)
     assert tree_flops(SPACE, candidates) == expected < 0.9 * sum(map(SPACE.flops, set(candidates)))
 
 

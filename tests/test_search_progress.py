@@ -50,7 +50,7 @@ def lines(monkeypatch):
 def search(out, stop_after=None):
     """A search that is followed, started or resumed: results come one by one, the second of each generation has failed."""
     prepare_search(out, SETTINGS, resume=True)
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, SETTINGS["flops_limit"], **EVOLUTION)
+    evolution = Evolution(SPACE.choices, SPACE.flops, SETTINGS["flops_limit"], **EVOLUTION)
     record, progress, n = SearchRecord(out, SPACE, evolution), Progress(out), 0
     while waiting := record.pending():
         progress.read()

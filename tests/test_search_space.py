@@ -53,9 +53,9 @@ TINY = SearchSpace(
 
 
 def test_published_flops():
-    assert [(i, *row) for i, row in enumerate(SPACE.operation_flops, 1)] == PUBLISHED
-    assert SPACE.stem_conv.flops == 5_419_008
-    assert SPACE.fixed_flops - SPACE.stem_conv.flops == 33_136_640
+    assert [(i, *row) for i, row in enumerate(SPACE.choice_flops, 1)] == PUBLISHED
+    assert SPACE.costs.stem_flops == 5_419_008
+    assert SPACE.fixed_flops - SPACE.costs.stem_flops == 33_136_640
     assert (
         SPACE.flops(WINNER)
         == network.get_candidate_flops(WINNER)
@@ -273,7 +273,7 @@ def test_missing_files_are_refused(tmp_path):
 def test_a_space_goes_to_json_and_back():
     for space in (SPACE, TINY, SearchSpace.for_images(28, 10), SearchSpace(operations=OPERATIONS[:2])):
         back = SearchSpace.from_dict(json.loads(json.dumps(space.to_dict())))
-        assert back == space and hash(back) == hash(space) and back.operation_flops == space.operation_flops
+        assert back == space and hash(back) == hash(space) and back.choice_flops == space.choice_flops
 
 
 @pytest.mark.parametrize("values, message", [
@@ -299,7 +299,7 @@ def test_random_candidates_are_uniform_and_of_the_space():
     drawn = [SPACE.check(SPACE.random_candidate(rng)) for _ in range(2000)]
     for block in zip(*drawn):
         assert all(430 < block.count(op) < 570 for op in range(4))  # 500 each, sd 19
-    assert SPACE.choices_per_block == (4,) * 20
+    assert SPACE.choices == (4,) * 20
 
 
 @pytest.mark.parametrize("module", ["space.search_space", "space.flops_table"])

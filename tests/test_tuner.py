@@ -73,7 +73,7 @@ def short_grace(monkeypatch):
 
 
 def plain():
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, **SETTINGS)
+    evolution = Evolution(SPACE.choices, SPACE.flops, LIMIT, **SETTINGS)
     return search(evolution, lambda c: (reward(c), 99.0))
 
 

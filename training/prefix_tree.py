@@ -9,22 +9,56 @@ import contextlib
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from blocks import conv_bn_pairs
+from blocks import Narrow, conv_bn_pairs, first_channels
 from network import autocast, batch_norms, fold_bn
 
 
-class _Node:
-    """A part of the supernet at the end of a prefix, with the BN statistics that it has behind that prefix."""
+class _Part:
+    """A part of the supernet that nodes run, with its norms and, where BN is folded, the copy to fold into."""
 
-    def __init__(self, supernet, key):
-        self.key, self.norms = key, batch_norms(supernet.module_of(key))
-        self.statistics = [(torch.zeros_like(n.running_mean), torch.ones_like(n.running_var)) for n in self.norms]
-        self.children = {}
+    def __init__(self, supernet, folded, key):
+        self.run, module = supernet.part(key), supernet.module_of(key)
+        narrow = isinstance(self.run, Narrow)
+        form = self.run.form if narrow else module
+        self.norms, forms = batch_norms(module), batch_norms(form)
+        self.channels = [norm.num_features for norm in forms]
+        if folded:
+            copy = fold_bn(form) if narrow else folded.module_of(key)
+            self.folded = copy if narrow else folded.part(key)
+            names, copies = {m: name for name, m in form.named_modules()}, dict(copy.named_modules())
+            originals = dict(module.named_modules())
+            # (convolution, index of its weights at this width, norm, folded convolution); norms that are not folded
+            self.pairs = [
+                (originals[names[conv]], first_channels(conv.weight.shape), originals[names[norm]], copies[names[conv]])
+                for conv, norm in conv_bn_pairs(form)
+            ]
+            folds = {norm for _, _, norm, _ in self.pairs}
+            self.others = [(n, copies[names[f]]) for n, f in zip(self.norms, forms) if n not in folds]
+
+    def fold(self):
+        """Folds the statistics of the norms into the copy."""
+        for conv, index, norm, folded in self.pairs:
+            bias = None if conv.bias is None else conv.bias[index[:1]]
+            folded.weight, folded.bias = fuse_conv_bn_weights(
+                conv.weight[index], bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+        for norm, copy in self.others:
+            copy.running_mean, copy.running_var = norm.running_mean, norm.running_var
+
+
+class _Node:
+    """A part at the end of a prefix, with the BN statistics that it has behind that prefix."""
+
+    def __init__(self, part):
+        self.part, self.children = part, {}
+        self.statistics = [
+            (n.running_mean.new_zeros(c), n.running_var.new_ones(c)) for n, c in zip(part.norms, part.channels)
+        ]
         self.candidate = None  # at a leaf
 
     def attach(self):
         """Makes the node's BN statistics those of the supernet's norms, which update them in training mode."""
-        for norm, (mean, variance) in zip(self.norms, self.statistics):
+        for norm, (mean, variance) in zip(self.part.norms, self.statistics):
             norm.running_mean, norm.running_var = mean, variance
 
 
@@ -38,19 +72,16 @@ class PrefixTree:
     """
 
     def __init__(self, supernet, candidates, fold=True, amp="off"):
-        self.supernet, self.candidates, self.amp = supernet.eval(), candidates, amp
-        self.folded = fold_bn(supernet) if fold else None
-        self.twins = {}  # norm of the supernet -> its convolution, and that convolution's folded twin
-        if fold:
-            folded = dict(self.folded.named_modules())
-            names = {module: name for name, module in supernet.named_modules()}
-            self.twins = {norm: (conv, folded[names[conv]]) for conv, norm in conv_bn_pairs(supernet)}
-        self.root = _Node(supernet, "stem")
+        self.supernet, self.candidates, self.fold, self.amp = supernet.eval(), candidates, fold, amp
+        folded, parts = fold_bn(supernet) if fold else None, {}
+        self.root = _Node(_Part(supernet, folded, "stem"))
         for candidate in candidates:
             node = self.root
-            for key in (*enumerate(candidate), "head"):
+            for key in (*enumerate(supernet.space.block_choices(candidate)), "head"):
                 if key not in node.children:
-                    node.children[key] = _Node(supernet, key)
+                    if key not in parts:
+                        parts[key] = _Part(supernet, folded, key)
+                    node.children[key] = _Node(parts[key])
                 node = node.children[key]
             node.candidate = candidate
 
@@ -71,31 +102,22 @@ class PrefixTree:
 
     def forward(self, images):
         """Runs all candidates on images (N, 3, H, W); norms in training mode update the statistics of each node."""
-        for _ in self._walk(self.supernet, images):
+        for _ in self._walk(images, fold=False):
             pass
 
     def logits(self, images):
         """Yields (candidate, logits (N, classes)) for every candidate."""
-        return self._walk(self.folded or self.supernet, images)
+        return self._walk(images, self.fold)
 
-    def _walk(self, net, images):
-        """As `logits`, through `net`: the supernet or its folded copy."""
+    def _walk(self, images, fold):
         stack = [(self.root, images)]
         with autocast(images.device, self.amp):
             while stack:
                 node, x = stack.pop()
                 node.attach()
-                if net is self.folded:
-                    self._fold(node)
-                x = net.part(node.key)(x)
+                if fold:
+                    node.part.fold()
+                x = (node.part.folded if fold else node.part.run)(x)
                 if node.candidate:
                     yield node.candidate, x
                 stack += [(child, x) for child in node.children.values()]
-
-    def _fold(self, node):
-        """Folds the node's BN statistics into the convolutions of the folded copy."""
-        for norm in node.norms:
-            conv, folded = self.twins[norm]
-            folded.weight, folded.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )

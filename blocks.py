@@ -143,8 +143,8 @@ def build_block(operation, shape, width=1.0, affine=True):
 class Choices(nn.ModuleList):
     """A choice block of the supernet: its operations, of which a path runs one, at one of `widths`.
 
-    Every operation has the weights of its widest form. At another width it is built without memory, and runs on the first
-    channels of these weights and BN statistics.
+    Every operation has the weights of its widest form. At another width it runs on the first channels of these weights,
+    and of their BN statistics.
     """
 
     def __init__(self, operations, shape, widths=(1.0,), affine=False):

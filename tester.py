@@ -98,7 +98,7 @@ def main(args):
         utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
-        print(json.dumps(result))
+        print(json.dumps({**result, "flops": supernet.space.flops(candidate)}))
     elif os.environ.get("NNI_PLATFORM"):
         trial(args)
     else:

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blocks import build_block, conv_bn
 from space.search_space import Costs
+from utils import UserError
 
 
 def count_costs(space):
@@ -19,11 +20,11 @@ def count_costs(space):
         stem = torch.nn.Sequential(*conv_bn(3, space.stem_channels, 3, space.stem_stride))
         last = torch.nn.Sequential(*conv_bn(space.stage_channels[-1], space.last_channels, 1))
         classifier = torch.nn.Linear(space.last_channels, space.n_classes, bias=space.classifier_bias)
-    tail_flops = count_flops(last, space.stage_channels[-1], space.blocks[-1].out_size)
+    tail_flops, _ = count_flops(last, space.stage_channels[-1], space.blocks[-1].out_size)
     tail_flops += space.last_channels * space.n_classes
     return Costs(
         flops=tuple(tuple(flops for flops, _ in row) for row in rows),
-        stem_flops=count_flops(stem, 3, space.input_size),
+        stem_flops=count_flops(stem, 3, space.input_size)[0],
         tail_flops=tail_flops,
         params=tuple(tuple(params for _, params in row) for row in rows),
         fixed_params=sum(map(count_params, (stem, last, classifier))),
@@ -32,17 +33,25 @@ def count_costs(space):
 
 @functools.cache
 def _cost(name, shape, width):
-    """(multiply-adds, parameters) of an operation at a block."""
-    with torch.device("meta"):
-        module = build_block(name, shape, width, affine=True)
-    return count_flops(module, shape.in_channels, shape.in_size), count_params(module)
+    """(multiply-adds, parameters) of an operation at a block. Raises UserError where it does not fit there."""
+    expected = (1, shape.out_channels, shape.out_size, shape.out_size)
+    try:
+        with torch.device("meta"):
+            module = build_block(name, shape, width, affine=True)
+        flops, found = count_flops(module, shape.in_channels, shape.in_size)
+    except Exception as error:  # of a user's operation, whatever it does
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"operation {name!r} fails at {shape}, width {width}: {reason}") from None
+    if found != expected:
+        raise UserError(f"operation {name!r} at {shape}, width {width}: returns {found}, not {expected}")
+    return flops, count_params(module)
 
 
 def count_flops(module, channels, size):
-    """Multiply-adds of one image (channels, size, size) through a module on the meta device."""
+    """(multiply-adds, shape of the output) of one image (channels, size, size) through a module on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.eval()(torch.empty(1, channels, size, size, device="meta"))
-    return counter.get_total_flops() // 2
+        output = module.eval()(torch.empty(1, channels, size, size, device="meta"))
+    return counter.get_total_flops() // 2, tuple(output.shape)
 
 
 def count_params(module):

@@ -31,7 +31,8 @@ class PathSampler:
 
     `flops_range` is (low, high) in multiply-adds. A bin holds low <= cost < high, the last one its upper edge too. The
     first `width_warmup` steps begin with the widest choices alone and add one width after the other; these paths are
-    uniform, without bins, in which the widest ones are not. Raises UserError where a bin is so rare that a path would cost some 1,000 random candidates (0.2 ms) or more.
+    uniform, for the widest ones are in no bin. Raises UserError where a bin is so rare that a path would cost some 1,000
+    random candidates (0.2 ms) or more.
     """
 
     def __init__(self, space, seed=0, flops_range=None, n_bins=7, width_warmup=0):
@@ -107,9 +108,9 @@ class PathSampler:
                 return
         rarest = int(hits.argmin())
         (low, high), (usual_low, usual_high) = self.space.flops_range, default_flops_range(self.space)
-        edges = f"{self.edges[rarest]} to {self.edges[rarest + 1]}"
+        rare = f"{rarest + 1} of {n_bins}, {self.edges[rarest]} to {self.edges[rarest + 1]}"
         raise UserError(
             f"--flops-range {self.edges[0]} {self.edges[-1]}: {hits[rarest]} of {MAX_BATCHES * BATCH} random "
-            f"candidates fall into bin {rarest + 1} of {n_bins}, {edges}, and {needed} have to; candidates cost {low} to "
-            f"{high}, 99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
+            f"candidates fall into bin {rare}, and {needed} have to; candidates cost {low} to {high}, "
+            f"99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
         )

@@ -15,6 +15,7 @@ import torch
 
 from images.dataset import Data, DataConfig, prepare
 from network import ShuffleNetV2, ShuffleNetV2OneShot
+from space.custom import check_operations, load_operations
 from space.search_space import SearchSpace
 from utils import HERE, UserError, atomic_write, log
 
@@ -101,6 +102,7 @@ def parse(content, path, kind, space=None):
         ):
             raise TypeError("the split is not made of numbers and names")
         space = SearchSpace.from_dict(content["space"])
+        check_operations(space, path)
         return Checkpoint(
             path=str(path), kind=kind, weights=weights, space=space,
             data=DataConfig.from_dict(content["data"]), split=split, classes=tuple(classes),
@@ -129,6 +131,7 @@ def open_supernet(args):
     Raises UserError where checkpoint, flags and images don't go together.
     """
     prepare(args)
+    load_operations(args.operations)
     model, ckpt = load_supernet(args.checkpoint, args.out, SearchSpace.for_images(args.input_size or 224))
     config = DataConfig.from_args(args, ckpt.data, ckpt.path)
     data = Data(args, config)

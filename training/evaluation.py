@@ -27,7 +27,7 @@ def open_evaluation(args):
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):
     """Recalibrates BN for each candidate and measures it, all of them as one tree of prefixes.
 
-    Returns a result each, in order: architecture, FLOPs, acc1 and acc5 in percent, n_images, seconds (its share).
+    Returns a result each, in order: architecture, acc1 and acc5 in percent, n_images, seconds (its share).
     `calibration` and `validation` yield batches (images (N, 3, H, W), labels (N,)), the same at every iteration. With
     `fold`, BN is folded into the convolutions for validation; `amp` "bf16" computes convolutions in bfloat16. The
     supernet is left in eval mode with its own BN statistics. Raises UserError where a candidate is not of its space.
@@ -45,7 +45,7 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     accuracies = dict(zip(correct, (counts * 100 / n_images).tolist()))
     seconds = round((time.perf_counter() - start) / len(candidates), 3)
     return [
-        {"architecture": list(c), "flops": supernet.space.flops(c), "acc1": accuracies[c][0], "acc5": accuracies[c][1],
+        {"architecture": list(c), "acc1": accuracies[c][0], "acc5": accuracies[c][1],
          "n_images": n_images, "seconds": seconds}
         for c in candidates
     ]  # fmt: skip

@@ -1,0 +1,148 @@
+"""Spaces and operations that a user gives: presets by name, a YAML file or section, a file of own operations."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import pathlib
+import reprlib
+
+import blocks
+from space.search_space import OPERATIONS, SearchSpace
+from utils import UserError, read_json, read_yaml
+
+WIDTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
+PRESETS = {
+    "blocks": {},
+    "joint": {"widths": WIDTHS},
+    "channels": {"widths": WIDTHS},
+    # What a laptop trains in minutes on small images: six narrow blocks in three stages.
+    "small": {
+        "stem_channels": 16, "stage_blocks": (2, 2, 2), "stage_channels": (32, 64, 128), "stage_strides": (2, 2, 2),
+        "last_channels": 256,
+    },
+}  # fmt: skip
+STAGE = {"blocks": "stage_blocks", "channels": "stage_channels", "stride": "stage_strides"}
+ENTRIES = {  # of a YAML's space, and of a mapping in it -> fields of a SearchSpace
+    "stem": {"channels": "stem_channels", "stride": "stem_stride"},
+    "last": {"channels": "last_channels", "classifier-bias": "classifier_bias"},
+    "operations": "operations",
+    "widths": "widths",
+}
+
+loaded = {}  # name of an operation of the user -> SHA-256 of its file
+
+
+def space_from_args(args, input_size, n_classes):
+    """The SearchSpace of the flags --space, --architecture and --operations, for images and classes.
+
+    Without --space, an architecture that a search wrote is of that search's space, and one with widths of `joint`.
+    Raises UserError where the flags make no space.
+    """
+    load_operations(args.operations)
+    given, name = {}, args.space
+    if isinstance(name, dict):
+        given = _fields(name, f"{args.config}: space")
+    elif name in PRESETS:
+        given = dict(PRESETS[name])
+    elif name is not None:
+        document = read_yaml(name)
+        if not isinstance(document.get("space"), dict):
+            raise UserError(f"--space {name}: neither {', '.join(PRESETS)} nor a YAML file with a section 'space'")
+        given = _fields(document["space"], f"{name}: space")
+    if name in (None, "channels") and args.architecture:
+        given = _searched(args.architecture) | given
+    images = {"input_size": input_size, "n_classes": n_classes}
+    space = SearchSpace(**{"stem_stride": 1 if input_size <= 64 else 2} | given | images)
+    if name == "channels":
+        if not args.architecture:
+            raise UserError("--space channels: needs --architecture FILE, whose operations it keeps")
+        whole = dataclasses.replace(space, widths=WIDTHS, architecture=())
+        fixed = whole.load_architecture(args.architecture)[: space.n_blocks]
+        space = dataclasses.replace(whole, architecture=fixed)
+    return with_hash(space)
+
+
+def _searched(path):
+    """The fields of the space in which a search found the architecture in a file, if its record lies beside it."""
+    state = pathlib.Path(path).with_name("search") / "state.json"
+    if state.exists():
+        settings = read_json(state).get("settings", {})
+        space = SearchSpace.from_dict(settings.get("space", {}))
+        fields = {field.name: getattr(space, field.name) for field in dataclasses.fields(space)}
+        return {k: v for k, v in fields.items() if k not in ("architecture", "operations_hash")}
+    architecture = read_json(path)
+    return dict(PRESETS["joint"]) if isinstance(architecture, dict) and "ChannelChoice1" in architecture else {}
+
+
+def _fields(section, where):
+    """The fields of a SearchSpace in a YAML's mapping. Raises UserError that names the entry."""
+    fields = {}
+    for name, value in section.items():
+        if name == "stages":
+            fields |= _stages(value, where)
+        elif name not in ENTRIES:
+            raise UserError(f"{where}: unknown entry {reprlib.repr(name)}; there are stages, {', '.join(ENTRIES)}")
+        elif isinstance(ENTRIES[name], str):
+            fields[ENTRIES[name]] = value
+        else:
+            known = ENTRIES[name]
+            if not isinstance(value, dict) or not value.keys() <= known.keys():
+                raise UserError(f"{where}: {name} is {reprlib.repr(value)}, not a mapping of {', '.join(known)}")
+            fields |= {known[key]: v for key, v in value.items()}
+    return fields
+
+
+def _stages(stages, where):
+    if not isinstance(stages, list) or not stages:
+        raise UserError(f"{where}: stages is {reprlib.repr(stages)}, not a list of stages")
+    for number, stage in enumerate(stages, 1):
+        if not isinstance(stage, dict) or stage.keys() != STAGE.keys():
+            raise UserError(f"{where}: stage {number} is {reprlib.repr(stage)}, not a mapping of {', '.join(STAGE)}")
+    return {field: [stage[key] for stage in stages] for key, field in STAGE.items()}
+
+
+# --- own operations -------------------------------------------------------------------------------------------
+
+
+def load_operations(path):
+    """Executes a user's file, which registers operations by `blocks.register`; None does nothing.
+
+    Raises UserError where it can't be executed, registers nothing, or a name that is taken.
+    """
+    if path is None:
+        return
+    try:
+        digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"--operations {path}: {error.strerror}") from None
+    if digest in loaded.values():
+        return
+    before = dict(blocks.OPERATIONS)
+    try:
+        spec = importlib.util.spec_from_file_location("own_operations", path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:
+        raise UserError(f"--operations {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    changed = [name for name, operation in blocks.OPERATIONS.items() if before.get(name) is not operation]
+    if taken := sorted(set(changed) & before.keys() - loaded.keys()):
+        blocks.OPERATIONS.update(before)
+        raise UserError(f"--operations {path}: {taken[0]!r} is the name of an official operation")
+    if not changed:
+        raise UserError(f"--operations {path}: registers no operation; decorate its class with blocks.register(name)")
+    loaded.update(dict.fromkeys(changed, digest))
+
+
+def with_hash(space):
+    """The space with the hash of the file of its own operations. Raises UserError where one is not loaded."""
+    own = [name for name in space.operations if name not in OPERATIONS]
+    for name in own:
+        if name not in loaded:
+            known = ", ".join(blocks.OPERATIONS)
+            raise UserError(f"search space: operation {name!r} is none of {known}; name its file by --operations")
+    return dataclasses.replace(space, operations_hash=loaded[own[0]][:16] if own else "")
+
+
+def check_operations(space, where):
+    """Raises UserError where the space of a file has operations that are not loaded, or are not what they were then."""
+    if with_hash(space).operations_hash != space.operations_hash:
+        raise UserError(f"{where}: its operations come from another version of the file of --operations; use that one")

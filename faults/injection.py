@@ -60,7 +60,7 @@ def take_out(name):
     {
         "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
         "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
-        "repair": lambda: setattr(search_record, "read_generations", lambda out, repair=False: read(out)),
+        "repair": lambda: setattr(search_record, "read_generations", lambda out, _=None, skip=0: read(out, skip=skip)),
         "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
         "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
         "finite": lambda: setattr(loop._Meter, "fetch", _blind(loop._Meter.fetch)),

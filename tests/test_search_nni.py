@@ -138,9 +138,7 @@ def answers(host, port):
 
 
 def expected():
-    evolution = Evolution(
-        SPACE.choices_per_block, SPACE.flops, SETTINGS["flops_limit"], **{k: SETTINGS[k] for k in search.EVOLUTION}
-    )
+    evolution = Evolution.from_settings(SPACE, SETTINGS)
     while population := evolution.ask():
         evolution.tell({c: (sum(g * (i + 1) for i, g in enumerate(c)) / 10, 99.0) for c in population})
     return evolution

@@ -73,7 +73,7 @@ def short_grace(monkeypatch):
 
 
 def plain():
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, **SETTINGS)
+    evolution = Evolution.from_settings(SPACE, SETTINGS | {"flops_limit": LIMIT})
     return search(evolution, lambda c: (reward(c), 99.0))
 
 

@@ -14,7 +14,7 @@ import torch
 from images.dataset import Data, DataConfig, prepare
 from network import ShuffleNetV2, ShuffleNetV2OneShot, load_file, load_weights, parse_state_dict
 from space.search_space import SearchSpace
-from utils import HERE, UserError, atomic_write, log
+from utils import HERE, UserError, atomic_write, log, settings_difference
 
 VERSION = 1
 # Settings in which a run may differ from the checkpoint that it goes on from, with the same result (on another device but for rounding).
@@ -174,9 +174,7 @@ def check_classes(stored, classes):
 
 def check_settings(stored, settings, folder):
     """Raises UserError that names the flags in which a run differs from the one that it would go on from."""
-    before = stored.content["settings"]
-    odd = sorted(k for k in before.keys() | settings.keys() if k not in HARMLESS and before.get(k) != settings.get(k))
-    if odd:
-        flags = {k: f"--{k.replace('_', '-')}" for k in odd} | {"processes": "processes"}  # of which one is not noted
-        changes = ", ".join(f"{flags[k]} {settings.get(k)} (was {before.get(k)})" for k in odd)
-        raise UserError(f"{folder} has a run with other settings: {changes}; use them, another --out, or --resume none")
+    if changes := settings_difference(stored.content["settings"], settings, HARMLESS):
+        flags = {name: f"--{name.replace('_', '-')}" for name in changes} | {"processes": "processes"}  # not a flag
+        text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
+        raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")

@@ -67,7 +67,7 @@ class Workers:
         self._end()
 
     def evaluate(self, lists, together=True):
-        """Yields (list, results, error) as lists finish, in parallel or one by one; error is a line of text, or None."""
+        """Yields (list, results, error) as lists finish, in parallel or one by one; error is one line, or None."""
         for group in [lists] if together else [[one] for one in lists]:
             futures = {self._submit(candidates): candidates for candidates in group}
             for future in concurrent.futures.as_completed(futures):

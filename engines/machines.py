@@ -1,4 +1,4 @@
-"""The machines of a search with NNI's remote service: their entries in the experiment file, and an SSH connection to each.
+"""The machines of a search with NNI's remote service: entries in the experiment file, and an SSH connection to each.
 
 Trials report to the web server of NNI's manager, which listens on 127.0.0.1 only: each connection forwards its port
 from the machine's own 127.0.0.1. A search notices that a machine has stopped when its connection ends.
@@ -122,7 +122,7 @@ class Connections:
             "UserKnownHostsFile": "known_hosts",
             "ExitOnForwardFailure": "yes",
         }
-        words = [*"ssh -F none -T".split(), "-i", machine["sshKeyFile"]]
+        words = ["ssh", "-F", "none", "-T", "-i", machine["sshKeyFile"]]
         words += ["-p", str(machine["port"]), "-l", machine["user"]]
         words += [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         words += [*tunnel, "--", host, "cat"]  # cat ends with this process, since its input ends then

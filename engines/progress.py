@@ -16,7 +16,7 @@ class Progress:
     """Follows the files of a running search; `read` looks for news.
 
     On a terminal a bar shows the candidates done, the best so far and the generation; elsewhere a line in the log does
-    so every half minute. Each closed generation adds a line to the log and a step to OUT/checkpoints/search/tensorboard.
+    so every half minute. A closed generation adds a line to the log and a step to OUT/checkpoints/search/tensorboard.
     """
 
     def __init__(self, out):

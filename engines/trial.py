@@ -9,8 +9,8 @@ import time
 from utils import UserError, log, try_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
-# NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message as soon as it is known,
-# and all of them again in a `final` one. A result is a dict with the architecture that was evaluated: NNI may swap the
+# NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
+# `final` one. A result is a dict with the architecture that was evaluated: NNI may swap the
 # parameters of concurrent trials, so only what a trial reports counts. "default" is the number that NNI's web UI shows.
 
 

@@ -1,7 +1,7 @@
 """The command line: a flag has one name, one meaning and one definition, here, for all scripts.
 
-Values come from, in rising order: the defaults below (the official settings), a YAML file (`--config FILE`; `--demo` is the
-committed demo.yml), the command line. Standard library alone, and PyYAML where a YAML file is read.
+Values come from, in rising order of precedence: the defaults below (the official settings), a YAML file (`--config FILE`;
+`--demo` reads the committed demo.yml), the command line. Needs the standard library, and PyYAML to read a YAML file.
 """
 
 import argparse
@@ -13,11 +13,14 @@ import sys
 
 from utils import HERE, PATHS, UserError, read_yaml
 
-NO_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file's name can have
+NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and a section of a YAML file between defaults and command line."""
+    """argparse with one-line errors, no abbreviations, and settings of a YAML file between defaults and command line.
+
+    `section` is the name of the script, and of its section in a YAML file.
+    """
 
     def __init__(self, doc, section):
         super().__init__(
@@ -27,60 +30,70 @@ class Parser(argparse.ArgumentParser):
             prog=f"{section}.py",
         )
         self.section = section
-        self.source = ""
 
     def error(self, message):
-        raise UserError(self.source + (message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}"))
+        raise UserError(message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}")
 
-    def parse(self, argv=None):
-        """The arguments as a namespace; `config` names the YAML file that was read, or is None."""
+    def parse(self, argv=None, defaults=None):
+        """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
+
+        `defaults` (attribute -> value, from `check_settings`) take precedence over the flags' own defaults.
+        """
         argv = sys.argv[1:] if argv is None else list(argv)
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.error = self.error
-        _add_config_flags(first)
-        config = first.parse_known_args(argv)[0]
-        path = HERE / "demo.yml" if config.demo else config.config
-        settings = self._yaml_arguments(path) if path else []
-        args = self.parse_args(settings + argv)
+        args = self.parse_args(argv)
+        path = HERE / "demo.yml" if args.demo else args.config
+        settings = self._read_settings(path) if path else {}
+        args = self.parse_args(argv, argparse.Namespace(**(defaults or {}) | settings))
         args.config = path and str(path)
         return args
 
-    def _yaml_arguments(self, path):
-        """The YAML's `common` section and this script's own, as command-line words, checked as such.
-
-        Paths are relative to the YAML file.
-        """
+    def _read_settings(self, path):
+        """The checked settings of a YAML file: its section `common`, and above them those of this script's own section."""
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):
                 raise UserError(
                     f"{path}: {reprlib.repr(name)} is not a section (common, or the name of a script) with settings"
                 )
-        words = []
+        values = {}
         for name in ("common", self.section):
-            for key, value in document.get(name, {}).items():
-                action = self._option_string_actions.get(f"--{key}")
-                if action is None or key in ("config", "demo", "help"):
-                    raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(key)} (section {name!r})")
-                if isinstance(action, argparse.BooleanOptionalAction):
-                    if not isinstance(value, bool):
-                        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not true or false")
-                    words.append(f"--{key}" if value else f"--no-{key}")
-                    continue
-                values = value if isinstance(value, list) else [value]
-                if any(
-                    isinstance(v, bool) or not isinstance(v, (str, int, float)) or NO_WORD.search(str(v))
-                    for v in values
-                ):
-                    raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not a plain value")
-                if key in PATHS:
-                    values = list(map(str, values))
-                    values = [os.path.join(os.path.dirname(path), v) for v in values]
-                words += [f"--{key}", *map(str, values)]
-        self.source = f"{path}: "
-        self.parse_args(words)
-        self.source = ""
-        return words
+            values |= self.check_settings(path, name, document.get(name, {}))
+        return values
+
+    def check_settings(self, path, section, settings):
+        """Returns {attribute: value} of the flags that `settings` (flag without dashes -> value) of a file set.
+
+        Values are checked with the type and choices of their flags; file names are relative to the folder of `path`.
+        Raises UserError that begins with `path` for an unknown flag or a wrong value.
+        """
+        words, attributes = [], []
+        for flag, value in settings.items():
+            action = self._option_string_actions.get(f"--{flag}")
+            if action is None or flag in ("config", "demo", "help"):
+                raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(flag)} (section {section!r})")
+            words += _words(path, flag, value, isinstance(action, argparse.BooleanOptionalAction))
+            attributes.append(action.dest)
+        try:
+            args = self.parse_args(words)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return {name: getattr(args, name) for name in attributes}
+
+
+def _words(path, flag, value, is_switch):
+    """A setting of a file as the words of a command line. Raises UserError where the value has no such form."""
+    if is_switch:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {flag} is {reprlib.repr(value)}, not true or false")
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    values = value if isinstance(value, list) else [value]
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (str, int, float)) or NOT_A_WORD.search(str(v)):
+            raise UserError(f"{path}: {flag} is {reprlib.repr(value)}, not a plain value")
+    words = map(str, values)
+    if flag in PATHS:
+        words = (os.path.join(os.path.dirname(path), word) for word in words)
+    return [f"--{flag}", *words]
 
 
 def number(kind, low, high, text):

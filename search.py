@@ -119,18 +119,15 @@ def parse_args(argv=None):
     group.add_argument(
         "--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network"
     )
-    parser.set_defaults(**experiment_defaults(parser, parser.parse(argv).experiment))
-    return parser.parse(argv)
+    experiment = parser.parse(argv).experiment
+    return parser.parse(argv, experiment_defaults(parser, experiment))
 
 
 def experiment_defaults(parser, path):
     """The flags that the experiment file sets: classArgs and trialConcurrency."""
     experiment = read_experiment(path)
-    values = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
-    parser.source = f"{path}: "
-    args = parser.parse_args([f"--{key.replace('_', '-')}={value}" for key, value in values.items()])
-    parser.source = ""
-    return {key: getattr(args, key) for key in values}
+    settings = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
+    return parser.check_settings(path, "classArgs", {key.replace("_", "-"): value for key, value in settings.items()})
 
 
 def read_experiment(path):

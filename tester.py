@@ -9,7 +9,7 @@ A candidate's BN statistics are recalibrated on training images, then it is meas
 Source: paper section 3.4; official `src/Search/tester.py`.
 """
 
-import utils  # first, for it says how OpenMP is to wait, before torch loads it
+import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
 import json

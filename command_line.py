@@ -1,7 +1,7 @@
 """The command line: a flag has one name, one meaning and one definition, here, for all scripts.
 
-Values come from, in rising order of precedence: the defaults below (the official settings), a YAML file (`--config FILE`;
-`--demo` reads the committed demo.yml), the command line. Needs the standard library, and PyYAML to read a YAML file.
+Values come from, in rising order of precedence: the defaults below (the official settings), a YAML file (`--config`,
+or the committed demo.yml with `--demo`), the command line. Needs the standard library, and PyYAML to read YAML.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _read_settings(self, path):
-        """The checked settings of a YAML file: its section `common`, and above them those of this script's own section."""
+        """The checked settings of a YAML file: those of section `common`, then those of this script's section."""
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):

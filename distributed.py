@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 8 supernet.py
     torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 supernet.py
 
-Each step, all ranks take equal shares of the batch and the same path, and average their gradients, so the weights stay equal
-on all ranks. Only the gradients of the path are reduced; those of the other operations are None on every rank. A script
-started without torchrun is a single process, for which every function here is a no-op or the identity.
+Each step, all ranks take equal shares of the batch and the same path, and average their gradients, so the weights
+stay equal on all ranks. Only the gradients of the path are reduced; those of the other operations are None on every
+rank. A script started without torchrun is a single process, for which every function here is a no-op or the identity.
 Source: paper section 3.3 (one path a step); the official code uses nn.DataParallel in one process.
 """
 
@@ -61,7 +61,7 @@ def local_world_size():
 
 
 def per_rank_batch_size(batch_size):
-    """The share of a batch that each rank takes. Raises UserError if shares aren't equal, or below 2, which BN needs."""
+    """Returns a rank's share of the batch. Raises UserError unless shares are equal and at least 2, as BN needs."""
     n = world_size()
     if batch_size % n or batch_size < 2 * n:
         raise UserError(

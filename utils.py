@@ -38,9 +38,9 @@ MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 
 log = logging.getLogger("spos")
 
-# Sets how long an OpenMP thread spins before it sleeps; libgomp reads it once, when torch is imported. With its default of
-# 300,000, one other busy process on two cores makes training 20 times slower or worse, because spinning threads occupy the
-# cores. The lower value costs 1% where nothing else runs.
+# Sets how long an OpenMP thread spins before it sleeps; libgomp reads it once, when torch is imported. With its
+# default of 300,000, one other busy process on two cores makes training 20 times slower or worse, because spinning
+# threads occupy the cores. The lower value costs 1% where nothing else runs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 

@@ -10,7 +10,7 @@
 Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json and the NNI experiment,
 config_search.yml or --experiment. Writes OUT/checkpoints/GGG_III.json (the architecture of rank III of generation GGG),
 OUT/acc/GGG.jsonl (a line for each candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated),
-OUT/checkpoints/best.json, OUT/report.html, OUT/figures/, and state, logs and NNI's own files in OUT/checkpoints/search/.
+OUT/checkpoints/best.json, OUT/report.html and OUT/figures/; state, logs and NNI's own files in OUT/checkpoints/search/.
 Prints the ten best, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
 """
@@ -72,10 +72,10 @@ def parse_args(argv=None):
     parser = shared_parser()
     group = parser.add_argument_group("search")
     group.add_argument("--population", type=count(1, 100_000), help="candidates a generation (50)")
-    group.add_argument("--select", type=count(1, 100_000), help="parents: the best so far (10)")
+    group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (10)")
     group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (25)")
     group.add_argument("--crossover", type=count(0, 100_000), help="children by crossover a generation (25)")
-    group.add_argument("--mutation-prob", type=real(0, 1), help="of each block to be drawn anew (0.1)")
+    group.add_argument("--mutation-prob", type=real(0, 1), help="of redrawing each block (0.1)")
     group.add_argument("--generations", type=count(1, 1_000_000), help="populations to evaluate (20)")
     group.add_argument(
         "--flops-limit",
@@ -88,10 +88,10 @@ def parse_args(argv=None):
         help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)",
     )
     group.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with the search in OUT"
+        "--resume", action=argparse.BooleanOptionalAction, default=False, help="resume the search in OUT"
     )
     group.add_argument(
-        "--engine", choices=("nni", "local"), default="nni", help="who runs the evaluations (default: nni)"
+        "--engine", choices=("nni", "local"), default="nni", help="what runs the evaluations (default: nni)"
     )
     group.add_argument(
         "--concurrency",
@@ -102,7 +102,7 @@ def parse_args(argv=None):
         "--candidates-per-trial",
         type=count(1, 100_000),
         metavar="N",
-        help="default: a generation over the trials at a time",
+        help="default: a generation is split over the trials at a time",
     )
     group = parser.add_argument_group("NNI")
     group.add_argument(
@@ -116,41 +116,43 @@ def parse_args(argv=None):
         type=count(1),
         default=1800,
         metavar="S",
-        help="for each candidate of a trial, then it is ended (1800)",
+        help="limit for each candidate of a trial (1800)",
     )
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
     group.add_argument(
         "--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network"
     )
-    parser.set_defaults(**experiment_defaults(parser, parser.parse(argv).experiment))
-    return parser.parse(argv)
+    experiment = parser.parse(argv).experiment
+    return parser.parse(argv, experiment_defaults(parser, experiment))
 
 
 def experiment_defaults(parser, path):
     """The flags that the experiment file sets: classArgs and trialConcurrency."""
     experiment = read_experiment(path)
-    values = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
-    parser.source = f"{path}: "
-    args = parser.parse_args([f"--{key.replace('_', '-')}={value}" for key, value in values.items()])
-    parser.source = ""
-    return {key: getattr(args, key) for key in values}
+    settings = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
+    return parser.check_settings(path, "classArgs", {key.replace("_", "-"): value for key, value in settings.items()})
 
 
 def read_experiment(path):
     """The NNI experiment in a YAML file, checked. Raises UserError that names the file and the entry."""
-    text, mapping = (str,), (dict,)
     forms = {
-        "experimentName": text, "trialConcurrency": (int,), "trialCommand": text, "trialCodeDirectory": text, "searchSpaceFile": text,
-        "experimentWorkingDirectory": text, "tuner": mapping, "assessor": mapping, "trainingService": mapping,
-    }  # fmt: skip
+        "experimentName": str,
+        "trialConcurrency": int,
+        "trialCommand": str,
+        "trialCodeDirectory": str,
+        "searchSpaceFile": str,
+        "experimentWorkingDirectory": str,
+        "tuner": dict,
+        "assessor": dict,
+        "trainingService": dict,
+    }
     experiment = read_yaml(path)
     for key in itertools.chain(forms, experiment):
         if key not in forms:
             raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
         if not isinstance(experiment.get(key), forms[key]):
-            raise UserError(
-                f"{path}: {key} is {reprlib.repr(experiment.get(key))}, not of type {forms[key][0].__name__}"
-            )
+            value = reprlib.repr(experiment.get(key))
+            raise UserError(f"{path}: {key} is {value}, not of type {forms[key].__name__}")
     keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
     for key, known in keys.items():
         if not known - {"classArgs"} <= experiment[key].keys() <= known:
@@ -158,10 +160,9 @@ def read_experiment(path):
     service = experiment["trainingService"]
     if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
         return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
-    if service != {"platform": "local"}:  # trialGpuNumber among it, for the reason that the file gives
-        raise UserError(
-            f"{path}: trainingService is {reprlib.repr(service)}, not platform: local alone, nor platform: remote with machineList alone"
-        )
+    if service != {"platform": "local"}:  # refuses trialGpuNumber, for the reason given in config_search.yml
+        allowed = "platform: local alone, nor platform: remote with machineList alone"
+        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not {allowed}")
     return experiment
 
 

@@ -6,10 +6,11 @@
 
 A candidate's BN statistics are recalibrated on training images, then its accuracy is measured on the images held out
 for the search (`--split search`) or on val (`--split val`). Reads OUT/checkpoints/supernet (newest) or --checkpoint,
-our own or official. Source: paper section 3.4; official `src/Search/tester.py`.
+our own or official.
+Source: paper section 3.4; official `src/Search/tester.py`.
 """
 
-import utils  # first: it sets GOMP_SPINCOUNT, which OpenMP reads when torch is imported
+import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
 import json

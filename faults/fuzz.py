@@ -214,7 +214,7 @@ class CommandLine:
         self.actions = {}
         self.parsers = {name: importlib.import_module(name).parse_args for name in SCRIPTS}
         parse, made = command_line.Parser.parse, []
-        command_line.Parser.parse = lambda parser, argv=None: made.append(parser) or parse(parser, argv)
+        command_line.Parser.parse = lambda parser, *args: made.append(parser) or parse(parser, *args)
         for name, parse_args in self.parsers.items():
             parse_args([])
             self.actions[name] = [a for a in made[-1]._actions if a.option_strings]

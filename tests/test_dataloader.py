@@ -181,7 +181,7 @@ def test_augmentation_has_the_official_distribution():
         )
     jitter = np.array([(d.brightness, d.contrast, d.saturation) for d in draws])
     assert (abs(jitter - 1) <= 0.4).all() and (jitter.min(0) < 0.62).all() and (jitter.max(0) > 1.38).all()
-    assert 0.47 < np.mean([d.mirror for d in draws]) < 0.53
+    assert 0.47 < np.mean([d.horizontal_flip for d in draws]) < 0.53
 
 
 def test_augmentation_falls_back_to_the_centre():

@@ -23,7 +23,7 @@ import time
 import command_line
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
-from training.evaluation import Evaluator
+from training.evaluation import evaluate, open_evaluation
 
 
 def parse_args(argv=None):
@@ -67,8 +67,9 @@ def trial(args):
     parameters = nni.get_next_parameter()
     while parameters["until"] <= nni.get_sequence_id():  # left over from a trial that died before it asked
         parameters = nni.get_next_parameter()
+    supernet, calibration, validation = open_evaluation(args)
     results = []
-    for result in Evaluator(args).evaluate(parameters["candidates"]):
+    for result in evaluate(supernet, parameters["candidates"], calibration, validation, args.bn, amp=args.eval_amp):
         results.append(result)
         nni.report_intermediate_result({"default": result["acc1"], "result": result})
     nni.report_final_result(
@@ -92,10 +93,10 @@ def main(args):
     if args.mode == "gen":
         generate(args)
     elif args.architecture:
-        evaluator = Evaluator(args)
-        candidate = evaluator.space.load_architecture(args.architecture)
-        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, evaluator.device)
-        (result,) = evaluator.evaluate([candidate])
+        supernet, calibration, validation = open_evaluation(args)
+        candidate = supernet.space.load_architecture(args.architecture)
+        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, calibration.loader.device)
+        (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
         print(json.dumps(result))
     elif os.environ.get("NNI_PLATFORM"):

@@ -32,8 +32,9 @@ import supernet as supernet_script
 from dataloader import Loader
 from images.dataset import Data, calibration_plan, evaluation_plan, prepare
 from images.image_cache import FixedBatches
+from network import batch_norms, fold_bn
 from training import checkpoint
-from training.evaluation import accuracy, batch_norms, fold_bn, momentum, recalibrate_bn
+from training.evaluation import accuracy, bn_momentum, recalibrate_bn
 
 LENGTHS = (10, 50, 200)
 MODES = ("ema", "average")
@@ -52,7 +53,7 @@ def statistics(model, candidate, batches, lengths):
         for n, (images, _) in enumerate(batches, 1):
             model(images, candidate)
             for mode, norm in itertools.product(MODES, norms):
-                weight, new = momentum(mode, n), (norm.running_mean, norm.running_var)
+                weight, new = bn_momentum(mode, n), (norm.running_mean, norm.running_var)
                 old = state[mode].get(norm, (torch.zeros_like(new[0]), torch.ones_like(new[1])))
                 state[mode][norm] = tuple(o + weight * (v - o) for o, v in zip(old, new))
             if n in lengths:

@@ -27,7 +27,7 @@ from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
 from training.evaluation import resolve_device
-from training.loop import begin_momentum, parameter_groups
+from training.recipe import begin_momentum, parameter_groups
 
 EXCHANGES = ("none", "the path's gradients", "DistributedDataParallel")
 

@@ -39,8 +39,8 @@ from images.dataset import Data, DataConfig, prepare, training_plan
 from images.image_cache import FixedBatches, validation_batches
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.search_space import SearchSpace, operation_convs
-from training.evaluation import Evaluator, accuracy, evaluate, recalibrate_bn, resolve_device
-from training.loop import dropout_seed, learning_rate, parameter_groups
+from training.evaluation import accuracy, evaluate, open_evaluation, recalibrate_bn, resolve_device
+from training.recipe import dropout_seed, learning_rate, parameter_groups
 from utils import UserError, read_json, write_json
 
 PREDICTORS = {
@@ -106,16 +106,15 @@ def kernel_size(space, candidate):
 # --- measurements --------------------------------------------------------------------------------------------
 
 
-def in_supernets(evaluator, candidates):
+def in_supernets(args, opened, candidates):
     """Top-1 in percent of the candidates on the held-out images, in the supernet and in an untrained one."""
+    supernet, *batches = opened
     torch.manual_seed(0)
-    untrained = ShuffleNetV2OneShot(space=evaluator.space).to(evaluator.device, memory_format=torch.channels_last)
-    batches = evaluator.calibration, evaluator.validation
-    evaluated = [
-        evaluate(model, candidates, *batches, evaluator.bn, amp=evaluator.amp)
-        for model in (evaluator.supernet, untrained)
+    untrained = ShuffleNetV2OneShot(space=supernet.space).to(resolve_device(args), memory_format=torch.channels_last)
+    return [
+        [result["acc1"] for result in evaluate(model, candidates, *batches, args.bn, amp=args.eval_amp)]
+        for model in (supernet, untrained)
     ]
-    return [[result["acc1"] for result in results] for results in evaluated]
 
 
 class Trainings:
@@ -217,8 +216,9 @@ def measure(options):
         )
 
     if "candidates" not in results:
-        evaluator = Evaluator(tester.parse_args([*words, "--checkpoint", options.supernet]))
-        space = evaluator.space
+        test_args = tester.parse_args([*words, "--checkpoint", options.supernet])
+        opened = open_evaluation(test_args)
+        space = opened[0].space
         candidates = draw_candidates(space, options.candidates)
         results["space"] = space.to_dict()
         results["candidates"] = [
@@ -232,7 +232,7 @@ def measure(options):
                 "standalone": [],
                 "seconds": [],
             }
-            for c, in_supernet, untrained in zip(candidates, *in_supernets(evaluator, candidates))
+            for c, in_supernet, untrained in zip(candidates, *in_supernets(test_args, opened, candidates))
         ]
         write_json(options.results, results, indent=1)
     train_all(results, args, options)

@@ -43,7 +43,8 @@ from network import ShuffleNetV2OneShot
 from space.search_space import SearchSpace
 from space.splitting import tree_flops
 from training import checkpoint
-from training.evaluation import PrefixTree, evaluate, resolve_device
+from training.evaluation import evaluate, recalibrate_bn, resolve_device
+from training.prefix_tree import PrefixTree
 
 CALIBRATION, VALIDATION = 20, 2000  # batches of 128; images
 FULL = 25_600 + 50_000  # the images that a candidate meets in the official search and the paper's validation
@@ -127,8 +128,8 @@ class Bench:
             [(x.contiguous() if contiguous else x, y) for x, y in b] for b in (self.calibration, self.validation)
         ]
         tree, found = PrefixTree(self.supernet, candidates, fold, amp), {c: [] for c in candidates}
-        with torch.inference_mode(), tree.borrowed_norms():
-            tree.calibrate(batches[0], "average")
+        with torch.inference_mode(), tree.own_statistics():
+            recalibrate_bn(tree.supernet, tree.forward, batches[0], "average")
             for images, _ in batches[1]:
                 for candidate, logits in tree.logits(images):
                     found[candidate].append(logits.argmax(1).cpu())

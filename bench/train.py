@@ -32,7 +32,7 @@ from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace, operation_convs
 from training.evaluation import correct_counts, resolve_device
-from training.loop import begin_momentum, parameter_groups
+from training.recipe import begin_momentum, parameter_groups
 
 KINDS = {  # of operations, by parts of their names, in this order
     "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "Optimizer"), "convolutions": ("conv",),

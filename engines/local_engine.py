@@ -111,14 +111,17 @@ def _start(trial):
 
 
 def _evaluate(candidates):
-    return _evaluator().evaluate(candidates)
+    from training.evaluation import evaluate
+
+    supernet, calibration, validation = _opened()
+    return evaluate(supernet, candidates, calibration, validation, flags.bn, amp=flags.eval_amp)
 
 
 @functools.cache
-def _evaluator():
-    """This process's evaluator, on its own device. Made with the first list, whose future brings a UserError to the search."""
+def _opened():
+    """Supernet and images of this worker, on its own GPU. Opened with the first list, whose future carries a UserError."""
     from engines.gpu_lock import take_gpu
-    from training.evaluation import Evaluator
+    from training.evaluation import open_evaluation
 
     take_gpu(flags.device)
-    return Evaluator(flags)
+    return open_evaluation(flags)

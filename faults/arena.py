@@ -19,7 +19,6 @@ from PIL import Image
 
 import utils
 from engines import search_record
-from network import load_file
 from space.search_space import SearchSpace
 from training import checkpoint
 
@@ -198,7 +197,7 @@ class Arena:
             folder = out / "checkpoints" / script.removesuffix(".py")
             step, found = 0, []
             for path in [*checkpoint.checkpoints(folder), *folder.glob("bnps-checkpoint.pth")]:
-                content = load_file(path)
+                content = checkpoint.load_file(path)
                 step = max(step, content["step"])
                 found.append(
                     [path.name, content["step"], [[k, v.numpy().tobytes().hex()] for k, v in content["model"].items()]]

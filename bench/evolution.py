@@ -90,7 +90,7 @@ def extreme(table, costs, limit, sign):
 
 
 def pareto(points, limit):
-    """The points (cost, value, ...) up to the limit that have a higher value than every cheaper one, by increasing cost."""
+    """The points (cost, value, ...) up to the limit of more value than every cheaper one, by increasing cost."""
     front = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
         if point[0] <= limit and (not front or point[1] > front[-1][1]):
@@ -114,7 +114,7 @@ def with_extremes(rewards, pairs=(), noise_sd=0):
 
 
 def scaled(groups, sd):
-    """Scales groups of numbers to integers: mean 0 each; the sum of a random pick of each has standard deviation `sd`."""
+    """Scales groups of numbers to integers of mean 0; the sum of a random one of each has standard deviation `sd`."""
     factor = sd / sum(map(statistics.pvariance, groups)) ** 0.5
     return [[round(factor * (value - statistics.fmean(group))) for value in group] for group in groups]
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import reprlib
 import shlex
 import signal
 import subprocess
@@ -67,12 +68,29 @@ def signals(handler):
             signal.signal(number, earlier)
 
 
+def watch_parent():
+    """Returns a function that says whether the process that started this one has ended since."""
+    parent, number = multiprocessing.parent_process(), os.getppid()
+    return lambda: os.getppid() != number or (parent is not None and not parent.is_alive())
+
+
+def end_with_parent():
+    """Ends this process within a second after its parent has ended, for whatever reason."""
+    parent_ended = watch_parent()
+
+    def watch():
+        while not parent_ended():
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def leave_signals_to_parent(*_):
     """Makes this worker process ignore SIGINT and SIGTERM, and end when its parent ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    end_with_parent()
 
 
 def run_script(main, parse_args, may_print=lambda line: True):
@@ -95,6 +113,20 @@ def run_script(main, parse_args, may_print=lambda line: True):
         with above_progress_bars():
             print(line, file=sys.stderr)
     sys.exit(2)
+
+
+def settings_difference(before, now, ignore=()):
+    """{name: "0.5 (was 0.3)"} of the settings that differ between two dicts, by name, without those in `ignore`."""
+
+    def shown(value):
+        return value if isinstance(value, str) and len(value) <= 60 else reprlib.repr(value)
+
+    names = sorted(name for name in before.keys() | now.keys() if name not in ignore)
+    return {
+        name: f"{shown(now.get(name))} (was {shown(before.get(name))})"
+        for name in names
+        if now.get(name) != before.get(name)
+    }
 
 
 # --- files ---------------------------------------------------------------------------------------------------

@@ -149,8 +149,8 @@ def committed_tables():
 
 
 def regret(table, seed, settings):
-    """The regret of a search, in percent of the table's range."""
-    evolution = Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, seed=seed, **settings)
+    """Percent of the table's range by which a search's winner falls short of the optimum."""
+    evolution = Evolution.from_settings(SPACE, {**settings, "flops_limit": LIMIT, "seed": seed})
     while population := evolution.ask():
         evolution.tell({candidate: measured(table, candidate, seed) for candidate in population})
     winner, _ = evolution.best

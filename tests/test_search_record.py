@@ -28,7 +28,7 @@ def result(candidate, **changes):
 
 
 def record(out, settings=SETTINGS):
-    return SearchRecord(out, SPACE, Evolution(SPACE.choices_per_block, SPACE.flops, LIMIT, **settings))
+    return SearchRecord(out, SPACE, Evolution.from_settings(SPACE, settings | {"flops_limit": LIMIT}))
 
 
 def fill(out, order=list, stop_after=math.inf):

@@ -1,16 +1,21 @@
 """The choice blocks: ShuffleNetV2 units with depthwise kernel 3, 5 or 7, and the Xception-like unit.
 
-Source: paper section 3.4 and figure 5; official `src/Supernet/blocks.py`. Parameter names are the official ones, so that
-official weights load.
+Source: paper section 3.4 and figure 5; official `src/Supernet/blocks.py`. Parameter names are the official ones, so
+that official weights load.
 """
+
+import itertools
 
 import torch
 from torch import nn
 
 
 class _EvenOdd(torch.autograd.Function):
-    """Even and odd channels as views. Their gradients are put together at once, in the layout of x; torch itself would fill two
-    tensors of zeros, in NCHW, and add them up (8% of a training step on the CPU)."""
+    """Even and odd channels as views.
+
+    The backward pass writes both gradients into one tensor, in the layout of x: autograd would fill two tensors of
+    zeros, in NCHW, and add them (8% of a training step on the CPU).
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -42,6 +47,14 @@ def conv_bn(inp, oup, kernel_size, stride=1, groups=1, affine=True, relu=True):
         nn.BatchNorm2d(oup, affine=affine),
     ]
     return [*layers, nn.ReLU(inplace=True)] if relu else layers
+
+
+def conv_bn_pairs(model):
+    """(convolution, the BN behind it) of all that `conv_bn` made in a model."""
+    for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        for conv, norm in itertools.pairwise(layers):
+            if isinstance(norm, nn.BatchNorm2d):
+                yield conv, norm
 
 
 class ChoiceBlock(nn.Module):

@@ -1,20 +1,23 @@
-"""The supernet, one architecture of it as a network of its own, and official weights for both.
+"""The supernet, and one architecture of it as a network of its own.
 
 Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/network.py`.
 """
 
-import warnings
+import copy
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from blocks import build_block, conv_bn
 from space.search_space import SearchSpace
-from utils import UserError
 
 
 class _ShuffleNet(nn.Module):
-    """Stem, `features` (made by the subclass), last convolution, pooling, dropout, classifier. (N, 3, H, W) -> (N, classes)."""
+    """Stem, `features` (made by the subclass), last convolution, pooling, dropout and classifier.
+
+    (N, 3, H, W) -> (N, classes).
+    """
 
     def __init__(self, space, affine, features):
         super().__init__()
@@ -37,7 +40,7 @@ class _ShuffleNet(nn.Module):
 
 
 class ShuffleNetV2OneShot(_ShuffleNet):
-    """The supernet: every operation of every block, of which `forward(x, architecture)` runs one a block.
+    """The supernet: every operation of every block, of which `forward(x, candidate)` runs one a block.
 
     `space` (a SearchSpace) takes the place of input_size and n_classes. BN is without affine parameters in a
     supernet (official); blocks that the architecture doesn't choose get no gradient at all.
@@ -48,12 +51,23 @@ class ShuffleNetV2OneShot(_ShuffleNet):
         features = [nn.ModuleList(build_block(op, shape, affine) for op in space.operations) for shape in space.blocks]
         super().__init__(space, affine, features)
 
-    def forward(self, x, architecture):
+    def forward(self, x, candidate):
         """Logits (N, n_classes) of images (N, 3, H, W) through the candidate, a sequence of one int a block."""
         x = self.first_conv(x)
-        for block, choice in zip(self.features, architecture, strict=True):
+        for block, choice in zip(self.features, candidate, strict=True):
             x = block[choice](x)
         return self.head(x)
+
+    def part(self, key):
+        """A part of the forward pass, as a callable: "stem", (block, choice), or "head"."""
+        return self.head if key == "head" else self.module_of(key)
+
+    def module_of(self, key):
+        """The module with the convolutions and norms of a part."""
+        if isinstance(key, tuple):
+            block, choice = key
+            return self.features[block][choice]
+        return {"stem": self.first_conv, "head": self.conv_last}[key]
 
 
 class ShuffleNetV2(_ShuffleNet):
@@ -94,66 +108,21 @@ def get_candidate_flops(architecture, input_size=224, n_classes=1000):
     return space.flops(space.from_architecture(architecture))
 
 
-def load_file(path):
-    """What torch.save wrote to `path`, on the CPU; plain containers and tensors only, nothing in it is executed.
-
-    Raises UserError where the file is missing, damaged, or holds anything else.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
-    except (
-        Exception
-    ) as error:  # a damaged file makes torch raise nearly anything: struct.error, AssertionError, IndexError...
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: not a whole checkpoint of plain tensors ({reason[:100]}); remove or replace it"
-        ) from None
+def batch_norms(module):
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def load_and_parse_state_dict(path):
-    """The state dict in an official or our own file: taken out of "state_dict" or "model", "module." stripped.
-
-    Raises UserError as `load_file` does, and where there is no state dict in it.
-    """
-    return parse_state_dict(load_file(path), path)
-
-
-def parse_state_dict(content, path):
-    """As `load_and_parse_state_dict`, for a file's content."""
-    if isinstance(content, dict):
-        for key in ("state_dict", "model"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-    if not isinstance(content, dict) or not content or not all(_is_plain_tensor(v) for v in content.values()):
-        raise UserError(f"{path}: holds no state dict of plain tensors")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+def fold_bn(model):
+    """A copy of the model in eval mode whose BN layers are folded into the convolutions before them."""
+    model = copy.deepcopy(model).eval()
+    for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm2d):
+                layers[i - 1], layers[i] = fuse_conv_bn_eval(layers[i - 1], layer), nn.Identity()
+    return model
 
 
-def _is_plain_tensor(value):
-    """Whether it can be copied into a weight: neither sparse, quantized, nested nor without data."""
-    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    return plain and not value.is_quantized and not value.is_nested
-
-
-def load_weights(model, state_dict, path):
-    """Loads strictly. Raises UserError that names the first entry that does not fit.
-
-    A model on the meta device gets its memory once all fits: a damaged file may speak of one that has terabytes.
-    """
-    own = model.state_dict()
-    for name in sorted(own.keys() | state_dict.keys()):
-        if name not in state_dict or name not in own:
-            where = "missing" if name in own else "of another model"
-            raise UserError(
-                f"{path}: entry {name!r} is {where}; the model is {type(model).__name__}, {model.space.n_classes} classes"
-            )
-        if own[name].shape != state_dict[name].shape:
-            shapes = f"{tuple(state_dict[name].shape)}, the model needs {tuple(own[name].shape)}"
-            raise UserError(f"{path}: entry {name!r} has shape {shapes}")
-    if next(model.parameters()).is_meta:
-        model.to_empty(device="cpu")
-    model.load_state_dict(state_dict)
+def autocast(device, amp):
+    """The context of --amp and --eval-amp: "off", or convolutions in "bf16" or "fp16"."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")

@@ -4,17 +4,17 @@
     python scratch.py --demo --architecture checkpoints/best.json
     torchrun --nproc-per-node 8 scratch.py                     on eight GPUs
     python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours or official
-    python scratch.py --export FILE.pt2                        writes it for use elsewhere (torch.export, or ONNX: FILE.onnx)
-    python scratch.py --predict IMAGE...                       prints the classes it sees in image files
+    python scratch.py --export FILE.pt2                        exports it by torch.export, or as ONNX (FILE.onnx)
+    python scratch.py --predict IMAGE...                       prints the classes of image files
 
 Reads all of DIR/train, and DIR/val for the numbers reported. Writes OUT/checkpoints/scratch/: checkpoint-STEP.pth,
-bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is JSON, but with --predict.
-A run that was interrupted goes on where it stopped.
+bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is
+JSON, except with --predict. The same command resumes an interrupted run.
 Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 73.7; published: 74.4); not run here.
 Source: paper section 4.1; official `src/Evaluation/train.py`.
 """
 
-import utils  # first: sets GOMP_SPINCOUNT before torch is imported
+import utils  # sets GOMP_SPINCOUNT, so before torch is imported
 
 # isort: split
 import itertools
@@ -32,33 +32,24 @@ from network import ShuffleNetV2
 from space.search_space import SearchSpace
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
-from training.loop import TrainingRun, train
+from training.loop import train
+from training.run import TrainingRun
 
 
 def parse_args(argv=None):
     parser = command_line.Parser(__doc__, "scratch")
     command_line.add_architecture_flag(parser, default="the published architecture_final.json")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--eval", action="store_true", default=None, help="measure --checkpoint on val instead of training"
-    )
-    instead.add_argument(
-        "--export", metavar="FILE", help="write --checkpoint as a program for use elsewhere: .pt2, or .onnx"
-    )
-    instead.add_argument(
-        "--predict", nargs="+", metavar="IMAGE", help="print the classes that --checkpoint sees in image files"
-    )
+    flag = instead.add_argument
+    flag("--eval", action="store_true", default=None, help="measure --checkpoint on val instead of training")
+    flag("--export", metavar="FILE", help="export --checkpoint as a program: .pt2, or .onnx")
+    flag("--predict", nargs="+", metavar="IMAGE", help="print the classes of image files, by --checkpoint")
     command_line.add_checkpoint_flag(parser, "scratch")
     command_line.add_run_flags(parser)
     command_line.add_data_flags(parser)
     command_line.add_training_flags(parser, iterations=300_000)
-    parser.add_argument(
-        "--bn-pass",
-        type=command_line.count(0),
-        default=1250,
-        metavar="N",
-        help="training batches of the BN pass (default: 1250)",
-    )
+    bn_pass = "training batches of the BN pass (default: 1250)"
+    parser.add_argument("--bn-pass", type=command_line.count(0), default=1250, metavar="N", help=bn_pass)
     return parser.parse(argv)
 
 
@@ -68,27 +59,29 @@ def open_network(args, folder):
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
-    model, stored = checkpoint.load_network(path, args.architecture, SearchSpace.for_images(args.input_size or 224))
-    return model, stored, DataConfig.from_args(args, stored.data, stored.path)
+    model, ckpt = checkpoint.load_network(path, args.architecture, SearchSpace.for_images(args.input_size or 224))
+    return model, ckpt, DataConfig.from_args(args, ckpt.data, ckpt.path)
 
 
 def evaluate_checkpoint(args, folder):
     """--eval: top-1 and top-5 of a retrained network on val."""
     prepare(args)
-    model, stored, config = open_network(args, folder)
+    model, ckpt, config = open_network(args, folder)
     data = Data(args, config)
-    checkpoint.check_classes(stored, data.classes)
+    checkpoint.check_classes(ckpt, data.classes)
     device = resolve_device(args)
     model.to(device, memory_format=torch.channels_last).eval()
     return summary(model, accuracy(model, validation_batches(data.val, config, args, device)))
 
 
 def export_checkpoint(args, folder):
-    """--export: writes the network, says how exact and how fast the file is."""
+    """--export: writes the network; prints how exact and how fast the file is."""
     resolve_device(args)  # --threads
     result = export.export(args.export, *open_network(args, folder))
-    print(f"{result['file']}: logits within {result['max_difference']:.1g} of the network's on {result['n_images']} images; "
-          f"{result['latency_ms']} ms an image on this CPU (median of {result['runs']} runs, batch 1, {result['threads']} threads)")  # fmt: skip
+    print(
+        "{file}: logits within {max_difference:.1g} of the network's on {n_images} images; {latency_ms} ms an image on "
+        "this CPU (median of {runs} runs, batch 1, {threads} threads)".format(**result)
+    )
     return result
 
 
@@ -125,15 +118,11 @@ def retrain(args, folder):
 
     torch.manual_seed(args.seed)
     model = ShuffleNetV2(candidate, space=space)
-    utils.log.info(
-        "%s: %.1fM multiply-adds, %.2fM parameters",
-        list(candidate),
-        space.flops(candidate) / 1e6,
-        space.params(candidate) / 1e6,
-    )
+    costs = space.flops(candidate) / 1e6, space.params(candidate) / 1e6
+    utils.log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), *costs)
 
     def validate(step):
-        distributed.broadcast_from_rank0(model.buffers())  # BN statistics, of which each process has its own
+        distributed.broadcast_from_rank0(model.buffers())  # each rank has BN statistics of its own
         acc1, acc5, n_images = accuracy(model.eval(), validation)
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
         return {"val/acc1": acc1, "val/acc5": acc5}
@@ -142,21 +131,15 @@ def retrain(args, folder):
     before = {"acc1_no_pass": metrics["val/acc1"], "acc5_no_pass": metrics["val/acc5"], "seconds": metrics["seconds"]}
     # Official `bnps-` checkpoint: BN momentum 1/i over training batches at learning rate 0, so a plain average.
     if args.bn_pass:
-        plan = training_plan(
-            len(data.train), args.batch_size, args.seed, args.iterations, args.iterations + args.bn_pass
-        )
-        recalibrate_bn(
-            model,
-            model,
-            loader.batches(itertools.islice(plan, distributed.rank(), None, distributed.world_size())),
-            "average",
-        )
+        end = args.iterations + args.bn_pass
+        plan = training_plan(len(data.train), args.batch_size, args.seed, args.iterations, end)
+        share = itertools.islice(plan, distributed.rank(), None, distributed.world_size())
+        recalibrate_bn(model, model, loader.batches(share), "average", sharded=distributed.world_size() > 1)
     result = summary(model, accuracy(model.eval(), validation)) | before
     if distributed.rank() == 0:
         path = folder / "bnps-checkpoint.pth"
-        checkpoint.save(
-            path, kind="scratch", step=args.iterations, model=model.state_dict(), metrics=result, **run.stored
-        )
+        values = {"kind": "scratch", "step": args.iterations, "metrics": result, **run.contents}
+        checkpoint.save(path, model=model.state_dict(), **values)
     utils.log.info("val after the BN pass: top-1 %.2f%%, top-5 %.2f%%", result["acc1"], result["acc5"])
     return result
 

@@ -1,4 +1,4 @@
-"""Trains the supernet: one path, drawn uniformly under the FLOPs bins, a step.
+"""Trains the supernet: at every step one path, drawn flat over FLOPs bins.
 
     python supernet.py                                  ImageNet at data/imagenet, official settings
     python supernet.py --demo                           the bundled images, minutes on two CPU cores
@@ -6,12 +6,12 @@
     torchrun --nproc-per-node 8 supernet.py             on eight GPUs
 
 Reads DIR/train (without the images held out for the search). Writes OUT/checkpoints/supernet/: checkpoint-STEP.pth,
-log.jsonl, run.log, config.yml, tensorboard/. A run that was interrupted goes on where it stopped.
+log.jsonl, run.log, config.yml, tensorboard/. The same command resumes an interrupted run.
 Expected on ImageNet: training error about .417 at the end (official log); not run here.
 Source: paper section 3.3 and 4.1; official `src/Supernet/train.py`.
 """
 
-import utils  # first: sets GOMP_SPINCOUNT before torch is imported
+import utils  # sets GOMP_SPINCOUNT, so before torch is imported
 
 # isort: split
 import copy
@@ -30,7 +30,8 @@ from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
 from training.evaluation import evaluate, resolve_device
-from training.loop import TrainingRun, train
+from training.loop import train
+from training.run import TrainingRun
 
 
 def parse_args(argv=None):
@@ -39,21 +40,12 @@ def parse_args(argv=None):
     command_line.add_data_flags(parser)
     command_line.add_training_flags(parser, iterations=150_000)
     command_line.add_evaluation_flags(parser)
-    group = parser.add_argument_group("paths")
-    group.add_argument(
-        "--sampler", choices=("flops-uniform", "uniform"), default="flops-uniform", help="default: flat over FLOPs bins"
-    )
-    group.add_argument(
-        "--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)"
-    )
-    group.add_argument("--flops-bins", type=command_line.count(1, 1000), default=7, metavar="N", help="default: 7")
-    group.add_argument(
-        "--val-paths",
-        type=command_line.count(1, 1000),
-        default=3,
-        metavar="N",
-        help="fixed paths to validate (default: 3)",
-    )
+    flag, count = parser.add_argument_group("paths").add_argument, command_line.count(1, 1000)
+    samplers = ("flops-uniform", "uniform")
+    flag("--sampler", choices=samplers, default=samplers[0], help="default: flat over FLOPs bins")
+    flag("--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)")
+    flag("--flops-bins", type=count, default=7, metavar="N", help="default: 7")
+    flag("--val-paths", type=count, default=3, metavar="N", help="fixed paths to validate (default: 3)")
     return parser.parse(argv)
 
 
@@ -64,11 +56,9 @@ def main(args):
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     flops_range = None
     if args.sampler == "flops-uniform":
-        flops_range = (
-            [space.flops_value(v, "--flops-range") for v in args.flops_range]
-            if args.flops_range
-            else list(default_flops_range(space))
-        )
+        flops_range = list(default_flops_range(space))
+        if args.flops_range:
+            flops_range = [space.flops_value(v, "--flops-range") for v in args.flops_range]
     sampler = PathSampler(space, args.seed, flops_range, args.flops_bins)
 
     images, heldout = data.images("supernet"), data.images("search")
@@ -83,9 +73,8 @@ def main(args):
     })  # fmt: skip
     run.start()
     if flops_range:
-        utils.log.info(
-            "paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, *(f / 1e6 for f in flops_range)
-        )
+        low, high = (flops / 1e6 for flops in flops_range)
+        utils.log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, low, high)
     rng = random.Random(args.seed)
     fixed_paths = [space.random_candidate(rng) for _ in range(args.val_paths)]
 
@@ -95,9 +84,8 @@ def main(args):
     def validate(step):
         results = evaluate(copy.deepcopy(model), fixed_paths, calibration, validation, args.bn, amp=args.eval_amp)
         acc1, acc5 = (sum(r[k] for r in results) / len(results) for k in ("acc1", "acc5"))
-        utils.log.info(
-            "step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths", step, acc1, acc5, len(results)
-        )
+        text = "step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths"
+        utils.log.info(text, step, acc1, acc5, len(results))
         return {"val/acc1": acc1, "val/acc5": acc5}
 
     metrics = train(run, model, loader, validate, sampler.candidate)

@@ -22,7 +22,7 @@ import command_line
 from engines import trial
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
-from training.evaluation import Evaluator
+from training.evaluation import evaluate, open_evaluation
 
 
 def parse_args(argv=None):
@@ -57,17 +57,18 @@ def run_trial(args):
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     trial.take_gpu(args.device)
     candidates = trial.receive_candidates()
-    trial.report(Evaluator(args).evaluate(candidates))
+    supernet, calibration, validation = open_evaluation(args)
+    trial.report(evaluate(supernet, candidates, calibration, validation, args.bn, amp=args.eval_amp))
 
 
 def main(args):
     if args.mode == "gen":
         generate(args)
     elif args.architecture:
-        evaluator = Evaluator(args)
-        candidate = evaluator.space.load_architecture(args.architecture)
-        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, evaluator.device)
-        (result,) = evaluator.evaluate([candidate])
+        supernet, calibration, validation = open_evaluation(args)
+        candidate = supernet.space.load_architecture(args.architecture)
+        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, calibration.loader.device)
+        (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
         print(json.dumps(result))
     elif os.environ.get("NNI_PLATFORM"):

@@ -106,17 +106,20 @@ class Workers:
 
 
 def _evaluate(trial, candidates):
-    return _evaluator(trial).evaluate(candidates)
+    from training.evaluation import evaluate
+
+    flags, supernet, calibration, validation = _opened(trial)
+    return evaluate(supernet, candidates, calibration, validation, flags.bn, amp=flags.eval_amp)
 
 
 @functools.cache
-def _evaluator(trial):
-    """This process's evaluator, on a device of its own; `trial` has the flags as JSON.
+def _opened(trial):
+    """Flags, supernet and images of this worker, on a device of its own; `trial` has the flags as JSON.
 
-    It is made for the first list instead of when the worker starts, so that a UserError reaches the search.
+    Opened for the first list instead of when the worker starts, so that a UserError reaches the search.
     """
-    from training.evaluation import Evaluator
+    from training.evaluation import open_evaluation
 
     flags = argparse.Namespace(**json.loads(trial), split="search")
     take_gpu(flags.device)
-    return Evaluator(flags)
+    return flags, *open_evaluation(flags)

@@ -1,4 +1,4 @@
-"""The figures of a search's report and of the ranking study, drawn by matplotlib: SVG whose elements can be counted and pointed at, and PNG.
+"""The figures of a search's report, drawn by matplotlib: SVG whose elements can be counted and pointed at, and PNG.
 
 In every SVG text stays text, and what is drawn for a candidate, a generation, a share or a block is one element of the
 class "datum" in a group with a name: #plane-candidates .datum are the candidates in the FLOPs-accuracy plane. Its title,
@@ -48,10 +48,10 @@ def draw(run, random, folder):
             "operations": _operations(run),
             "best": _best(run),
         }
-        return {name: _save(name, *figure, folder) for name, figure in figures.items()}
+        return {name: save_figure(name, *figure, folder) for name, figure in figures.items()}
 
 
-def _save(name, figure, titles, folder):
+def save_figure(name, figure, titles, folder):
     """Writes folder/name.svg and .png; `titles` has for each named group the title of each element. Returns the SVG."""
     drawn, picture = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
@@ -307,56 +307,6 @@ def _best(run):
             axes.text(
                 right + offset, y, value, ha="right", va="center_baseline", weight="bold" if rank == 1 else "normal"
             )
-    return figure, titles
-
-
-def draw_ranking(candidates, taus, folder):
-    """Draws how candidates rank in the supernet and when trained alone into folder/ranking.svg and .png; returns the SVG.
-
-    `candidates` have flops, supernet and standalone (top-1 percent, one of each seed); `taus` are {name: {"tau", "interval"}}.
-    """
-    with matplotlib.rc_context(STYLE):
-        return _save("ranking", *_ranking(candidates, taus), folder)
-
-
-def _ranking(candidates, taus):
-    """Left: top-1 in the supernet against top-1 alone, mean and range of the seeds. Right: Kendall's taus with their intervals."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    x = [c["supernet"] for c in candidates]
-    alone = [sum(c["standalone"]) / len(c["standalone"]) for c in candidates]
-    left.vlines(
-        x,
-        [min(c["standalone"]) for c in candidates],
-        [max(c["standalone"]) for c in candidates],
-        color=PALE,
-        linewidth=1,
-    )
-    shades = ListedColormap(matplotlib.colormaps["Blues"]([0.3 + 0.7 * i / 255 for i in range(256)]))
-    points = left.scatter(
-        x, alone, 30, [c["flops"] / 1e6 for c in candidates], cmap=shades, edgecolors="white", linewidths=0.4, gid="candidates", zorder=2,
-    )  # fmt: skip
-    left.set(
-        xlabel="top-1 in the supernet (%)",
-        ylabel="top-1 trained from scratch (%)",
-        title="(a) Candidates; bars: the seeds' range",
-    )
-    figure.colorbar(
-        points, ax=left, label="FLOPs (millions of multiply-adds)", pad=0.015, aspect=30
-    ).outline.set_visible(False)
-    for y, row in enumerate(taus.values()):
-        colour = {0: BEST, len(taus) - 1: RANDOM}.get(y, GREY)
-        right.plot(row["interval"], [y, y], color=colour, linewidth=1.4)
-        right.plot(row["tau"], y, "o", color=colour, markersize=5, gid=f"tau-{y}")
-        right.text(row["tau"], y - 0.16, f"{row['tau']:.2f}", ha="center", color=colour)
-    right.axvline(0, color=GREY, linewidth=0.8)
-    right.set_yticks(range(len(taus)), taus)
-    right.set_ylim(len(taus) - 0.5, -0.7)
-    right.set(xlabel="Kendall's tau with top-1 trained from scratch", title="(b) Rank agreement, 95% intervals")
-    titles = {"candidates": [
-        f"{millions(c['flops'])} FLOPs: {c['supernet']:.2f} % in the supernet, {', '.join(f'{a:.2f}' for a in c['standalone'])} % alone"
-        for c in candidates
-    ]}  # fmt: skip
     return figure, titles
 
 

@@ -1,10 +1,10 @@
-"""The path sampler of supernet training: which candidate a step trains.
+"""The sampler of single paths: which candidate a step of supernet training trains.
 
-Official training draws a FLOPs bin, then uniform candidates until one falls in it, so that paths are flat over the bins
-(7 of 10M from 290M to 360M) and uniform within each. Official gives up after 500 tries and takes any candidate; here there
-is no such fallback, and a bin that random candidates don't reach is an error before training starts.
+Official training draws a FLOPs bin, then uniform candidates until one falls in it, so that paths are flat over the
+bins (7 of 10M from 290M to 360M) and uniform within each. Official gives up after 500 tries and takes any candidate;
+here there is no such fallback, and a bin that random candidates don't reach is an error before training starts.
 
-A path is a pure function of seed and step: resuming needs no state, and data-parallel ranks agree without a word.
+A path is a pure function of seed and step: resuming needs no state, and all ranks take the same path.
 
 Source: official `src/Supernet/train.py` (`get_random_cand`, `get_uniform_sample_cand`).
 """
@@ -14,14 +14,14 @@ import numpy as np
 from space.search_space import SearchSpace
 from utils import UserError
 
-STREAM = 0x50617468  # keeps these draws apart from others of the same seed
+STREAM = 0x50617468  # separates these draws from others of the same seed
 CHUNK = 1024  # steps that are drawn together
 BATCH = 16_384  # random candidates that are costed together
 MAX_BATCHES = 62  # about a million candidates, which have to fill the bins of an average chunk
 
 
 def default_flops_range(space):
-    """(low, high) in multiply-adds: 290M-360M in the paper's space, elsewhere the quantiles that these are there."""
+    """(low, high) in multiply-adds: 290M to 360M in the paper's space, in others the same quantiles."""
     if space == SearchSpace():
         return 290_000_000, 360_000_000
     return space.flops_quantile(0.0014), space.flops_quantile(0.9986)
@@ -96,8 +96,9 @@ class PathSampler:
                 return
         rarest = int(hits.argmin())
         (low, high), (usual_low, usual_high) = self.space.flops_range, default_flops_range(self.space)
+        edges = f"{self.edges[rarest]} to {self.edges[rarest + 1]}"
         raise UserError(
-            f"--flops-range {self.edges[0]} {self.edges[-1]}: {hits[rarest]} of {MAX_BATCHES * BATCH} random candidates fall into "
-            f"bin {rarest + 1} of {n_bins}, {self.edges[rarest]} to {self.edges[rarest + 1]}, and {needed} have to; candidates cost "
-            f"{low} to {high}, 99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
+            f"--flops-range {self.edges[0]} {self.edges[-1]}: {hits[rarest]} of {MAX_BATCHES * BATCH} random "
+            f"candidates fall into bin {rarest + 1} of {n_bins}, {edges}, and {needed} have to; candidates cost {low} to {high}, "
+            f"99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
         )

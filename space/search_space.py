@@ -224,11 +224,10 @@ class SearchSpace:
         return sum(c.weights + 2 * c.out_channels for c in convs) + self.last_channels * self.n_classes
 
     def with_costs(self, operation_flops, fixed_flops):
-        """This space with other multiply-adds than the analytic ones: of every operation at every block, and of the rest."""
+        """This space with other multiply-adds than the analytic ones: of each operation at each block, and of the rest."""
         space = dataclasses.replace(self)
-        vars(space).update(
-            operation_flops=tuple(map(tuple, operation_flops)), fixed_flops=fixed_flops
-        )  # where cached properties are kept
+        costs = {"operation_flops": tuple(map(tuple, operation_flops)), "fixed_flops": fixed_flops}
+        vars(space).update(costs)  # takes the place of the cached properties
         return space
 
     @functools.cached_property
@@ -269,9 +268,8 @@ class SearchSpace:
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([M%]?)", str(text).strip())
         value = float(match[1]) if match else 0
         if not match or not 0 < value < 1e15 or (match[2] == "%" and value > 100):
-            raise UserError(
-                f"{flag} {reprlib.repr(text)} is neither multiply-adds (330000000, 330M) nor a share of candidates (59%)"
-            )
+            forms = "neither multiply-adds (330000000, 330M) nor a share of candidates (59%)"
+            raise UserError(f"{flag} {reprlib.repr(text)} is {forms}")
         if match[2] == "%":
             return self.flops_quantile(value / 100)
         return int(value * (1e6 if match[2] == "M" else 1))

@@ -1,7 +1,7 @@
 """What candidates cost together when their common first blocks are computed once, and how to split a list of them.
 
-Two candidates that choose the same operations up to a block have the same activations up to there, BN statistics included:
-evaluation.py evaluates a list as the tree of its prefixes. Standard library alone.
+Two candidates that choose the same operations up to a block have the same activations up to there, BN statistics
+included: training/prefix_tree.py evaluates a list as the tree of its prefixes. Standard library alone.
 """
 
 
@@ -19,7 +19,10 @@ def chunks(space, candidates, n, size=None):
 
 
 def split(space, candidates, n):
-    """At most `n` lists of the candidates, sorted so that neighbours share first blocks; the costliest tree is as cheap as can be."""
+    """At most `n` lists of the candidates, such that the most expensive tree is as cheap as possible.
+
+    The candidates are sorted, so that neighbours share their first blocks.
+    """
     costs = _marginal_costs(space, candidates)
     low, high = 0, sum(alone for _, alone, _ in costs)
     while low < high:
@@ -29,7 +32,7 @@ def split(space, candidates, n):
 
 
 def _marginal_costs(space, candidates):
-    """(candidate, its multiply-adds, those beyond the blocks it shares with the one before), sorted, each candidate once."""
+    """(candidate, its multiply-adds, those that it does not share with the one before), sorted, each candidate once."""
     costs, before = [], None
     for candidate in sorted(set(candidates)):
         alone = more = space.flops(candidate)

@@ -215,7 +215,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.os, "fdopen", lambda descriptor, mode: open("/dev/full", mode))
+    monkeypatch.setattr(utils.os, "fdopen", lambda descriptor, mode: open("/dev/full", mode))  # noqa: SIM115
     with pytest.raises(utils.UserError, match=r"c\.pth: can't be written") as error:
         checkpoint.save(tmp_path / "c.pth", model={"a": torch.zeros(100_000)})
     assert "\n" not in str(error.value) and files(tmp_path) == []
@@ -224,7 +224,7 @@ def test_a_checkpoint_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_a_log_on_a_full_disk_says_nothing(tmp_path, capsys):
     log = utils._LogFile(tmp_path / "run.log")
     log.stream.close()
-    log.stream = open("/dev/full", "w")
+    log.stream = open("/dev/full", "w")  # noqa: SIM115
     log.emit(utils.logging.LogRecord("spos", 20, "x.py", 1, "text", (), None))
     assert capsys.readouterr().err == ""
 

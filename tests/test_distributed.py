@@ -23,7 +23,7 @@ from images.dataset import training_plan
 from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler
 from training import checkpoint
-from training.loop import dropout_seed
+from training.recipe import dropout_seed
 from utils import UserError
 
 TINY = ("--demo", "--heldout-per-class", 4, "--threads", 1, "--workers", 1, "--batch-size", 16, "--warmup", 2)

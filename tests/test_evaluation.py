@@ -7,9 +7,10 @@ import weakref
 import pytest
 import torch
 
-from network import ShuffleNetV2OneShot
+from network import ShuffleNetV2OneShot, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import PrefixTree, accuracy, evaluate, fold_bn, recalibrate_bn
+from training.evaluation import accuracy, evaluate, recalibrate_bn
+from training.prefix_tree import PrefixTree
 
 SPACE = SearchSpace(input_size=32, n_classes=7, stem_stride=1)
 PATHS = [(0, 1, 2, 3) * 5, (3, 2, 1, 0) * 5]
@@ -73,8 +74,8 @@ def test_the_tree_is_bit_equal_to_one_candidate_after_the_other(supernet, mode, 
     supernet.to(memory_format=torch.channels_last)
     candidates, calibration, ((images, _),) = relatives(6), batches(3, 8), batches(1, 16, 1)
     tree = PrefixTree(supernet, candidates, fold)
-    with torch.inference_mode(), tree.borrowed_norms():
-        tree.calibrate(calibration, mode)
+    with torch.inference_mode(), tree.own_statistics():
+        recalibrate_bn(tree.supernet, tree.forward, calibration, mode)
         logits = dict(tree.logits(images))
     assert logits.keys() == set(candidates)
     for candidate in logits:
@@ -91,8 +92,8 @@ def test_folded_and_unfolded_agree(supernet):
     logits = {}
     for fold in (True, False):
         tree = PrefixTree(supernet, PATHS, fold)
-        with torch.inference_mode(), tree.borrowed_norms():
-            tree.calibrate(calibration, "average")
+        with torch.inference_mode(), tree.own_statistics():
+            recalibrate_bn(tree.supernet, tree.forward, calibration, "average")
             logits[fold] = dict(tree.logits(images))
     for path in PATHS:
         a, b = logits[True][path], logits[False][path]
@@ -154,8 +155,8 @@ def test_bf16_is_near_and_its_logits_are_float(supernet):
     logits = {}
     for amp in ("off", "bf16"):
         tree = PrefixTree(supernet, PATHS, amp=amp)
-        with torch.inference_mode(), tree.borrowed_norms():
-            tree.calibrate(calibration, "average")
+        with torch.inference_mode(), tree.own_statistics():
+            recalibrate_bn(tree.supernet, tree.forward, calibration, "average")
             logits[amp] = dict(tree.logits(images))
     for path in PATHS:
         a, b = logits["off"][path], logits["bf16"][path]
@@ -220,8 +221,8 @@ def test_the_gpu_agrees(supernet):
     logits = {}
     for device in ("cpu", "cuda"):
         tree = PrefixTree(supernet.to(device, memory_format=torch.channels_last), relatives(4))
-        with torch.inference_mode(), tree.borrowed_norms():
-            tree.calibrate([(x.to(device), y) for x, y in calibration], "average")
+        with torch.inference_mode(), tree.own_statistics():
+            recalibrate_bn(tree.supernet, tree.forward, [(x.to(device), y) for x, y in calibration], "average")
             logits[device] = {c: x.cpu() for c, x in tree.logits(images.to(device))}
     for candidate, expected in logits["cpu"].items():
         assert (logits["cuda"][candidate] - expected).abs().max() < 0.05 * expected.abs().max()  # TF32 in convolutions

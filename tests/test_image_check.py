@@ -82,7 +82,7 @@ def test_check_names_all_that_is_wrong_at_once(tree):
         assert reason in line
     (line,) = [line for line in lines if "'dog' is in only one of train and val" in line]
     assert len(lines) == len(expected) + 1 and stdout == ""
-    assert "6 unreadable, 2 mislabelled of 22 images, 3 folders wrong" in summary
+    assert "6 unreadable, 2 mislabelled of 22 images, 3 wrong folders" in summary
     assert "--accept" not in summary
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import blocks
 import network
 from space.search_space import SearchSpace
+from training import checkpoint
 from utils import UserError
 
 CLASSES = 10
@@ -159,7 +160,7 @@ def test_one_swapped_kernel_size_would_be_seen(block):
     try:
         assert_far_apart(outcome(ours, 32, torch.float32, path), expected)
         with pytest.raises(UserError, match=f"features.{block}.0.branch_main.3.weight.*shape"):
-            network.load_weights(ours, reference.state_dict(), "FILE")
+            checkpoint.load_weights(ours, reference.state_dict(), "FILE")
     finally:
         ours.features[block][0] = original
 

@@ -16,7 +16,9 @@ from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
 from training.checkpoint import checkpoints, load, newest
-from training.loop import TrainingRun, dropout_seed, learning_rate, parameter_groups, train
+from training.loop import train
+from training.recipe import dropout_seed, learning_rate, parameter_groups
+from training.run import TrainingRun
 from utils import UserError
 
 SPACE = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
@@ -224,7 +226,7 @@ def test_a_checkpoint_that_lacks_what_training_needs_is_a_line(tmp_path, key):
     content = torch.load(newest(tmp_path))
     del content[key]
     torch.save(content, newest(tmp_path))
-    with pytest.raises(UserError, match=rf"has no {key} to go on from.*--out.*--resume none"):
+    with pytest.raises(UserError, match=rf"has no {key} to resume from.*--out.*--resume none"):
         supernet_run(tmp_path, settings(iterations=2))
 
 

@@ -11,6 +11,7 @@ import torch
 from test_network import CLASSES, SMALL, difference, image_batches, supernets
 
 import network
+from training import checkpoint
 from utils import UserError
 
 
@@ -27,9 +28,9 @@ def test_an_official_supernet_file_loads_strictly(tmp_path, zipped):
         tmp_path / "checkpoint-150000.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped
     )
     model = network.ShuffleNetV2OneShot(32, CLASSES)
-    weights = network.load_and_parse_state_dict(path)
+    weights = checkpoint.load_and_parse_state_dict(path)
     model.load_state_dict(weights, strict=True)
-    network.load_weights(model, weights, path)
+    checkpoint.load_weights(model, weights, path)
     for name, tensor in reference.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -39,7 +40,7 @@ def test_an_official_retrained_file_loads_strictly(tmp_path):
     reference = reference_spos.Network(reference_spos.WINNER, 1000, True).eval()
     path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict())
     model = network.ShuffleNetV2(reference_spos.WINNER).eval()
-    network.load_weights(model, network.load_and_parse_state_dict(path), path)
+    checkpoint.load_weights(model, checkpoint.load_and_parse_state_dict(path), path)
     images, _ = image_batches(1, 1, 224)[0]
     with torch.no_grad():
         assert difference(model(images), reference(images)) < 1e-5
@@ -61,7 +62,7 @@ def test_bare_and_wrapped_state_dicts_are_the_same(tmp_path):
         {"state_dict": prefixed, "epoch": 3},
     ):
         torch.save(content, tmp_path / "file")
-        found = network.load_and_parse_state_dict(tmp_path / "file")
+        found = checkpoint.load_and_parse_state_dict(tmp_path / "file")
         assert found.keys() == weights.keys() and all(torch.equal(v, weights[k]) for k, v in found.items())
 
 
@@ -85,7 +86,7 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb(mark)))
     for name in ("zip.pth", "legacy.pth", "pickle.pth"):
         with pytest.raises(UserError, match=f"{name}: not a whole checkpoint of plain tensors"):
-            network.load_and_parse_state_dict(tmp_path / name)
+            checkpoint.load_and_parse_state_dict(tmp_path / name)
     assert not mark.exists()
 
 
@@ -94,7 +95,7 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "file")
     with pytest.raises(UserError, match="file: holds no state dict"):
-        network.load_and_parse_state_dict(tmp_path / "file")
+        checkpoint.load_and_parse_state_dict(tmp_path / "file")
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
@@ -107,7 +108,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
     for size in [0, 1, 10, *(rng.randrange(len(whole)) for _ in range(40))]:
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"damaged\.pth: ") as error:
-            network.load_file(path)
+            checkpoint.load_file(path)
         assert "\n" not in str(error.value)
     for _ in range(60):
         damaged = bytearray(whole)
@@ -116,7 +117,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
             damaged[rng.randrange(2000)] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            network.load_and_parse_state_dict(path)
+            checkpoint.load_and_parse_state_dict(path)
         except UserError as error:
             assert str(path) in str(error)
 
@@ -124,7 +125,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
 @pytest.mark.parametrize("path", ["no/such/file", "."])
 def test_a_missing_file_and_a_folder_are_refused(path):
     with pytest.raises(UserError, match="can't be read"):
-        network.load_file(path)
+        checkpoint.load_file(path)
 
 
 def test_weights_of_another_model_are_refused():
@@ -132,14 +133,14 @@ def test_weights_of_another_model_are_refused():
     with pytest.raises(
         UserError, match=r"FILE: entry '.*' is (missing|of another model); the model is ShuffleNetV2, 5 classes"
     ):
-        network.load_weights(fixed, supernet.state_dict(), "FILE")
+        checkpoint.load_weights(fixed, supernet.state_dict(), "FILE")
     with pytest.raises(
         UserError, match=r"FILE: entry 'classifier.0.weight' has shape \(6, 16\), the model needs \(5, 16\)"
     ):
-        network.load_weights(supernet, small_weights() | {"classifier.0.weight": torch.zeros(6, 16)}, "FILE")
+        checkpoint.load_weights(supernet, small_weights() | {"classifier.0.weight": torch.zeros(6, 16)}, "FILE")
     with pytest.raises(UserError, match=r"FILE: entry 'conv_last.0.weight' is missing"):
-        network.load_weights(supernet, {k: v for k, v in small_weights().items() if k != "conv_last.0.weight"}, "FILE")
+        checkpoint.load_weights(supernet, {k: v for k, v in small_weights().items() if k != "conv_last.0.weight"}, "FILE")
     before = {k: v.clone() for k, v in supernet.state_dict().items()}
     with pytest.raises(UserError):
-        network.load_weights(supernet, fixed.state_dict(), "FILE")
+        checkpoint.load_weights(supernet, fixed.state_dict(), "FILE")
     assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())

@@ -11,7 +11,8 @@ import distributed
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler
 from training.evaluation import accuracy, evaluate, recalibrate_bn
-from training.loop import TrainingRun, train
+from training.loop import train
+from training.run import TrainingRun
 
 CANDIDATES = [(0, 1, 2, 3) * 5, (0, 1, 2, 0) * 5]
 

@@ -1,32 +1,34 @@
-"""Checkpoints: written whole or not at all, read without executing anything, complete enough to go on from.
+"""Checkpoints: written atomically, read without executing code, complete enough to resume a run.
 
-A file holds plain containers and tensors: version, kind ("supernet" or "scratch"), step, model, optimizer, the search space,
-the data settings (preprocessing, augmentation, split), class names, the architecture (scratch) and the settings of the run.
+A file holds plain containers and tensors: version, kind ("supernet" or "scratch"), step, model, optimizer, the search
+space, the data settings (preprocessing, augmentation, split), class names, the architecture (scratch) and the settings
+of the run. Official files hold a state dict alone.
 """
 
 import dataclasses
 import pathlib
 import re
 import reprlib
+import warnings
 
 import torch
 
 from images.dataset import Data, DataConfig, prepare
-from network import ShuffleNetV2, ShuffleNetV2OneShot, load_file, load_weights, parse_state_dict
+from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.search_space import SearchSpace
 from utils import HERE, UserError, atomic_write, log, settings_difference
 
 VERSION = 1
-# Settings in which a run may differ from the checkpoint that it goes on from, with the same result (on another device but for rounding).
+# Settings that a resumed run may change: the result is the same, up to rounding on another device.
 HARMLESS = {
-    "config", "demo", "out", "data_dir", "cache", "workers", "threads", "device", "keep", "resume", "save_every", "val_every",
-    "eval", "export", "predict",
+    "config", "demo", "out", "data_dir", "cache", "workers", "threads", "device", "keep", "resume", "save_every",
+    "val_every", "eval", "export", "predict",
 }  # fmt: skip
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a checkpoint says beside the weights; official files say nothing, and `data`, `split`, `classes` are None."""
+    """A checkpoint that was read. Of an official file, `data`, `split`, `classes` and `content` are None."""
 
     path: str
     kind: str
@@ -44,9 +46,9 @@ def save(path, **content):
     try:
         with atomic_write(path, "wb") as file:
             torch.save({"version": VERSION, **content}, file)
-    except (OSError, RuntimeError) as error:  # of a write that failed, torch makes a RuntimeError of its own
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a write failed
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
-        raise UserError(f"{path}: can't be written ({reason}); make room, and the same command goes on") from None
+        raise UserError(f"{path}: can't be written ({reason}); free some space, and the same command resumes") from None
 
 
 def newest(folder):
@@ -69,9 +71,9 @@ def prune(folder, keep):
 
 
 def load(path, kind, space=None):
-    """A Checkpoint from our own or an official file; `space` is what an official one, which carries none, is taken to be of,
-    but for the class count.
+    """A Checkpoint from our own or an official file.
 
+    An official file carries no search space: it is assumed to be of `space`, with the class count of its classifier.
     Raises UserError where the file is missing, damaged, of another kind or version.
     """
     return parse(load_file(path), path, kind, space)
@@ -110,71 +112,134 @@ def parse(content, path, kind, space=None):
 
 def load_supernet(path, out, space=None):
     """(the supernet, its Checkpoint) from `path`, or from the newest checkpoint below `out` where path is None."""
-    path = path or newest(pathlib.Path(out) / "checkpoints" / "supernet")
+    folder = pathlib.Path(out) / "checkpoints" / "supernet"
+    path = path or newest(folder)
     if path is None:
-        raise UserError(
-            f"--checkpoint: no supernet in {pathlib.Path(out) / 'checkpoints' / 'supernet'}; train one with supernet.py"
-        )
-    stored = load(path, "supernet", space)
+        raise UserError(f"--checkpoint: no supernet in {folder}; train one with supernet.py")
+    ckpt = load(path, "supernet", space)
     with torch.device("meta"):
-        model = ShuffleNetV2OneShot(space=stored.space)
-    load_weights(model, stored.weights, path)
-    return model, stored
+        model = ShuffleNetV2OneShot(space=ckpt.space)
+    load_weights(model, ckpt.weights, path)
+    return model, ckpt
 
 
 def open_supernet(args):
-    """(supernet, its Checkpoint, DataConfig, Data) of the flags. Raises UserError where checkpoint, flags and images don't go together."""
-    prepare(args)  # first, for without images nothing else helps
-    model, stored = load_supernet(args.checkpoint, args.out, SearchSpace.for_images(args.input_size or 224))
-    config = DataConfig.from_args(args, stored.data, stored.path)
+    """(supernet, its Checkpoint, DataConfig, Data) of the flags.
+
+    Raises UserError where checkpoint, flags and images don't go together.
+    """
+    prepare(args)
+    model, ckpt = load_supernet(args.checkpoint, args.out, SearchSpace.for_images(args.input_size or 224))
+    config = DataConfig.from_args(args, ckpt.data, ckpt.path)
     data = Data(args, config)
-    check_classes(stored, data.classes)
-    check_split(stored, data.split)
-    return model, stored, config, data
+    check_classes(ckpt, data.classes)
+    check_split(ckpt, data.split)
+    return model, ckpt, config, data
 
 
 def load_network(path, architecture=None, space=None):
     """(the retrained network, its Checkpoint) from `path`.
 
-    An official file doesn't say its architecture: it is that of the file `architecture`, by default the published winner.
+    An official file does not carry its architecture: that is read from the file `architecture`, by default the
+    published winner's. Raises UserError where `architecture` contradicts the checkpoint.
     """
-    stored = load(path, "scratch", space)
-    told = architecture and stored.space.load_architecture(architecture)
-    if stored.architecture is None:
-        stored.architecture = told or stored.space.load_architecture(HERE / "architecture_final.json")
-    elif told not in (None, stored.architecture):
-        raise UserError(
-            f"--architecture {architecture} contradicts {path}, which is of {list(stored.architecture)}; leave the flag out"
-        )
+    ckpt = load(path, "scratch", space)
+    given = architecture and ckpt.space.load_architecture(architecture)
+    if ckpt.architecture is None:
+        ckpt.architecture = given or ckpt.space.load_architecture(HERE / "architecture_final.json")
+    elif given not in (None, ckpt.architecture):
+        contradiction = f"--architecture {architecture} contradicts {path}, which is of {list(ckpt.architecture)}"
+        raise UserError(f"{contradiction}; leave the flag out")
     with torch.device("meta"):
-        model = ShuffleNetV2(stored.architecture, space=stored.space)
-    load_weights(model, stored.weights, path)
-    return model, stored
+        model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
+    load_weights(model, ckpt.weights, path)
+    return model, ckpt
 
 
-def check_split(stored, split):
-    """Whether the held-out images were kept from the supernet's training. Raises UserError where another split was used."""
-    if stored.split is None:
-        log.warning("%s carries no split: the search images were probably seen in training", stored.path)
-    elif stored.split != split:
-        raise UserError(
-            f"{stored.path}: trained on another split of the images ({stored.split}, here {split}); use the same --data-dir"
-        )
+def check_split(ckpt, split):
+    """Raises UserError where the supernet was trained on another split, so perhaps on images that are held out now."""
+    if ckpt.split is None:
+        log.warning("%s carries no split: the search images were probably seen in training", ckpt.path)
+    elif ckpt.split != split:
+        where = f"{ckpt.path}: trained on another split of the images ({ckpt.split}, here {split})"
+        raise UserError(f"{where}; use the same --data-dir")
 
 
-def check_classes(stored, classes):
+def check_classes(ckpt, classes):
     """Raises UserError where the data's classes are not the checkpoint's."""
-    if stored.space.n_classes != len(classes):
-        raise UserError(
-            f"{stored.path}: has {stored.space.n_classes} classes, the data {len(classes)}; use the same --data-dir"
-        )
-    if stored.classes is not None and stored.classes != tuple(classes):
-        raise UserError(f"{stored.path}: its class names are not those of the data; use the same --data-dir")
+    if ckpt.space.n_classes != len(classes):
+        counts = f"has {ckpt.space.n_classes} classes, the data {len(classes)}"
+        raise UserError(f"{ckpt.path}: {counts}; use the same --data-dir")
+    if ckpt.classes is not None and ckpt.classes != tuple(classes):
+        raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")
 
 
-def check_settings(stored, settings, folder):
+def check_settings(ckpt, settings, folder):
     """Raises UserError that names the flags in which a run differs from the one that it would go on from."""
-    if changes := settings_difference(stored.content["settings"], settings, HARMLESS):
+    if changes := settings_difference(ckpt.content["settings"], settings, HARMLESS):
         flags = {name: f"--{name.replace('_', '-')}" for name in changes} | {"processes": "processes"}  # not a flag
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
         raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")
+
+
+# --- files of weights, ours and official ----------------------------------------------------------------------
+
+
+def load_file(path):
+    """What torch.save wrote to `path`, on the CPU: plain containers and tensors; no code in it is executed.
+
+    Raises UserError where the file is missing, damaged, or holds anything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged file may raise struct.error, AssertionError, IndexError and others
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise UserError(f"{path}: not a whole checkpoint of plain tensors ({reason}); remove or replace it") from None
+
+
+def load_and_parse_state_dict(path):
+    """The state dict in an official or our own file: taken out of "state_dict" or "model", "module." stripped.
+
+    Raises UserError as `load_file` does, and where there is no state dict in it.
+    """
+    return parse_state_dict(load_file(path), path)
+
+
+def parse_state_dict(content, path):
+    """As `load_and_parse_state_dict`, for a file's content."""
+    if isinstance(content, dict):
+        for key in ("state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+    if not isinstance(content, dict) or not content or not all(_is_plain_tensor(v) for v in content.values()):
+        raise UserError(f"{path}: holds no state dict of plain tensors")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _is_plain_tensor(value):
+    """Whether it can be copied into a weight: neither sparse, quantized, nested nor without data."""
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and not value.is_quantized and not value.is_nested
+
+
+def load_weights(model, state_dict, path):
+    """Loads strictly. Raises UserError that names the first entry that does not fit.
+
+    A model on the meta device gets its memory after that: the space of a damaged file may ask for terabytes.
+    """
+    own = model.state_dict()
+    for name in sorted(own.keys() | state_dict.keys()):
+        if name not in state_dict or name not in own:
+            where = "missing" if name in own else "of another model"
+            kind = f"the model is {type(model).__name__}, {model.space.n_classes} classes"
+            raise UserError(f"{path}: entry {name!r} is {where}; {kind}")
+        if own[name].shape != state_dict[name].shape:
+            shapes = f"{tuple(state_dict[name].shape)}, the model needs {tuple(own[name].shape)}"
+            raise UserError(f"{path}: entry {name!r} has shape {shapes}")
+    if next(model.parameters()).is_meta:
+        model.to_empty(device="cpu")
+    model.load_state_dict(state_dict)

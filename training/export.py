@@ -1,8 +1,8 @@
-"""The retrained network for use elsewhere: one file with the program, the weights, and all that its user has to know.
+"""Export of the retrained network: one file with the program, the weights and what its user has to know.
 
-The program takes images as every decoder gives them, uint8 RGB (N, H, W, 3), resized and cropped, any N, and returns logits
-(N, classes). Order of the channels, scale and normalisation are inside of it, since nothing else would notice a mistake in
-them: another type or another size is refused when it is run. The metadata say what comes before and what happens inside.
+The program takes images as decoders return them, uint8 RGB (N, H, W, 3), resized and cropped, any N, and returns logits
+(N, classes). The channel order, the scale and the normalisation are inside the program, since nothing would notice a
+mistake in them; it refuses another type or size. The metadata describe the preprocessing before and inside it.
 
 FILE.pt2 is written by torch.export (metadata.json in its extra files), FILE.onnx by torch.onnx (metadata_props, a value
 that is no text as JSON). A file is read back and compared with the network on bundled images before it gets its name.
@@ -27,11 +27,7 @@ from utils import HERE, UserError, atomic_write, commit, versions
 TOLERANCE = 1e-4  # of logits, absolute
 N_IMAGES, BATCH_SIZE = 20, 7  # of the comparison: 7, 7 and 6 images
 WARM_UP, TIMED = 10, 50  # runs of one image
-ONNX_PACKAGES = (
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-)  # torch.onnx writes with the first two; the third runs what was written
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # torch.onnx needs the first two; the third runs the file
 
 
 class Program(nn.Module):
@@ -45,12 +41,12 @@ class Program(nn.Module):
         return self.network(network_input(images, self.preprocessing))
 
 
-def class_names(stored):
+def class_names(ckpt):
     """The names of a checkpoint's classes; official files have none, and get numbers."""
-    return list(stored.classes or (f"class {i}" for i in range(stored.space.n_classes)))
+    return list(ckpt.classes or (f"class {i}" for i in range(ckpt.space.n_classes)))
 
 
-def metadata(model, stored, config):
+def metadata(model, ckpt, config):
     """All that the file says about itself, by name; plain values."""
     space, candidate = model.space, model.architecture
     size, spos = config.input_size, config.preprocessing == "spos"
@@ -59,23 +55,23 @@ def metadata(model, stored, config):
         "input": f"images: uint8 (N, {size}, {size}, 3), RGB from 0 to 255, any N",
         "output": "logits: float32 (N, classes); their softmax is the probabilities",
         "preprocessing": {  # what the user does
-            "resize": config.val_resize, "resize_what": "shorter side, px", "interpolation": "bilinear, not antialiased",
-            "crop": size, "crop_where": "centre",
+            "resize": config.val_resize, "resize_what": "shorter side, px",
+            "interpolation": "bilinear, not antialiased", "crop": size, "crop_where": "centre",
         },
         "inside": {"channels": "BGR", "range": [0, 255]} if spos
                   else {"channels": "RGB", "range": [0, 1], "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-        "classes": class_names(stored),
+        "classes": class_names(ckpt),
         "architecture": list(candidate),
         "operations": [space.operations[choice] for choice in candidate],
         "flops": space.flops(candidate), "params": space.params(candidate),
-        "metrics": stored.content and stored.content["metrics"],
-        "source": f"{pathlib.Path(stored.path).name}; {versions()}; commit {commit()}",
+        "metrics": ckpt.content and ckpt.content["metrics"],
+        "source": f"{pathlib.Path(ckpt.path).name}; {versions()}; commit {commit()}",
         "licence": (HERE / "LICENSE").read_text(),
     }  # fmt: skip
 
 
-def export(path, model, stored, config):
-    """Writes the network to `path`, .pt2 or .onnx, and returns what was measured: largest difference of logits, latency.
+def export(path, model, ckpt, config):
+    """Writes the network to `path`, .pt2 or .onnx; returns the largest difference of its logits and its latency.
 
     Raises UserError where the suffix is another, a package is missing, the file can't be written or its logits differ.
     """
@@ -84,20 +80,18 @@ def export(path, model, stored, config):
         raise UserError(f"--export {path}: ends in neither .pt2 (torch.export) nor .onnx")
     missing = [name for name in ONNX_PACKAGES if path.suffix == ".onnx" and importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"--export {path}: ONNX needs pip install {' '.join(missing)}; a file named .pt2 needs nothing more"
-        )
+        install = f"ONNX needs pip install {' '.join(missing)}; a file named .pt2 needs nothing more"
+        raise UserError(f"--export {path}: {install}")
     model.to("cpu").eval()
     example = torch.zeros(2, config.input_size, config.input_size, 3, dtype=torch.uint8)
     batch = {"images": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         program = torch.export.export(Program(model, config.preprocessing), (example,), dynamic_shapes=batch)
-    content, run = (_torch_export if path.suffix == ".pt2" else _onnx)(program, metadata(model, stored, config))
+    content, run = (_torch_export if path.suffix == ".pt2" else _onnx)(program, metadata(model, ckpt, config))
     difference = compare(run, model, config)
     if not difference <= TOLERANCE:
-        raise UserError(
-            f"--export {path}: not written, since its logits differ from the network's by {difference:.2g}, over {TOLERANCE}"
-        )
+        largest = f"its logits differ from the network's by {difference:.2g}, over {TOLERANCE}"
+        raise UserError(f"--export {path}: not written, since {largest}")
     try:
         with atomic_write(path, "wb") as file:
             file.write(content)
@@ -155,7 +149,7 @@ def latency(run, image):
     return round(statistics.median(seconds[WARM_UP:]) * 1000, 3)
 
 
-def predict(paths, model, stored, config, args, device):
+def predict(paths, model, ckpt, config, args, device):
     """Yields (path, [(class name, probability), ...]) for each image file, the five most probable classes first.
 
     Raises UserError that names the file, before anything is computed, where one is not an image.
@@ -166,7 +160,7 @@ def predict(paths, model, stored, config, args, device):
         _, reason, _ = inspect(path)
         if reason:
             raise UserError(f"--predict {path}: {reason}")
-    names = class_names(stored)
+    names = class_names(ckpt)
     images = ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), tuple(names))
     model.to(device, memory_format=torch.channels_last).eval()
     loader = Loader.from_args(images, config, False, args, device)

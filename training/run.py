@@ -1,0 +1,174 @@
+"""The folder of a training run: its lock, its checkpoints, and what is written down as it goes."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+
+import torch
+from tqdm import tqdm
+
+import distributed
+from dataloader import resolve_backend
+from training import checkpoint
+from utils import UserError, atomic_write, hold_lock, log, output_folder, start_logging
+
+STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """A training run in `folder`; `contents` goes into every checkpoint. Rank 0 alone writes."""
+
+    args: object
+    folder: pathlib.Path
+    device: torch.device
+    kind: str
+    contents: dict
+
+    @property
+    def settings(self):
+        """The settings that decide about the result, as a resumed run must have them again."""
+        settings = {k: v for k, v in vars(self.args).items() if k not in checkpoint.HARMLESS}
+        settings["loader"] = resolve_backend(self.args.loader)
+        return settings | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {})
+
+    def start(self):
+        """Locks the folder and starts its log; with --resume none, an earlier run in it is renamed.
+
+        Raises UserError where another run holds the lock.
+        """
+        distributed.on_rank0(self._start)
+
+    def _start(self):
+        output_folder(self.folder.parent)
+        self.lock = hold_lock(self.folder.with_suffix(".lock"), wait_s=10)  # workers of a killed run end within moments
+        aside = None
+        if self.args.resume == "none" and checkpoint.newest(self.folder):
+            names = (self.folder.with_suffix(f".{n}") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            self.folder.rename(aside)
+        start_logging(self.folder, self.args, self.device)
+        if aside:
+            log.info("the run before is in %s", aside)
+
+    def resume(self, recipe):
+        """Loads the newest whole checkpoint, if there is one; returns its (step, metrics, rows of the log)."""
+        content = distributed.on_rank0(self._newest)
+        if content is None:
+            return 0, {"seconds": 0.0}, torch.empty(0, 3, dtype=torch.double)
+        recipe.model.load_state_dict(content["model"])
+        recipe.optimizer.load_state_dict(content["optimizer"])
+        recipe.scaler.load_state_dict(content["scaler"])
+        return content["step"], content["metrics"], content["rows"]
+
+    def _newest(self):
+        """The content of the newest whole checkpoint, or None. Raises UserError where it is of another run."""
+        for left in self.folder.glob(".checkpoint-*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
+        damaged = {}
+        for path in reversed(checkpoint.checkpoints(self.folder)):
+            try:
+                content = checkpoint.load_file(path)
+            except UserError as error:
+                log.warning("warning: %s; looking for an older one", error)
+                damaged[path] = error
+                continue
+            self._check(path, content)
+            for later in damaged:  # no longer the newest, nor one of --keep
+                later.rename(later.with_name(f"{later.name}.damaged"))
+            return content
+        if damaged:
+            first = next(iter(damaged.values()))
+            raise UserError(f"{first}; no older one is whole: use another --out, or --resume none")
+        return None
+
+    def _check(self, path, content):
+        """Raises UserError where a checkpoint is not one that this run can resume from."""
+        found = checkpoint.parse(content, path, self.kind)
+        if found.content is None:
+            raise UserError(f"{path}: not a checkpoint of this program; use another --out, or --resume none")
+        if missing := STATE - content.keys():
+            lacks = f"{path}: has no {min(missing)} to resume from"
+            raise UserError(f"{lacks}; use another --out, or --resume none")
+        checkpoint.check_settings(found, self.settings, self.folder)
+        odd = [k for k in ("split", "classes", "architecture") if content.get(k) != self.contents.get(k)]
+        if odd:
+            raise UserError(f"{path}: was trained with another {odd[0]}; use that, another --out, or --resume none")
+
+    def save(self, step, recipe, metrics, rows):
+        """Writes a checkpoint, removes the oldest, and returns its path."""
+        path = self.folder / f"checkpoint-{step:07d}.pth"
+        if distributed.rank() == 0:
+            state = {"model": recipe.model, "optimizer": recipe.optimizer, "scaler": recipe.scaler}
+            state = {name: part.state_dict() for name, part in state.items()}
+            values = {"kind": self.kind, "step": step, "metrics": metrics, "rows": rows, "settings": self.settings}
+            checkpoint.save(path, **values, **state, **self.contents)
+            checkpoint.prune(self.folder, self.args.keep)
+        return path
+
+
+class Journal:
+    """log.jsonl, TensorBoard and, on a terminal, a progress bar; written by rank 0.
+
+    Removes the lines that a killed run wrote after step `done`, and that of `done` where its validation is still due.
+    """
+
+    def __init__(self, run, done, space, validation_due):
+        self.run, self.done, self.space, self.kept = run, done, space, done - validation_due
+
+    def __enter__(self):
+        self.writes, self.total = distributed.rank() == 0, self.run.args.iterations
+        self.closing = contextlib.ExitStack()
+        shown = {"unit": "step", "dynamic_ncols": True, "disable": None if self.writes else True}
+        self.progress = self.closing.enter_context(tqdm(total=self.total, initial=self.done, **shown))
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(self.run.folder / "tensorboard", purge_step=self.kept + 1)
+            self.board = self.closing.enter_context(board)
+            path = self.run.folder / "log.jsonl"
+            self.step = _cut(path, self.kept)
+            self.file = self.closing.enter_context(open(path, "a"))
+        return self
+
+    def __exit__(self, *_):
+        self.closing.close()
+
+    def log(self, step, metrics):
+        """A line of the log."""
+        log.info("step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s", step, self.total, metrics["train/loss"],
+                 metrics["train/acc1"], metrics["train/lr"], metrics["train/images_per_second"])  # fmt: skip
+
+    def write(self, step, metrics, candidate_at):
+        """Writes the metrics of a step and, to TensorBoard, the FLOPs of the paths since the last one."""
+        if not self.writes:
+            return
+        for tag, value in metrics.items():
+            self.board.add_scalar(tag, value, step)
+        if candidate_at:
+            mflops = [self.space.flops(candidate_at(s)) / 1e6 for s in range(self.step + 1, step + 1)]
+            self.board.add_histogram("paths/MFLOPs", torch.tensor(mflops), step)
+        self.progress.set_postfix(loss=f"{metrics['train/loss']:.3f}", top1=f"{metrics['train/acc1']:.1f}%")
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        self.step = step
+
+
+def _cut(path, step):
+    """Removes lines of later steps, and an incomplete last one. Returns the step of the last line left, or 0."""
+    lines = []
+    if path.exists():
+        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if _step(line) <= step]
+        with atomic_write(path) as file:
+            file.writelines(lines)
+    return _step(lines[-1]) if lines else 0
+
+
+def _step(line):
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

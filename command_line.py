@@ -1,7 +1,7 @@
 """The command line: a flag has one name, one meaning and one definition, here, for all scripts.
 
-Values come from, in rising order: the defaults below (the official settings), a YAML file (`--config FILE`; `--demo` is the
-committed demo.yml), the command line. Standard library alone, and PyYAML where a YAML file is read.
+Values come from, in rising order of precedence: the defaults below (the official settings), a YAML file (`--config`,
+or the committed demo.yml with `--demo`), the command line. Needs the standard library, and PyYAML to read YAML.
 """
 
 import argparse
@@ -13,11 +13,14 @@ import sys
 
 from utils import HERE, PATHS, UserError, read_yaml
 
-NO_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file's name can have
+NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and a section of a YAML file between defaults and command line."""
+    """argparse with one-line errors, no abbreviations, and settings of a YAML file between defaults and command line.
+
+    `section` is the name of the script, and of its section in a YAML file.
+    """
 
     def __init__(self, doc, section):
         super().__init__(
@@ -27,71 +30,81 @@ class Parser(argparse.ArgumentParser):
             prog=f"{section}.py",
         )
         self.section = section
-        self.source = ""
 
     def error(self, message):
-        raise UserError(self.source + (message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}"))
+        raise UserError(message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}")
 
-    def parse(self, argv=None):
-        """The arguments as a namespace; `config` names the YAML file that was read, or is None."""
+    def parse(self, argv=None, defaults=None):
+        """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
+
+        `defaults` (attribute -> value, from `check_settings`) take precedence over the flags' own defaults.
+        """
         argv = sys.argv[1:] if argv is None else list(argv)
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.error = self.error
-        _add_config_flags(first)
-        config = first.parse_known_args(argv)[0]
-        path = HERE / "demo.yml" if config.demo else config.config
-        settings = self._yaml_arguments(path) if path else []
-        args = self.parse_args(settings + argv)
+        args = self.parse_args(argv)
+        path = HERE / "demo.yml" if args.demo else args.config
+        settings = self._read_settings(path) if path else {}
+        args = self.parse_args(argv, argparse.Namespace(**(defaults or {}) | settings))
         args.config = path and str(path)
         return args
 
-    def _yaml_arguments(self, path):
-        """The YAML's `common` section and this script's own, as command-line words, checked as such.
-
-        Paths are relative to the YAML file.
-        """
+    def _read_settings(self, path):
+        """The checked settings of a YAML file: those of section `common`, then those of this script's section."""
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):
                 raise UserError(
                     f"{path}: {reprlib.repr(name)} is not a section (common, or the name of a script) with settings"
                 )
-        words = []
+        values = {}
         for name in ("common", self.section):
-            for key, value in document.get(name, {}).items():
-                action = self._option_string_actions.get(f"--{key}")
-                if action is None or key in ("config", "demo", "help"):
-                    raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(key)} (section {name!r})")
-                if isinstance(action, argparse.BooleanOptionalAction):
-                    if not isinstance(value, bool):
-                        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not true or false")
-                    words.append(f"--{key}" if value else f"--no-{key}")
-                    continue
-                values = value if isinstance(value, list) else [value]
-                if any(
-                    isinstance(v, bool) or not isinstance(v, (str, int, float)) or NO_WORD.search(str(v))
-                    for v in values
-                ):
-                    raise UserError(f"{path}: {key} is {reprlib.repr(value)}, not a plain value")
-                if key in PATHS:
-                    values = list(map(str, values))
-                    values = [os.path.join(os.path.dirname(path), v) for v in values]
-                words += [f"--{key}", *map(str, values)]
-        self.source = f"{path}: "
-        self.parse_args(words)
-        self.source = ""
-        return words
+            values |= self.check_settings(path, name, document.get(name, {}))
+        return values
+
+    def check_settings(self, path, section, settings):
+        """Returns {attribute: value} of the flags that `settings` (flag without dashes -> value) of a file set.
+
+        Values are checked with the type and choices of their flags; file names are relative to the folder of `path`.
+        Raises UserError that begins with `path` for an unknown flag or a wrong value.
+        """
+        words, attributes = [], []
+        for flag, value in settings.items():
+            action = self._option_string_actions.get(f"--{flag}")
+            if action is None or flag in ("config", "demo", "help"):
+                raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(flag)} (section {section!r})")
+            words += _words(path, flag, value, isinstance(action, argparse.BooleanOptionalAction))
+            attributes.append(action.dest)
+        try:
+            args = self.parse_args(words)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return {name: getattr(args, name) for name in attributes}
+
+
+def _words(path, flag, value, is_switch):
+    """A setting of a file as the words of a command line. Raises UserError where the value has no such form."""
+    if is_switch:
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {flag} is {reprlib.repr(value)}, not true or false")
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    values = value if isinstance(value, list) else [value]
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (str, int, float)) or NOT_A_WORD.search(str(v)):
+            raise UserError(f"{path}: {flag} is {reprlib.repr(value)}, not a plain value")
+    words = map(str, values)
+    if flag in PATHS:
+        words = (os.path.join(os.path.dirname(path), word) for word in words)
+    return [f"--{flag}", *words]
 
 
 def number(kind, low, high, text):
-    """An argparse type: `kind` (int or float) from `low` to `high`; `text` says so in the error."""
+    """Returns an argparse type: `kind` (int or float) from `low` to `high`, called `text` in errors."""
 
     def parse(word):
         try:
             value = kind(word)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:  # nor NaN
+        if not low <= value <= high:  # also for NaN
             raise argparse.ArgumentTypeError(f"{word!r} is not {text} from {low} to {high}")
         return value
 
@@ -108,26 +121,29 @@ def real(low=0.0, high=1e6):
 
 def _add_config_flags(parser):
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config", metavar="FILE", help="YAML with settings, in sections: common, and a script's name")
-    which.add_argument("--demo", action="store_true", help="the bundled images with small settings (demo.yml)")
+    which.add_argument("--config", metavar="FILE", help="YAML of settings, in sections: common, and a script's name")
+    which.add_argument("--demo", action="store_true", help="small settings for the bundled images (demo.yml)")
 
 
 def add_run_flags(parser):
     group = parser.add_argument_group("run")
     _add_config_flags(group)
-    group.add_argument("--out", default=".", metavar="DIR", help="folder of all outputs (default: here)")
-    group.add_argument("--seed", type=count(0), default=0, help="of every random draw (default: 0)")
+    group.add_argument("--out", default=".", metavar="DIR", help="output folder (default: the current one)")
+    group.add_argument("--seed", type=count(0), default=0, help="seed of all random numbers (default: 0)")
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    group.add_argument("--threads", type=count(1, 1024), help="CPU threads of torch (default: its own choice)")
+    group.add_argument("--threads", type=count(1, 1024), help="CPU threads of torch (default: torch's own choice)")
 
 
 def add_data_flags(parser):
-    """Flags of the data. None stands for "as the checkpoint says, or else the official value named in the help"."""
+    """Adds the flags of the data; None means "as in the checkpoint, else the official value", which the help names."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data-dir", default=str(HERE / "data" / "imagenet"), metavar="DIR", help="has train/<class>/ and val/<class>/"
+        "--data-dir",
+        default=str(HERE / "data" / "imagenet"),
+        metavar="DIR",
+        help="folder with train/<class>/ and val/<class>/ (data/imagenet)",
     )
     group.add_argument("--input-size", type=count(16, 2048), metavar="PX", help="side of the network's input (224)")
     group.add_argument(
@@ -139,14 +155,14 @@ def add_data_flags(parser):
     group.add_argument(
         "--preprocessing",
         choices=("spos", "imagenet"),
-        help="BGR in [0, 255], or RGB with mean and standard deviation (spos)",
+        help="BGR in [0, 255], or RGB normalised by ImageNet's mean and standard deviation (spos)",
     )
     group.add_argument(
         "--crop-scale",
         type=real(0.001, 1),
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="area share of training crops (0.08 1)",
+        help="area of training crops as a share of the image (0.08 1)",
     )
     group.add_argument(
         "--crop-ratio",
@@ -155,32 +171,41 @@ def add_data_flags(parser):
         metavar=("LOW", "HIGH"),
         help="width/height of training crops (0.75 1.3333)",
     )
-    group.add_argument("--jitter", type=real(0, 1), help="brightness, contrast and saturation of training images (0.4)")
     group.add_argument(
-        "--mirror", action=argparse.BooleanOptionalAction, help="mirror half of the training images (yes)"
+        "--jitter",
+        type=real(0, 1),
+        help="strength of brightness, contrast and saturation jitter in training (0.4)",
     )
     group.add_argument(
-        "--heldout-per-class", type=count(1, 1_000_000), metavar="N", help="training images kept for the search (50)"
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        help="flip half of the training images horizontally (yes)",
     )
-    group.add_argument("--split-seed", type=count(0), metavar="N", help="of the choice of held-out images (0)")
+    group.add_argument(
+        "--heldout-per-class",
+        type=count(1, 1_000_000),
+        metavar="N",
+        help="training images of each class held out for the search (50)",
+    )
+    group.add_argument("--split-seed", type=count(0), metavar="N", help="seed that selects the held-out images (0)")
     group.add_argument(
         "--loader",
         choices=("auto", "dali", "torchvision", "synthetic"),
         default="auto",
-        help="default: DALI where installed",
+        help="default: DALI if it is installed, else torchvision",
     )
     group.add_argument(
         "--eval-batch-size",
         type=count(1, 100_000),
         default=200,
         metavar="N",
-        help="images a step of validation (default: 200)",
+        help="batch size of validation (default: 200)",
     )
     group.add_argument(
         "--cache",
         default=str(HERE / "data" / "cache"),
         metavar="DIR",
-        help="decoded images that every candidate meets (data/cache)",
+        help="folder of decoded calibration and validation images (data/cache)",
     )
     group.add_argument("--workers", type=count(0, 256), help="loader processes or threads (default: up to 8)")
 
@@ -195,21 +220,22 @@ def add_training_flags(parser, iterations):
         "--lr",
         type=real(0, 1000),
         default=0.5,
-        help="learning rate before the first step, falls linearly to 0 (default: 0.5)",
+        help="initial learning rate, decays linearly to 0 (default: 0.5)",
     )
+    group.add_argument("--warmup", type=count(0), default=0, metavar="N", help="steps of linear warm-up (default: 0)")
+    group.add_argument("--momentum", type=real(0, 1), default=0.9, help="momentum of SGD (default: 0.9)")
     group.add_argument(
-        "--warmup", type=count(0), default=0, metavar="N", help="steps over which the rate rises first (default: 0)"
-    )
-    group.add_argument("--momentum", type=real(0, 1), default=0.9, help="of SGD (default: 0.9)")
-    group.add_argument(
-        "--weight-decay", type=real(0, 1), default=4e-5, help="of weights with more than one dimension (default: 4e-5)"
+        "--weight-decay",
+        type=real(0, 1),
+        default=4e-5,
+        help="weight decay of tensors with more than one dimension (default: 4e-5)",
     )
     group.add_argument("--label-smoothing", type=real(0, 1), default=0.1, help="default: 0.1")
     group.add_argument(
         "--amp",
         choices=("off", "bf16", "fp16"),
         default="off",
-        help="convolutions in bfloat16 or float16 (default: off)",
+        help="mixed precision: convolutions in bfloat16 or float16 (default: off)",
     )
     group.add_argument(
         "--val-every", type=count(), default=10_000, metavar="N", help="steps between validations (default: 10000)"
@@ -222,19 +248,23 @@ def add_training_flags(parser, iterations):
         "--resume",
         choices=("auto", "none"),
         default="auto",
-        help="go on from the newest checkpoint, or start anew (default: auto)",
+        help="resume from the newest checkpoint if there is one, or start anew (default: auto)",
     )
 
 
 def add_checkpoint_flag(parser, kind):
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help=f"weights, ours or official (default: newest in OUT/checkpoints/{kind})"
+        "--checkpoint",
+        metavar="FILE",
+        help=f"weights, ours or official (default: the newest in OUT/checkpoints/{kind})",
     )
 
 
 def add_architecture_flag(parser, default):
     parser.add_argument(
-        "--architecture", metavar="FILE", help=f"architecture, one-hot or a plain list (default: {default})"
+        "--architecture",
+        metavar="FILE",
+        help=f"JSON of an architecture, one-hot or a plain list (default: {default})",
     )
 
 
@@ -244,7 +274,7 @@ def add_evaluation_flags(parser):
         "--bn",
         choices=("ema", "average"),
         default="ema",
-        help="BN statistics: exponential or plain average (default: ema)",
+        help="BN statistics: exponential moving average or plain average (default: ema)",
     )
     group.add_argument(
         "--bn-batches", type=count(), default=200, metavar="N", help="batches that recalibrate BN (default: 200)"

@@ -1,10 +1,10 @@
 """Loaders: NVIDIA DALI, torchvision and synthetic images behind one signature.
 
-Every loader decodes the batches of a plan (dataset.py) to uint8 RGB (N, H, W, 3) with the parameters that dataset.py draws;
-`finish` makes of it what the network sees: float BGR (N, 3, H, W) in [0, 255] (official), or RGB with ImageNet's mean and
-standard deviation.
+Every loader decodes the batches of a plan to uint8 RGB (N, H, W, 3), with plan and augmentation parameters from
+images/dataset.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or RGB
+normalised by ImageNet's mean and standard deviation.
 
-    python dataloader.py --check DIR    names every file of DIR/{train,val}/<class>/ that is unreadable or mislabelled
+    python dataloader.py --check DIR    lists all files of DIR/{train,val}/<class>/ that are unreadable or mislabelled
 
 Source: official `src/Supernet/train.py` (transforms).
 """
@@ -25,29 +25,29 @@ import command_line
 import utils
 from distributed import local_world_size
 from images import image_check
-from images.dataset import EXTENSIONS, draw_augmentation, lonely_classes, scan, tree_paths, validation_geometry
+from images.dataset import EXTENSIONS, draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
 from images.image_check import UNDECODABLE
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SYNTHETIC = 3  # a random stream beside those of dataset.py
+SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
 
 
 def resolve_backend(backend):
-    """The loader that --loader asks for: "dali", "torchvision" or "synthetic". Raises UserError where it is not installed."""
-    there = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
-    if backend == "dali" and not there:
+    """The backend of --loader: "dali", "torchvision" or "synthetic". Raises UserError if it is not installed."""
+    installed = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+    if backend == "dali" and not installed:
         raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
     if backend == "auto":
-        return "dali" if there else "torchvision"
+        return "dali" if installed else "torchvision"
     return backend
 
 
 class Loader:
-    """Yields batches of a plan as (images (N, 3, H, W) float, labels (N,) int64) on the device.
+    """Loads the batches of a plan: images (N, 3, H, W) float, labels (N,) int64, on the device.
 
-    `augment` chooses the training transform over the validation one. `backend` is "auto", "dali", "torchvision" or
-    "synthetic". An image that can't be decoded is a UserError that names the file.
+    Applies the training transform if `augment`, else the validation transform. `backend` is "auto", "dali",
+    "torchvision" or "synthetic". Raises UserError that names the file if an image can't be decoded.
     """
 
     def __init__(self, images, config, augment, seed=0, device="cpu", backend="auto", workers=None):
@@ -58,12 +58,12 @@ class Loader:
 
     @classmethod
     def from_args(cls, images, config, augment, args, device):
-        """The loader that the flags ask for."""
+        """The loader of the flags."""
         return cls(images, config, augment, args.seed, device, args.loader, args.workers)
 
     @property
     def decoder(self):
-        """What the pixels depend on beside file and parameters: library, version, and for DALI the device."""
+        """The library and version that decode, and for DALI the device: pixels depend on them."""
         if self.backend == "synthetic":
             return self.backend
         if self.backend == "torchvision":
@@ -76,14 +76,14 @@ class Loader:
             yield self.finish(images), labels
 
     def decode(self, plan):
-        """As `batches`, with images as uint8 RGB (N, H, W, 3), as decoded."""
-        source = {"dali": self._dali, "torchvision": self._torchvision, "synthetic": self._synthetic}[self.backend]
-        for images, samples in source(iter(plan)):
+        """Like `batches`, with images as uint8 RGB (N, H, W, 3)."""
+        backends = {"dali": self._dali, "torchvision": self._torchvision, "synthetic": self._synthetic}
+        for images, samples in backends[self.backend](iter(plan)):
             labels = torch.from_numpy(self.images.labels[samples[:, 1]])
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def finish(self, images):
-        """What the network sees of uint8 RGB (N, H, W, 3): float (N, 3, H, W), channels-last in memory."""
+        """uint8 RGB (N, H, W, 3) -> the network's input, float (N, 3, H, W), channels-last in memory."""
         return network_input(images.to(self.device, non_blocking=True), self.config.preprocessing)
 
     def _synthetic(self, plan):
@@ -95,9 +95,14 @@ class Loader:
     def _torchvision(self, plan):
         dataset = _TorchvisionImages(self.images, self.config, self.augment, self.seed)
         batches = torch.utils.data.DataLoader(
-            dataset, batch_sampler=plan, collate_fn=lambda batch: batch, num_workers=self.workers,
-            pin_memory=self.device.type == "cuda", prefetch_factor=4 if self.workers else None, worker_init_fn=utils.leave_signals_to_parent,
-        )  # fmt: skip
+            dataset,
+            batch_sampler=plan,
+            collate_fn=lambda batch: batch,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if self.workers else None,
+            worker_init_fn=utils.leave_signals_to_parent,
+        )
         try:
             for images, samples, error in batches:
                 if error:
@@ -106,17 +111,15 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"--workers {self.workers}: {reason} (too little memory?); the same command goes on, or fewer workers"
-            ) from None
+            what = f"--workers {self.workers}: {str(error).splitlines()[0]}"
+            raise UserError(f"{what} (too little memory?); resume with the same command and fewer workers") from None
 
     def _dali(self, plan):
         import nvidia.dali
         from nvidia.dali import fn, pipeline_def, types
 
         size, gpu = self.config.input_size, self.device.type == "cuda"
-        sent = []  # the batches that are in the pipeline, in order
+        sent = []  # batches in the pipeline, in order
 
         def source():
             for samples in plan:
@@ -125,10 +128,10 @@ class Loader:
                 yield tuple(inputs[name] for name in names)
 
         names = ["encoded", "shape", "corner"]
-        if self.augment:
-            names += ["brightness", "contrast", "saturation"] * bool(self.config.jitter) + [
-                "mirror"
-            ] * self.config.mirror
+        if self.augment and self.config.jitter:
+            names += ["brightness", "contrast", "saturation"]
+        if self.augment and self.config.mirror:
+            names += ["horizontal_flip"]
 
         def operators():
             outputs = fn.external_source(source(), num_outputs=len(names), batch=True)
@@ -136,9 +139,7 @@ class Loader:
             others = dict(zip(names[3:], others))
             decoder = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
             if int(nvidia.dali.__version__.split(".")[0]) >= 2:
-                decoder["adjust_orientation"] = (
-                    False  # EXIF is ignored, as DALI 1, torchvision and the official code do
-                )
+                decoder["adjust_orientation"] = False  # ignores EXIF, like DALI 1, torchvision and the official code
             resize = {"interp_type": types.INTERP_LINEAR}
             if not self.augment:
                 images = fn.resize(
@@ -149,32 +150,34 @@ class Loader:
                 encoded, corner, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decoder
             )
             images = fn.resize(images, resize_x=size, resize_y=size, antialias=True, **resize)
-            mirror = others.pop("mirror", None)
+            flip = others.pop("horizontal_flip", None)
             if others:
                 images = fn.color_twist(images, **others)
-            return images if mirror is None else fn.flip(images, horizontal=mirror)
+            return images if flip is None else fn.flip(images, horizontal=flip)
 
         first = next(plan, None)
         if first is None:
             return
         plan = itertools.chain([first], plan)
         pipeline = pipeline_def(operators)(
-            batch_size=len(first), num_threads=max(1, self.workers), device_id=torch.cuda.current_device() if gpu else None,
+            batch_size=len(first),
+            num_threads=max(1, self.workers),
+            device_id=torch.cuda.current_device() if gpu else None,
             prefetch_queue_depth=2,
-        )  # fmt: skip
+        )
         pipeline.build()
         while True:
             try:
                 (output,) = pipeline.run()
             except StopIteration:
                 return
-            except RuntimeError as error:  # DALI doesn't name the file; a pipeline that raised is of no further use
+            except RuntimeError as error:  # DALI does not name the file
                 raise UserError(self._undecodable(sent) or f"DALI: {str(error).splitlines()[0]}") from None
             samples = sent.pop(0)
             yield self._dali_tensor(output, len(samples)), samples
 
     def _dali_inputs(self, samples):
-        """One batch for DALI's external source, by name: encoded files and, per image, the parameters of its transform."""
+        """A batch of DALI's external source, name -> values of each image: encoded file and transform parameters."""
         columns = {}
         for epoch, index in samples:
             path = os.path.join(self.images.root, self.images.paths[index])
@@ -183,17 +186,17 @@ class Loader:
             if self.augment:
                 a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
                 row = {
-                    "corner": np.array(a.window[:2], np.int32), "shape": np.array(a.window[2:], np.int32),
-                    "brightness": np.float32(a.brightness), "contrast": np.float32(a.contrast),
-                    "saturation": np.float32(a.saturation), "mirror": np.int32(a.mirror),
-                }  # fmt: skip
+                    "corner": np.array(a.window[:2], np.int32),
+                    "shape": np.array(a.window[2:], np.int32),
+                    "brightness": np.float32(a.brightness),
+                    "contrast": np.float32(a.contrast),
+                    "saturation": np.float32(a.saturation),
+                    "horizontal_flip": np.int32(a.horizontal_flip),
+                }
             else:
                 shape, corner = validation_geometry(self.config, height, width)
-                # DALI wants the corner as a share of the room that is left
-                share = [
-                    c / (s - self.config.input_size) if s > self.config.input_size else 0.0
-                    for c, s in zip(corner, shape)
-                ]
+                size = self.config.input_size  # DALI takes the corner as a share of the margin
+                share = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
                 row = {"corner": np.array(share, np.float32), "shape": np.array(shape, np.float32)}
             for name, value in {"encoded": encoded, **row}.items():
                 columns.setdefault(name, []).append(value)
@@ -220,7 +223,10 @@ class Loader:
 
 
 def network_input(images, preprocessing):
-    """uint8 RGB (N, H, W, 3) -> float (N, 3, H, W), channels-last in memory: BGR in [0, 255] ("spos"), or normalised RGB ("imagenet")."""
+    """uint8 RGB (N, H, W, 3) -> float (N, 3, H, W), channels-last in memory.
+
+    `preprocessing` is "spos", BGR in [0, 255], or "imagenet", normalised RGB.
+    """
     images = images.permute(0, 3, 1, 2)
     if preprocessing == "spos":
         return images.flip(1).float()
@@ -239,7 +245,7 @@ def _read_file(path):
 
 
 def _image_size(path, encoded):
-    """(height, width) in px, from the header alone."""
+    """(height, width) in px, from the file's header."""
     try:
         width, height = Image.open(io.BytesIO(encoded)).size
         return height, width
@@ -248,7 +254,7 @@ def _image_size(path, encoded):
 
 
 def _decode(path):
-    """The PIL image of a file, RGB, decoded whole. Raises UserError that names the file."""
+    """The PIL image of a file, RGB, completely decoded. Raises UserError that names the file."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -257,7 +263,7 @@ def _decode(path):
 
 
 class _TorchvisionImages:
-    """The torchvision loader's data set: a batch of a plan -> (uint8 (N, H, W, 3), samples, error or None)."""
+    """The dataset of the torchvision loader: a batch of a plan -> (uint8 (N, H, W, 3), samples, error or None)."""
 
     def __init__(self, images, config, augment, seed):
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
@@ -266,7 +272,9 @@ class _TorchvisionImages:
         samples = np.asarray(samples)
         try:
             images = np.stack([self._image(epoch, index) for epoch, index in samples])
-        except UserError as error:  # as a value: raised in a worker it would arrive as a traceback's text
+        except (
+            UserError
+        ) as error:  # returned, because DataLoader would raise a worker's error as the text of a traceback
             return None, samples, str(error)
         return torch.from_numpy(images), samples, None
 
@@ -286,7 +294,7 @@ class _TorchvisionImages:
             image = F.adjust_brightness(image, a.brightness)
             image = F.adjust_contrast(image, a.contrast)
             image = F.adjust_saturation(image, a.saturation)
-        return np.asarray(F.horizontal_flip(image) if a.mirror else image)
+        return np.asarray(F.horizontal_flip(image) if a.horizontal_flip else image)
 
 
 # --- python dataloader.py --check DIR ------------------------------------------------------------------------
@@ -296,22 +304,20 @@ def parse_args(argv=None):
     parser = command_line.Parser(__doc__, "dataloader")
     parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
     parser.add_argument(
-        "--accept", action="store_true", help="the mislabelled files are right: training may start with them"
+        "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
     return parser.parse_args(argv)
 
 
 def main(args):
-    """Names all that is wrong with a tree on standard error, a line each. Raises UserError with the counts where it isn't accepted."""
+    """Prints a line for each problem of a tree on standard error. Raises UserError with counts if there are any."""
     folder = args.check
     problems = []
     train, val = (scan(f"{folder}/{part}", problems) for part in ("train", "val"))
-    problems += lonely_classes(folder, train, val)
+    problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
-    found = image_check.fingerprint(
-        folder, paths
-    )  # before the files are read: one that changes meanwhile is checked again
-    unreadable, mislabelled = image_check.check(folder, paths)
+    found = image_check.fingerprint(folder, paths)  # before files are read, so that one that changes is checked again
+    unreadable, mislabelled = image_check.inspect_all(folder, paths)
     files = [
         path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()
     ]
@@ -319,17 +325,16 @@ def main(args):
     lines = [
         *problems,
         *(f"{folder}/{line}" for line in unreadable + mislabelled),
-        *(f"{path}: ignored, no image by its name" for path in ignored),
+        *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled"
     if problems or unreadable or (mislabelled and not args.accept):
-        way = "remove or replace them" if problems or unreadable else "correct them, or say --accept"
-        raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} folders wrong; {way}")
+        way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
+        raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
     image_check.remember(folder, found)
-    print(
-        f"{folder}: {len(train)} training and {len(val)} validation images of {len(train.classes)} classes, {counts}; remembered"
-    )
+    sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
+    print(f"{folder}: {sizes}, {counts}; recorded")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Training on several processes, one a GPU, which torchrun starts on one machine or on many.
+"""Distributed training, one rank a GPU (or a CPU process), started by torchrun on one machine or on several.
 
     torchrun --nproc-per-node 8 supernet.py
     torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 supernet.py
 
-Every process takes an equal share of each batch, and all of them the step's one path. The mean of their gradients is that of
-the whole batch, so weights stay the same everywhere. Only the gradients of the path are sent: those of the other operations
-are None on every process. Started without torchrun a script is one process, and nothing here does anything.
-Source: paper section 3.3 (one path a step); the official code is nn.DataParallel, one process.
+Each step, all ranks take equal shares of the batch and the same path, and average their gradients, so the weights
+stay equal on all ranks. Only the gradients of the path are reduced; those of the other operations are None on every
+rank. A script started without torchrun is a single process, for which every function here is a no-op or the identity.
+Source: paper section 3.3 (one path a step); the official code uses nn.DataParallel in one process.
 """
 
 import datetime
@@ -17,61 +17,62 @@ import torch.distributed as dist
 
 from utils import UserError, run_script
 
-TIMEOUT = datetime.timedelta(
-    hours=12
-)  # of a wait for the others: the first one checks all images meanwhile; who ends is noticed at once
-LOST = "another process of this run ended; the same command goes on from the last checkpoint"
+TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may check a whole data set while the others wait
+LOST_RANK = "another rank of this run ended; the same command resumes from the last checkpoint"
 
 
 def run(main, parse_args):
-    """`utils.run_script` on every process that torchrun started; what is wrong for several of them is said once."""
+    """`utils.run_script` on every rank; an error message that several ranks raise is printed once."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return run_script(main, parse_args)
-    store, rank, n = next(dist.rendezvous("env://"))
+    store, rank, world_size = next(dist.rendezvous("env://"))
 
-    def joined(args):
+    def run_rank(args):
         on_gpus = args.device != "cpu" and torch.cuda.is_available()
         if on_gpus:
             if local_world_size() > torch.cuda.device_count():
                 raise UserError(
-                    f"--nproc-per-node {local_world_size()}: this machine has {torch.cuda.device_count()} GPUs; start one process for each"
+                    f"--nproc-per-node {local_world_size()}: this machine has {torch.cuda.device_count()} GPUs; "
+                    "start one process for each"
                 )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=n, timeout=TIMEOUT
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
         )
         main(args)
         dist.destroy_process_group()
 
-    run_script(joined, parse_args, lambda line: store.add(f"said {line}", 1) == 1)
+    run_script(run_rank, parse_args, lambda line: store.add(f"printed {line}", 1) == 1)
 
 
 def rank():
-    """The number of this process, from 0; process 0 writes all that is written."""
+    """The rank of this process; rank 0 writes all files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    """The number of processes."""
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_world_size():
-    """The number of them on this machine."""
+    """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def per_rank_batch_size(batch_size):
-    """The images of a batch that each process takes. Raises UserError where they can't be equally many, and at least two for BN."""
-    if batch_size % world_size() or batch_size < 2 * world_size():
+    """Returns a rank's share of the batch. Raises UserError unless shares are equal and at least 2, as BN needs."""
+    n = world_size()
+    if batch_size % n or batch_size < 2 * n:
         raise UserError(
-            f"--batch-size {batch_size}: not two or more for each of {world_size()} processes, equally many; choose a multiple of {world_size()}"
+            f"--batch-size {batch_size}: not divisible into two or more images for each of {n} ranks; "
+            f"choose a multiple of {n}, at least {2 * n}"
         )
-    return batch_size // world_size()
+    return batch_size // n
 
 
 def local_rank0_first(function):
-    """The result of `function()`; the first process of each machine goes first, and leaves what the others find done."""
+    """Returns `function()`, called on local rank 0 of each machine first, whose files the other ranks then find."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     result = function() if first else None
     if world_size() > 1:
@@ -80,7 +81,7 @@ def local_rank0_first(function):
 
 
 def on_rank0(function):
-    """What `function()` returns on process 0, or the UserError that it raises there, on every process."""
+    """Calls `function()` on rank 0; returns its result, or raises its UserError, on every rank."""
     outcome = [None, None]
     if rank() == 0:
         try:
@@ -95,24 +96,24 @@ def on_rank0(function):
 
 
 def broadcast_from_rank0(tensors):
-    """Overwrites tensors with those of process 0."""
+    """Overwrites tensors with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             _collective(dist.broadcast, tensor, src=0)
 
 
 def average_gradients(parameters):
-    """Replaces each gradient by its mean over the processes, in one exchange; a parameter has one on all of them or on none."""
+    """Replaces each gradient by its mean over ranks, in one all-reduce; a parameter has one on all ranks or on none."""
     if world_size() > 1:
         _all_reduce_mean([p.grad for p in parameters if p.grad is not None])
 
 
 def all_reduce_mean(tensors, weight):
-    """Replaces tensors, the means over `weight` things on each process, by the means over all things."""
+    """Replaces tensors, means over `weight` samples on each rank, by the means over all samples."""
     if world_size() > 1:
-        everything = all_reduce_sum(torch.tensor(weight)).item()
+        total = all_reduce_sum(torch.tensor(weight)).item()
         for tensor in tensors:
-            tensor.mul_(weight * world_size() / everything)
+            tensor.mul_(weight * world_size() / total)
         _all_reduce_mean(tensors)
 
 
@@ -125,12 +126,12 @@ def _all_reduce_mean(tensors):
 
 
 def all_reduce_sum(values):
-    """The sum over all processes of a tensor on the CPU, a new one where there are several."""
+    """Returns the sum over ranks of a CPU tensor, which stays as it is."""
     return _all_reduce(values, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(value):
-    """The highest of all processes' whole numbers."""
+    """Returns the maximum over ranks of an int."""
     return int(_all_reduce(torch.tensor(value), dist.ReduceOp.MAX))
 
 
@@ -144,5 +145,5 @@ def _all_reduce(values, operation):
 def _collective(function, *args, **kwargs):
     try:
         function(*args, **kwargs)
-    except RuntimeError as error:  # of gloo and NCCL alike
-        raise UserError(f"{LOST} ({str(error).splitlines()[0][:100]})") from None
+    except RuntimeError as error:  # from gloo as from NCCL
+        raise UserError(f"{LOST_RANK} ({str(error).splitlines()[0][:100]})") from None

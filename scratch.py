@@ -14,7 +14,7 @@ Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 
 Source: paper section 4.1; official `src/Evaluation/train.py`.
 """
 
-import utils  # sets GOMP_SPINCOUNT, so before torch is imported
+import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
 import itertools
@@ -26,7 +26,7 @@ import torch
 import command_line
 import distributed
 from dataloader import Loader
-from images.dataset import Data, DataConfig, open_data, prepare, steps_per_epoch, training_plan
+from images.dataset import Data, DataConfig, check_batch_size, open_data, prepare, training_plan
 from images.image_cache import validation_batches
 from network import ShuffleNetV2
 from space.search_space import SearchSpace
@@ -107,7 +107,7 @@ def retrain(args, folder):
     device = resolve_device(args)
     space = SearchSpace.for_images(config.input_size, len(data.classes))
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
-    steps_per_epoch(len(data.train), args.batch_size)
+    check_batch_size(len(data.train), args.batch_size)
     loader = Loader.from_args(data.train, config, True, args, device)
     validation = validation_batches(data.val, config, args, device)
     run = TrainingRun(args, folder, device, "scratch", {

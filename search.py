@@ -1,20 +1,22 @@
-"""Searches the supernet for the best candidate under a FLOPs limit, by evolution; NNI, or this machine alone, runs the trials.
+"""Searches the supernet for the best candidate under a FLOPs limit, by evolution; trials run with NNI or without it.
 
     python tester.py --mode gen                writes the search space that this needs
     python search.py                           the official search, 20 generations of 50, of the newest supernet
     python search.py --demo                    the bundled images, 5 generations of 16
-    python search.py --engine local            without NNI, one process a GPU
-    python search.py --resume                  goes on with a search that was interrupted, by whatever
-    python search.py --experiment config_search_remote.yml     on the machines that this file names
+    python search.py --engine local            without NNI, one process for each GPU
+    python search.py --resume                  resumes a search that was interrupted in any way
+    python search.py --experiment config_search_remote.yml     on the machines in this file
 
 Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json and the NNI experiment,
-config_search.yml or --experiment. Writes OUT/checkpoints/GGG_III.json (architectures, III the rank in generation GGG), OUT/acc/GGG.jsonl (a line a
-candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated), OUT/checkpoints/best.json, OUT/report.html, OUT/figures/, and
-state, logs and NNI's own files in OUT/checkpoints/search/. Prints the ten best, and the command that retrains the winner.
+config_search.yml or --experiment. Writes OUT/checkpoints/GGG_III.json (the architecture of rank III of generation GGG),
+OUT/acc/GGG.jsonl (a line for each candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated),
+OUT/checkpoints/best.json, OUT/report.html and OUT/figures/; state, logs and NNI's own files in OUT/checkpoints/search/.
+Prints the ten best, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -28,8 +30,8 @@ from dataloader import resolve_backend
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
-from engines.search_record import prepare_search, read_results, state_path
-from evolution_tuner import EVOLUTION, Evolution
+from engines.search_record import EVOLUTION, prepare_search, ranked, read_results, state_path
+from evolution_tuner import Evolution
 from images.dataset import DataConfig
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
@@ -52,11 +54,12 @@ from utils import (
     start_logging,
 )
 
-OFFICIAL_LIMIT = "330M", "59%"  # at 224 px and 1000 classes; elsewhere the share of candidates that lies under it there
+# At 224 px and 1000 classes, and the share of candidates that it admits there: the limit in all other search spaces.
+OFFICIAL_LIMIT = "330M", "59%"
 
 
 def shared_parser():
-    """The flags that a trial takes as well."""
+    """The flags that a trial has too."""
     parser = Parser(__doc__, "search")
     add_run_flags(parser)
     add_data_flags(parser)
@@ -69,10 +72,10 @@ def parse_args(argv=None):
     parser = shared_parser()
     group = parser.add_argument_group("search")
     group.add_argument("--population", type=count(1, 100_000), help="candidates a generation (50)")
-    group.add_argument("--select", type=count(1, 100_000), help="parents: the best so far (10)")
+    group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (10)")
     group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (25)")
     group.add_argument("--crossover", type=count(0, 100_000), help="children by crossover a generation (25)")
-    group.add_argument("--mutation-prob", type=real(0, 1), help="of each block to be drawn anew (0.1)")
+    group.add_argument("--mutation-prob", type=real(0, 1), help="of redrawing each block (0.1)")
     group.add_argument("--generations", type=count(1, 1_000_000), help="populations to evaluate (20)")
     group.add_argument(
         "--flops-limit",
@@ -85,10 +88,10 @@ def parse_args(argv=None):
         help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)",
     )
     group.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=False, help="go on with the search in OUT"
+        "--resume", action=argparse.BooleanOptionalAction, default=False, help="resume the search in OUT"
     )
     group.add_argument(
-        "--engine", choices=("nni", "local"), default="nni", help="who runs the evaluations (default: nni)"
+        "--engine", choices=("nni", "local"), default="nni", help="what runs the evaluations (default: nni)"
     )
     group.add_argument(
         "--concurrency",
@@ -99,7 +102,7 @@ def parse_args(argv=None):
         "--candidates-per-trial",
         type=count(1, 100_000),
         metavar="N",
-        help="default: a generation over the trials at a time",
+        help="default: a generation is split over the trials at a time",
     )
     group = parser.add_argument_group("NNI")
     group.add_argument(
@@ -113,41 +116,43 @@ def parse_args(argv=None):
         type=count(1),
         default=1800,
         metavar="S",
-        help="for each candidate of a trial, then it is ended (1800)",
+        help="limit for each candidate of a trial (1800)",
     )
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
     group.add_argument(
         "--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network"
     )
-    parser.set_defaults(**experiment_defaults(parser, parser.parse(argv).experiment))
-    return parser.parse(argv)
+    experiment = parser.parse(argv).experiment
+    return parser.parse(argv, experiment_defaults(parser, experiment))
 
 
 def experiment_defaults(parser, path):
     """The flags that the experiment file sets: classArgs and trialConcurrency."""
     experiment = read_experiment(path)
-    values = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
-    parser.source = f"{path}: "
-    args = parser.parse_args([f"--{key.replace('_', '-')}={value}" for key, value in values.items()])
-    parser.source = ""
-    return {key: getattr(args, key) for key in values}
+    settings = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
+    return parser.check_settings(path, "classArgs", {key.replace("_", "-"): value for key, value in settings.items()})
 
 
 def read_experiment(path):
     """The NNI experiment in a YAML file, checked. Raises UserError that names the file and the entry."""
-    text, mapping = (str,), (dict,)
     forms = {
-        "experimentName": text, "trialConcurrency": (int,), "trialCommand": text, "trialCodeDirectory": text, "searchSpaceFile": text,
-        "experimentWorkingDirectory": text, "tuner": mapping, "assessor": mapping, "trainingService": mapping,
-    }  # fmt: skip
+        "experimentName": str,
+        "trialConcurrency": int,
+        "trialCommand": str,
+        "trialCodeDirectory": str,
+        "searchSpaceFile": str,
+        "experimentWorkingDirectory": str,
+        "tuner": dict,
+        "assessor": dict,
+        "trainingService": dict,
+    }
     experiment = read_yaml(path)
     for key in itertools.chain(forms, experiment):
         if key not in forms:
             raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
         if not isinstance(experiment.get(key), forms[key]):
-            raise UserError(
-                f"{path}: {key} is {reprlib.repr(experiment.get(key))}, not of type {forms[key][0].__name__}"
-            )
+            value = reprlib.repr(experiment.get(key))
+            raise UserError(f"{path}: {key} is {value}, not of type {forms[key].__name__}")
     keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
     for key, known in keys.items():
         if not known - {"classArgs"} <= experiment[key].keys() <= known:
@@ -155,15 +160,14 @@ def read_experiment(path):
     service = experiment["trainingService"]
     if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
         return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
-    if service != {"platform": "local"}:  # trialGpuNumber among it, for the reason that the file gives
-        raise UserError(
-            f"{path}: trainingService is {reprlib.repr(service)}, not platform: local alone, nor platform: remote with machineList alone"
-        )
+    if service != {"platform": "local"}:  # refuses trialGpuNumber, for the reason given in config_search.yml
+        allowed = "platform: local alone, nor platform: remote with machineList alone"
+        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not {allowed}")
     return experiment
 
 
 def flops_limit(text, space):
-    """The limit in multiply-adds, of the flag's text or the default."""
+    """The limit in multiply-adds, from the flag's text or the default."""
     official, share = OFFICIAL_LIMIT
     if text is None:
         text = official if space == SearchSpace() else share
@@ -171,111 +175,146 @@ def flops_limit(text, space):
 
 
 def check_space_file(path, space):
-    """Raises UserError where the generated search space is missing or another one."""
+    """Raises UserError where the generated search space is missing or not the supernet's."""
     if not path.exists() or read_json(path) != space.nni_search_space():
         what = "is another search space than the checkpoint's" if path.exists() else "is missing"
         raise UserError(f"{path} {what}: run python tester.py --mode gen --out {path.parent}")
 
 
 def trial_settings(args, out, supernet_path):
-    """The flags of a trial: its share of the threads, and what this search uses."""
+    """The flags of a trial: those of this search, with a share of the CPU threads."""
     settings = {name: getattr(args, name) for name in vars(shared_parser().parse_args([]))}
     threads = args.threads or max(1, cores() // args.concurrency)
     return settings | {"checkpoint": str(supernet_path), "out": str(out), "threads": threads}
 
 
-def report(results, config, args, out):
-    """Prints the ten best and the command that retrains the best one, and returns that one's result."""
-    ranked = sorted((r for r in results if r["acc1"] is not None), key=lambda r: (r["acc1"], r["acc5"]), reverse=True)
-    failed = len(results) - len(ranked)
-    if not ranked:
-        raise UserError(
-            f"none of {failed} candidates could be evaluated; the trials' errors are below {state_path(out).parent}"
-        )
-    print(f"{len(ranked)} candidates evaluated" + (f", {failed} failed" if failed else ""))
-    print("rank  top-1 %  top-5 %  MFLOPs  architecture")
-    for rank, result in enumerate(ranked[:10], 1):
-        numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}"
-        print(f"{numbers}  {' '.join(map(str, result['architecture']))}")
-    print(f"retrain the best:\n  {shlex.join(retrain_command(config, args))}")
-    return ranked[0]
+@dataclasses.dataclass
+class Search:
+    """What a search runs with, checked."""
+
+    experiment: dict  # the content of the experiment file
+    supernet: str  # path of its checkpoint
+    space: SearchSpace  # with the costs of --flops-table
+    costs: str  # a line for the log about the space's FLOPs, or nothing
+    data: DataConfig
+    settings: dict  # what determines the results: a search can only be resumed with the same
 
 
-def retrain_command(config, args):
-    """The words that retrain the best candidate on the search's images: its file of settings, and what that doesn't say."""
-    settings = ["--demo"] if args.demo else ["--config", args.config] if args.config else []
-    words = ["python", "scratch.py", "--architecture", os.path.join(args.out, "checkpoints", "best.json"), *settings]
-    said = parse_args(settings)
-    if args.data_dir != said.data_dir:
-        words += ["--data-dir", args.data_dir]
-    known = DataConfig.from_args(said).to_dict()
-    for name, value in config.to_dict().items():
-        if value != known[name]:
-            flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
-            words += (
-                [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
-            )
-    if args.out != ".":
-        words += ["--out", args.out]
-    return words
-
-
-def search(args, out):
-    """The search of the arguments, from its checks to its report; returns the best candidate's result."""
+def check(args, out):
+    """Checks the arguments and all that they name; returns the Search."""
     experiment = read_experiment(args.experiment)
     machines = experiment["trainingService"].get("machineList", [])
     if args.engine == "nni":
         check_keys(args.experiment, machines)
     if args.engine == "local" or not machines:
-        resolve_device(args)  # says where there is no such one
+        resolve_device(args)  # raises where this machine has no such device
     table = args.flops_table and read_flops_table(args.flops_table)
-    _, stored, config, data = checkpoint.open_supernet(args)
-    space, compared = stored.space, official_comparison(SearchSpace())
+    _, supernet, config, data = checkpoint.open_supernet(args)
+    space, costs = supernet.space, official_comparison(SearchSpace())
     if table:
         space, differences = with_flops_table(space, table, args.flops_table)
-        compared = comparison(differences, args.flops_table)
+        costs = comparison(differences, args.flops_table)
     check_space_file(out / experiment["searchSpaceFile"], space)
-    with open(stored.path, "rb") as file:
+    with open(supernet.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    evolution = {name: getattr(args, name) for name in EVOLUTION}
-    limit = flops_limit(args.flops_limit, space)
-    Evolution(space.choices, space.flops, limit, **evolution)  # says what is wrong with the numbers
     settings = {
-        **evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": weights, "data": config.to_dict(),
-        "split": data.split, "bn": args.bn, "bn_batches": args.bn_batches, "bn_batch_size": args.bn_batch_size,
-        "eval_amp": args.eval_amp, "loader": resolve_backend(args.loader), "costs": table and [space.choice_flops, space.fixed_flops],
-    }  # fmt: skip
-    state = prepare_search(out, settings, args.resume)
+        **{name: getattr(args, name) for name in EVOLUTION},
+        "flops_limit": flops_limit(args.flops_limit, space),
+        "space": space.to_dict(),
+        "checkpoint": weights,
+        "data": config.to_dict(),
+        "split": data.split,
+        "bn": args.bn,
+        "bn_batches": args.bn_batches,
+        "bn_batch_size": args.bn_batch_size,
+        "eval_amp": args.eval_amp,
+        "loader": resolve_backend(args.loader),
+        "costs": table and [space.choice_flops, space.fixed_flops],
+    }
+    Evolution.from_settings(space, settings)  # raises where the settings allow no search
+    return Search(experiment, supernet.path, space, costs, config, settings)
+
+
+def prepare(search, args, out):
+    """Writes or checks the state file, and starts the log; returns whether the search is done already."""
+    state = prepare_search(out, search.settings, args.resume)
     start_logging(out / "checkpoints" / "search", args, args.device)
-    if compared:
-        log.info(compared)
-    log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit / 1e6, state["evaluated"])
-    if not state["done"]:
-        trial = trial_settings(args, out, stored.path)
-        how = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
-        try:
-            with signals(interrupt):
-                if args.engine == "local":
-                    search_locally(space, settings, out, trial, **how)
-                else:
-                    command = trial_command(experiment, out, trial)
-                    longest = args.candidates_per_trial or -(-args.population // args.concurrency)
-                    hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
-                    search_with_nni(space, command, settings, out, experiment, **how, **hosting)
-        except Interrupted as error:
-            words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
-            again = shlex.join(["python", "search.py", *words, "--resume"])
-            log.warning("stopped by %s; go on with: %s", signal.Signals(error.args[0]).name, again)
-            sys.exit(128 + error.args[0])
-    best = report(read_results(out), config, args, out)
-    log.info("report: %s", write_report(out))
-    return best
+    if search.costs:
+        log.info(search.costs)
+    limit = search.settings["flops_limit"] / 1e6
+    log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit, state["evaluated"])
+    return state["done"]
+
+
+def run(search, args, out):
+    """Runs the search on its engine to its end; exits with 128 + the signal's number where one interrupts it."""
+    space, settings, experiment = search.space, search.settings, search.experiment
+    trial = trial_settings(args, out, search.supernet)
+    sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
+    try:
+        with signals(interrupt):
+            if args.engine == "local":
+                search_locally(space, settings, out, trial, **sizes)
+            else:
+                command = trial_command(experiment, out, trial)
+                longest = args.candidates_per_trial or -(-args.population // args.concurrency)
+                hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
+                search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+    except Interrupted as error:
+        words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
+        again = shlex.join(["python", "search.py", *words, "--resume"])
+        log.warning("stopped by %s; resume with: %s", signal.Signals(error.args[0]).name, again)
+        sys.exit(128 + error.args[0])
+
+
+def report(results, config, args, out):
+    """Prints the ten best and the command that retrains the best one, and returns that one's result."""
+    best = ranked(results)
+    failed = len(results) - len(best)
+    if not best:
+        logs = state_path(out).parent
+        raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {logs}")
+    print(f"{len(best)} candidates evaluated" + (f", {failed} failed" if failed else ""))
+    print("rank  top-1 %  top-5 %  MFLOPs  architecture")
+    for rank, result in enumerate(best[:10], 1):
+        numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}"
+        print(f"{numbers}  {' '.join(map(str, result['architecture']))}")
+    print(f"retrain the best:\n  {shlex.join(retrain_command(config, args))}")
+    return best[0]
+
+
+def retrain_command(config, args):
+    """The words that retrain the best candidate on the images of the search: its YAML file, and flags for the rest."""
+    settings = ["--demo"] if args.demo else ["--config", args.config] if args.config else []
+    words = ["python", "scratch.py", "--architecture", os.path.join(args.out, "checkpoints", "best.json"), *settings]
+    known_args = parse_args(settings)
+    if args.data_dir != known_args.data_dir:
+        words += ["--data-dir", args.data_dir]
+    known = DataConfig.from_args(known_args).to_dict()
+    for name, value in config.to_dict().items():
+        if value == known[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    if args.out != ".":
+        words += ["--out", args.out]
+    return words
 
 
 def main(args):
+    """Checks, prepares, runs and reports the search; returns the best candidate's result."""
     out = output_folder(args.out).resolve()
     with hold_lock(state_path(out).with_name("search.lock")):
-        return search(args, out)
+        search = check(args, out)
+        done = prepare(search, args, out)
+        if not done:
+            run(search, args, out)
+        best = report(read_results(out), search.data, args, out)
+        log.info("report: %s", write_report(out))
+        return best
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Expected on ImageNet: training error about .417 at the end (official log); not r
 Source: paper section 3.3 and 4.1; official `src/Supernet/train.py`.
 """
 
-import utils  # sets GOMP_SPINCOUNT, so before torch is imported
+import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
 import copy
@@ -24,7 +24,7 @@ import torch
 import command_line
 import distributed
 from dataloader import Loader
-from images.dataset import DataConfig, open_data, steps_per_epoch
+from images.dataset import DataConfig, check_batch_size, open_data
 from images.image_cache import calibration_batches, validation_batches
 from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
@@ -62,7 +62,7 @@ def main(args):
     sampler = PathSampler(space, args.seed, flops_range, args.flops_bins)
 
     images, heldout = data.images("supernet"), data.images("search")
-    steps_per_epoch(len(images), args.batch_size)
+    check_batch_size(len(images), args.batch_size)
     loader = Loader.from_args(images, config, True, args, device)
     calibration = calibration_batches(images, config, args, device)
     validation = validation_batches(heldout, config, args, device)

@@ -2,25 +2,24 @@
 
     python tester.py --mode gen                          writes OUT/nni_auto_gen_search_space.json
     python tester.py --mode test --architecture FILE     evaluates one candidate; the last line printed is JSON
-    python tester.py --mode test                         as an NNI trial: takes its candidates from NNI
+    python tester.py --mode test                         as an NNI trial: receives its candidates from NNI
 
-A candidate's BN statistics are recalibrated on training images, then it is measured on the images held out for the search
-(`--split search`) or on val (`--split val`). Reads OUT/checkpoints/supernet (newest) or --checkpoint, our own or official.
+A candidate's BN statistics are recalibrated on training images, then its accuracy is measured on the images held out
+for the search (`--split search`) or on val (`--split val`). Reads OUT/checkpoints/supernet (newest) or --checkpoint,
+our own or official.
 Source: paper section 3.4; official `src/Search/tester.py`.
 """
 
-import utils  # first, for it says how OpenMP is to wait, before torch loads it
+import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
 import json
 import os
 import pathlib
-import signal
 import sys
-import threading
-import time
 
 import command_line
+from engines import trial
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
 from training.evaluation import evaluate, open_evaluation
@@ -44,7 +43,7 @@ def parse_args(argv=None):
 
 
 def generate(args):
-    """Writes the search space in NNI's form; it is the same for every image size and class count."""
+    """Writes the search space in NNI's form, which is the same for every image size and number of classes."""
     path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
     space = SearchSpace()
     utils.write_json(path, space.nni_search_space(), indent=1)
@@ -53,40 +52,13 @@ def generate(args):
         print(line)
 
 
-def trial(args):
-    """An NNI trial: evaluates the candidates that NNI hands over, reporting each as soon as it is known.
-
-    What was evaluated is part of the report: NNI swaps parameters between concurrent trials, so nothing else is believed.
-    """
-    import nni
-
-    from engines.gpu_lock import take_gpu
-
-    _end_with_parent()
-    take_gpu(args.device)
-    parameters = nni.get_next_parameter()
-    while parameters["until"] <= nni.get_sequence_id():  # left over from a trial that died before it asked
-        parameters = nni.get_next_parameter()
+def run_trial(args):
+    """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
+    utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
+    trial.take_gpu(args.device)
+    candidates = trial.receive_candidates()
     supernet, calibration, validation = open_evaluation(args)
-    results = []
-    for result in evaluate(supernet, parameters["candidates"], calibration, validation, args.bn, amp=args.eval_amp):
-        results.append(result)
-        nni.report_intermediate_result({"default": result["acc1"], "result": result})
-    nni.report_final_result(
-        {"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results}
-    )
-
-
-def _end_with_parent():
-    """Ends this process when the one of NNI that started it ends: nobody would hear its results, and it would keep its GPU."""
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+    trial.report(evaluate(supernet, candidates, calibration, validation, args.bn, amp=args.eval_amp))
 
 
 def main(args):
@@ -100,11 +72,10 @@ def main(args):
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
         print(json.dumps({**result, "flops": supernet.space.flops(candidate)}))
     elif os.environ.get("NNI_PLATFORM"):
-        trial(args)
+        run_trial(args)
     else:
-        raise utils.UserError(
-            "--architecture: name the architecture file to evaluate (search.py starts trials without it)"
-        )
+        text = "--architecture: name the architecture file to evaluate (only search.py starts trials without it)"
+        raise utils.UserError(text)
     sys.stdout.flush()
 
 

@@ -1,4 +1,7 @@
-"""What every script shares: errors a user can put right, signals, files, logging. Standard library and PyYAML."""
+"""What every script shares: user errors, signals, files, logging. Needs the standard library and PyYAML.
+
+Scripts import this module before torch, because it sets GOMP_SPINCOUNT.
+"""
 
 import contextlib
 import json
@@ -7,6 +10,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import reprlib
 import shlex
 import signal
 import subprocess
@@ -17,27 +21,29 @@ import time
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there, nothing keeps two processes apart
+except ImportError:  # Windows, where locks have no effect
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment")  # flags that name files
-MAX_YAML_BYTES = 100_000  # settings are some 1 kB; a megabyte would take a minute to read
-MAX_JSON_BYTES = 1_000_000  # an architecture is some 2 kB; anything of this size is something else
+# flags that take a path
+PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment")
+MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
+MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 
 log = logging.getLogger("spos")
 
-# How long an OpenMP thread spins before it sleeps. With libgomp's own 300,000, one other busy process on two cores makes
-# training 20 times slower or worse, since the threads spin away each other's time; this costs 1% where nothing else runs.
+# Sets how long an OpenMP thread spins before it sleeps; libgomp reads it once, when torch is imported. With its
+# default of 300,000, one other busy process on two cores makes training 20 times slower or worse, because spinning
+# threads occupy the cores. The lower value costs 1% where nothing else runs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class UserError(Exception):
-    """Something the user can put right: shown as one line that names the thing, its value and the way out; exit code 2."""
+    """An error that the user can fix: printed as one line that names the cause, its value and the fix; exit code 2."""
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, by number; no Exception, for NNI swallows those in places."""
+    """SIGINT or SIGTERM, by number; not an Exception, because NNI catches those in several places."""
 
 
 def interrupt(number, _frame):
@@ -46,7 +52,7 @@ def interrupt(number, _frame):
 
 @contextlib.contextmanager
 def signals(handler):
-    """Within the block, SIGINT and SIGTERM go to `handler`: `interrupt`, or signal.SIG_IGN where nothing is to interrupt."""
+    """Within the block, SIGINT and SIGTERM are handled by `handler`: `interrupt`, or signal.SIG_IGN to ignore them."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -55,45 +61,77 @@ def signals(handler):
             signal.signal(number, earlier)
 
 
+def watch_parent():
+    """Returns a function that says whether the process that started this one has ended since."""
+    parent, number = multiprocessing.parent_process(), os.getppid()
+    return lambda: os.getppid() != number or (parent is not None and not parent.is_alive())
+
+
+def end_with_parent():
+    """Ends this process within a second after its parent has ended, for whatever reason."""
+    parent_ended = watch_parent()
+
+    def watch():
+        while not parent_ended():
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def leave_signals_to_parent(*_):
-    """This process, a worker, ends when its parent ends it, or ends itself."""
+    """Makes this worker process ignore SIGINT and SIGTERM, and end when its parent ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    end_with_parent()
 
 
-def run_script(main, parse_args, may_say=lambda line: True):
-    """Runs `main(parse_args())`; a UserError, or a file that can't be written, becomes one line and exit code 2.
+def run_script(main, parse_args, may_print=lambda line: True):
+    """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2.
 
-    The line goes to standard error if `may_say(line)`.
+    The line is printed only if `may_print(line)`.
     """
     try:
         main(parse_args())
         return
     except UserError as error:
         line = str(error)
-    except OSError as error:  # a full disk above all
-        line = f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is whole: put that right, then go on"
+    except OSError as error:  # above all a full disk
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        line = f"{what}; files written before are intact: fix this, then give the same command again"
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     line = f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(line.split())}"
-    if may_say(line):
+    if may_print(line):
         with above_progress_bars():
             print(line, file=sys.stderr)
     sys.exit(2)
+
+
+def settings_difference(before, now, ignore=()):
+    """{name: "0.5 (was 0.3)"} of the settings that differ between two dicts, by name, without those in `ignore`."""
+
+    def shown(value):
+        return value if isinstance(value, str) and len(value) <= 60 else reprlib.repr(value)
+
+    names = sorted(name for name in before.keys() | now.keys() if name not in ignore)
+    return {
+        name: f"{shown(now.get(name))} (was {shown(before.get(name))})"
+        for name in names
+        if now.get(name) != before.get(name)
+    }
 
 
 # --- files ---------------------------------------------------------------------------------------------------
 
 
 def read_json(path):
-    """The JSON in a file. Raises UserError where it is missing, too large, nested too deep or no JSON."""
+    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
-            raise UserError(f"{path}: over {MAX_JSON_BYTES} bytes, which no file of this project has")
+            raise UserError(f"{path}: over {MAX_JSON_BYTES} bytes, larger than any file of this project")
         return json.loads(data)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -102,8 +140,8 @@ def read_json(path):
 
 
 def read_yaml(path):
-    """The mapping in a YAML file; tags that construct objects are refused. Raises UserError that names the file."""
-    import yaml  # here, since the search space and its users need nothing but the standard library
+    """The mapping in a YAML file, read by safe_load. Raises UserError that names the file."""
+    import yaml  # here, because the search space and its users need only the standard library
 
     try:
         with open(path, "rb") as file:
@@ -113,12 +151,10 @@ def read_yaml(path):
     except ValueError as error:
         raise UserError(f"{path!r}: {error}") from None
     if len(data) > MAX_YAML_BYTES:
-        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, which no settings have")
+        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, larger than any settings")
     try:
         document = yaml.safe_load(data)
-    except (
-        Exception
-    ) as error:  # beside YAMLError: a wrong !!timestamp is an AttributeError, !!int an IndexError, !!bool a KeyError
+    except Exception as error:  # not only YAMLError: a wrong !!timestamp is an AttributeError, !!bool a KeyError
         raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping")
@@ -127,7 +163,7 @@ def read_yaml(path):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Opens a private temporary file that takes the place of `path` when the block ends well, and only then."""
+    """Opens a temporary file that replaces `path` when the block ends without an exception."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -153,7 +189,7 @@ def write_json(path, value, **kwargs):
 
 
 def write_settings(path, section, settings):
-    """Writes values of flags, by attribute name, as a YAML that `--config` reads: without those not given, paths absolute."""
+    """Writes `settings` (attribute -> value) as YAML that `--config` reads: paths absolute, None left out."""
     import yaml
 
     words = {k.replace("_", "-"): v for k, v in settings.items() if v is not None and k not in ("config", "demo")}
@@ -163,7 +199,7 @@ def write_settings(path, section, settings):
 
 
 def output_folder(path):
-    """The folder, made where it is missing. Raises UserError where it can't be written."""
+    """Returns the folder as a Path, creating it if it is missing. Raises UserError if it can't be written."""
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -174,7 +210,7 @@ def output_folder(path):
 
 
 def try_lock(path):
-    """The lock of a file, which one process at a time can hold, until it ends or closes it. None where another holds it."""
+    """Locks a file and returns it open; closing it ends the lock. Returns None if another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")  # noqa: SIM115
     try:
@@ -187,22 +223,22 @@ def try_lock(path):
 
 
 def hold_lock(path, wait_s=0):
-    """The lock of a file in a run's folder. Raises UserError where another process still holds it after `wait_s`."""
+    """Locks a file in a run's folder. Raises UserError if another process holds it for longer than `wait_s` seconds."""
     deadline = time.monotonic() + wait_s
     while not (file := try_lock(path)):
         if time.monotonic() > deadline:
-            raise UserError(f"{path}: another run is going on in this folder; wait for it, or name another --out")
+            raise UserError(f"{path}: another run is using this folder; wait for it to end, or choose another --out")
         time.sleep(0.2)
     return file
 
 
 def cores():
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def duration(seconds):
-    """Seconds for people: "40 s", "2.5 h"."""
+    """Seconds in words: "40 s", "2.5 h"."""
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
@@ -213,13 +249,13 @@ def duration(seconds):
 
 
 def above_progress_bars():
-    """A context in which lines on standard error go above tqdm's bars, if there are any."""
-    tqdm = sys.modules.get("tqdm")  # not imported: the search space and its users need nothing but the standard library
+    """A context in which lines on standard error are printed above tqdm's progress bars, if there are any."""
+    tqdm = sys.modules.get("tqdm")  # not imported here, because the search space needs only the standard library
     return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
 
 
 class Screen(logging.StreamHandler):
-    """Standard error, beside progress bars."""
+    """Logs to standard error, above progress bars."""
 
     def emit(self, record):
         with above_progress_bars():
@@ -227,7 +263,7 @@ class Screen(logging.StreamHandler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk cuts short without a word: what can't do without the disk says so."""
+    """A log file that ignores a full disk: files that matter raise the error themselves."""
 
     def handleError(self, record):
         if not isinstance(sys.exception(), OSError):
@@ -235,9 +271,9 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging(folder, args, device):
-    """Logs to standard error and to `folder`/run.log, and writes down what ran: command, settings, versions, device.
+    """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed.
 
-    The resolved settings are kept as `folder`/config.yml, a file that `--config` reads.
+    The resolved settings are written to `folder`/config.yml, which `--config` reads.
     """
     folder = output_folder(folder)
     log.setLevel(logging.INFO)
@@ -254,14 +290,14 @@ def start_logging(folder, args, device):
 
 
 def versions():
-    """Versions of what is loaded, as one line."""
+    """The versions of Python and of the loaded packages, as one line."""
     names = ("torch", "torchvision", "nvidia.dali", "nni", "numpy")
     found = [f"{n} {sys.modules[n].__version__}" for n in names if hasattr(sys.modules.get(n), "__version__")]
     return ", ".join([f"python {platform.python_version()}", *found])
 
 
 def commit():
-    """The project's git commit, "unknown" outside a checkout."""
+    """The git commit of the project, or "unknown" outside a checkout."""
     try:
         result = subprocess.run(
             ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10

@@ -1,6 +1,6 @@
-"""Known vulnerabilities of what is installed, and whether our use reaches them: `make audit`, which installs pip-audit.
+"""Lists known vulnerabilities of the installed packages, and whether this project is affected: `make audit`.
 
-Exit code 0: none, or none that our use reaches; 1: some that it does, or that nobody has looked at; 3: database not reachable.
+Exit code 0: none that affects this project; 1: some that may affect it; 3: the database could not be reached.
 """
 
 import json
@@ -9,14 +9,16 @@ import subprocess
 import sys
 import sysconfig
 
-# {vulnerability: why our use of the package doesn't reach it}; what is found and not in here fails.
+# {vulnerability: why this project is not affected}; any other vulnerability gives exit code 1.
 NOT_REACHED = {}
 
 
 def findings(report):
-    """(lines about vulnerabilities, how many of them count, names that the database doesn't know) of pip-audit's JSON.
+    """Returns (lines about vulnerabilities, how many may affect us, packages unknown to the database) of pip-audit's
+    JSON.
 
-    None where it knows no package at all: behind a mirror without the database pip-audit skips every one, and calls that none found.
+    Returns None if all packages are unknown: without access to the database, pip-audit skips every package and
+    reports none.
     """
     lines, bad = [], 0
     unknown = [package["name"] for package in report["dependencies"] if "skip_reason" in package]
@@ -28,13 +30,13 @@ def findings(report):
             reason = next((NOT_REACHED[name] for name in sorted(names & NOT_REACHED.keys())), None)
             bad += reason is None
             fixed = ", ".join(found["fix_versions"]) or "no version"
-            reached = f"not reached: {reason}" if reason else "perhaps reached: nobody has looked"
+            reached = f"not affected: {reason}" if reason else "perhaps affected: not examined yet"
             lines.append(f"{package['name']} {package['version']}: {found['id']}, fixed in {fixed}; {reached}")
     return lines, bad, unknown
 
 
 def audit(program):
-    """The exit code."""
+    """Runs pip-audit, prints what it found, and returns the exit code."""
     words = [program, "--path", sysconfig.get_path("purelib"), "--format", "json", "--progress-spinner", "off"]
     result = subprocess.run(words, capture_output=True, text=True)
     found = findings(json.loads(result.stdout)) if result.stdout.strip() else None
@@ -42,7 +44,7 @@ def audit(program):
         print("database not reachable")
         return 3
     lines, bad, unknown = found
-    print(*lines, f"{len(lines)} known vulnerabilities, {bad} that count", sep="\n")
+    print(*lines, f"{len(lines)} known vulnerabilities, {bad} of which may affect this project", sep="\n")
     if unknown:
         print(f"not in the database: {', '.join(unknown)}")
     return int(bad > 0)

@@ -1,11 +1,14 @@
-"""One candidate evaluated as NNI v1.9 does it, for bench/search.py to compare with: one process a candidate, JPEG files decoded
-again, BN statistics recalculated, then one pass over the validation images; the network is the published one in NCHW.
+"""Evaluates one candidate like NNI v1.9, as the baseline of bench/search.py.
 
-    python bench/baseline_search.py --supernet FILE --data DIR --architecture 2,1,0,... --calibration 20 --validation 2000
+A process evaluates a single candidate: it decodes the JPEG files, recalibrates BN, and validates once; the network is
+the published one in NCHW.
 
-Imports nothing of this project but the plain network of its tests. DIR has train/<class>/ and val/<class>/. Prints one JSON
-line: top-1, peak memory, and the seconds of start (imports, network, weights, file lists), decoding and computing, which take turns: both
-use all threads.
+    python bench/baseline_search.py --supernet FILE --data DIR --architecture 2,1,0,... --calibration 20 --validation
+    2000
+
+DIR has train/<class>/ and val/<class>/. Imports only the plain reference network of the tests from this project.
+Prints a line of JSON: top-1, peak memory, and the seconds of start (imports, network, weights, file lists), of
+decoding and of computing, which alternate, because both use all threads.
 """
 
 import time
@@ -28,9 +31,18 @@ from reference_spos import Network
 
 
 def files_of(folder):
-    """(path, label) of every image below the class folders."""
+    """Returns ([(path, label), ...] of all images in class folders, number of classes)."""
     classes = sorted(p for p in pathlib.Path(folder).iterdir() if p.is_dir())
     return [(path, label) for label, c in enumerate(classes) for path in sorted(c.iterdir())], len(classes)
+
+
+def peak_mb():
+    """The peak memory of this process in MB; NaN where Linux's /proc is missing."""
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def main():
@@ -58,9 +70,8 @@ def main():
     model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items()})
 
     size = args.input_size
-    augment = T.Compose([
-        T.RandomResizedCrop(size, (args.crop_scale, 1)), T.ColorJitter(0.4, 0.4, 0.4), T.RandomHorizontalFlip(), T.PILToTensor(),
-    ])  # fmt: skip
+    crop, jitter = T.RandomResizedCrop(size, (args.crop_scale, 1)), T.ColorJitter(0.4, 0.4, 0.4)
+    augment = T.Compose([crop, jitter, T.RandomHorizontalFlip(), T.PILToTensor()])
     centre = T.Compose([T.Resize(round(size * 256 / 224)), T.CenterCrop(size), T.PILToTensor()])
     seconds = {"start": time.perf_counter() - START, "decode": 0.0, "compute": 0.0}
 
@@ -92,23 +103,8 @@ def main():
         for images, labels in batches(val[: args.validation], 200, centre, pool):
             correct += int((model(images, path).argmax(1) == labels).sum())
     n = min(args.validation, len(val))
-    status = pathlib.Path("/proc/self/status")
-    peak = (
-        next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        if status.exists()
-        else "0 nan"
-    )
-    peak_mb = float(peak.split()[1]) * 1024 / 1e6
-    print(
-        json.dumps(
-            {
-                "acc1": 100 * correct / n,
-                "n_images": n,
-                "peak_mb": peak_mb,
-                **{k: round(v, 3) for k, v in seconds.items()},
-            }
-        )
-    )
+    result = {"acc1": 100 * correct / n, "n_images": n, "peak_mb": peak_mb()}
+    print(json.dumps(result | {k: round(v, 3) for k, v in seconds.items()}))
 
 
 if __name__ == "__main__":

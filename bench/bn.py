@@ -1,13 +1,14 @@
-"""How many calibration images a candidate's accuracy needs, and in which mode: `python bench/bn.py --supernets FILE...`.
+"""Measures how many images BN recalibration needs, and in which mode: `python bench/bn.py --supernets FILE...`.
 
-For every supernet checkpoint (seeds of the same settings), the same random candidates are calibrated on two disjoint streams
-of 200 batches of 128 training images, and measured on the held-out images after 10, 50 and 200 batches, with the exponential
-average (official) and with the plain one; and once with the plain average over the whole training split. Reported, mean over
-supernets: the absolute difference in top-1 between the two streams (repeatability), and Kendall's tau of the candidates'
-ranking with that after calibration on the whole split.
+For every supernet checkpoint (seeds of the same settings), the same random candidates are recalibrated on two
+different streams of 200 batches of 128 training images, and measured on the held-out images after 10, 50 and 200
+batches, with the exponential moving average (official) and with the plain average; and once with the plain average
+over the whole training split. Reported, as means over supernets: the absolute difference in top-1 between the two
+streams (repeatability), and Kendall's tau of the candidates' ranking with the ranking after recalibration on the
+whole split.
 
-A train-mode pass doesn't depend on the running statistics, so both modes and all lengths come from one pass over a stream.
-Writes bench/results/bn.json, from which an interrupted run goes on.
+A pass in train mode does not depend on the running statistics, so one pass over a stream gives both modes and all
+lengths. Writes bench/results/bn.json, from which an interrupted run resumes.
 """
 
 import argparse
@@ -40,13 +41,13 @@ MODES = ("ema", "average")
 
 
 def statistics(model, candidate, batches, lengths):
-    """{(mode, n): {norm: (mean, variance)}} after n of the batches, for n in `lengths`: recalibrate_bn, all settings at once."""
+    """Returns {(mode, n): {norm: (mean, variance)}} after n batches: recalibrate_bn for all modes and `lengths`."""
     norms = batch_norms(model.first_conv) + batch_norms(model.conv_last)
     norms += [norm for block, choice in zip(model.features, candidate) for norm in batch_norms(block[choice])]
     model.eval()
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0  # the running statistics are those of the last batch
+        norm.momentum = 1.0  # so that the running statistics are those of the last batch
     seen, state = {}, {mode: {} for mode in MODES}
     with torch.inference_mode():
         for n, (images, _) in enumerate(batches, 1):
@@ -63,7 +64,7 @@ def statistics(model, candidate, batches, lengths):
 
 
 def measure(model, candidate, stats, validation):
-    """Top-1 percent with given BN statistics."""
+    """Returns top-1 in percent with the given BN statistics."""
     for norm, (mean, variance) in stats.items():
         norm.running_mean, norm.running_var = mean.clone(), variance.clone()
     folded = fold_bn(model)
@@ -122,9 +123,8 @@ def main():
 
 def report(rows, options):
     """Prints the table of means over supernets."""
-    print(
-        "| mode | batches of 128 | top-1, mean | between two streams, mean abs. difference | tau between the streams | tau with the whole split |"
-    )
+    columns = "mode", "batches of 128", "top-1, mean", "mean abs. difference between the streams"
+    print(f"| {' | '.join(columns)} | tau between the streams | tau with the whole split |")
     print("|---|---|---|---|---|---|")
     supernets = sorted({r["supernet"] for r in rows})
     for mode, n in itertools.product(MODES, options.lengths):

@@ -1,9 +1,10 @@
-"""The whole pipeline on the bundled images, at most 15 minutes on two CPU cores: `make demo`.
+"""Runs the whole pipeline on the bundled images, in at most 15 minutes on two CPU cores: `make demo`.
 
-Runs the four commands as a person would type them, below OUT (default: demo/), and ends with a table. The winner of the
-search must reach 86% on the test images and beat logistic regression on the same pixels, or the exit code is 1. The random
-candidate is the first legal draw of the seed and is fixed before the search. What is finished is not run again:
-an interrupted demo goes on, and a finished one only prints its table (`rm -r demo` starts anew).
+Runs the four commands as they would be typed, with outputs in OUT (default: demo/), and ends with a table. The exit
+code is 1 unless the retrained winner of the search reaches 86% top-1 on the test images and beats logistic regression
+on the same pixels. It is compared with a random candidate, the first legal one drawn, fixed before the search.
+Finished steps are not repeated: an interrupted demo resumes, and a finished one only prints its table (`rm -r demo`
+starts anew).
 """
 
 import argparse
@@ -32,7 +33,7 @@ TARGET = 86.0  # percent, top-1 of the retrained winner
 
 
 class Steps:
-    """Runs each named step once, and keeps what it returned and the seconds it took in OUT/demo.json."""
+    """Runs each named step once; keeps its result and its seconds in OUT/demo.json."""
 
     def __init__(self, out):
         self.path = out / "demo.json"
@@ -51,13 +52,13 @@ class Steps:
 
 
 def command(*words):
-    """Runs one of the project's scripts; returns the last line that it printed."""
+    """Runs a script of the project; returns the last line that it printed."""
     (line,) = commands(words)
     return line
 
 
 def commands(*several):
-    """Runs several of the project's commands at the same time; returns the last line that each printed."""
+    """Runs several scripts of the project at the same time; returns the last line that each printed."""
     several = [[str(w) for w in words] for words in several]
     for words in several:
         print(f"$ python {shlex.join(words)}", flush=True)
@@ -73,7 +74,7 @@ def commands(*several):
 
 
 def logistic_regression(args):
-    """Top-1 percent on val of multinomial logistic regression on the same pixels, all of train, L2 weight 1e-3."""
+    """Top-1 in percent on val of multinomial logistic regression on pixels, trained on all of train, L2 weight 1e-3."""
     config = DataConfig.from_args(args)
     data = Data(args, config)
 
@@ -103,7 +104,7 @@ def main():
     parser.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
-        help="after --: flags for supernet.py and scratch.py, such as --iterations 20",
+        help="after --: flags of supernet.py and scratch.py, such as --iterations 20",
     )
     options = parser.parse_args()
     out, overrides = options.out.resolve(), options.overrides[1:]
@@ -125,7 +126,7 @@ def main():
     in_supernet = json.loads(steps.run("random in supernet", lambda: command(*test)))
     resume = ["--resume"] if (out / "acc").exists() and "search" not in steps.done else []
     steps.run("search", lambda: command("search.py", *common, "--out", out, *resume))
-    # Side by side on one thread each: on small images two networks train in less time than one after the other on two threads.
+    # At the same time on one thread each, which on small images is faster than one after the other on two threads.
     both = [
         ("scratch.py", *common, "--threads", 1, "--architecture", file, "--out", out / name, *overrides)
         for name, file in (("winner", out / "checkpoints" / "best.json"), ("random", out / "random.json"))
@@ -139,56 +140,32 @@ def main():
     winner = next(r for r in measured if tuple(r["architecture"]) == winner_candidate)
 
     def row(name, measured_on, acc1, flops, params, seconds):
-        print(
-            f"| {name:<50} | {measured_on:<8} | {acc1:6.2f} | {flops / 1e6:5.2f} | {params / 1e6:6.2f} | {seconds:7.0f} |"
-        )
+        numbers = f"{acc1:6.2f} | {flops / 1e6:5.2f} | {params / 1e6:6.2f} | {seconds:7.0f}"
+        print(f"| {name:<50} | {measured_on:<8} | {numbers} |")
 
     def candidate_row(name, measured_on, acc1, candidate, seconds):
         row(name, measured_on, acc1, space.flops(candidate), space.params(candidate), seconds)
+
+    def retrained_row(name, key, candidate):
+        candidate_row(name, "test", retrained[key]["acc1"], candidate, retrained[key]["seconds"])
 
     print(f"\n| {'':<50} | images   | top-1  | FLOPs | params | seconds |")
     print(f"|{'-' * 52}|{'-' * 10}|{'-' * 8}|{'-' * 7}|{'-' * 8}|{'-' * 9}|")
     drawn = [r for r in first_population if r["acc1"] is not None]
     acc1, flops = (sum(r[key] for r in drawn) / len(drawn) for key in ("acc1", "flops"))
     supernet_params = sum(p.numel() for p in ShuffleNetV2OneShot(space=space).parameters())
-    row(
-        f"supernet, mean of {len(drawn)} random candidates",
-        "held-out",
-        acc1,
-        flops,
-        supernet_params,
-        steps.seconds("supernet"),
-    )
+    name = f"supernet, mean of {len(drawn)} random candidates"
+    row(name, "held-out", acc1, flops, supernet_params, steps.seconds("supernet"))
     name = f"best of the search, {len(measured)} candidates, in the supernet"
     candidate_row(name, "held-out", winner["acc1"], winner_candidate, steps.seconds("search"))
-    candidate_row(
-        "a random candidate, in the supernet",
-        "held-out",
-        in_supernet["acc1"],
-        chosen,
-        steps.seconds("random in supernet"),
-    )
-    candidate_row(
-        "best of the search, retrained",
-        "test",
-        retrained["winner"]["acc1"],
-        winner_candidate,
-        retrained["winner"]["seconds"],
-    )
-    candidate_row(
-        "the random candidate, retrained", "test", retrained["random"]["acc1"], chosen, retrained["random"]["seconds"]
-    )
-    weights = 3 * config.input_size**2 * space.n_classes
-    row(
-        "logistic regression on the same pixels",
-        "test",
-        regression,
-        weights,
-        weights + space.n_classes,
-        steps.seconds("logistic regression"),
-    )
-    print(f"\nFLOPs (multiply-adds) and parameters in millions; the limit of the search was {limit / 1e6:.1f}M. "
-          f"This run took {time.perf_counter() - start:.0f} s.")  # fmt: skip
+    seconds = steps.seconds("random in supernet")
+    candidate_row("a random candidate, in the supernet", "held-out", in_supernet["acc1"], chosen, seconds)
+    retrained_row("best of the search, retrained", "winner", winner_candidate)
+    retrained_row("the random candidate, retrained", "random", chosen)
+    weights, seconds = 3 * config.input_size**2 * space.n_classes, steps.seconds("logistic regression")
+    row("logistic regression on the same pixels", "test", regression, weights, weights + space.n_classes, seconds)
+    print(f"\nFLOPs (multiply-adds) and parameters in millions; the limit of the search was {limit / 1e6:.1f}M.")
+    print(f"This run took {time.perf_counter() - start:.0f} s.")
     if not overrides and not max(TARGET, regression) <= retrained["winner"]["acc1"]:
         sys.exit(f"demo: the winner should reach {TARGET}% and beat logistic regression, {regression:.2f}%")
 

@@ -1,16 +1,18 @@
-"""How close the evolution comes to the best candidate there is, on tables whose optimum is known: `python bench/evolution.py`.
+"""Measures how close evolution comes to the best candidate, on tables whose optimum is known: `python
+bench/evolution.py`.
 
-A table gives every candidate of the paper's space (20 blocks, 4 operations) a reward that stands for top-1 in the supernet,
-in thousandths of a percent point; candidates over 330M FLOPs are illegal.
+A table gives every candidate of the paper's space (20 blocks, 4 operations) a reward that stands for its top-1 in the
+supernet, in thousandths of a percentage point; candidates over 330M FLOPs are illegal.
 
-    additive   a reward for each operation of each block: a gain that grows with the kernel, and as much chance again
-    pairwise   the same, and a term for each pair of operations of neighbouring blocks
-    noisy      additive, measured with an error that depends on seed and candidate alone
+    additive   a reward for each operation of each block: a gain that grows with the kernel, plus as much random
+    variation pairwise   additive, plus a term for each pair of operations of adjacent blocks noisy      additive,
+    measured with an error that depends on seed and candidate only
 
-Each method evaluates 1,000 candidates a seed, none twice; on the additive table, evolution with more generations (50
-candidates each; the official code evaluates 21) and with more parents is measured too. Its regret is the optimum's reward less the true reward of the
-candidate that measured best, in percent of the range from the worst to the best legal candidate. Prints a Markdown table and
-writes bench/results/evolution.json. `--make-tables` writes bench/evolution_tables.json anew, which gives the committed file.
+Each method evaluates 1,000 different candidates a seed. On the additive table, evolution with more generations (of 50
+candidates; the official code evaluates 21) and with more parents is measured as well. The regret of a search is the
+reward of the optimum minus the true reward of the candidate that measured best, in percent of the range from the
+worst to the best legal candidate. Prints a Markdown table and writes bench/results/evolution.json. `--make-tables`
+writes bench/evolution_tables.json, reproducibly.
 """
 
 import argparse
@@ -31,19 +33,19 @@ from utils import commit, read_json, versions, write_json
 
 SPACE, LIMIT = SearchSpace(), 330_000_000
 TABLES = ROOT / "bench" / "evolution_tables.json"
-MEAN = 60_000  # reward of the mean candidate
-SD = 1_000  # of the additive rewards over uniform candidates
-PAIRS_SD = 500  # of all pair terms together
-NOISE_SD = 220  # the binomial standard deviation of 60% on 50,000 images
-KERNEL_GAIN = (0.0, 0.5, 0.8, 0.9)  # 3x3, 5x5, 7x7, xception; chance has standard deviation 1
-LIMIT_COSTS = 0.01  # of the range, at least: otherwise the limit hardly matters and the search is easier than it looks
+MEAN = 60_000  # mean reward of uniform candidates
+SD = 1_000  # standard deviation of the additive rewards of uniform candidates
+PAIRS_SD = 500  # standard deviation of the sum of all pair terms
+NOISE_SD = 220  # binomial standard deviation of an accuracy of 60% on 50,000 images
+KERNEL_GAIN = (0.0, 0.5, 0.8, 0.9)  # of 3x3, 5x5, 7x7, xception; random variation has standard deviation 1
+LIMIT_COSTS = 0.01  # minimum loss of reward by the FLOPs limit, as a share of the range; else the limit hardly matters
 OFFICIAL = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": 20}
 METHODS = {
     "evolution": OFFICIAL,
     "random search": OFFICIAL | {"mutation": 0, "crossover": 0},
     "mutation alone": OFFICIAL | {"mutation": 50, "crossover": 0},
 }
-MORE = {  # on the additive table alone: what it takes to come within 1% of the optimum in 95 of 100 seeds
+MORE = {  # on the additive table only: what brings 95 of 100 seeds within 1% of the optimum
     "evolution, 21 generations": OFFICIAL | {"generations": 21},
     "evolution, 25 generations": OFFICIAL | {"generations": 25},
     "evolution, 30 generations": OFFICIAL | {"generations": 30},
@@ -61,7 +63,7 @@ def reward(table, candidate):
 
 
 def measured(table, candidate, seed):
-    """The reward that a search with this seed sees."""
+    """The reward that a search with this seed measures."""
     error = random.Random(f"{seed} {candidate}").gauss(0, table["noise_sd"]) if table["noise_sd"] else 0
     return reward(table, candidate) + error
 
@@ -69,37 +71,35 @@ def measured(table, candidate, seed):
 def extreme(table, costs, limit, sign):
     """The candidate of the highest (sign 1) or lowest (-1) reward whose costs, one a block, add up to at most `limit`.
 
-    Exact: block by block, for each choice at the last block, it keeps every beginning of a candidate that no beginning with
-    the same choice beats in both cost and reward; whatever follows costs and earns the same after both.
+    Exact dynamic programming: block by block and for each choice of the last block, keeps the prefixes that are
+    Pareto-optimal in cost and reward; cost and reward of what follows depend on that choice only.
     """
     rows, pairs = table["rewards"], table["pairs"]
-    to_come = [sum(map(min, costs[block + 1 :])) for block in range(len(costs))]
+    remaining = [sum(map(min, costs[block + 1 :])) for block in range(len(costs))]
     fronts = {None: [(0, 0, ())]}
     for block, row in enumerate(rows):
         following = {}
         for choice, gain in enumerate(row):
-            beginnings = []
+            prefixes = []
             for last, front in fronts.items():
                 change = sign * (gain + (pairs[block - 1][last][choice] if block and pairs else 0))
-                beginnings += [
-                    (cost + costs[block][choice], value + change, (*begun, choice)) for cost, value, begun in front
-                ]
-            following[choice] = pareto(beginnings, limit - to_come[block])
+                prefixes += [(cost + costs[block][choice], value + change, (*p, choice)) for cost, value, p in front]
+            following[choice] = pareto(prefixes, limit - remaining[block])
         fronts = following
     return max(itertools.chain(*fronts.values()), key=lambda end: end[1])[2]
 
 
-def pareto(beginnings, limit):
-    """Those (cost, value, ...) up to the limit that have more value than every cheaper one, by rising cost."""
+def pareto(points, limit):
+    """The points (cost, value, ...) up to the limit of more value than every cheaper one, by increasing cost."""
     front = []
-    for beginning in sorted(beginnings, key=lambda b: (b[0], -b[1])):
-        if beginning[0] <= limit and (not front or beginning[1] > front[-1][1]):
-            front.append(beginning)
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if point[0] <= limit and (not front or point[1] > front[-1][1]):
+            front.append(point)
     return front
 
 
 def with_extremes(rewards, pairs=(), noise_sd=0):
-    """A table with its optimum, its worst legal candidate, and the best one if there were no limit."""
+    """A table with its best and worst legal candidates, and the best one without the limit."""
     table = {"rewards": rewards, "pairs": list(pairs), "noise_sd": noise_sd}
     limit = LIMIT - SPACE.fixed_flops
     found = {
@@ -114,13 +114,13 @@ def with_extremes(rewards, pairs=(), noise_sd=0):
 
 
 def scaled(groups, sd):
-    """Groups of numbers as whole ones, each group with mean 0, the sum of a random one of each with standard deviation `sd`."""
+    """Scales groups of numbers to integers of mean 0; the sum of a random one of each has standard deviation `sd`."""
     factor = sd / sum(map(statistics.pvariance, groups)) ** 0.5
     return [[round(factor * (value - statistics.fmean(group))) for value in group] for group in groups]
 
 
 def make_tables(seed):
-    """The three tables of a seed."""
+    """Returns the three tables of a seed."""
     rng = random.Random(seed)
     importance = [rng.uniform(0.5, 1.5) for _ in range(SPACE.n_blocks)]
     rewards = scaled([[weight * (gain + rng.gauss(0, 1)) for gain in KERNEL_GAIN] for weight in importance], SD)
@@ -140,7 +140,7 @@ def limit_matters(table):
 
 
 def committed_tables():
-    """The tables that are committed, and their seed: the first that makes the limit matter on the additive table (a third do)."""
+    """The tables of the first seed with which the limit matters on the additive table (one in three does)."""
     seed, tables = next((s, t) for s, t in enumerate(map(make_tables, range(100))) if limit_matters(t["additive"]))
     return {"seed": seed, "flops_limit": LIMIT, "tables": tables}
 
@@ -150,7 +150,7 @@ def committed_tables():
 
 def regret(table, seed, settings):
     """Percent of the table's range by which a search's winner falls short of the optimum."""
-    evolution = Evolution(SPACE.choices, SPACE.flops, LIMIT, seed=seed, **settings)
+    evolution = Evolution.from_settings(SPACE, {**settings, "flops_limit": LIMIT, "seed": seed})
     while population := evolution.ask():
         evolution.tell({candidate: measured(table, candidate, seed) for candidate in population})
     winner, _ = evolution.best
@@ -158,7 +158,7 @@ def regret(table, seed, settings):
 
 
 def methods(table_name):
-    """The methods that are measured on a table, name -> settings of the evolution."""
+    """The methods measured on a table, name -> settings of the evolution."""
     return METHODS | (MORE if table_name == "additive" else {})
 
 
@@ -173,9 +173,9 @@ def summary(regrets):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make-tables", action="store_true", help="write the tables and end")
+    parser.add_argument("--make-tables", action="store_true", help="write the tables only")
     parser.add_argument(
-        "--seeds", type=count(), default=100, metavar="N", help="searches for each table and method (default: 100)"
+        "--seeds", type=count(), default=100, metavar="N", help="searches of each table and method (default: 100)"
     )
     parser.add_argument(
         "--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "evolution.json", metavar="FILE"
@@ -194,17 +194,18 @@ def main(argv=None):
         regrets = [regret(table, seed, settings) for seed in range(options.seeds)]
         row = summary(regrets) | {"seconds": time.perf_counter() - start, "regrets": [round(r, 4) for r in regrets]}
         results.setdefault(name, {})[method] = row
-        print(f"| {name} | {method} | {row['mean']:.2f} | {row['median']:.2f} | {row['under_1_percent']:.0%} | {row['exact']:.0%} "
-              f"| {1000 * row['seconds'] / options.seeds:.0f} |", flush=True)  # fmt: skip
+        cells = [name, method, f"{row['mean']:.2f}", f"{row['median']:.2f}", f"{row['under_1_percent']:.0%}"]
+        cells += [f"{row['exact']:.0%}", f"{1000 * row['seconds'] / options.seeds:.0f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
     settings = {
-        "seeds": options.seeds, "flops_limit": LIMIT, "tables_seed": committed["seed"], "methods": METHODS | MORE,
+        "seeds": options.seeds,
+        "flops_limit": LIMIT,
+        "tables_seed": committed["seed"],
+        "methods": METHODS | MORE,
         "range": {name: reward_range(table) for name, table in committed["tables"].items()},
-    }  # fmt: skip
-    write_json(
-        options.results,
-        {"settings": settings, "commit": commit(), "versions": versions(), "results": results},
-        indent=1,
-    )
+    }
+    results = {"settings": settings, "commit": commit(), "versions": versions(), "results": results}
+    write_json(options.results, results, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What exchanging gradients costs: `torchrun --nproc-per-node 2 bench/exchange.py`, one process a GPU, or on CPU cores.
+"""Measures the cost of averaging gradients: `torchrun --nproc-per-node 2 bench/exchange.py`, one rank a GPU, or on
+CPU cores.
 
-The same steps, in turns, with no exchange at all, with that of distributed.py (the gradients of the step's path, one reduction), and
-with DistributedDataParallel (find_unused_parameters: those of all operations, in buckets, while the backward pass still runs). Prints
-a Markdown table of medians and adds to bench/results/exchange.json. Needs neither DALI nor NNI nor images.
+The same steps are taken in turns without any exchange, with that of distributed.py (one all-reduce of the gradients
+of the step's path), and with DistributedDataParallel (find_unused_parameters: gradients of all operations, in
+buckets, overlapping with the backward pass). Prints a Markdown table of medians and writes
+bench/results/exchange.json. Needs neither DALI nor NNI nor images.
 """
 
 import pathlib
@@ -32,7 +34,7 @@ EXCHANGES = ("none", "the path's gradients", "DistributedDataParallel")
 
 def parse_args():
     parser = command_line.Parser(__doc__, "exchange")
-    parser.add_argument("--batch-size", type=int, default=16, help="of a process")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a rank (default: 16)")
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -54,13 +56,11 @@ def main(options):
         models[EXCHANGES[2]], find_unused_parameters=True, forward_sync_buffers=False
     )
     images = torch.rand(options.batch_size, 3, options.input_size, options.input_size, device=device).mul_(255)
-    images, labels = (
-        images.to(memory_format=torch.channels_last),
-        torch.randint(1000, (options.batch_size,), device=device),
-    )
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (options.batch_size,), device=device)
     for step in range(options.steps + 1):
         for name in EXCHANGES:
-            distributed.all_reduce_max(0)  # start together
+            distributed.all_reduce_max(0)  # makes the ranks start together
             start = time.perf_counter()
             optimizers[name].zero_grad(set_to_none=True)
             criterion(models[name](images, sampler.candidate(step)), labels).backward()
@@ -70,7 +70,7 @@ def main(options):
             optimizers[name].step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if step:  # the first warms up
+            if step:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)
     if distributed.rank():
         return
@@ -83,10 +83,16 @@ def main(options):
     for name, s in medians.items():
         print(f"| {name} | {1000 * s:.0f} | {1000 * (s - medians['none']):.0f} | {4e-6 * sent.get(name, 0):.1f} |")
     result = {
-        "medians": medians, "seconds": seconds, "processes": distributed.world_size(), "batch_size": options.batch_size, "input_size": options.input_size,
-        "commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(),
+        "medians": medians,
+        "seconds": seconds,
+        "processes": distributed.world_size(),
+        "batch_size": options.batch_size,
+        "input_size": options.input_size,
+        "commit": utils.commit(),
+        "versions": utils.versions(),
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }  # fmt: skip
+    }
     utils.write_json(options.results, result, indent=1)
 
 

@@ -1,14 +1,15 @@
-"""How far the supernet's ranking of candidates can be trusted: `python bench/ranking.py --supernet FILE`.
+"""Measures how far the supernet's ranking of candidates can be trusted: `python bench/ranking.py --supernet FILE`.
 
-Candidates from the lowest to the highest FLOPs there are, one in each of as many equal steps, are evaluated in the supernet as a
-search does (on the held-out images), and trained from scratch as scratch.py does, with as many seeds, which gives top-1 on val.
-Kendall's tau between the two is reported with its 95% bootstrap interval over candidates, beside what any claim has to beat (FLOPs,
-parameters, mean size of the depthwise kernels, a supernet that was never trained) and the ceiling, one seed's training against
-another's. Taus are means over the seeds. The verdict is the paired interval of tau(supernet) - tau(FLOPs).
+Candidates of equally spaced FLOPs, from the lowest possible to the highest, are evaluated in the supernet as in a
+search (on the held-out images), and trained from scratch as by scratch.py with several seeds, which gives top-1 on
+val. Reported is Kendall's tau between the two with its 95% bootstrap interval over candidates; for comparison, the
+taus of trivial predictors (FLOPs, parameters, mean depthwise kernel size, an untrained supernet), and as a ceiling
+that of one training seed with another. Taus are means over seeds. The verdict is the paired interval of tau(supernet)
+- tau(FLOPs).
 
-Every training is written to the results file when it ends: a run that was stopped, by whatever, goes on from there when it is
-started again. Images are decoded once. The recipe is that of demo.yml, or --config, with its warm-up and BN pass shortened as the
-iterations are. Writes bench/results/ranking.json, and ranking.svg and ranking.png beside it.
+Every training is written to the results file when it ends, and an interrupted run resumes from there. Images are
+decoded once. The recipe is that of demo.yml, or of --config, with warm-up and BN pass shortened in proportion to the
+iterations. Writes bench/results/ranking.json, ranking.svg and ranking.png.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import utils
 # isort: split
 import torch
 from rank_correlation import agreement, bootstrap, candidates_needed, interval, resamples
+from ranking_figure import draw_ranking
 
 import scratch
 import tester
@@ -36,30 +38,32 @@ from dataloader import Loader
 from images.dataset import Data, DataConfig, prepare, training_plan
 from images.image_cache import FixedBatches, validation_batches
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from reports.figures import draw_ranking
 from space.search_space import SearchSpace, operation_convs
 from training.evaluation import accuracy, evaluate, open_evaluation, recalibrate_bn, resolve_device
 from training.recipe import dropout_seed, learning_rate, parameter_groups
 from utils import UserError, read_json, write_json
 
 PREDICTORS = {
-    "supernet": "supernet", "flops": "FLOPs", "params": "parameters", "kernel_size": "mean depthwise kernel size",
+    "supernet": "supernet",
+    "flops": "FLOPs",
+    "params": "parameters",
+    "kernel_size": "mean depthwise kernel size",
     "untrained": "untrained supernet",
-}  # fmt: skip
+}
 CEILING = "another seed's training"
-STEPS = 10_000  # of the search for a tilt
-TRIES = 100_000  # to draw a candidate of given FLOPs
+RATES = 10_000  # resolution of the search for a rate in `_weights`
+TRIES = 100_000  # draws for a candidate of given FLOPs
 
 
 # --- candidates ----------------------------------------------------------------------------------------------
 
 
 def draw_candidates(space, n, seed=0):
-    """One candidate from each of n equal bins of all FLOPs that are possible, by rising FLOPs, nearly uniform within a bin.
+    """One candidate from each of n equal bins of the possible FLOPs, by increasing FLOPs, nearly uniform within a bin.
 
-    Uniform candidates hardly leave the middle of the range. Here every operation is drawn with a probability that grows
-    exponentially with its cost, at a rate for which the expected FLOPs are the bin's centre, until the candidate is in the bin;
-    candidates of the same cost are equally probable at any rate.
+    Uniform candidates are concentrated in the middle of the range. Here the probability of an operation depends
+    exponentially on its cost, with the rate that makes the expected FLOPs the bin's centre; candidates outside the
+    bin are rejected. Candidates of equal cost are equally probable at any rate.
     """
     rng, (low, high) = random.Random(seed), space.flops_range
     width = (high - low) / n
@@ -69,19 +73,17 @@ def draw_candidates(space, n, seed=0):
         drawn = (tuple(rng.choices(range(len(row)), row)[0] for row in weights) for _ in range(TRIES))
         candidate = next((c for c in drawn if min(n - 1, int((space.flops(c) - low) / width)) == i), None)
         if candidate is None:
-            raise UserError(
-                f"--candidates {n}: none found in step {i + 1} of {n} between the lowest and the highest FLOPs; take fewer"
-            )
+            raise UserError(f"--candidates {n}: none found in bin {i + 1} of {n} of the FLOPs; use fewer")
         candidates.append(candidate)
     return candidates
 
 
 def _weights(space, target):
-    """The weight of every operation of every block, with which FLOPs are `target` in the mean."""
+    """Weights of the operations of each block, with which the expected FLOPs are `target`."""
     low, high = space.flops_range
 
     def weights(step):
-        rate = (step / STEPS - 0.5) * 2000 / (high - low)
+        rate = (step / RATES - 0.5) * 2000 / (high - low)
         rows = [[rate * (cost - (max(row) if rate > 0 else min(row))) for cost in row] for row in space.choice_flops]
         return [[math.exp(x) for x in row] for row in rows]
 
@@ -89,11 +91,11 @@ def _weights(space, target):
         rows = zip(weights(step), space.choice_flops)
         return space.fixed_flops + sum(sum(w * c for w, c in zip(*row)) / sum(row[0]) for row in rows)
 
-    return weights(bisect.bisect_left(range(STEPS), target, key=mean))
+    return weights(bisect.bisect_left(range(RATES), target, key=mean))
 
 
 def kernel_size(space, candidate):
-    """The mean size of the depthwise kernels."""
+    """The mean size of the depthwise kernels in px."""
     convs = [
         c for shape, choice in zip(space.blocks, candidate) for c in operation_convs(space.operations[choice], shape)
     ]
@@ -105,7 +107,7 @@ def kernel_size(space, candidate):
 
 
 def in_supernets(args, opened, candidates):
-    """Top-1 percent of the candidates on the held-out images, in the supernet and in one with initial weights."""
+    """Top-1 in percent of the candidates on the held-out images, in the supernet and in an untrained one."""
     supernet, *batches = opened
     torch.manual_seed(0)
     untrained = ShuffleNetV2OneShot(space=supernet.space).to(resolve_device(args), memory_format=torch.channels_last)
@@ -116,7 +118,7 @@ def in_supernets(args, opened, candidates):
 
 
 class Trainings:
-    """Trains candidates from scratch, as scratch.py does with `args`, on images that are decoded once a seed."""
+    """Trains candidates from scratch like scratch.py with `args`, on images that are decoded once for each seed."""
 
     def __init__(self, args, space):
         self.args, self.space, self.device = args, space, resolve_device(args)
@@ -126,7 +128,7 @@ class Trainings:
         self.batches = {}
 
     def _decoded(self, seed):
-        """(training batches, batches of the BN pass)."""
+        """Returns [training batches, batches of the BN pass]."""
         if seed not in self.batches:
             args, images = self.args, self.data.train
             loader = Loader(images, self.config, True, seed, self.device, args.loader, args.workers)
@@ -136,7 +138,7 @@ class Trainings:
         return self.batches[seed]
 
     def network(self, candidate, seed):
-        """The trained network, after the BN pass."""
+        """Returns the trained network, after the BN pass."""
         args, (training, *bn_pass) = self.args, self._decoded(seed)
         torch.manual_seed(seed)
         model = ShuffleNetV2(candidate, space=self.space).to(self.device, memory_format=torch.channels_last).train()
@@ -159,33 +161,31 @@ class Trainings:
         return model
 
     def run(self, candidate, seed):
-        """Top-1 percent on val."""
+        """Trains a candidate; returns its top-1 in percent on val."""
         return accuracy(self.network(candidate, seed).eval(), self.validation)[0]
 
 
 def scratch_args(words, iterations):
-    """scratch.py's flags of a training that is shorter than that of the settings."""
+    """The flags of scratch.py for a training with another number of iterations than in the settings."""
     args = scratch.parse_args(words)
     share = iterations / args.iterations
     args.warmup, args.bn_pass, args.iterations = round(args.warmup * share), round(args.bn_pass * share), iterations
     return args
 
 
-# --- the whole -----------------------------------------------------------------------------------------------
+# --- the study -----------------------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--supernet", metavar="FILE", required=True, help="its checkpoint")
-    parser.add_argument(
-        "--config", metavar="FILE", help="settings of tester.py and scratch.py (default: demo.yml, the bundled images)"
-    )
-    parser.add_argument("--candidates", type=count(3, 10_000), default=32, help="default: 32")
-    parser.add_argument("--seeds", type=count(2, 100), default=2, help="of training, from 0 (default: 2)")
-    parser.add_argument("--iterations", type=count(), default=300, help="of every training (default: 300)")
-    parser.add_argument("--threads", type=count(1, 1024), default=1, help="default: 1")
+    parser.add_argument("--supernet", metavar="FILE", required=True, help="checkpoint of the supernet")
+    parser.add_argument("--config", metavar="FILE", help="settings of tester.py and scratch.py (default: demo.yml)")
+    parser.add_argument("--candidates", type=count(3, 10_000), default=32, help="number of candidates (default: 32)")
+    parser.add_argument("--seeds", type=count(2, 100), default=2, help="trainings of each candidate (default: 2)")
+    parser.add_argument("--iterations", type=count(), default=300, help="steps of each training (default: 300)")
+    parser.add_argument("--threads", type=count(1, 1024), default=1, help="CPU threads (default: 1)")
     parser.add_argument(
         "--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "ranking.json", metavar="FILE"
     )
@@ -193,7 +193,7 @@ def parse_args(argv=None):
 
 
 def measure(options):
-    """The results file's content, all measured."""
+    """Measures what the results file does not hold yet, and returns its content."""
     words = ["--config", options.config] if options.config else ["--demo"]
     words += ["--threads", str(options.threads), "--loader", "torchvision", "--workers", "0"]
     args = scratch_args(words, options.iterations)
@@ -212,7 +212,7 @@ def measure(options):
     results = read_json(options.results) if options.results.exists() else {"settings": settings}
     if odd := sorted(k for k in settings if results["settings"].get(k) != settings[k]):
         raise UserError(
-            f"{options.results}: has been made with another {odd[0]}; use that, remove it, or name another --results"
+            f"{options.results}: has another {odd[0]}; use the same, remove the file, or choose another --results"
         )
 
     if "candidates" not in results:
@@ -223,18 +223,24 @@ def measure(options):
         results["space"] = space.to_dict()
         results["candidates"] = [
             {
-                "architecture": list(c), "flops": space.flops(c), "params": space.params(c), "kernel_size": round(kernel_size(space, c), 4),
-                "supernet": in_supernet, "untrained": untrained, "standalone": [], "seconds": [],
+                "architecture": list(c),
+                "flops": space.flops(c),
+                "params": space.params(c),
+                "kernel_size": round(kernel_size(space, c), 4),
+                "supernet": in_supernet,
+                "untrained": untrained,
+                "standalone": [],
+                "seconds": [],
             }
             for c, in_supernet, untrained in zip(candidates, *in_supernets(test_args, opened, candidates))
-        ]  # fmt: skip
+        ]
         write_json(options.results, results, indent=1)
     train_all(results, args, options)
     return results
 
 
 def train_all(results, args, options):
-    """All trainings that are not in the results yet, the first seed of every candidate first."""
+    """Runs all trainings that are not in the results yet, seed by seed."""
     trainings = Trainings(args, SearchSpace.from_dict(results["space"]))
     todo = [(s, row) for s in range(options.seeds) for row in results["candidates"] if len(row["standalone"]) <= s]
     if todo:
@@ -244,12 +250,12 @@ def train_all(results, args, options):
         row["standalone"].append(trainings.run(row["architecture"], seed))
         row["seconds"].append(round(time.perf_counter() - start, 2))
         write_json(options.results, results, indent=1)
-        print(f"training {i} of {len(todo)}: seed {seed}, {row['flops'] / 1e6:.2f}M, supernet {row['supernet']:.2f}%, "
-              f"alone {row['standalone'][-1]:.2f}%, {row['seconds'][-1]:.0f} s", flush=True)  # fmt: skip
+        measured = f"supernet {row['supernet']:.2f}%, alone {row['standalone'][-1]:.2f}%, {row['seconds'][-1]:.0f} s"
+        print(f"training {i} of {len(todo)}: seed {seed}, {row['flops'] / 1e6:.2f}M, {measured}", flush=True)
 
 
 def summarise(candidates, n_seeds):
-    """{predictor: {"tau": ..., "interval": [low, high], "minus_flops": ..., "minus_flops_interval": [...]}}, and the ceiling's."""
+    """Returns {predictor: {"tau", "interval", "minus_flops", "minus_flops_interval"}}, the last "ceiling"."""
     truths = list(zip(*(row["standalone"] for row in candidates)))
     counts = resamples(len(candidates))
     values = {name: [row[name] for row in candidates] for name in PREDICTORS}
@@ -266,17 +272,19 @@ def summarise(candidates, n_seeds):
 
 
 def verdict(summary, n):
-    """What the paired interval of tau(supernet) - tau(FLOPs) says, in words."""
+    """Puts the paired interval of tau(supernet) - tau(FLOPs) into words."""
     row, ceiling = summary["supernet"], summary["ceiling"]["tau"]
     difference, (low, high) = row["minus_flops"], row["minus_flops_interval"]
     text = f"tau(supernet) - tau(FLOPs) = {difference:+.2f}, 95% interval {low:+.2f} to {high:+.2f}: "
     if low > 0 and summary["supernet"]["interval"][0] > 0:
         return f"{text}the supernet ranks better than FLOPs do."
     if low > 0:
-        return f"{text}FLOPs rank the wrong way round, but the supernet's own tau of {summary['supernet']['tau']:+.2f} is not above 0."
+        tau = summary["supernet"]["tau"]
+        return f"{text}FLOPs rank the wrong way round, but the supernet's own tau of {tau:+.2f} is not above 0."
     if high < 0:
         return f"{text}the supernet ranks worse than FLOPs do."
-    text += f"not distinguishable with {n} candidates. A true difference of 0.10 takes about {candidates_needed(n, 0.1, low, high):,} of them"
+    needed = candidates_needed(n, 0.1, low, high)
+    text += f"not distinguishable with {n} candidates. A true difference of 0.10 takes about {needed:,} of them"
     if (needed := candidates_needed(n, difference, low, high)) < 10_000:
         text += f", the measured one {needed:,}"
     return f"{text}; longer training raises the ceiling, now {ceiling:.2f}."
@@ -287,19 +295,16 @@ def report(results):
     summary = results["summary"]
     spread = [max(row["standalone"]) - min(row["standalone"]) for row in results["candidates"]]
     alone = sorted(sum(row["standalone"]) / len(row["standalone"]) for row in results["candidates"])
-    print(
-        f"\nstand-alone top-1 from {alone[0]:.2f} to {alone[-1]:.2f}%, seeds {sum(spread) / len(spread):.2f} points apart in the mean\n"
-    )
+    between = f"{sum(spread) / len(spread):.2f} points between seeds on average"
+    print(f"\nstand-alone top-1 from {alone[0]:.2f} to {alone[-1]:.2f}%, {between}\n")
     print("| candidates ranked by | tau | 95% interval | minus that of FLOPs | 95% interval |")
     print("|---|---|---|---|---|")
     for name, row in summary.items():
         cells = [PREDICTORS.get(name, CEILING), f"{row['tau']:.2f}", "{:.2f} to {:.2f}".format(*row["interval"])]
-        compared = "minus_flops" in row and name != "flops"
-        cells += (
-            [f"{row['minus_flops']:+.2f}", "{:+.2f} to {:+.2f}".format(*row["minus_flops_interval"])]
-            if compared
-            else ["", ""]
-        )
+        if name in ("flops", "ceiling"):
+            cells += ["", ""]
+        else:
+            cells += [f"{row['minus_flops']:+.2f}", "{:+.2f} to {:+.2f}".format(*row["minus_flops_interval"])]
         print(f"| {' | '.join(cells)} |")
     print(f"\n{results['verdict']}")
 
@@ -309,11 +314,8 @@ def main(options):
     results["summary"] = summarise(results["candidates"], options.seeds)
     results["verdict"] = verdict(results["summary"], options.candidates)
     write_json(options.results, results, indent=1)
-    draw_ranking(
-        results["candidates"],
-        {PREDICTORS.get(name, CEILING): row for name, row in results["summary"].items()},
-        options.results.parent,
-    )
+    taus = {PREDICTORS.get(name, CEILING): row for name, row in results["summary"].items()}
+    draw_ranking(results["candidates"], taus, options.results.parent)
     report(results)
 
 

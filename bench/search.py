@@ -1,14 +1,14 @@
-"""What a candidate costs in a search, step by step: `python bench/search.py demo --supernet FILE`, `python bench/search.py jpeg`.
+"""Measures the cost of a candidate in a search, change by change: `python bench/search.py CASE`.
 
-    demo    the bundled images at 28 px, in the trained supernet of FILE, with what each step does to predictions and ranking
-    jpeg    files of ImageNet's size at 224 px, 1,000 classes, drawn for this; a supernet without training costs the same
-    nni     a real search of the bundled images through NNI and one without it: the share of NNI and of starting processes
+    demo    the bundled images at 28 px, in the trained supernet --supernet; also differences in predictions and ranking
+    jpeg    generated files of ImageNet's size at 224 px, 1,000 classes; an untrained supernet, which costs the same
+    nni     real searches of the bundled images with and without NNI: the share of time that NNI and process starts take
 
-Each candidate meets 2,560 calibration and 2,000 validation images. Interleaved, in one run, medians over rounds: the baseline
-(bench/baseline_search.py, a process a candidate), then ours with one change more in every row. Candidates are a generation in
-mid-search (the tenth of twenty) of a simulated evolution. "images once" and the rows after it exclude the start of a process
-and the loading of the supernet, which a trial does once for its whole list. Runs on a GPU as it does on CPU cores. Prints
-Markdown tables and adds to bench/results/search.json.
+Each candidate is evaluated on 2,560 calibration and 2,000 validation images. The rows are the baseline
+(bench/baseline_search.py, a process a candidate), then this project with one more change in every row; they are
+interleaved, and medians over rounds are reported. Candidates are the tenth generation of a simulated evolution.
+"images once" and the rows after it exclude process start and loading of the supernet, which a trial does once for a
+list of candidates. Runs on a GPU or on CPU cores. Prints Markdown tables and adds to bench/results/search.json.
 """
 
 import argparse
@@ -32,8 +32,8 @@ import utils
 import numpy as np
 import torch
 from PIL import Image
+from rank_correlation import kendall
 
-from bench.bn import kendall
 from dataloader import Loader
 from engines.search_record import read_results
 from evolution_tuner import Evolution
@@ -46,26 +46,25 @@ from training import checkpoint
 from training.evaluation import evaluate, recalibrate_bn, resolve_device
 from training.prefix_tree import PrefixTree
 
-CALIBRATION, VALIDATION = 20, 2000  # batches of 128; images
-FULL = 25_600 + 50_000  # the images that a candidate meets in the official search and the paper's validation
+CALIBRATION, VALIDATION = 20, 2000  # batches of 128 images; images
+FULL = 25_600 + 50_000  # images a candidate in the official search with the paper's validation
 CHANGES = ["images once", "channels-last", "BN folded", "prefix tree", "bf16"]
 
 
 def generation(space, population):
-    """The tenth population of an evolution on random additive rewards, under the limit that 59% of all candidates meet."""
+    """The tenth population of an evolution on random additive rewards; 59% of all candidates meet the FLOPs limit."""
     rng = random.Random(0)
     table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
-    evolution = Evolution(
-        space.choices, space.flops, space.flops_value("59%"), population, max(2, population // 5),
-        population // 2, population // 2, seed=0,
-    )  # fmt: skip
+    limit, half = space.flops_value("59%"), population // 2
+    settings = {"select": max(2, population // 5), "mutation": half, "crossover": half, "seed": 0}
+    evolution = Evolution(space.choices, space.flops, limit, population, **settings)
     for _ in range(9):
         evolution.tell({c: sum(row[choice] for row, choice in zip(table, c)) for c in evolution.ask()})
     return evolution.ask()
 
 
 def draw_jpegs(folder, n_classes=1000):
-    """A tree with three training and two validation images a class, of 500 x 375 px: a hundred different files."""
+    """Makes a tree of 500 x 375 px images, three for training and two for validation a class: 100 different files."""
     rng = np.random.default_rng(0)
     sources = []
     folder.mkdir(parents=True)
@@ -85,7 +84,7 @@ def draw_jpegs(folder, n_classes=1000):
 
 
 class Bench:
-    """A supernet with the batches that every variant evaluates."""
+    """A supernet, and the batches on which all variants are measured."""
 
     def __init__(self, data_dir, config, supernet, options, cache):
         self.device = resolve_device(options)
@@ -105,7 +104,7 @@ class Bench:
         self.decoding = time.perf_counter() - start
 
     def evaluate(self, candidates, last_change):
-        """(seconds, peak MB) a candidate, with all changes up to this one; before the prefix tree, one after the other."""
+        """Returns (seconds a candidate, peak MB), with all changes up to `last_change`."""
         step = CHANGES.index(last_change)
         layout = torch.channels_last if step >= 1 else torch.contiguous_format
         self.supernet.to(memory_format=layout)
@@ -119,7 +118,7 @@ class Bench:
         return (time.perf_counter() - start) / len(candidates), peak_mb(self.device)
 
     def predictions(self, candidates, layout=torch.channels_last, fold=True, amp="off", threads=None):
-        """{candidate: predicted classes (N,)} and {candidate: top-1 percent}."""
+        """Returns {candidate: predicted classes (N,)} and {candidate: top-1 in percent}."""
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         self.supernet.to(memory_format=layout)
@@ -148,7 +147,7 @@ def reset_peak(device):
 
 
 def peak_mb(device):
-    """The most memory since reset_peak: of the GPU, or of this process."""
+    """Peak memory since reset_peak in MB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     with contextlib.suppress(OSError):
@@ -158,22 +157,29 @@ def peak_mb(device):
 
 
 def baseline(candidate, data_dir, config, supernet_path, options):
-    """The baseline's own numbers, with the seconds of its whole process as "total"."""
-    words = [
-        sys.executable, ROOT / "bench" / "baseline_search.py", "--supernet", supernet_path, "--data", data_dir,
-        "--architecture", ",".join(map(str, candidate)), "--input-size", config.input_size, "--crop-scale", config.crop_scale[0],
-        "--calibration", CALIBRATION, "--validation", VALIDATION,
-    ]  # fmt: skip
-    words += ["--threads", options.threads] if options.threads else []
+    """The measurements of the baseline, and the seconds of its whole process as "total"."""
+    flags = {
+        "--supernet": supernet_path,
+        "--data": data_dir,
+        "--architecture": ",".join(map(str, candidate)),
+        "--input-size": config.input_size,
+        "--crop-scale": config.crop_scale[0],
+        "--calibration": CALIBRATION,
+        "--validation": VALIDATION,
+    }
+    flags |= {"--threads": options.threads} if options.threads else {}
+    words = [str(word) for flag in flags.items() for word in flag]
     start = time.perf_counter()
-    process = subprocess.run(["/usr/bin/env", *map(str, words)], check=True, capture_output=True, text=True)
+    program = [sys.executable, ROOT / "bench" / "baseline_search.py"]
+    process = subprocess.run([*program, *words], check=True, capture_output=True, text=True)
     seconds = json.loads(process.stdout)
     return seconds | {"total": time.perf_counter() - start}
 
 
 def trial_start(supernet_path, data_dir):
-    """Seconds until a process has imported torch and ours, and holds the supernet."""
-    code = f"import utils, torch, checkpoint, evaluation; checkpoint.load_supernet({str(supernet_path)!r}, None)"
+    """Seconds that a process takes to import torch and this project and to load the supernet."""
+    imports = "import utils, torch; from training import checkpoint, evaluation"
+    code = f"{imports}; checkpoint.load_supernet({str(supernet_path)!r}, None)"
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     return time.perf_counter() - start
@@ -202,14 +208,18 @@ def run_case(options):
                 rows.setdefault(change, []).append(bench.evaluate(several, change))
                 print(f"round {r + 1}, {change}: {rows[change][-1][0]:.2f} s a candidate", file=sys.stderr)
         result = summarize(rows, starts, population, bench)
-        result["tree"] = {n: tree_flops(model.space, c) / sum(map(model.space.flops, c))
-                          for n in (10, 50, 200) for c in [generation(model.space, n)]}  # fmt: skip
+        result["tree"] = {n: tree_share(model.space, generation(model.space, n)) for n in (10, 50, 200)}
         if options.case == "demo":
             result["populations"] = {
                 n: bench.evaluate(generation(model.space, n), "prefix tree")[0] for n in options.populations
             }
             result["exactness"] = exactness(bench, candidates)
         return result
+
+
+def tree_share(space, candidates):
+    """FLOPs of a prefix tree, as a share of those of its candidates one by one."""
+    return tree_flops(space, candidates) / sum(map(space.flops, candidates))
 
 
 def summarize(rows, starts, population, bench):
@@ -229,30 +239,38 @@ def summarize(rows, starts, population, bench):
     print("| | s a candidate | times the baseline | with process start | peak memory, MB | 25,600 + 50,000 images, s |")
     print("|---|---|---|---|---|---|")
     full = FULL / (CALIBRATION * 128 + VALIDATION)
-    print(f"| baseline: start {base['start']:.1f} s, decoding {base['decode']:.1f} s, computing {base['compute']:.1f} s "
-          f"| {without:.2f} | 1 | 1 | {base['peak_mb']:.0f} | {base['start'] + full * without:.0f} |")  # fmt: skip
+    parts = f"start {base['start']:.1f} s, decoding {base['decode']:.1f} s, computing {base['compute']:.1f} s"
+    official = f"{base['start'] + full * without:.0f}"
+    print(f"| baseline: {parts} | {without:.2f} | 1 | 1 | {base['peak_mb']:.0f} | {official} |")
     for change in CHANGES:
         seconds, peak = (statistics.median(column) for column in zip(*rows[change]))
         a_list = population if CHANGES.index(change) >= 3 else 1
         with_start = (base["start"] + without) / (seconds + start / a_list)
-        result["rows"][change] = {"seconds": seconds, "ratio": without / seconds, "ratio_with_start": with_start, "peak_mb": peak,
-                                  "all": [r[0] for r in rows[change]]}  # fmt: skip
-        print(
-            f"| + {change} | {seconds:.2f} | {without / seconds:.1f} | {with_start:.1f} | {peak:.0f} | {full * seconds + start / a_list:.0f} |"
-        )
+        result["rows"][change] = {
+            "seconds": seconds,
+            "ratio": without / seconds,
+            "ratio_with_start": with_start,
+            "peak_mb": peak,
+            "all": [r[0] for r in rows[change]],
+        }
+        cells = f"{seconds:.2f} | {without / seconds:.1f} | {with_start:.1f} | {peak:.0f}"
+        print(f"| + {change} | {cells} | {full * seconds + start / a_list:.0f} |")
     return result
 
 
 def exactness(bench, candidates):
-    """Percent of the top-1 decisions that differ from the default's, and what bf16 does to accuracies and their ranking."""
+    """Percent of top-1 predictions that differ from the default's, and the effect of bf16 on accuracies and ranking."""
     few = candidates[:5]
     reference, _ = bench.predictions(few)
     variants = {
-        "NCHW": {"layout": torch.contiguous_format}, "unfolded": {"fold": False}, "one thread": {"threads": 1},
-        "two threads": {"threads": 2}, "bf16": {"amp": "bf16"},
-    }  # fmt: skip
+        "NCHW": {"layout": torch.contiguous_format},
+        "unfolded": {"fold": False},
+        "one thread": {"threads": 1},
+        "two threads": {"threads": 2},
+        "bf16": {"amp": "bf16"},
+    }
     result = {}
-    print("\n| against channels-last, folded, float32 | top-1 decisions that differ, % |\n|---|---|")
+    print("\n| compared with channels-last, folded, float32 | top-1 predictions that differ, % |\n|---|---|")
     for name, how in variants.items():
         found, _ = bench.predictions(few, **how)
         result[name] = statistics.fmean((found[c] != reference[c]).double().mean().item() * 100 for c in few)
@@ -264,13 +282,14 @@ def exactness(bench, candidates):
         "mean_abs_points": statistics.fmean(abs(x - y) for x, y in zip(a, b)),
         "candidates": len(a),
     }
-    print(f"\nbf16 over {len(a)} candidates: accuracies {result['bf16_ranking']['mean_abs_points']:.2f} points apart in the mean, "
-          f"Kendall's tau with float32 {result['bf16_ranking']['tau']:.2f}")  # fmt: skip
+    difference = f"mean difference of top-1 {result['bf16_ranking']['mean_abs_points']:.2f} points"
+    tau = f"Kendall's tau with float32 {result['bf16_ranking']['tau']:.2f}"
+    print(f"\nbf16 over {len(a)} candidates: {difference}, {tau}")
     return result
 
 
 def run_nni(options):
-    """Seconds of real searches, and the share of them in which nothing is evaluated."""
+    """Seconds of real searches, and the share in which no candidate is evaluated."""
     result = {}
     print("| engine | wall time, s | evaluating, s | share of all else |\n|---|---|---|---|")
     for engine in ("local", "nni"):
@@ -278,31 +297,11 @@ def run_nni(options):
             subprocess.run(
                 [sys.executable, ROOT / "tester.py", "--mode", "gen", "--out", out], check=True, capture_output=True
             )
-            words = [
-                "--demo",
-                "--engine",
-                engine,
-                "--checkpoint",
-                options.supernet,
-                "--out",
-                out,
-                "--bn-batches",
-                CALIBRATION,
-            ]
-            words += [
-                "--population",
-                50,
-                "--select",
-                10,
-                "--mutation",
-                25,
-                "--crossover",
-                25,
-                "--generations",
-                options.generations,
-            ]
+            words = f"--demo --engine {engine} --bn-batches {CALIBRATION} --generations {options.generations}".split()
+            words += ["--population", "50", "--select", "10", "--mutation", "25", "--crossover", "25"]
+            words += ["--checkpoint", options.supernet, "--out", out]
             start = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / "search.py", *map(str, words)], check=True, capture_output=True)
+            subprocess.run([sys.executable, ROOT / "search.py", *words], check=True, capture_output=True)
             wall = time.perf_counter() - start
             evaluating = sum(r["seconds"] for r in read_results(out)) / 2  # two trials at a time
             result[engine] = {

@@ -1,12 +1,13 @@
-"""What a training step costs, change by change: `python bench/train.py` (two CPU cores), `python bench/train.py --batch-size 1024` (a GPU).
+"""Measures the cost of a training step, change by change: `python bench/train.py`, on a GPU with `--batch-size 1024`.
 
-The reference is a plain float32 NCHW step of the published network (that of the tests: channel shuffle by reshape and permute,
-SGD, loss and top-1 fetched at every step). Every row after it has one change more, down to what supernet.py does. All rows take
-the same paths and batches from the same weights, in turns, step by step; medians. Needs neither DALI nor NNI nor images. On a
-GPU the reference is there with TF32 off and on. Prints Markdown tables and adds to bench/results/train.json.
+The reference is a plain float32 NCHW step of the published network (the reference of the tests: channel shuffle by
+reshape and permute, SGD, loss and top-1 fetched after every step), on a GPU with TF32 off and on. Every further row
+has one more change, up to the step of supernet.py. All rows take the same paths and batches from the same initial
+weights, in turns; medians are reported. Prints Markdown tables and adds to bench/results/train.json. Needs neither
+DALI nor NNI nor images.
 
-The floor is what the step would take if the convolutions ran at the rate of a large matrix product, and if every activation
-were written and read once by each convolution in each of the three passes (forward, gradient of input, gradient of weights) at
+The floor is the time of a step if the convolutions ran at the rate of a large matrix product, and if each convolution
+wrote and read its activations once in each of the three passes (forward, gradient of input, gradient of weights) at
 the rate of a copy.
 """
 
@@ -42,7 +43,7 @@ KINDS = {  # of operations, by parts of their names, in this order
 
 
 class Variant:
-    """A network and its optimizer with some of the changes; `step(images, labels, path)` trains once."""
+    """A network and its optimizer with some of the changes; `step(images, labels, path)` takes a training step."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Variant:
         self.model.load_state_dict(weights)
         self.model.to(device, memory_format=self.layout).train()
         if compiled:
-            torch._dynamo.config.recompile_limit = 200  # of the one function forward: 80 operations
+            torch._dynamo.config.recompile_limit = 200  # one function `forward` is compiled for 80 operations
             for operation in (operation for block in self.model.features for operation in block):
                 operation.compile()
         self.optimizer = torch.optim.SGD(parameter_groups(self.model, 4e-5), lr=0.01, momentum=0.9, fused=fused or None)
@@ -92,7 +93,7 @@ class Variant:
 
 
 def variants(space, device, compiled):
-    """The rows, each with one change more than the one before; `compiled` adds one with all operations compiled, before bf16."""
+    """The rows, each with one more change than the one before; `compiled` adds torch.compile of all operations."""
     torch.manual_seed(0)
     weights = ShuffleNetV2OneShot(space=space).state_dict()
     off = {"views": False, "channels_last": False, "fused": False, "lazy": False}
@@ -100,9 +101,11 @@ def variants(space, device, compiled):
     if device.type == "cuda":
         changes.append(("reference, TF32", {"tf32": True}))
     changes += [
-        ("+ shuffle as views", {"views": True}), ("+ channels-last", {"channels_last": True}), ("+ fused SGD", {"fused": True}),
+        ("+ shuffle as views", {"views": True}),
+        ("+ channels-last", {"channels_last": True}),
+        ("+ fused SGD", {"fused": True}),
         ("+ metrics fetched late", {"lazy": True}),
-    ]  # fmt: skip
+    ]
     if compiled:
         changes.append(("+ torch.compile", {"compiled": True}))
     changes.append(("+ bf16", {"amp": "bf16", "compiled": False}))
@@ -120,7 +123,7 @@ def synchronize(device):
 
 
 def memory_mb(device, reset=False):
-    """Peak memory since the last reset: of the GPU, or of this process."""
+    """Peak memory in MB since the last reset: of the GPU, or of this process."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 1e6
         if reset:
@@ -135,7 +138,7 @@ def memory_mb(device, reset=False):
 
 
 def profile(variant, batch):
-    """Milliseconds of a step by kind of operation."""
+    """Milliseconds of a step, by kind of operation."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (variant.device.type == "cuda")
@@ -151,7 +154,7 @@ def profile(variant, batch):
 
 
 def floor_ms(space, path, batch_size, device):
-    """(ms of the multiply-adds, ms of the bytes) of a step, at the rates of a matrix product and of a copy measured here."""
+    """Returns (ms of multiply-adds, ms of memory traffic) of a step, at the measured rates of matmul and copy."""
     convs = [space.stem_conv, space.last_conv]
     for shape, choice in zip(space.blocks, path):
         convs += operation_convs(space.operations[choice], shape)
@@ -172,7 +175,9 @@ def floor_ms(space, path, batch_size, device):
     rate = 2048**3 / seconds(lambda: a @ a)
     bandwidth = 2 * big.nbytes / seconds(lambda: target.copy_(big))
     multiply_adds = 3 * batch_size * space.flops(path)
-    values = sum(conv.out_channels * conv.out_size**2 for conv in convs)  # outputs; the inputs are others' outputs
+    values = sum(
+        conv.out_channels * conv.out_size**2 for conv in convs
+    )  # of outputs; inputs are outputs of other convolutions
     return 1000 * multiply_adds / rate, 1000 * 3 * 2 * 4 * batch_size * values / bandwidth
 
 
@@ -185,9 +190,9 @@ def main():
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="a row with every operation compiled: minutes, for the first of its steps",
+        help="add a row with all operations compiled, whose first step takes minutes",
     )
-    parser.add_argument("--paths", type=int, metavar="N", help="take the same N paths in turn; --steps is to be higher")
+    parser.add_argument("--paths", type=int, metavar="N", help="take N paths in turn, fewer than --steps")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "train.json")
@@ -209,19 +214,17 @@ def main():
             start = time.perf_counter()
             variant.step(images, labels, paths[step % len(paths)])
             synchronize(device)
-            if step >= (options.paths or 1):  # those before warm up
+            if step >= (options.paths or 1):  # the ones before are warm-up
                 seconds[variant.name].append(time.perf_counter() - start)
             peaks[variant.name] = max(peaks.get(variant.name, 0), memory_mb(device))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     counted, threads = len(seconds["reference"]), torch.get_num_threads()
-    print(
-        f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads, median of {counted} steps\n"
-    )
+    title = f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads"
+    print(f"{title}, median of {counted} steps\n")
     print("| | ms a step | times the reference | images a second | peak memory, MB |\n|---|---|---|---|---|")
     for name, s in medians.items():
-        print(
-            f"| {name} | {1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f} |"
-        )
+        cells = f"{1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f}"
+        print(f"| {name} | {cells} |")
     batch = images, labels, paths[0]
     whole = next(v for v in rows if v.name == "+ metrics fetched late")
     profiles = {v.name: profile(v, batch) for v in (rows[0], whole, rows[-1])}
@@ -229,12 +232,18 @@ def main():
     for kind in [*KINDS, "rest"]:
         print(f"| {kind} | " + " | ".join(f"{p[kind]:.0f}" for p in profiles.values()) + " |")
     compute, memory = floor_ms(space, batch[2], options.batch_size, device)
-    print(f"\nFloor, float32: {compute:.0f} ms of multiply-adds, {memory:.0f} ms of bytes")
+    print(f"\nFloor, float32: {compute:.0f} ms of multiply-adds, {memory:.0f} ms of memory traffic")
     result = {
-        "medians": medians, "seconds": seconds, "peaks_mb": peaks, "profiles_ms": profiles, "floor_ms": {"multiply_adds": compute, "bytes": memory},
-        "commit": utils.commit(), "versions": utils.versions(), "threads": torch.get_num_threads(),
+        "medians": medians,
+        "seconds": seconds,
+        "peaks_mb": peaks,
+        "profiles_ms": profiles,
+        "floor_ms": {"multiply_adds": compute, "bytes": memory},
+        "commit": utils.commit(),
+        "versions": utils.versions(),
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }  # fmt: skip
+    }
     name = f"{device.type} {options.input_size} px batch {options.batch_size}" + ", compiled" * options.compile
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     utils.write_json(options.results, results | {name: result}, indent=1)

@@ -1,11 +1,11 @@
-"""Makes fashion-mnist.tar.xz, the bundled images, from the four original Fashion-MNIST files; same input, same bytes.
+"""Makes fashion-mnist.tar.xz, the bundled images, from the four original Fashion-MNIST files, reproducibly to the byte.
 
     python data/make_fashion_mnist.py FOLDER
 
-reads {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz in FOLDER (from github.com/zalandoresearch/fashion-mnist, or
-usr/share/datasets/fashion-mnist in Debian's package dataset-fashion-mnist) and writes beside this script a folder tree of
-greyscale JPEG files of 28x28 px, fashion-mnist/{train,val}/<class>/NNNNN.jpg, with the licence. NNNNN is an image's place
-in its original file, and those taken are the first of every class there. Takes half a minute.
+Reads {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz in FOLDER (from github.com/zalandoresearch/fashion-mnist, or
+from usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist). Writes the archive next to this
+script: the licence, and greyscale JPEG files of 28x28 px, fashion-mnist/{train,val}/<class>/NNNNN.jpg, where NNNNN is
+the index of the image in its original file; the first images of every class are taken. Takes half a minute.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from PIL import Image
 
 HERE = pathlib.Path(__file__).resolve().parent
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")  # 0..9
-PARTS = {"train": ("train", 1000), "val": ("t10k", 500)}  # original files, images a class
-JPEG_QUALITY = 95  # 0.9 of 255 grey levels off on average; the archive stays under 8 MB
-SHA256 = {  # of the contents, since copies of the files are compressed differently
+PARTS = {"train": ("train", 1000), "val": ("t10k", 500)}  # original file, images a class
+JPEG_QUALITY = 95  # mean error 0.9 of 255 grey levels; the archive is smaller than 8 MB
+SHA256 = {  # of the uncompressed contents, because copies of the files are compressed differently
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -32,7 +32,7 @@ SHA256 = {  # of the contents, since copies of the files are compressed differen
 
 
 def read_idx(path):
-    """The items of an original file, each as bytes. Raises ValueError where it isn't the original."""
+    """The items of an original file, each as bytes. Raises ValueError if it is not the original."""
     with gzip.open(path) as file:
         data = file.read()
     if hashlib.sha256(data).hexdigest() != SHA256[path.name]:
@@ -45,14 +45,14 @@ def read_idx(path):
 
 
 def jpeg(pixels):
-    """A greyscale JPEG file of 28x28 bytes."""
+    """Encodes 28x28 bytes as a greyscale JPEG file."""
     file = io.BytesIO()
     Image.frombytes("L", (28, 28), pixels).save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
     return file.getvalue()
 
 
 def bundled_files(source):
-    """Path in the archive -> content, of everything that belongs into it. Raises ValueError and OSError."""
+    """The files of the archive, path -> content. Raises ValueError and OSError."""
     files = {"fashion-mnist/LICENSE.txt": (HERE / "fashion-mnist-LICENSE.txt").read_bytes()}
     for part, (original, per_class) in PARTS.items():
         images = read_idx(source / f"{original}-images-idx3-ubyte.gz")
@@ -64,7 +64,7 @@ def bundled_files(source):
 
 
 def archive(files):
-    """A .tar.xz of the files, in sorted order, without owners or times: its bytes depend on nothing else."""
+    """A .tar.xz of the files, sorted and without owners or times, so that its bytes depend on the files only."""
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as output:
         for path, content in sorted(files.items()):
@@ -76,7 +76,7 @@ def archive(files):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=pathlib.Path, metavar="FOLDER", help="has the four original files")
+    parser.add_argument("source", type=pathlib.Path, metavar="FOLDER", help="folder with the four original files")
     source = parser.parse_args(argv).source
     try:
         files = bundled_files(source)

@@ -1,43 +1,44 @@
-"""The search on this machine alone: the same evolution and files as with NNI, one worker process a GPU, or some on the CPU."""
+"""The search without NNI: the same evolution and files, with one worker process for each GPU, or some on the CPU."""
 
 import argparse
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 
 from engines.progress import Progress
 from engines.search_record import SearchRecord
-from evolution_tuner import EVOLUTION, Evolution
+from engines.trial import take_gpu
+from evolution_tuner import Evolution
 from space.splitting import chunks
 from utils import UserError, leave_signals_to_parent, log
 
-SPAWN = multiprocessing.get_context("spawn")  # a CUDA context doesn't survive a fork
+SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 
 
 def search_locally(space, settings, out, trial, concurrency=1, candidates_per_trial=None):
-    """Runs the search that `prepare_search` made `out` ready for, to its end.
+    """Runs the search for which `prepare_search` made `out` ready, to its end.
 
-    `trial` holds the flags of a trial. Candidates whose evaluation fails, or whose worker dies, are evaluated again; those
-    that fail alone too have failed. Raises UserError where nothing can be evaluated.
+    `trial` has the flags of a trial. Candidates whose evaluation fails or whose worker dies are evaluated again; those
+    that fail again on their own have failed. Raises UserError where no candidate can be evaluated.
     """
-    evolution = Evolution(
-        space.choices, space.flops, settings["flops_limit"], **{k: settings[k] for k in EVOLUTION}
-    )
-    record, progress = SearchRecord(out, space, evolution), Progress(out)
+    record, progress = SearchRecord(out, space, Evolution.from_settings(space, settings)), Progress(out)
     with Workers(trial, concurrency) as workers:
         while waiting := record.pending():
             progress.read()
             lists = chunks(space, waiting, workers.n, candidates_per_trial)
-            names = {tuple(c): f"{evolution.generation:03}_{i:03}" for i, part in enumerate(lists) for c in part}
-            # At first lists; what fails with them comes one by one; and, since a dying worker takes others' work along, alone.
+            generation = record.evolution.generation
+            names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
+            # First in lists; then those that failed, each on its own; then one at a time, since a worker that dies takes the
+            # others' work with it.
             for together in (True, True, False):
-                for part, results, error in workers.evaluate(lists, together):
+                for candidates, results, error in workers.evaluate(lists, together):
                     for result in results:
                         record.add(result, names[tuple(result["architecture"])])
                     if error and not together:
-                        _give_up(record, part, error)
+                        _give_up(record, candidates, error)
                     elif error:
-                        log.warning("%d candidates will be evaluated again: %s", len(part), error)
+                        log.warning("%d candidates will be evaluated again: %s", len(candidates), error)
                     progress.read()
                 lists = [[c] for c in waiting if c not in record.results]
         progress.read()
@@ -57,7 +58,7 @@ class Workers:
         import torch
 
         gpus = torch.cuda.device_count() if trial["device"] != "cpu" else 0
-        self.trial, self.n, self.pool = trial, gpus or concurrency, None
+        self.trial, self.n, self.pool = json.dumps(trial), gpus or concurrency, None
 
     def __enter__(self):
         return self
@@ -66,9 +67,9 @@ class Workers:
         self._end()
 
     def evaluate(self, lists, together=True):
-        """Yields (list, results, error) as they are done, in parallel or one after the other; error is a line of text, or None."""
-        for part in [lists] if together else [[one] for one in lists]:
-            futures = {self._submit(candidates): candidates for candidates in part}
+        """Yields (list, results, error) as lists finish, in parallel or one by one; error is one line, or None."""
+        for group in [lists] if together else [[one] for one in lists]:
+            futures = {self._submit(candidates): candidates for candidates in group}
             for future in concurrent.futures.as_completed(futures):
                 try:
                     yield futures[future], future.result(), None
@@ -82,18 +83,18 @@ class Workers:
 
     def _submit(self, candidates):
         try:
-            return self._workers().submit(_evaluate, candidates)
-        except concurrent.futures.process.BrokenProcessPool:  # a worker has died while there was nothing to do
+            return self._workers().submit(_evaluate, self.trial, candidates)
+        except concurrent.futures.process.BrokenProcessPool:  # a worker died while it was idle
             self._end()
-            return self._workers().submit(_evaluate, candidates)
+            return self._workers().submit(_evaluate, self.trial, candidates)
 
     def _workers(self):
         if self.pool is None:
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.trial,))
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, leave_signals_to_parent)
         return self.pool
 
     def _end(self):
-        """Ends the workers at once; those of the next `evaluate` are new ones."""
+        """Ends the workers at once; the next `evaluate` starts new ones."""
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -104,24 +105,21 @@ class Workers:
 # --- in a worker ---------------------------------------------------------------------------------------------
 
 
-def _start(trial):
-    global flags
-    leave_signals_to_parent()
-    flags = argparse.Namespace(**trial, split="search")
-
-
-def _evaluate(candidates):
+def _evaluate(trial, candidates):
     from training.evaluation import evaluate
 
-    supernet, calibration, validation = _opened()
+    flags, supernet, calibration, validation = _opened(trial)
     return evaluate(supernet, candidates, calibration, validation, flags.bn, amp=flags.eval_amp)
 
 
 @functools.cache
-def _opened():
-    """Supernet and images of this worker, on its own GPU. Opened with the first list, whose future carries a UserError."""
-    from engines.gpu_lock import take_gpu
+def _opened(trial):
+    """Flags, supernet and images of this worker, on a device of its own; `trial` has the flags as JSON.
+
+    Opened for the first list instead of when the worker starts, so that a UserError reaches the search.
+    """
     from training.evaluation import open_evaluation
 
+    flags = argparse.Namespace(**json.loads(trial), split="search")
     take_gpu(flags.device)
-    return open_evaluation(flags)
+    return flags, *open_evaluation(flags)

@@ -1,7 +1,7 @@
-"""The machines of a search on NNI's remote service: their entries in the experiment file, and an SSH connection to each.
+"""The machines of a search with NNI's remote service: entries in the experiment file, and an SSH connection to each.
 
-What runs there reports to NNI's manager by its web server, which listens on 127.0.0.1 alone: each connection carries that port
-to the machine's own 127.0.0.1. A connection that ends is how a search knows that a machine has stopped.
+Trials report to the web server of NNI's manager, which listens on 127.0.0.1 only: each connection forwards its port
+from the machine's own 127.0.0.1. A search notices that a machine has stopped when its connection ends.
 """
 
 import contextlib
@@ -17,13 +17,12 @@ from utils import UserError
 
 READY_S = 60
 POLL_S = 0.5
-NOTICE_S = (
-    20  # until a silent machine counts as stopped: three questions that ssh asks, five seconds each, and some more
-)
+# Until a silent machine counts as stopped: ssh asks it three times, every five seconds, and this leaves some margin.
+NOTICE_S = 20
 
 
 class MachinesLost(Exception):
-    """Machines that can't be reached, or no longer: `machines`, their entries."""
+    """There is no connection to these `machines`, a list of entries, or no longer."""
 
     def __init__(self, machines, reason):
         super().__init__(reason)
@@ -31,13 +30,14 @@ class MachinesLost(Exception):
 
 
 def check_machines(path, machines):
-    """The entries of machineList, checked, key files as absolute paths. Raises UserError that names the file, machine and entry."""
+    """The entries of machineList, checked, with absolute paths of key files.
+
+    Raises UserError that names the file, the machine and the entry.
+    """
     if not isinstance(machines, list) or not machines:
         raise UserError(f"{path}: machineList is {machines!r}, not a list of machines")
-    return [
-        _check_machine(f"{path}: machine {number}", pathlib.Path(path).parent, machine)
-        for number, machine in enumerate(machines, 1)
-    ]
+    folder = pathlib.Path(path).parent
+    return [_check_machine(f"{path}: machine {n}", folder, machine) for n, machine in enumerate(machines, 1)]
 
 
 def _check_machine(name, folder, machine):
@@ -54,33 +54,30 @@ def _check_machine(name, folder, machine):
                 raise UserError(f"{name}: port is {value!r}, not a number from 1 to 65535")
         elif not isinstance(value, str) or not value:
             raise UserError(f"{name}: {key} is {value!r}, not a text")
-        elif key != "sshKeyFile" and (
-            shlex.quote(value) != value or value.startswith("-")
-        ):  # NNI puts them into shell commands
-            raise UserError(f"{name}: {key} is {value!r}, which has characters that a shell would take for its own")
-    if not machine["pythonPath"].startswith("/"):
-        raise UserError(
-            f"{name}: pythonPath is {machine['pythonPath']!r}, not the absolute path of a folder with python in it"
-        )
+        # NNI puts these into shell commands.
+        elif key != "sshKeyFile" and (shlex.quote(value) != value or value.startswith("-")):
+            raise UserError(f"{name}: {key} is {value!r}, which has characters with a meaning to a shell")
+    python = machine["pythonPath"]
+    if not python.startswith("/"):
+        raise UserError(f"{name}: pythonPath is {python!r}, not the absolute path of a folder with python in it")
     key_file = folder / pathlib.Path(machine["sshKeyFile"]).expanduser()
     return machine | {"sshKeyFile": str(key_file.absolute())}
 
 
 def check_keys(path, machines):
-    """Raises UserError where the key file of a checked entry can't be read."""
+    """Raises UserError where the key file of a checked entry cannot be read."""
     for number, machine in enumerate(machines, 1):
         key_file = pathlib.Path(machine["sshKeyFile"])
         if not key_file.is_file() or not os.access(key_file, os.R_OK):
-            raise UserError(
-                f"{path}: machine {number}: sshKeyFile {key_file} is not a file that can be read; make one with ssh-keygen"
-            )
+            text = f"sshKeyFile {key_file} is not a file that can be read; make one with ssh-keygen"
+            raise UserError(f"{path}: machine {number}: {text}")
 
 
 class Connections:
-    """SSH connections to machines, of which each carries `port` there; a context, at whose end they end.
+    """SSH connections to machines that forward `port` from there to this one; a context manager, which ends them.
 
-    Host keys are kept in `folder`: a machine that shows another one than the first time is not connected to. Raises
-    MachinesLost where a machine can't be reached.
+    `folder` keeps the host keys: a machine whose key has changed is refused. Raises MachinesLost where a machine cannot
+    be reached.
     """
 
     def __init__(self, machines, port, folder):
@@ -104,7 +101,7 @@ class Connections:
         return [machine for machine, link in zip(self.machines, self.links) if link.poll() is not None]
 
     def check(self, wait_s=0):
-        """Raises MachinesLost where connections have ended, or do so within `wait_s`."""
+        """Raises MachinesLost where connections have ended or end within `wait_s`."""
         deadline = time.monotonic() + wait_s
         self._check(self.lost())
         while self.links and time.monotonic() < deadline:
@@ -115,42 +112,33 @@ class Connections:
         host = machine["host"]
         tunnel = [] if is_this_machine(host) else ["-R", f"127.0.0.1:{self.port}:127.0.0.1:{self.port}"]
         options = {
-            "BatchMode": "yes", "IdentitiesOnly": "yes", "IdentityAgent": "none", "ConnectTimeout": NOTICE_S, "ServerAliveInterval": 5,
-            "ServerAliveCountMax": 3, "StrictHostKeyChecking": "accept-new", "UserKnownHostsFile": "known_hosts", "ExitOnForwardFailure": "yes",
-        }  # fmt: skip
-        words = [
-            "ssh",
-            "-F",
-            "none",
-            "-T",
-            "-i",
-            machine["sshKeyFile"],
-            "-p",
-            str(machine["port"]),
-            "-l",
-            machine["user"],
-        ]
+            "BatchMode": "yes",
+            "IdentitiesOnly": "yes",
+            "IdentityAgent": "none",
+            "ConnectTimeout": NOTICE_S,
+            "ServerAliveInterval": 5,
+            "ServerAliveCountMax": 3,
+            "StrictHostKeyChecking": "accept-new",
+            "UserKnownHostsFile": "known_hosts",
+            "ExitOnForwardFailure": "yes",
+        }
+        words = ["ssh", "-F", "none", "-T", "-i", machine["sshKeyFile"]]
+        words += ["-p", str(machine["port"]), "-l", machine["user"]]
         words += [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-        words += [*tunnel, "--", host, "cat"]  # which ends when this process does, for then it has nothing to read
+        words += [*tunnel, "--", host, "cat"]  # cat ends with this process, since its input ends then
         with open(self._log(number), "w") as log:
+            how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "start_new_session": True}
             try:
-                return subprocess.Popen(
-                    words,
-                    cwd=self.folder,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    start_new_session=True,
-                )
+                return subprocess.Popen(words, cwd=self.folder, **how)
             except FileNotFoundError:
-                raise UserError("ssh is not there; install the OpenSSH client") from None
+                raise UserError("ssh is not installed; install the OpenSSH client") from None
 
     def _check(self, lost):
         if lost:
             number = self.machines.index(lost[0]) + 1
-            said = self._log(number).read_text(errors="replace").strip().splitlines()
+            output = self._log(number).read_text(errors="replace").strip().splitlines()
             names = ", ".join(f"{machine['host']}:{machine['port']}" for machine in lost)
-            raise MachinesLost(lost, f"no SSH connection to {names}" + (f" ({said[-1][:200]})" if said else ""))
+            raise MachinesLost(lost, f"no SSH connection to {names}" + (f" ({output[-1][:200]})" if output else ""))
 
     def _log(self, number):
         return self.folder / f"ssh_{number}.log"
@@ -166,7 +154,7 @@ class Connections:
 
 
 def is_this_machine(host):
-    """Whether the name or address is one of the loopback interface."""
+    """Whether the name or address belongs to the loopback interface."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -174,7 +162,7 @@ def is_this_machine(host):
 
 
 def _answers(link):
-    """Whether the `cat` at the other end sends back what it gets: then the port is carried too."""
+    """Whether the `cat` at the other end sends back what it receives; then the port is forwarded too."""
     try:
         link.stdin.write(b"\n")
         link.stdin.flush()

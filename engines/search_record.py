@@ -1,27 +1,31 @@
-"""What a search leaves on disk, and how it goes on from there. Standard library alone."""
+"""The files of a search: written while it runs, read to resume or report it. Needs the standard library only."""
 
 import collections
 import itertools
 import json
 import os
 import pathlib
-import reprlib
 import statistics
 
-from utils import UserError, atomic_write, hold_lock, read_json, write_json
+from utils import UserError, atomic_write, hold_lock, read_json, settings_difference, write_json
+
+# The settings of the evolution among those of a search: the names of flags, of classArgs and in state.json.
+EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")
 
 
 class SearchRecord:
-    """An evolution with all that a search leaves below `out`; only this class writes there, in one process at a time.
+    """An evolution with everything that a search writes below `out`; one process at a time may have it.
 
-        acc/GGG.jsonl              a line a candidate of generation GGG: architecture, flops, acc1, acc5, n_images, seconds, and
-                                   error where it failed (acc1 null); in the order of arrival, then, when all are there, of rank
-        checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json the best of all
-        id2cand/GGG.json           trial id -> the architectures that this trial was the first to say it evaluated
-        checkpoints/search/state.json   settings, generation (how many are closed), evaluated, best, done, error, pid (of the writer)
+        acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5,
+                                   n_images, seconds, and error where it failed (acc1 null); in the order of arrival,
+                                   and once the generation is closed, by rank
+        checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
+        id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
+        checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
+                                   pid (of the writer)
 
-    A result is on disk when `add` returns. A search that died at any moment goes on from these files: the evolution is gone
-    through again with the rewards that are known, so it takes the same way, and nothing is evaluated twice.
+    A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
+    is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
     """
 
     def __init__(self, out, space, evolution):
@@ -36,7 +40,7 @@ class SearchRecord:
         self._write_state()
 
     def pending(self):
-        """The candidates to evaluate now; empty when the search is done. Closes the generations of which all results are there."""
+        """The candidates to evaluate now, none when the search is done. Closes the generations that are complete."""
         while population := self.evolution.ask():
             if waiting := [c for c in population if c not in self.results]:
                 self._write_state()
@@ -47,9 +51,9 @@ class SearchRecord:
         return []
 
     def add(self, result, trial=None):
-        """Keeps a result; returns whether it was one: of a candidate that isn't waited for, nothing is kept.
+        """Records a result and returns True; returns False for a candidate that is not pending.
 
-        Percentages that are none (NaN among them) make the candidate a failed one.
+        A candidate whose accuracies are not percentages (None or NaN, for example) has failed.
         """
         candidate = self.space.check(result["architecture"])
         numbers = {key: result.get(key) for key in ("acc1", "acc5", "n_images", "seconds")}
@@ -58,10 +62,9 @@ class SearchRecord:
         return self._append(candidate, numbers, trial)
 
     def fail(self, candidate, error, trial=None):
-        """Keeps that a candidate has failed for good."""
-        return self._append(
-            candidate, {"acc1": None, "acc5": None, "n_images": None, "seconds": None, "error": error}, trial
-        )
+        """Records that a candidate has failed for good; returns as `add`."""
+        numbers = dict.fromkeys(("acc1", "acc5", "n_images", "seconds"))
+        return self._append(candidate, {**numbers, "error": error}, trial)
 
     def _append(self, candidate, numbers, trial):
         if candidate not in self.evolution.population or candidate in self.results:
@@ -78,23 +81,23 @@ class SearchRecord:
         return True
 
     def _close(self, generation, population):
-        """Writes a generation whose results are all there, in order of rank, failed ones last; the state comes last of all."""
+        """Writes the files of a complete generation by rank, failed candidates last; the state file is the last one."""
         if generation < self.state["generation"]:
-            return  # a resumed search has these files already
-        ranked = self.evolution.ranked(population)
-        ranked += [c for c in population if c not in ranked]
+            return  # the search was resumed, and has these files already
+        candidates = self.evolution.ranked(population)
+        candidates += [c for c in population if c not in candidates]
         trials = collections.defaultdict(list)
-        for candidate in ranked:
+        for candidate in candidates:
             if trial := self.trials.get(candidate):
                 trials[trial].append(list(candidate))
-        if trials:  # none where the search died after the next file: then they are on disk already
+        # A search that was killed while it closed this generation may have lost the trials; then this file is on disk.
+        if trials:
             write_json(self.out / "id2cand" / f"{generation:03}.json", trials, sort_keys=True)
         with atomic_write(self.out / "acc" / f"{generation:03}.jsonl") as file:
-            file.writelines(json.dumps(self.results[c]) + "\n" for c in ranked)
-        for rank, candidate in enumerate(ranked):
-            write_json(
-                self.out / "checkpoints" / f"{generation:03}_{rank:03}.json", self.space.to_architecture(candidate)
-            )
+            file.writelines(json.dumps(self.results[c]) + "\n" for c in candidates)
+        for rank, candidate in enumerate(candidates):
+            path = self.out / "checkpoints" / f"{generation:03}_{rank:03}.json"
+            write_json(path, self.space.to_architecture(candidate))
         if best := self.evolution.best:
             write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best[0]))
             self.state["best"] = self.results[best[0]]
@@ -106,13 +109,12 @@ class SearchRecord:
         write_json(state_path(self.out), self.state, indent=1)
 
     def stop(self, error):
-        """Writes down why the search can't go on."""
+        """Records why the search cannot continue."""
         self._write_state(error=error)
 
 
 def _reward(result):
-    """Top-1, ties by top-5."""
-    return None if result["acc1"] is None else (result["acc1"], result["acc5"])
+    return None if result["acc1"] is None else by_accuracy(result)
 
 
 def state_path(out):
@@ -120,70 +122,69 @@ def state_path(out):
 
 
 def prepare_search(out, settings, resume):
-    """Makes `out` ready for a search with these settings, a dict for JSON, and returns its state.
+    """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
-    Raises UserError where it holds a search and `resume` is false, or the settings are not those of the search to resume.
+    Raises UserError where it has a search and `resume` is false, or where that search has other settings.
     """
     path, settings = state_path(out), json.loads(json.dumps(settings))
     state = {"settings": settings, "generation": 0, "evaluated": 0, "best": None, "done": False}
     with _hold_writer_lock(out):
         if any((pathlib.Path(out) / "acc").glob("*.jsonl")):
             if not resume:
-                raise UserError(f"--out {out} holds a search already: go on with it by --resume, or name another --out")
-            before = read_json(path)
-            if (
-                not isinstance(before, dict)
-                or not state.keys() <= before.keys()
-                or not isinstance(before["settings"], dict)
-            ):
+                raise UserError(f"--out {out} holds a search already: resume it with --resume, or name another --out")
+            found = read_json(path)
+            is_state = isinstance(found, dict) and state.keys() <= found.keys() and isinstance(found["settings"], dict)
+            if not is_state:
                 raise UserError(f"{path}: not the state of a search; name another --out")
-            state, before = before, before["settings"]
-            if odd := sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)):
-                changes = ", ".join(
-                    f"{k} {reprlib.repr(settings.get(k))} (was {reprlib.repr(before.get(k))})" for k in odd
-                )
-                raise UserError(
-                    f"--resume: the search in {out} has other settings: {changes}; use them, or another --out"
-                )
+            if changes := settings_difference(found["settings"], settings):
+                text = ", ".join(f"{name} {change}" for name, change in changes.items())
+                raise UserError(f"--resume: the search in {out} has other settings: {text}; use them, or another --out")
+            state = found
         state |= {"error": None, "pid": os.getpid()}
         write_json(path, state, indent=1)
     return state
 
 
 def read_results(out, repair=False):
-    """The results of all generations, one after the other; see `read_generations`."""
+    """The results of all generations in one list; see `read_generations`."""
     return list(itertools.chain(*read_generations(out, repair)))
 
 
-def read_generations(out, repair=False):
-    """The results in acc/*.jsonl, a list for each generation.
+def read_generations(out, repair=False, skip=0):
+    """The results in acc/*.jsonl, a list for each generation but the first `skip`, whose files are not opened.
 
-    A last line that is not whole, of a search that died while writing it, is left out, and removed where `repair` is true.
+    An incomplete last line, of a search that was killed while writing it, is ignored, and removed if `repair` is true.
+    Raises UserError where another line is damaged.
     """
-    generations = []
-    for path in sorted((pathlib.Path(out) / "acc").glob("*.jsonl"), key=lambda path: (len(path.name), path.name)):
-        results = []
-        generations.append(results)
-        lines = path.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-            if repair:
-                with atomic_write(path, "wb") as file:
-                    file.writelines(lines)
-        for number, line in enumerate(lines, 1):
-            try:
-                results.append(json.loads(line))
-                results[-1]["architecture"], results[-1]["acc1"], results[-1]["acc5"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}: line {number} is damaged; remove it to have that candidate evaluated again"
-                ) from None
-    return generations
+    paths = sorted((pathlib.Path(out) / "acc").glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
+    return [_read_generation(path, repair) for path in paths[skip:]]
+
+
+def _read_generation(path, repair):
+    results, lines = [], path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        if repair:
+            with atomic_write(path, "wb") as file:
+                file.writelines(lines)
+    for number, line in enumerate(lines, 1):
+        try:
+            results.append(json.loads(line))
+            results[-1]["architecture"], results[-1]["acc1"], results[-1]["acc5"]
+        except (ValueError, KeyError, TypeError):
+            text = f"{path}: line {number} is damaged; remove it to have that candidate evaluated again"
+            raise UserError(text) from None
+    return results
 
 
 def by_accuracy(result):
-    """Top-1, ties by top-5."""
+    """The order of results: by top-1, ties by top-5."""
     return result["acc1"], result["acc5"]
+
+
+def ranked(results):
+    """The results with an accuracy, best first; of equals, the earlier one first."""
+    return sorted((r for r in results if r["acc1"] is not None), key=by_accuracy, reverse=True)
 
 
 class Generation:
@@ -200,10 +201,10 @@ class Generation:
 
     @property
     def sd(self):
-        """Standard deviation of top-1 over the candidates, 0 of a single one."""
+        """Standard deviation of top-1 over the candidates, 0 for a single one."""
         return statistics.stdev(r["acc1"] for r in self.succeeded) if len(self.succeeded) > 1 else 0.0
 
 
 def _hold_writer_lock(out):
-    """Waits for the writer of a search that was killed a moment ago: it ends within seconds."""
+    """Waits for the writer of a search that was just killed, which ends within seconds."""
     return hold_lock(state_path(out).with_name("writer.lock"), wait_s=30)

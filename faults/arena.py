@@ -1,4 +1,4 @@
-"""Where `faults/faults.py` tries its faults: the four commands as forks, their undisturbed results, the state that is left."""
+"""Runs the four commands as forks for faults/faults.py, and compares results and states with undisturbed ones."""
 
 import contextlib
 import hashlib
@@ -26,11 +26,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Lost(Exception):
-    """A fault did harm: what it was."""
+    """A fault did harm; says which."""
 
 
 class Process:
-    """A command in a fork of this process; `fault()` is called in it before the script runs."""
+    """A command in a fork of this process, in which `fault()` is called before the script runs."""
 
     def __init__(self, arena, script, words, fault=None):
         self.log = arena.folder / f"stderr{next(arena.numbers)}"
@@ -48,7 +48,7 @@ class Process:
                 os.dup2(out.fileno(), 1)
             sys.argv = [script, *words]
             if arena.broken:
-                injection.take_out(arena.broken)
+                injection.BREAKS[arena.broken]()
             if fault:
                 fault()
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -64,7 +64,7 @@ class Process:
             os._exit(code)
 
     def poll(self):
-        """The exit code, None while it runs."""
+        """The exit code, or None while it runs."""
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if pid else None
@@ -85,7 +85,7 @@ class Process:
         return []
 
     def kill(self):
-        """SIGKILL; what it had started has to end by itself."""
+        """Sends SIGKILL; raises Lost unless the processes that it had started end by themselves."""
         family = self.family()
         os.kill(self.pid, signal.SIGKILL)
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -94,7 +94,7 @@ class Process:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if left:
-            raise Lost(f"{len(left)} processes of a killed one went on")
+            raise Lost(f"{len(left)} processes outlived the killed one that started them")
 
     def stderr(self):
         return self.log.read_text(errors="replace")
@@ -103,7 +103,7 @@ class Process:
         return self.log.with_suffix(".out").read_text(errors="replace")
 
     def one_line(self):
-        """The error of a command that ended with code 2; Lost where it ended otherwise, or said more than the log and a line."""
+        """The error message of a command; raises Lost unless it ended with code 2 and one line after its log."""
         lines = [line for line in self.stderr().splitlines() if not re.match(r"\d\d:\d\d:\d\d |\r| *$", line)]
         if self.code != 2 or len(lines) != 1 or ": error: " not in lines[0]:
             raise Lost(f"exit code {self.code}: {' / '.join(lines)[-300:]}")
@@ -111,7 +111,7 @@ class Process:
 
 
 class Arena:
-    """Images, settings and undisturbed results of the four commands, and the folders in which the faults happen."""
+    """Images, settings and undisturbed results of the four commands, and folders for the runs with faults."""
 
     def __init__(self, folder, options):
         self.folder, self.broken, self.kills, self.seed = folder, options.broken, options.kills, options.seed
@@ -122,9 +122,8 @@ class Arena:
             for name in "ab":
                 (folder / "images" / part / name).mkdir(parents=True)
                 for i in range(n):
-                    Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
-                        folder / "images" / part / name / f"{i}.png"
-                    )
+                    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+                    image.save(folder / "images" / part / name / f"{i}.png")
         common = {
             "data-dir": str(folder / "images"),
             "input-size": 28,
@@ -144,8 +143,13 @@ class Arena:
             "concurrency": 1,
             "candidates-per-trial": 2,
         }
-        sections = {"common": common, "supernet": train | bn | {"val-paths": 1, "sampler": "uniform"}, "scratch": train | {"bn-pass": 2},
-                    "tester": bn, "search": bn | evolution}  # fmt: skip
+        sections = {
+            "common": common,
+            "supernet": train | bn | {"val-paths": 1, "sampler": "uniform"},
+            "scratch": train | {"bn-pass": 2},
+            "tester": bn,
+            "search": bn | evolution,
+        }
         self.config = folder / "settings.yml"
         self.config.write_text(json.dumps(sections))  # which is YAML
         self.reference, self.seconds = {}, {}
@@ -156,14 +160,14 @@ class Arena:
             process = self.command(script, out).wait()
             self.seconds[script] = time.perf_counter() - start
             if process.code:
-                sys.exit(f"{script} does not even run undisturbed: {process.stderr()}")
+                sys.exit(f"{script} fails without a fault: {process.stderr()}")
             self.reference[script] = self.result(script, out, process)
             print(f"undisturbed {script}: {self.seconds[script]:.1f} s", file=sys.stderr)
             if script == "supernet.py":
                 self.supernet = checkpoint.newest(out / "checkpoints" / "supernet")
 
     def new(self):
-        """An empty --out."""
+        """A new --out folder, empty but for the search space."""
         out = self.folder / f"out{next(self.numbers)}"
         out.mkdir()
         (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SearchSpace().nni_search_space()))
@@ -178,13 +182,13 @@ class Arena:
         return Process(self, script, [*words, *more], fault)
 
     def result(self, script, out, process):
-        """A hash of what the command is for, once it has ended well."""
+        """A hash of the result of a command that has succeeded."""
         if script == "tester.py":
             return digest(json.loads(process.stdout().splitlines()[-1]) | {"seconds": 0})
         return self.state(script, out)[0]
 
     def state(self, script, out):
-        """(hash, how far it had got) of the state in `out`. Lost where a file of it is not whole."""
+        """(hash, steps or candidates done) of the state in `out`. Raises Lost if a file of it is damaged."""
         try:
             if script == "search.py":
                 results = [r | {"seconds": 0} for r in search_record.read_results(out)]
@@ -204,18 +208,18 @@ class Arena:
                 )
             return digest(found[-2:]), step
         except utils.UserError as error:
-            raise Lost(f"a file is not whole: {error}") from None
+            raise Lost(f"a file is damaged: {error}") from None
 
     def finish(self, script, out):
-        """Gives the command again, undisturbed: it has to come to the undisturbed result."""
+        """Gives the command again, without a fault; raises Lost if the result differs from the undisturbed one."""
         self.check(script, out, self.command(script, out).wait())
 
     def check(self, script, out, process):
-        """Lost where a process did not end well, or came to another result than the undisturbed one."""
+        """Raises Lost if a process failed, or its result differs from the undisturbed one."""
         if process.code:
             raise Lost(f"ended with {process.code}: {process.stderr().strip().splitlines()[-1:]}")
         if self.result(script, out, process) != self.reference[script]:
-            raise Lost("came to another result")
+            raise Lost("gave another result")
 
 
 def digest(value):

@@ -1,14 +1,14 @@
-"""What goes wrong with the four commands, tried: `python faults/faults.py` (half an hour on one core with 100 kills a command).
+"""Injects faults into the four commands: `python faults/faults.py` (half an hour on one core with 100 kills a command).
 
-Every row of the table is made in this run: a fault is injected into a command with tiny settings, the surviving state is read and
-hashed, the command is given again, and its result has to be that of an undisturbed run. `--break NAME` takes one guard out of the
-project's code, and the rows that rest on it have to turn red: exit code 1, as for any other red row.
+Every row of the table is one fault: it is injected into a command with tiny settings, the surviving state is read and
+hashed, the command is given again, and its result has to equal that of an undisturbed run. `--break NAME` removes one
+guard from the project's code; the rows that rely on it have to turn red. Any red row gives exit code 1.
 
-The commands are run as processes forked from this one, which has imported the project: each starts at once, and a fault is a
-function replaced in the fork before the script begins. SIGKILL, full disks and locks are real in every other way. The search
-space is the paper's with a few channels, so that a checkpoint has half a megabyte; local workers are forked too, not spawned, and no
-report of a search is drawn.
-NNI's own processes are started as always. Linux alone. Writes bench/results/faults.json.
+Commands run in forks of this process, which has imported the project, so that they start at once; faults are
+functions replaced in the fork before the script begins, while SIGKILL, full disks and locks act as in reality. The
+search space is the paper's with few channels, so that a checkpoint takes half a megabyte; local workers are forked
+instead of spawned, and reports are not drawn. NNI's processes start as always. Linux only. Writes
+bench/results/faults.json.
 """
 
 import argparse
@@ -49,11 +49,11 @@ def tiny(cls, input_size=224, n_classes=1000):
     return cls(input_size, n_classes, 1, stage_channels=(8, 12, 16, 20), stem_channels=4, last_channels=16)
 
 
-# --- the rows: each a function of the arena that returns (tries, what happened, [[process, where, hash], ...]) -------------------
+# --- rows: functions of the arena that return (tries, what happened, [[process, where, hash], ...]) --------------
 
 
 def killed_at_random(arena, script):
-    """SIGKILL at uniform times; the command is given again and again until it ends well, then once more in a new folder."""
+    """SIGKILL at uniform times; the command is repeated until it succeeds, then starts again in a new folder."""
     rng, kills, finished, seen = random.Random(f"{arena.seed} {script}"), 0, 0, []
     out, before = arena.new(), 0
     while kills < arena.kills:
@@ -61,7 +61,7 @@ def killed_at_random(arena, script):
         process, end = arena.command(script, out), time.monotonic() + at
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
-        if process.code is not None:  # it was faster
+        if process.code is not None:  # ended before the kill
             arena.check(script, out, process)
             finished, out, before = finished + 1, arena.new(), 0
             continue
@@ -76,11 +76,8 @@ def killed_at_random(arena, script):
             arena.finish(script, out)
             out = arena.new()
     arena.finish(script, out)
-    return (
-        kills,
-        f"each went on from the state that was there; {finished + 1} chains of kills came to the undisturbed result",
-        seen,
-    )
+    happened = f"resumed from the last state; {finished + 1} chains of kills gave the undisturbed result"
+    return kills, happened, seen
 
 
 def count_events(arena, script, action):
@@ -90,15 +87,17 @@ def count_events(arena, script, action):
         script, out, fault=lambda: Events(action, -1 if action == "kill" else 10**9, report).install()
     ).wait()
     if process.code:
-        raise Lost(f"does not run while it is counted: {process.stderr()[-300:]}")
+        raise Lost(f"fails while writes are counted: {process.stderr()[-300:]}")
     n = int(os.pread(report, 20, 0))
     os.close(report)
     return n
 
 
 def at_every_write(arena, script, action, check):
-    """A command in a new folder for each write, with the fault there: `check(process, number of the write)` of how it ended, then
-    the command again. Returns (how many writes there are, what was seen)."""
+    """Runs a command in a new folder for each write, with the fault at this write, then again without a fault.
+
+    `check(process, number of the write)` checks how the first run ended. Returns (number of writes, what was seen).
+    """
     n, seen = count_events(arena, script, action), []
     for i in range(1, n + 1, arena.every):
         out = arena.new()
@@ -113,15 +112,12 @@ def at_every_write(arena, script, action, check):
 def killed_at_every_write(arena, script):
     def check(process, i):
         if process.code != -signal.SIGKILL:
-            raise Lost(f"write {i} was never reached")
-        time.sleep(0.3 * (script == "search.py"))  # its workers end by themselves, and hold its lock until then
+            raise Lost(f"write {i} was not reached")
+        time.sleep(0.3 * (script == "search.py"))  # its workers hold its lock until they have ended
 
     n, seen = at_every_write(arena, script, "kill", check)
-    return (
-        len(seen),
-        f"of {n} writes: killed before a rename, removal or fsync, or within a first write; the same result after it",
-        seen,
-    )
+    where = "before a rename, removal or fsync, or within a first write"
+    return len(seen), f"of {n} writes: killed {where}; then the same result", seen
 
 
 def full_disk_at_every_write(arena, script):
@@ -134,14 +130,12 @@ def full_disk_at_every_write(arena, script):
             raise Lost(f"write {i}: a traceback")
 
     n, seen = at_every_write(arena, script, "full", check)
-    happened = (
-        f"{len(refused)} ended with one line, the others could do without the file; the same result once there is room"
-    )
+    happened = f"{len(refused)} ended with one line, the others did not need the file; then the same result"
     return len(seen), f"of {n} writes: {happened}", seen
 
 
 def truncated_checkpoint(arena, _script):
-    """In this process: no cut is taken for a whole file."""
+    """Truncated files are refused (in this process), and a run resumes from the checkpoint before a truncated one."""
     data, seen = arena.supernet.read_bytes(), []
     path = arena.folder / "cut.pth"
     for size in range(0, len(data), STEP):
@@ -150,7 +144,7 @@ def truncated_checkpoint(arena, _script):
             checkpoint.load_supernet(path, None)
         except utils.UserError:
             continue
-        raise Lost(f"{size} of {len(data)} bytes were taken for a checkpoint")
+        raise Lost(f"{size} of {len(data)} bytes were read as a checkpoint")
     out = arena.new()
     arena.command("supernet.py", out).wait()
     newest = checkpoint.newest(out / "checkpoints" / "supernet")
@@ -160,11 +154,8 @@ def truncated_checkpoint(arena, _script):
     if str(newest) not in process.stderr():
         raise Lost("nothing names the damaged file")
     seen.append([process.pid, len(data) - STEP, arena.state("supernet.py", out)[0]])
-    return (
-        len(range(0, len(data), STEP)),
-        "each cut is refused; a run names the file and goes on from the checkpoint before it",
-        seen,
-    )
+    happened = "each truncated file is refused; a run names it and resumes from the checkpoint before it"
+    return len(range(0, len(data), STEP)), happened, seen
 
 
 def hostile_checkpoint(arena, _script):
@@ -180,7 +171,7 @@ def hostile_checkpoint(arena, _script):
         mark.rmdir()
         raise Lost("a pickle was executed")
     process.one_line()
-    return 1, "refused in a line, not executed", [[process.pid, 0, arena.state("tester.py", out)[0]]]
+    return 1, "refused with one line, not executed", [[process.pid, 0, arena.state("tester.py", out)[0]]]
 
 
 def two_runs(arena, script):
@@ -205,7 +196,7 @@ def two_runs(arena, script):
 
 
 def clock_set_back(arena, script):
-    """Killed, then everything written in the future of a clock that says 2001."""
+    """Kills a command, then repeats it with a clock that is set to 2001."""
     out = arena.new()
     process = arena.command(script, out)
     time.sleep(arena.seconds[script] * 0.7)
@@ -219,7 +210,7 @@ def loader_worker_killed(arena, script):
     out = arena.new()
     process = arena.command(script, out, "--workers", 1)
     while process.poll() is None:
-        for worker in [p for p in process.family() if _runs(p, "faults.py")]:  # but not git, which says the commit
+        for worker in [p for p in process.family() if _runs(p, "faults.py")]:  # not git, which is asked for the commit
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
         time.sleep(0.001)
@@ -235,12 +226,16 @@ def not_finite(arena, script):
     process = arena.command(script, out, fault=lambda: poisoned_step(7)).wait()
     line = process.one_line()
     if "step 7" not in line or "learning rate" not in line or (script == "supernet.py") != ("path [" in line):
-        raise Lost(f"the error doesn't say where: {line}")
+        raise Lost(f"the error doesn't name step, learning rate and path: {line}")
     state, step = arena.state(script, out)
     if step != 6:
         raise Lost(f"the last checkpoint is of step {step}")
     arena.finish(script, out)
-    return 1, "stopped with step, path and learning rate; the checkpoint before it is there", [[process.pid, 7, state]]
+    return (
+        1,
+        "stopped naming step, path and learning rate; the checkpoint before this step remains",
+        [[process.pid, 7, state]],
+    )
 
 
 def bad_trial(arena, kind):
@@ -251,12 +246,9 @@ def bad_trial(arena, kind):
     if process.code or len(results) != 12 or not failed or any(sum(r["architecture"]) % 3 for r in failed):
         raise Lost(f"exit code {process.code}, {len(failed)} of {len(results)} failed: {process.stderr()[-200:]}")
     if any(sum(r["architecture"]) % 3 == 0 for r in results if r["acc1"] is not None):
-        raise Lost("a bad number was believed")
-    return (
-        1,
-        f"{len(failed)} candidates have failed, alone; the search went on to its end",
-        [[process.pid, 0, arena.state("search.py", out)[0]]],
-    )
+        raise Lost("a wrong accuracy was accepted")
+    happened = f"only {len(failed)} candidates failed; the search completed"
+    return 1, happened, [[process.pid, 0, arena.state("search.py", out)[0]]]
 
 
 def search_worker_killed(arena, _script):
@@ -274,11 +266,11 @@ def search_worker_killed(arena, _script):
         if workers:
             seen.append([workers[0].pid, round(at, 3), arena.state("search.py", out)[0]])
         shutil.rmtree(out)
-    return len(seen), "its candidates went to another worker; the same result, the command did not stop", seen
+    return len(seen), "another worker evaluated its candidates; the same result without a restart", seen
 
 
 def _nni(arena, out, *more):
-    """(the command, its trials' processes) of a search with NNI that has had its first results."""
+    """Starts a search with NNI; returns (command, processes of its trials) once it has results."""
     process = arena.command("search.py", out, "--engine", "nni", *more)
     deadline = time.monotonic() + 120
     while True:
@@ -291,7 +283,7 @@ def _nni(arena, out, *more):
 
 
 def _runs(process, text):
-    """Whether a word of the process's command line has this text in it."""
+    """Whether a word of the process's command line contains the text."""
     with contextlib.suppress(psutil.Error):
         return any(text in word for word in process.cmdline())
     return False
@@ -305,10 +297,10 @@ def nni_manager_killed(arena, _script):
         manager.kill()
     process.wait(120)
     if not managers or "--resume" not in process.one_line():
-        raise Lost("the error does not say how to go on")
+        raise Lost("the error does not say how to resume")
     state = arena.state("search.py", out)[0]
     arena.finish("search.py", out)
-    return 1, "one line says so and how to go on; the same result", [[managers[0].pid, 0, state]]
+    return 1, "one line says so and how to resume; then the same result", [[managers[0].pid, 0, state]]
 
 
 def nni_trial_hangs(arena, _script):
@@ -319,16 +311,16 @@ def nni_trial_hangs(arena, _script):
     process.wait(300)
     arena.check("search.py", out, process)
     seen = [[trials[0].pid, 0, arena.state("search.py", out)[0]]]
-    return 1, "ended after --trial-timeout, its candidates evaluated by another; the same result", seen
+    return 1, "ended after --trial-timeout; another trial evaluated its candidates; the same result", seen
 
 
 KILLED = {"supernet.py": ("optimizer",), "scratch.py": ("optimizer",), "search.py": ("parent-watch",)}
 WRITTEN = {"supernet.py": ("atomic-write",), "scratch.py": ("atomic-write",), "search.py": ("atomic-write", "repair")}
 
-# (fault, the function, what it is given, the guards that it rests on)
+# (fault, function, its argument, the guards that it relies on)
 ROWS = [
     *(("SIGKILL at a uniformly drawn time", killed_at_random, script, KILLED.get(script, ())) for script in COMMANDS),
-    *(("SIGKILL at every write and rename", killed_at_every_write, script, WRITTEN.get(script, ())) for script in COMMANDS),
+    *(("SIGKILL at every write and rename", killed_at_every_write, name, WRITTEN.get(name, ())) for name in COMMANDS),
     *(("disk full at every write", full_disk_at_every_write, script, ("full-disk",)) for script in COMMANDS),
     ("checkpoint cut at every 4 KiB", truncated_checkpoint, "supernet.py", ()),
     ("checkpoint that would execute code", hostile_checkpoint, "tester.py", ("no-code",)),
@@ -346,15 +338,17 @@ ROWS = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kills", type=int, default=100, metavar="N", help="of a command, at uniformly drawn times (default: 100)"
+        "--kills", type=int, default=100, metavar="N", help="kills a command, at uniformly drawn times (default: 100)"
     )
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="try every N-th write (default: 1, all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the images and times (default: 0)")
     parser.add_argument(
-        "--break", dest="broken", choices=BREAKS, help="take a guard out; runs the rows that rest on it"
+        "--every", type=int, default=1, metavar="N", help="inject faults at every N-th write (default: 1, all)"
     )
-    parser.add_argument("--rows", metavar="TEXT", help="only the rows with this in their fault or command")
-    parser.add_argument("--results", type=pathlib.Path, help="(default: bench/results/faults.json, of all rows)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of images and times (default: 0)")
+    parser.add_argument(
+        "--break", dest="broken", choices=BREAKS, help="remove a guard; runs only the rows that rely on it"
+    )
+    parser.add_argument("--rows", metavar="TEXT", help="run only the rows whose fault or command contains this")
+    parser.add_argument("--results", type=pathlib.Path, help="default: bench/results/faults.json, if all rows run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -367,10 +361,8 @@ def main():
     table = []
     with tempfile.TemporaryDirectory() as folder:
         arena = Arena(pathlib.Path(folder), options)
-        print(
-            f"{'fault':36} {'command':12} {'tries':>5}  {'lost':8} {'process':>8}  state             what happened",
-            flush=True,
-        )
+        header = f"{'fault':36} {'command':12} {'tries':>5}  {'lost':8} {'process':>8}  {'state':16}  what happened"
+        print(header, flush=True)
         for fault, run, what, _ in rows:
             start = time.perf_counter()
             script = what if what.endswith(".py") else "search.py"
@@ -381,14 +373,13 @@ def main():
                 tries, happened, seen, lost = 0, str(error), [], "RED"
             last = seen[-1] if seen else ["-", "-", "-"]
             print(f"{fault:36} {script:12} {tries:5}  {lost:8} {last[0]:>8}  {last[2]:16}  {happened}", flush=True)
-            table.append({
-                "fault": fault, "command": script, "tries": tries, "lost": lost, "happened": happened, "seed": options.seed,
-                "process_where_state": seen, "seconds": round(time.perf_counter() - start, 1),
-            })  # fmt: skip
+            row = {"fault": fault, "command": script, "tries": tries, "lost": lost, "happened": happened}
+            row |= {"seed": options.seed, "process_where_state": seen}
+            table.append(row | {"seconds": round(time.perf_counter() - start, 1)})
             whole = not options.broken and not options.rows
             if path := options.results or (ROOT / "bench" / "results" / "faults.json" if whole else None):
-                content = {"commit": utils.commit(), "versions": utils.versions(), "kills": options.kills, "every": options.every,
-                           "break": options.broken, "rows": table}  # fmt: skip
+                content = {"commit": utils.commit(), "versions": utils.versions(), "kills": options.kills}
+                content |= {"every": options.every, "break": options.broken, "rows": table}
                 utils.write_json(path, content)
     red = sum(row["lost"] != "nothing" for row in table)
     print(f"{len(table)} rows, {red} red")

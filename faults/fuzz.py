@@ -1,15 +1,16 @@
-"""Fuzz of all that reads what a user hands over: `python faults/fuzz.py` (20,000 inputs a parser; minutes each).
+"""Fuzzes everything that reads user input: `python faults/fuzz.py` (20,000 inputs a parser; minutes each).
 
-    architecture    a JSON file, by SearchSpace.load_architecture
-    checkpoint      a file of torch.save, ours or official, by checkpoint.load_supernet
-    flops_table     a pickle, by flops_table.read_flops_table
-    yaml            a file of settings, by the four parse_args; config_search.yml, by search.read_experiment
-    command_line    words, by the four parse_args and what they check next
+    architecture    a JSON file, read by SearchSpace.load_architecture
+    checkpoint      a file of torch.save, ours or official, read by checkpoint.load_supernet
+    flops_table     a pickle, read by flops_table.read_flops_table
+    yaml            a settings file, read by the four parse_args; config_search.yml, read by search.read_experiment
+    command_line    words, read by the four parse_args and the checks after them
 
-Inputs are valid ones, mutated: as a tree of values that is written down again, within the pickle of a whole zip file, or as
-bytes. Each is a pure function of parser, seed and index. It has to be taken, or to be refused by a UserError of one short line
-(--help may print its text); memory is bounded, so that a huge allocation counts as a failure. Each parser runs in a process of its own,
-whose death is a failure of the input that it had. Writes the parsers' rows of bench/results/fuzz.json; exit code 1 where anything failed.
+Inputs are mutations of valid ones: of their tree of values, of the pickle in an intact zip file, or of their bytes.
+Each is a pure function of parser, seed and index. It has to be accepted, or refused by a UserError of one short line
+(--help may print its text). Memory is limited, so that a huge allocation is a failure. Each parser runs in a process
+of its own, whose death is a failure of the current input. Writes the parsers' rows of bench/results/fuzz.json; exit
+code 1 if anything failed.
 """
 
 import argparse
@@ -46,14 +47,14 @@ from space.flops_table import read_flops_table
 from space.search_space import OPERATIONS, SearchSpace
 from training import checkpoint
 
-MEMORY = 6 * 2**30  # bytes of address space more than at the start
-LONGEST = 1000  # characters of an error
+MEMORY = 6 * 2**30  # bytes of address space, beyond those at the start
+LONGEST = 1000  # characters of an error message
 SLOWEST_S = 20.0  # processor seconds
 SCRIPTS = ("supernet", "tester", "search", "scratch")
 TINY = SearchSpace(28, 3, 1, (1, 2), (1, 2), (4, 6), 2, 8)
 
 
-# --- parsers: `inputs` draws one from a random.Random, `parse` has to take or refuse it --------------------------
+# --- parsers: `inputs` draws an input from a random.Random, `parse` accepts or refuses it ------------------------
 
 
 class Architecture:
@@ -66,9 +67,7 @@ class Architecture:
 
     def inputs(self, rng):
         if not rng.randrange(200):
-            return rng.choice((b"[", b'{"LayerChoice1":', b"[0,")) * rng.choice(
-                (1000, 300_000, 2_500_000)
-            )  # 10 MB among it
+            return rng.choice((b"[", b'{"LayerChoice1":', b"[0,")) * rng.choice((1000, 300_000, 2_500_000))
         tree = rng.choice(self.valid)
         if rng.randrange(2):
             return json.dumps(mutate_tree(rng, tree)).encode()
@@ -80,7 +79,7 @@ class Architecture:
 
 
 class Call:
-    """Pickles as a call."""
+    """Pickles as a function call."""
 
     def __reduce__(self):
         return exec, ("raise SystemExit('executed')",)
@@ -91,16 +90,32 @@ class Checkpoint:
         self.path = path
         weights = ShuffleNetV2OneShot(space=TINY).state_dict()
         ours = {
-            "version": checkpoint.VERSION, "kind": "supernet", "step": 3, "model": dict(weights), "space": TINY.to_dict(),
-            "data": DataConfig().to_dict(), "split": {"seed": 0, "heldout_per_class": 1, "hash": "0"}, "classes": ["a", "b", "c"],
-            "architecture": None, "settings": {"lr": 0.1}, "metrics": {"seconds": 1.0},
-        }  # fmt: skip
+            "version": checkpoint.VERSION,
+            "kind": "supernet",
+            "step": 3,
+            "model": dict(weights),
+            "space": TINY.to_dict(),
+            "data": DataConfig().to_dict(),
+            "split": {"seed": 0, "heldout_per_class": 1, "hash": "0"},
+            "classes": ["a", "b", "c"],
+            "architecture": None,
+            "settings": {"lr": 0.1},
+            "metrics": {"seconds": 1.0},
+        }
         self.valid = [ours, {"state_dict": {f"module.{k}": v for k, v in weights.items()}}]
         self.bytes = [self._write(v) for v in self.valid]
         self.bytes += [self._write(v, _use_new_zipfile_serialization=False) for v in self.valid]
-        tensors = (torch.zeros(()), torch.zeros(1).expand(10**12), torch.zeros(3, dtype=torch.complex64), torch.eye(2).to_sparse(),
-                   torch.empty(0), torch.zeros(4, 3, 3, 3), torch.ones(2, dtype=torch.int8), torch.empty(3, device="meta"),
-                   torch.full((4,), float("nan")))  # fmt: skip
+        tensors = (
+            torch.zeros(()),
+            torch.zeros(1).expand(10**12),
+            torch.zeros(3, dtype=torch.complex64),
+            torch.eye(2).to_sparse(),
+            torch.empty(0),
+            torch.zeros(4, 3, 3, 3),
+            torch.ones(2, dtype=torch.int8),
+            torch.empty(3, device="meta"),
+            torch.full((4,), float("nan")),
+        )
         self.odd = (*ODD_VALUES, *tensors, OPERATIONS, 1_000_000, [1_000_000] * 2, [2] * 999, Call())
 
     @staticmethod
@@ -112,20 +127,13 @@ class Checkpoint:
     def inputs(self, rng):
         kind = rng.randrange(10)
         if kind < 4:
-            with contextlib.suppress(
-                RecursionError, pickle.PicklingError, TypeError, RuntimeError
-            ):  # no file of that kind can be made
-                return self._write(
-                    mutate_tree(rng, rng.choice(self.valid), self.odd),
-                    _use_new_zipfile_serialization=rng.random() < 0.9,
-                )
+            with contextlib.suppress(RecursionError, pickle.PicklingError, TypeError, RuntimeError):  # can't be saved
+                tree = mutate_tree(rng, rng.choice(self.valid), self.odd)
+                return self._write(tree, _use_new_zipfile_serialization=rng.random() < 0.9)
         data = rng.choice(self.bytes)
         if kind < 8 and data[:2] == b"PK":
             file = io.BytesIO()
-            with (
-                zipfile.ZipFile(io.BytesIO(data)) as old,
-                zipfile.ZipFile(file, "w") as new,
-            ):  # whole but for the pickle
+            with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
                 for name in old.namelist():
                     content = old.read(name)
                     new.writestr(name, mutate_bytes(rng, content) if name.endswith("data.pkl") else content)
@@ -147,14 +155,8 @@ class FlopsTable:
             "rest_operation": {(640, 1000, 7, 7, 1): 33136640},
         }
         for shape, row in zip(space.blocks, space.choice_flops):
-            key = (
-                shape.in_channels,
-                shape.out_channels,
-                shape.mid_channels,
-                shape.in_size,
-                shape.in_size,
-                shape.stride,
-            )
+            channels = shape.in_channels, shape.out_channels, shape.mid_channels
+            key = (*channels, shape.in_size, shape.in_size, shape.stride)
             for operation, flops in zip(space.operations, row):
                 groups.setdefault(f"{operation}_stride_{shape.stride}", {})[key] = flops
         self.valid = groups
@@ -184,13 +186,13 @@ class Yaml:
         self.parsers = [importlib.import_module(name).parse_args for name in SCRIPTS]
 
     def inputs(self, rng):
-        which = rng.randrange(3) // 2  # one of three is the experiment
+        which = rng.randrange(3) // 2  # 1, in a third of the cases: the experiment
         text = self.valid[which]
         kind = rng.randrange(5)
         if kind < 2:
             with contextlib.suppress(yaml.YAMLError, UnicodeEncodeError):
                 return which, yaml.safe_dump(mutate_tree(rng, yaml.safe_load(text))).encode()
-        if kind == 2:  # odd values as text
+        if kind == 2:  # odd values in the text
             lines = text.splitlines()
             for _ in range(rng.randint(1, 3)):
                 i = rng.randrange(len(lines))
@@ -214,7 +216,7 @@ class CommandLine:
         self.actions = {}
         self.parsers = {name: importlib.import_module(name).parse_args for name in SCRIPTS}
         parse, made = command_line.Parser.parse, []
-        command_line.Parser.parse = lambda parser, argv=None: made.append(parser) or parse(parser, argv)
+        command_line.Parser.parse = lambda parser, *args: made.append(parser) or parse(parser, *args)
         for name, parse_args in self.parsers.items():
             parse_args([])
             self.actions[name] = [a for a in made[-1]._actions if a.option_strings]
@@ -225,21 +227,16 @@ class CommandLine:
         for action in rng.choices(self.actions[name], k=rng.randint(1, 6)):
             words.append(rng.choice(action.option_strings))
             if action.nargs != 0:
-                for _ in range(action.nargs if isinstance(action.nargs, int) else 1):
-                    words.append(
-                        str(rng.choice(list(action.choices)))
-                        if action.choices
-                        else rng.choice(("1", "0.5", "64", "x.yml", "290M"))
-                    )
+                values = list(map(str, action.choices or ("1", "0.5", "64", "x.yml", "290M")))
+                words += [rng.choice(values) for _ in range(action.nargs if isinstance(action.nargs, int) else 1)]
         for _ in range(rng.randint(0, 2)):
             at = rng.randrange(len(words))
             kind = rng.randrange(5)
             if kind == 0 and len(words) > 1:
                 del words[at]
             elif kind == 1:
-                words[at] = mutate_bytes(rng, words[at].encode("utf8", "surrogateescape")).decode(
-                    "utf8", "surrogateescape"
-                )
+                data = mutate_bytes(rng, words[at].encode("utf8", "surrogateescape"))
+                words[at] = data.decode("utf8", "surrogateescape")
             elif kind == 2:
                 words.insert(at, rng.choice(ODD_WORDS))
             else:
@@ -267,7 +264,7 @@ PARSERS = {
 
 
 def outcome(target, drawn):
-    """("taken", "refused", "help"), or what is wrong with what the parser did."""
+    """Returns "taken", "refused" or "help", or else what the parser did wrong."""
     printed, start = io.StringIO(), time.process_time()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -290,7 +287,7 @@ def draw(name, target, seed, index):
 
 
 def child(name, seed, start, count):
-    """Tries inputs from `start` on; prints a line of JSON for each failure, the index every 100 inputs, and the counts at the end."""
+    """Tries inputs from `start` to `count`; prints lines of JSON: each index, failure, and the counts so far."""
     torch.set_num_threads(1)
     grown = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (grown + MEMORY, resource.RLIM_INFINITY))
@@ -307,17 +304,17 @@ def child(name, seed, start, count):
 
 
 def fuzz(name, seed, count):
-    """{"inputs", "taken", "refused", "help", "failed", "failures", "seconds"} of a parser."""
+    """Fuzzes a parser; returns its row {"parser", "seed", "inputs", "taken", "refused", ...} of the table."""
     start, next_index, totals, failures, deaths = time.perf_counter(), 0, {}, [], 0
     while next_index < count and deaths < 20:
         words = [sys.executable, __file__, "--child", name, str(seed), str(next_index), str(count)]
         counts, at = {}, next_index
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
             for line in process.stdout:
-                said = json.loads(line)
-                at, counts = said.get("at", at), said.get("counts", counts)
-                if "failure" in said:
-                    failures.append(said)
+                message = json.loads(line)
+                at, counts = message.get("at", at), message.get("counts", counts)
+                if "failure" in message:
+                    failures.append(message)
         for key, n in counts.items():
             totals[key] = totals.get(key, 0) + n
         next_index = count
@@ -334,23 +331,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parsers", nargs="+", choices=PARSERS, default=list(PARSERS))
     parser.add_argument("--count", type=int, default=20_000, metavar="N", help="inputs a parser (default: 20000)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "fuzz.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child[0], *map(int, options.child[1:]))
         return
-    rows = (
-        {row["parser"]: row for row in json.loads(options.results.read_text())["rows"]}
-        if options.results.exists()
-        else {}
-    )
+    earlier = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
+    rows = {row["parser"]: row for row in earlier}
     print("parser         seed  inputs   taken  refused  help  failed  seconds")
     for name in options.parsers:
         row = rows[name] = fuzz(name, options.seed, options.count) | {"commit": utils.commit()}
-        numbers = f"{row['inputs']:7} {row['taken']:7} {row['refused']:8} {row['help']:5} {row['failed']:7} {row['seconds']:8}"
-        print(f"{name:14} {row['seed']:4} {numbers}", flush=True)
+        outcomes = f"{row['taken']:7} {row['refused']:8} {row['help']:5} {row['failed']:7}"
+        print(f"{name:14} {row['seed']:4} {row['inputs']:7} {outcomes} {row['seconds']:8}", flush=True)
         for failure in row["failures"]:
             print(f"  input {failure['index']}: {failure['failure']}")
         utils.write_json(options.results, {"versions": utils.versions(), "rows": list(rows.values())}, indent=1)

@@ -1,47 +1,46 @@
-"""Odd values, and changes to trees of values and to bytes, of which `faults/fuzz.py` makes its inputs."""
+"""Odd values, and mutations of trees of values and of bytes, for the inputs of faults/fuzz.py."""
 
-ODD_VALUES = (
-    None, True, False, 0, 1, -1, 3, 4, 2**31, 2**63, -(2**64), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "a", "\0", "\ud800",
-    "é" * 50, "x" * 5000, "1e5", "-1", "LayerChoice1", "../..", "/dev/null", "a\nb", [], {}, [[]], [1, "a"], {"a": 1}, list(range(3000)),
-)  # fmt: skip
+_ODD_NUMBERS = (0, 1, -1, 3, 4, 2**31, 2**63, -(2**64), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"))
+_ODD_TEXTS = ("", "a", "\0", "\ud800", "é" * 50, "x" * 5000, "1e5", "-1", "LayerChoice1", "../..", "/dev/null", "a\nb")
+_ODD_TREES = ([], {}, [[]], [1, "a"], {"a": 1}, list(range(3000)))
+ODD_VALUES = (None, True, False, *_ODD_NUMBERS, *_ODD_TEXTS, *_ODD_TREES)
 ODD_WORDS = (
-    "", "-", "--", "-1", "-0.0", "nan", "inf", "-inf", "1e400", "1_0", "٣", "0x10", "1e5", " 7 ", "9" * 5000, "é", "\udcff", "\0", "a\nb", "=",
-    "--help", "--demo", "--config", "--=", "%", "%s", "{}", "290M", "59%", "101%", "/dev/null", ".", "none", "true",
-)  # fmt: skip
+    *("", " 7 ", "9" * 5000, "é", "\udcff", "\0", "a\nb"),
+    *("-", "--", "-1", "-0.0", "nan", "inf", "-inf", "1e400", "1_0", "٣", "0x10", "1e5", "=", "--help", "--demo"),
+    *("--config", "--=", "%", "%s", "{}", "290M", "59%", "101%", "/dev/null", ".", "none", "true"),
+)
 TAGS = (
-    "!!python/object/apply:os.system ['exit 3']", "!!python/name:os.system", "!!timestamp x", "!!int ''", "!!bool x", "!!float ''", "!!binary '?'",
-    "!!set {a}", "!!omap [a: 1]", "2001-99-99", "&a [*a]", "*nowhere", "? [a]", "{<<: 3}", "0b", "1:60", "\t- x", "%YAML 9.9", "--- 1\n--- 2",
-    "&a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
-)  # fmt: skip
+    *("!!python/object/apply:os.system ['exit 3']", "!!python/name:os.system", "!!timestamp x", "!!int ''", "!!bool x"),
+    *("!!float ''", "!!binary '?'", "!!set {a}", "!!omap [a: 1]", "2001-99-99", "&a [*a]", "*nowhere", "? [a]"),
+    *("{<<: 3}", "0b", "1:60", "\t- x", "%YAML 9.9", "--- 1\n--- 2", "&a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"),
+)
 
 
 def laughs(key, depth=60):
-    """YAML whose value, written out, has 2^depth words."""
+    """YAML of aliases whose expanded value has 2^depth words."""
     lines = [f"l0: &l0 [x, x]\n{key}: &l1 [*l0, *l0]"]
-    return "\n".join(
-        lines + [f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]" for i in range(2, depth)] + [f"{key}: {{lr: *l{depth - 1}}}"]
-    )
+    lines += [f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]" for i in range(2, depth)]
+    return "\n".join([*lines, f"{key}: {{lr: *l{depth - 1}}}"])
 
 
 def places(value):
     """(container, key) of all values in a tree of dicts and lists."""
-    items = (
-        list(value.items() if isinstance(value, dict) else enumerate(value)) if isinstance(value, (dict, list)) else []
-    )
-    for key, inner in items:
+    if not isinstance(value, (dict, list)):
+        return
+    for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield value, key
         yield from places(inner)
 
 
 def _fresh(value):
-    """A copy of the dicts and lists alone: copying a call makes it, and tuples of tuples take for ever."""
+    """Copies dicts and lists only: copying a `Call` would execute it, and deeply nested tuples would take forever."""
     if isinstance(value, dict):
         return {key: _fresh(inner) for key, inner in value.items()}
     return [_fresh(inner) for inner in value] if type(value) is list else value
 
 
 def mutate_tree(rng, tree, odd=ODD_VALUES):
-    """A copy of the tree with one to three changes in places of it."""
+    """Returns a copy of the tree with one to three changes."""
     tree = _fresh(tree)
     for _ in range(rng.randint(1, 3)):
         found = list(places(tree))
@@ -53,13 +52,11 @@ def mutate_tree(rng, tree, odd=ODD_VALUES):
             del where[key]
         elif kind == 1:
             other, name = rng.choice(found)
-            where[key] = (
-                _fresh(other[name]) if name in other or (isinstance(other, list) and name < len(other)) else None
-            )
+            there = name < len(other) if isinstance(other, list) else name in other
+            where[key] = _fresh(other[name]) if there else None
         elif kind == 2 and isinstance(where, dict):
-            where[rng.choice(["", "a", "LayerChoice21", "model", key * 2 if isinstance(key, str) else 5])] = where.pop(
-                key
-            )
+            name = rng.choice(["", "a", "LayerChoice21", "model", key * 2 if isinstance(key, str) else 5])
+            where[name] = where.pop(key)
         elif kind == 3:
             for _ in range(rng.choice((1, 5, 90))):
                 where[key] = [where[key]]
@@ -69,7 +66,7 @@ def mutate_tree(rng, tree, odd=ODD_VALUES):
 
 
 def mutate_bytes(rng, data):
-    """One to five changes: a byte, a cut, a doubled or moved piece, a run of one byte."""
+    """Returns the bytes with one to five changes: a byte, a cut, a repeated or moved piece, or truncation."""
     data = bytearray(data)
     for _ in range(rng.randint(1, 5)):
         if not data:

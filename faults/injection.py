@@ -1,4 +1,4 @@
-"""What `faults/faults.py` does to a command: guards taken out of the project's code, and faults. Called in a fork, before the script runs."""
+"""What faults/faults.py changes in a command: removed guards, and faults. Called in a fork, before the script runs."""
 
 import builtins
 import contextlib
@@ -11,7 +11,7 @@ import threading
 import time
 
 import torch
-import torch._dynamo  # which an optimizer imports, as others the next two: once here instead of in every fork
+import torch._dynamo  # imported by optimizers, like the next two elsewhere: here once, not in every fork
 import torch.utils.tensorboard
 import torchvision.transforms.v2  # noqa: F401
 
@@ -21,15 +21,14 @@ from training import evaluation, loop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# --- guards that --break takes out -------------------------------------------
+# --- guards that --break removes -----------------------------------------------------------------------------
 
 
 def _everywhere(name, value):
     """Replaces a name in all modules of the project that have it."""
-    for module in [
-        m for m in list(sys.modules.values()) if str(getattr(m, "__file__", None) or "").startswith(f"{ROOT}{os.sep}")
-    ]:
-        if ".venv" not in module.__file__ and hasattr(module, name):
+    for module in list(sys.modules.values()):
+        path = str(getattr(module, "__file__", None) or "")
+        if path.startswith(f"{ROOT}{os.sep}") and ".venv" not in path and hasattr(module, name):
             setattr(module, name, value)
 
 
@@ -54,44 +53,39 @@ def _blind(fetch):
     return run
 
 
-def take_out(name):
-    """Takes the guard of this name (BREAKS) out of the project."""
-    load, read = torch.load, search_record.read_generations
-    {
-        "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
-        "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
-        "repair": lambda: setattr(search_record, "read_generations", lambda out, repair=False: read(out)),
-        "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
-        "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
-        "finite": lambda: setattr(loop._Meter, "fetch", _blind(loop._Meter.fetch)),
-        "full-disk": lambda: _everywhere("run_script", lambda main, parse_args: main(parse_args())),
-        "loader": lambda: setattr(dataloader, "UserError", RuntimeError),
-        "no-code": lambda: setattr(torch, "load", lambda path, **how: load(path, **how | {"weights_only": False})),
-        "parent-watch": lambda: _everywhere("leave_signals_to_parent", lambda *_: None),
-    }[name]()
+def _unrepaired(read_generations):
+    return lambda out, repair=False, skip=0: read_generations(out, skip=skip)
 
 
-BREAKS = (
-    "atomic-write",
-    "lock",
-    "repair",
-    "optimizer",
-    "nan",
-    "finite",
-    "full-disk",
-    "loader",
-    "no-code",
-    "parent-watch",
-)
+def _replace(owner, name, wrap):
+    """Replaces an attribute by `wrap(attribute)`."""
+    setattr(owner, name, wrap(getattr(owner, name)))
 
 
-# --- faults -------------------------------------------------------------------
+BREAKS = {
+    "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
+    "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
+    "repair": lambda: _replace(search_record, "read_generations", _unrepaired),
+    "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
+    "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
+    "finite": lambda: _replace(loop._Meter, "fetch", _blind),
+    "full-disk": lambda: _everywhere("run_script", lambda main, parse_args: main(parse_args())),
+    "loader": lambda: setattr(dataloader, "UserError", RuntimeError),
+    "no-code": lambda: _replace(
+        torch, "load", lambda load: lambda path, **how: load(path, **how | {"weights_only": False})
+    ),
+    "parent-watch": lambda: _everywhere("leave_signals_to_parent", lambda *_: None),
+}  # name: removes the guard of this name from the project
+
+
+# --- faults --------------------------------------------------------------------------------------------------
 
 
 class Events:
-    """Counts what the fork's main thread does to files: opens for writing, first writes, fsync, rename, unlink; acts at the n-th.
+    """Counts file operations of the fork's main thread: open for writing, first write, fsync, rename, unlink; acts at
+    the n-th.
 
-    `action` "kill": half of a write is done, then SIGKILL. "full": from then on, nothing more can be written (ENOSPC).
+    `action` "kill": does half of a write, then SIGKILL. "full": from then on, all writes fail with ENOSPC.
     """
 
     def __init__(self, action, n, report=None):
@@ -114,7 +108,7 @@ class Events:
 
     @property
     def full(self):
-        """Whether the disk is full by now."""
+        """Whether the disk is full now."""
         return self.action == "full" and self.seen >= self.n > 0
 
     def install(self):
@@ -163,7 +157,7 @@ class _File:
 
 
 def clock_back():
-    """time.time() from 2001 on."""
+    """Makes time.time() start in 2001."""
     now, start = time.time, time.time()
     time.time = lambda: 1e9 + now() - start
 
@@ -177,14 +171,15 @@ def bad_trials(kind):
         if bad and kind == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         return [
-            r | {"acc1": float("nan")} if sum(r["architecture"]) % 3 == 0 else r for r in evaluate(supernet, candidates, *args, **kwargs)
+            r | {"acc1": float("nan")} if sum(r["architecture"]) % 3 == 0 else r
+            for r in evaluate(supernet, candidates, *args, **kwargs)
         ]
 
     evaluation.evaluate = run
 
 
 def poisoned_step(step):
-    """The weights become NaN before a training step."""
+    """Makes the images of a training step NaN."""
     batches = dataloader.Loader.batches
 
     def run(self, plan):

@@ -1,9 +1,10 @@
-"""Whether anything grows: `python faults/soak.py` (minutes) and `python faults/soak.py --nni` (ten minutes or more).
+"""Checks that nothing grows: `python faults/soak.py` (minutes) and `python faults/soak.py --nni` (ten minutes or more).
 
-Without --nni: the demo's search, with a population of 4, ten times in a row in this process with `--engine local`. With it: one
-search of 500 trials through NNI that compute nothing; every 50 of them count as a round. After each round: resident memory, open
-files and number of processes of this one and, with --nni, of NNI's manager and tuner. From the second round on all of it has to
-be flat: no more files or processes in the median, memory up by at most 5%. Writes its part of bench/results/soak.json; exit code 1 if not.
+Without --nni: ten searches of the demo with a population of 4, one after the other in this process, with `--engine
+local`. With it: one search through NNI of 500 trials that compute nothing, where 50 trials count as a round. After each
+round it measures the resident memory, the open files and the number of processes of this process and, with --nni, of
+NNI's manager and tuner. From the second round on they must be flat: the median of files and of processes no higher,
+memory at most 5% higher. Writes its part of bench/results/soak.json; the exit code is 1 if anything grows.
 """
 
 import argparse
@@ -35,61 +36,53 @@ from space.search_space import SearchSpace
 
 GROWTH = 1.05
 SMALL = ["--demo", "--heldout-per-class", "4", "--bn-batches", "2", "--bn-batch-size", "32", "--threads", "1"]
-TRIAL = """
-import nni
+TRIAL = f"""
+import sys
 
-parameters = nni.get_next_parameter()
-while parameters["until"] <= nni.get_sequence_id():
-    parameters = nni.get_next_parameter()
-results = [{"architecture": c, "flops": 0, "acc1": float(sum(c)), "acc5": 99.0, "n_images": 10, "seconds": 0.0} for c in parameters["candidates"]]
-for result in results:
-    nni.report_intermediate_result({"default": result["acc1"], "result": result})
-nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results})
+sys.path.insert(0, {str(ROOT)!r})
+from engines import trial
+
+
+def evaluate(candidate):
+    accuracies = {{"acc1": float(sum(candidate)), "acc5": 99.0}}
+    return {{"architecture": candidate, "flops": 0, "n_images": 10, "seconds": 0.0, **accuracies}}
+
+
+trial.report(map(evaluate, trial.receive_candidates()))
 """
 
 
 def measure(processes):
-    """{"memory_mb", "files"} of processes that live on, together, and how many there are below this one."""
+    """{"memory_mb", "files"} of these processes together, and how many processes this one and those below it are."""
     return {
-        "memory_mb": round(sum(p.memory_info().rss for p in processes) / 1e6, 1), "files": sum(p.num_fds() for p in processes),
+        "memory_mb": round(sum(p.memory_info().rss for p in processes) / 1e6, 1),
+        "files": sum(p.num_fds() for p in processes),
         "processes": 1 + len(psutil.Process().children(recursive=True)),
-    }  # fmt: skip
+    }
 
 
 def local(folder, rounds):
     train = ["--batch-size", "16", "--iterations", "6", "--val-every", "6", "--save-every", "6", "--val-paths", "1"]
     supernet.main(supernet.parse_args([*SMALL, *train, "--out", str(folder / "net")]))
     checkpoint = next((folder / "net" / "checkpoints" / "supernet").glob("*.pth"))
-    small = [
-        "--population",
-        "4",
-        "--select",
-        "2",
-        "--mutation",
-        "1",
-        "--crossover",
-        "1",
-        "--generations",
-        "2",
-        "--engine",
-        "local",
-    ]
+    small = ["--population", "4", "--select", "2", "--mutation", "1", "--crossover", "1", "--generations", "2"]
+    small += ["--engine", "local", "--concurrency", "1"]
+    paths = ["--checkpoint", str(checkpoint), "--cache", str(folder / "cache")]
     for n in range(rounds):
         out = ["--out", str(folder / str(n))]
         tester.main(tester.parse_args(["--mode", "gen", *out]))
-        how = ["--concurrency", "1", "--checkpoint", str(checkpoint), "--cache", str(folder / "cache")]
-        search.main(search.parse_args([*SMALL, *small, *how, *out]))
+        search.main(search.parse_args([*SMALL, *small, *paths, *out]))
         yield measure([psutil.Process()])
 
 
 def through_nni(folder, rounds):
     space = SearchSpace.for_images(28, 10)
-    settings = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": rounds, "seed": 0,
-                "flops_limit": space.flops_value("59%")}  # fmt: skip
+    experiment = search.read_experiment(ROOT / "config_search.yml")
+    evolution = experiment["tuner"]["classArgs"] | {"generations": rounds, "seed": 0}
+    settings = evolution | {"flops_limit": space.flops_value("59%")}
     (folder / "trial.py").write_text(TRIAL)
     utils.write_json(folder / "nni_auto_gen_search_space.json", space.nni_search_space())
     prepare_search(folder, settings, resume=False)
-    experiment = search.read_experiment(ROOT / "config_search.yml")
     found, ended = [], threading.Event()
 
     def watch():
@@ -97,9 +90,8 @@ def through_nni(folder, rounds):
             if len(read_results(folder)) >= 50 * (len(found) + 1):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     lasting = [p for p in psutil.Process().children(recursive=True) if {"main.js", "nni"} & _words(p)]
-                    found.append(
-                        measure([psutil.Process(), *lasting]) | {"processes": 1 + len(lasting)}
-                    )  # trials come and go
+                    # Without the trials, whose number varies.
+                    found.append(measure([psutil.Process(), *lasting]) | {"processes": 1 + len(lasting)})
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -119,7 +111,7 @@ def _words(process):
 
 
 def flat(rows):
-    """Whether nothing grows from the second row on: of files and processes, some are there for a moment, so it is their median that counts."""
+    """Whether nothing grows from the second row on: files and processes by their median, since some are short-lived."""
     return all(row["memory_mb"] <= rows[1]["memory_mb"] * GROWTH for row in rows[2:]) and all(
         statistics.median(row[name] for row in rows[2:]) <= rows[1][name] for name in ("files", "processes")
     )
@@ -137,18 +129,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for row in (through_nni if options.nni else local)(pathlib.Path(folder), options.rounds):
             rows.append(row)
-            print(
-                f"round {len(rows):2}  memory {row['memory_mb']:7} MB  files {row['files']:3}  processes {row['processes']}",
-                flush=True,
-            )
+            counts = f"files {row['files']:3}  processes {row['processes']}"
+            print(f"round {len(rows):2}  memory {row['memory_mb']:7} MB  {counts}", flush=True)
     kept = json.loads(options.results.read_text()) if options.results.exists() else {}
     result = {
         "commit": utils.commit(),
         "versions": utils.versions(),
         "flat": flat(rows),
         "seconds": round(time.perf_counter() - start),
+        "rounds": rows,
     }
-    result["rounds"] = rows
     utils.write_json(options.results, kept | {"nni" if options.nni else "local": result}, indent=1)
     print("flat from the second round on" if flat(rows) else "GROWS")
     sys.exit(not flat(rows))

@@ -1,1 +1,1 @@
-"""The images: which ones, in which order, whether they can be read, and how they are kept once decoded."""
+"""The images: which are used, in which order, whether they can be read, and how decoded ones are cached."""

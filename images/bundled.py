@@ -1,6 +1,7 @@
-"""The bundled images of `--demo`: part of Fashion-MNIST as a folder tree of JPEG files, kept as one archive and unpacked on use.
+"""The bundled images of `--demo`: part of Fashion-MNIST as a folder tree of JPEG files, unpacked from an archive when
+needed.
 
-data/fashion-mnist.tar.xz is made by data/make_fashion_mnist.py. Standard library alone.
+data/make_fashion_mnist.py makes the archive, data/fashion-mnist.tar.xz. Needs only the standard library.
 """
 
 import hashlib
@@ -13,11 +14,11 @@ import tempfile
 from utils import HERE, UserError, atomic_write
 
 ARCHIVE = HERE / "data" / "fashion-mnist.tar.xz"
-NOTE = ".unpacked"  # holds the fingerprint of the folder that it is in, and is written last
+NOTE = ".unpacked"  # holds the fingerprint of its folder; written last
 
 
 def files(folder):
-    """Relative paths of the files in a tree, sorted, without hidden ones (as .DS_Store is)."""
+    """The relative paths of the files in a tree, sorted, without hidden ones such as .DS_Store."""
     paths = (
         os.path.relpath(os.path.join(where, name), folder) for where, _, names in os.walk(folder) for name in names
     )
@@ -25,7 +26,7 @@ def files(folder):
 
 
 def fingerprint(folder):
-    """SHA-256 over the archive and every path and content in the folder: it changes with either."""
+    """SHA-256 over the archive and over every path and content in the folder."""
     digest = hashlib.sha256(ARCHIVE.read_bytes())
     for path in files(folder):
         content = pathlib.Path(folder, path).read_bytes()
@@ -33,8 +34,8 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
-def is_whole(folder):
-    """Whether the folder holds exactly what is in the archive. Reads all of it: 0.2 s."""
+def is_complete(folder):
+    """Whether the folder holds exactly the content of the archive. Reads every file, which takes 0.2 s."""
     try:
         return pathlib.Path(folder, NOTE).read_bytes() == fingerprint(folder).encode()
     except (FileNotFoundError, NotADirectoryError):
@@ -42,17 +43,18 @@ def is_whole(folder):
 
 
 def unpack(folder):
-    """Unpacks the bundled images to `folder`, unless they are there whole, and returns its path: has train/ and val/.
+    """Unpacks the bundled images to `folder` (train/ and val/), unless it holds all of them already, and returns its
+    path.
 
-    What is missing or damaged is replaced, file by file and each at once, so that several processes may do this at the
-    same time and others may be reading. A folder with anything else in it is not touched. Raises UserError then, where
-    it can't be written, and where the archive is missing or damaged.
+    Missing and damaged files are replaced one by one, each atomically, so several processes may unpack at the same
+    time while others read. Raises UserError if the folder has other files (none is touched then) or can't be written,
+    or if the archive is missing or damaged.
     """
     folder = pathlib.Path(folder)
     if not ARCHIVE.is_file():
         raise UserError(f"{ARCHIVE}: missing; it comes with this project: git checkout -- {ARCHIVE.relative_to(HERE)}")
     try:
-        if not is_whole(folder):
+        if not is_complete(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
                 with tarfile.open(ARCHIVE) as archive:
@@ -62,17 +64,17 @@ def unpack(folder):
         raise UserError(f"{ARCHIVE}: damaged ({error}); git checkout -- {ARCHIVE.relative_to(HERE)}") from None
     except OSError as error:
         raise UserError(
-            f"--data-dir {folder}: can't unpack the bundled images ({error}); name a folder that can be written"
+            f"--data-dir {folder}: can't unpack the bundled images ({error}); choose a folder that can be written"
         ) from None
     return folder
 
 
 def _move(source, folder):
     wanted = files(source)
-    strangers = sorted(set(files(folder)) - set(wanted))
-    if strangers:
+    others = sorted(set(files(folder)) - set(wanted))
+    if others:
         raise UserError(
-            f"--data-dir {folder}: {strangers[0]!r} is none of the bundled images; name another folder, or move it away"
+            f"--data-dir {folder}: {others[0]!r} is none of the bundled images; choose another folder, or move it away"
         )
     note = fingerprint(source)
     for path in wanted:

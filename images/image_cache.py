@@ -1,7 +1,8 @@
-"""The images that every candidate meets: calibration and validation batches, decoded once on a machine.
+"""Caches the images that all candidates share: calibration and validation batches, decoded once on a machine.
 
-Decoded, augmented images are kept as one file a set below `--cache`, uint8 RGB, memory-mapped by all processes that evaluate. A
-file's name and first block say what is in it: anything else than what is asked for, or a file that isn't whole, is made anew.
+A set of decoded (and augmented) images is one file in `--cache`, uint8 RGB, memory-mapped by all processes that
+evaluate. The name and the first block of a file identify its content; a file with other content or of the wrong
+length is written again.
 """
 
 import contextlib
@@ -25,26 +26,26 @@ HEADER_BYTES = 4096
 
 
 class FixedBatches:
-    """The batches of a plan, the same at every iteration: (images (N, 3, H, W) float, labels (N,) int64) on the loader's device.
+    """The same batches at every iteration: images (N, 3, H, W) float, labels (N,) int64, on the device of the loader.
 
-    Decoded once into a file below the folder `cache`; where that can't be written, or is None, anew at every iteration.
-    `sharded`, every process iterates over other ones of the batches.
+    Decodes the plan once, into a file in the folder `cache`, or at every iteration if `cache` is None or can't be
+    written. If `sharded`, each rank iterates over its own share of the batches.
     """
 
     def __init__(self, loader, plan, cache=None, sharded=False):
         self.loader, self.plan, self.cache = loader, plan, cache
-        self.first, self.every = (distributed.rank(), distributed.world_size()) if sharded else (0, 1)
+        self.rank, self.world_size = (distributed.rank(), distributed.world_size()) if sharded else (0, 1)
 
     def __len__(self):
         return len(self.plan)
 
     def __iter__(self):
         if self._decoded is None:
-            yield from self.loader.batches(self.plan[self.first :: self.every])
+            yield from self.loader.batches(self.plan[self.rank :: self.world_size])
             return
         first = 0
         for number, samples in enumerate(self.plan):
-            if number % self.every != self.first:
+            if number % self.world_size != self.rank:
                 first += len(samples)
                 continue
             images = self._decoded[first : first + len(samples)]
@@ -57,7 +58,7 @@ class FixedBatches:
 
     @functools.cached_property
     def _decoded(self):
-        """The decoded images (N, H, W, 3): on the GPU where they fit into half of what is free there, else memory-mapped."""
+        """The decoded images (N, H, W, 3), or None: on the GPU if they fit in half of its free memory, else mapped."""
         images = None if self.cache is None else open_images(self.loader, self.plan, pathlib.Path(self.cache))
         on_gpu = images is not None and self.loader.device.type == "cuda"
         if on_gpu and images.nbytes < torch.cuda.mem_get_info(self.loader.device)[0] / 2:
@@ -66,13 +67,13 @@ class FixedBatches:
 
 
 def calibration_batches(images, config, args, device):
-    """The training images that recalibrate BN: stratified by class, augmented, the same for every candidate."""
+    """The training images that recalibrate BN: stratified by class, augmented, the same for all candidates."""
     plan = calibration_plan(images.labels, args.bn_batches, args.bn_batch_size, args.seed)
     return FixedBatches(Loader.from_args(images, config, True, args, device), plan, args.cache)
 
 
 def validation_batches(images, config, args, device):
-    """Every image once, in the validation transform; each process has its share."""
+    """All images once, with the validation transform, shared among the ranks."""
     plan = evaluation_plan(len(images), args.eval_batch_size)
     return FixedBatches(Loader.from_args(images, config, False, args, device), plan, args.cache, sharded=True)
 
@@ -81,20 +82,22 @@ def validation_batches(images, config, args, device):
 
 
 def open_images(loader, plan, folder):
-    """The decoded images of a plan, a read-only array (N, H, W, 3) mapped from a file in `folder`, which is made where it is
-    missing, stale or damaged. None, with a warning, where it can't be written."""
+    """Returns the decoded images of a plan, a read-only array (N, H, W, 3) mapped from a file in `folder`.
+
+    Writes the file if it is missing, stale or damaged. Returns None, with a warning, if it can't be written.
+    """
     header = _header(loader, plan)
     shape = (sum(map(len, plan)), loader.config.input_size, loader.config.input_size, 3)
     path = folder / f"{hashlib.sha256(header).hexdigest()[:20]}.images"
     try:
-        if not _is_whole(path, header, shape):
+        if not _is_complete(path, header, shape):
             with _lock(path):
-                if not _is_whole(path, header, shape):  # another process may have made it meanwhile
+                if not _is_complete(path, header, shape):  # else another process has written it meanwhile
                     _decode(path, loader, plan, header, shape)
         return np.memmap(path, np.uint8, "r", HEADER_BYTES, shape)
     except OSError as error:
         log.warning(
-            "--cache %s: can't keep decoded images there (%s); decoding them anew each time",
+            "--cache %s: can't cache decoded images there (%s); decoding them every time",
             folder,
             error.strerror or error,
         )
@@ -102,7 +105,7 @@ def open_images(loader, plan, folder):
 
 
 def _header(loader, plan):
-    """The file's first block: what decides about its content, as JSON, and a checksum of that."""
+    """The first block of a file: JSON of everything that its content depends on, and a checksum of the JSON."""
     files = hashlib.sha256()
     for index in np.unique(np.concatenate(plan)[:, 1]):
         path = loader.images.paths[index]
@@ -111,23 +114,28 @@ def _header(loader, plan):
             f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n".encode(errors="surrogateescape")
         )
     content = {
-        "version": VERSION, "files": files.hexdigest(), "plan": hashlib.sha256(np.concatenate(plan).tobytes()).hexdigest(),
-        "config": loader.config.to_dict(), "augment": loader.augment, "seed": loader.seed, "decoder": loader.decoder,
-    }  # fmt: skip
+        "version": VERSION,
+        "files": files.hexdigest(),
+        "plan": hashlib.sha256(np.concatenate(plan).tobytes()).hexdigest(),
+        "config": loader.config.to_dict(),
+        "augment": loader.augment,
+        "seed": loader.seed,
+        "decoder": loader.decoder,
+    }
     text = json.dumps(content, sort_keys=True)
     return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n".encode().ljust(HEADER_BYTES)
 
 
-def _is_whole(path, header, shape):
-    """Whether there is a file of this header and length."""
+def _is_complete(path, header, shape):
+    """Whether the file exists with this header and length."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         return file.read(HEADER_BYTES) == header and os.fstat(file.fileno()).st_size == HEADER_BYTES + np.prod(shape)
     return False
 
 
 def _decode(path, loader, plan, header, shape):
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
-        left.unlink()
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # from a process that was killed while writing
+        leftover.unlink()
     log.info("decoding %d images into %s, %.1f GB, once", shape[0], path, np.prod(shape) / 1e9)
     with atomic_write(path, "wb") as file:
         file.write(header)
@@ -137,7 +145,7 @@ def _decode(path, loader, plan, header, shape):
 
 @contextlib.contextmanager
 def _lock(path):
-    """Holds the lock of a file; waits while another process does."""
+    """Holds the lock of a file within the block, after waiting for other processes to release it."""
     waiting = False
     while not (file := try_lock(path.with_suffix(".lock"))):
         if not waiting:

@@ -1,9 +1,9 @@
-"""Whether the files of an image tree can be read and have one label each: asked once, before a script starts to compute.
+"""Checks once, before a script starts to compute, that all files of an image tree can be read and have one label each.
 
-Every file is read and decoded whole by Pillow (JPEG at an eighth of its size, which still reads all of its data). A tree
-that passed is remembered by the names, sizes and times of its files, and is decoded again only when one of them changes.
-Two things are wrong with files: they are *unreadable* (empty, cut short, no image, in a format that not both loaders read), or
-*mislabelled* (the same content in two classes, or a suffix that belongs to another format), which the user may accept.
+Pillow decodes every file completely (JPEG at an eighth of its size, which still reads all of its data). A tree that
+passed is recorded with the names, sizes and modification times of its files, and checked again only when one of these
+changes. A file may be *unreadable* (empty, truncated, not an image, or in a format that not both loaders read), or
+*mislabelled* (the same content in two classes, or a suffix of another format), which the user can accept.
 """
 
 import concurrent.futures
@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 from utils import HERE, UserError, cores, log, read_json, write_json
 
-SUFFIXES = {  # of the formats that DALI and Pillow both decode, by Pillow's names; MPO is JPEG with further images after the first
+SUFFIXES = {  # of the formats that both DALI and Pillow decode, by Pillow's names; MPO is JPEG with several images
     "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "PPM": (".ppm", ".pgm"),
     "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
 }  # fmt: skip
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
 RECORD = HERE / "data" / "cache" / "checked.json"  # {folder: fingerprint} of the trees that passed
-CHUNK = 64  # files that a thread takes at a time
+CHUNK = 64  # files a task of a thread
 
 
 def inspect(path):
-    """(digest of the content, why it can't be used or None, the suffix that it should have or None) of one image file."""
+    """Returns (digest, why the file is unreadable or None, the correct suffix of a misnamed file or None)."""
     try:
         data = pathlib.Path(path).read_bytes()
         if not data:
@@ -37,25 +37,23 @@ def inspect(path):
             if suffixes is None:
                 return None, f"a {image.format} file, which not every loader reads", None
             if image.mode[0] in "IF":
-                return (
-                    None,
-                    f"is grey with more than 8 bits (mode {image.mode}), which the loaders read differently",
-                    None,
-                )
+                reason = f"greyscale with more than 8 bits (mode {image.mode}), which the loaders read differently"
+                return None, reason, None
             image.draft("RGB", (1, 1))
             image.convert("RGB")
     except UnidentifiedImageError:
         return None, "not an image", None
     except UNDECODABLE as error:
-        return None, getattr(error, "strerror", None) or f"not a whole image ({error})", None
+        return None, getattr(error, "strerror", None) or f"a damaged image ({error})", None
     wrong_suffix = pathlib.Path(path).suffix.lower() not in suffixes
     return hashlib.blake2b(data, digest_size=16).digest(), None, suffixes[0] if wrong_suffix else None
 
 
-def check(folder, paths):
-    """(unreadable, mislabelled): lines that name each such file among `paths`, `<part>/<class>/<file>` below `folder`.
+def inspect_all(folder, paths):
+    """Returns (unreadable, mislabelled), a line for each such file of `paths`, which are `<part>/<class>/<file>` in
+    `folder`.
 
-    On all cores, in threads: Pillow decodes without holding the interpreter's lock. Progress is shown where it takes long.
+    Uses a thread for each core, because Pillow releases the GIL while it decodes. Shows a progress bar after 5 s.
     """
     unreadable, mislabelled, first = [], [], {}
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
@@ -63,9 +61,8 @@ def check(folder, paths):
         concurrent.futures.ThreadPoolExecutor(cores()) as pool,
         tqdm(total=len(paths), desc="checking images, once", unit=" images", delay=5, mininterval=1) as progress,
     ):
-        for chunk, found in zip(
-            chunks, pool.map(lambda chunk: [inspect(os.path.join(folder, path)) for path in chunk], chunks)
-        ):
+        inspected = pool.map(lambda chunk: [inspect(os.path.join(folder, path)) for path in chunk], chunks)
+        for chunk, found in zip(chunks, inspected):
             for path, (digest, reason, suffix) in zip(chunk, found):
                 if reason:
                     unreadable.append(f"{path}: {reason}")
@@ -79,24 +76,24 @@ def check(folder, paths):
     return unreadable, mislabelled
 
 
-def require(folder, paths):
-    """Raises UserError where the images of a tree did not pass the check, which is made now unless it was made before."""
+def check_images(folder, paths):
+    """Raises UserError if an image of the tree is unreadable or mislabelled. Returns at once for a recorded tree."""
     found = fingerprint(folder, paths)
     if _record().get(os.path.abspath(folder)) == found:
         return
-    unreadable, mislabelled = check(folder, paths)
+    unreadable, mislabelled = inspect_all(folder, paths)
     wrong = unreadable + mislabelled
     if wrong:
-        accept = "" if unreadable else ", and with --accept says that they are right"
+        accept = "" if unreadable else ", and with --accept accepts them"
         raise UserError(
             f"{folder}: {len(unreadable)} unreadable and {len(mislabelled)} mislabelled files, the first: {wrong[0]}; "
-            f"python dataloader.py --check {folder} names them all{accept}"
+            f"python dataloader.py --check {folder} lists all of them{accept}"
         )
     remember(folder, found)
 
 
 def fingerprint(folder, paths):
-    """A hash of the names, sizes and times of the files."""
+    """A hash of the names, sizes and modification times of the files."""
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -108,17 +105,17 @@ def fingerprint(folder, paths):
 
 
 def remember(folder, found):
-    """Notes that a tree of this fingerprint passed; trees that are gone are forgotten."""
+    """Records that a tree with this fingerprint passed; drops trees that no longer exist."""
     kept = {name: value for name, value in _record().items() if os.path.isdir(name)}
     try:
         write_json(RECORD, kept | {os.path.abspath(folder): found}, indent=1)
     except OSError as error:
-        log.warning("%s: can't be written (%s); the images are checked again next time", RECORD, error.strerror)
+        log.warning("%s: can't be written (%s); the images will be checked again next time", RECORD, error.strerror)
 
 
 def _record():
     try:
         record = read_json(RECORD)
-    except UserError:  # missing or damaged: check again
+    except UserError:  # missing or damaged
         return {}
     return record if isinstance(record, dict) else {}

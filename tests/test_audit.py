@@ -21,7 +21,7 @@ UNKNOWN = {"name": "torch", "skip_reason": "not found on PyPI"}
     "report, code, line",
     [
         ([CLEAN], 0, "0 known vulnerabilities"),
-        ([CLEAN, BROKEN], 1, "pillow 1.0: PYSEC-1, fixed in 1.1; perhaps reached"),
+        ([CLEAN, BROKEN], 1, "pillow 1.0: PYSEC-1, fixed in 1.1; perhaps affected"),
         ([CLEAN, UNKNOWN], 0, "not in the database: torch"),
         ([UNKNOWN, UNKNOWN], 3, "database not reachable"),
         (None, 3, "database not reachable"),
@@ -40,7 +40,7 @@ def test_what_the_audit_says(tmp_path, capsys, report, code, line):
 def test_what_is_not_reached_does_not_count(monkeypatch):
     monkeypatch.setitem(audit.NOT_REACHED, "CVE-2", "its reader is never called")
     lines, bad, _ = audit.findings({"dependencies": [CLEAN, BROKEN]})
-    assert bad == 0 and "not reached: its reader is never called" in lines[0]
+    assert bad == 0 and "not affected: its reader is never called" in lines[0]
 
 
 def test_pip_audit_is_pinned():

@@ -47,7 +47,7 @@ def numeric_flags():
     """(script, flag, how many numbers it takes) of every flag whose type is a number, as the parsers say."""
     parse, parsers = command_line.Parser.parse, []
     try:
-        command_line.Parser.parse = lambda self, argv=None: parsers.append(self) or parse(self, argv)
+        command_line.Parser.parse = lambda self, *args: parsers.append(self) or parse(self, *args)
         for script in SCRIPTS:
             importlib.import_module(script).parse_args([])
             for action in parsers[-1]._actions:

@@ -181,7 +181,7 @@ def test_augmentation_has_the_official_distribution():
         )
     jitter = np.array([(d.brightness, d.contrast, d.saturation) for d in draws])
     assert (abs(jitter - 1) <= 0.4).all() and (jitter.min(0) < 0.62).all() and (jitter.max(0) > 1.38).all()
-    assert 0.47 < np.mean([d.mirror for d in draws]) < 0.53
+    assert 0.47 < np.mean([d.horizontal_flip for d in draws]) < 0.53
 
 
 def test_augmentation_falls_back_to_the_centre():
@@ -228,13 +228,13 @@ def test_jitter_uses_the_luma_of_rgb(tmp_path, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mirror_and_crop_follow_the_parameters(tmp_path, backend, monkeypatch):
+def test_flip_and_crop_follow_the_parameters(tmp_path, backend, monkeypatch):
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32, :32] = 200  # the upper left quarter
     images = single(tmp_path, Image.fromarray(pixels))
-    for mirror, column in ((False, 0), (True, 1)):
+    for flip, column in ((False, 0), (True, 1)):
         monkeypatch.setattr(
-            dataloader, "draw_augmentation", lambda *_, m=mirror: Augmentation((0, 0, 64, 64), mirror=m)
+            dataloader, "draw_augmentation", lambda *_, flip=flip: Augmentation((0, 0, 64, 64), horizontal_flip=flip)
         )
         quarters = first(images, CONFIG, True, backend).float().mean(dim=2).reshape(2, 16, 2, 16).mean(dim=(1, 3))
         assert quarters[0, column] > 190 and quarters.sum() - quarters[0, column] < 30

@@ -203,7 +203,7 @@ def test_a_batch_that_can_not_be_shared_is_one_line(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("distributed.world_size", lambda: 8)
     assert per_rank_batch_size(1024) == 128
-    with pytest.raises(UserError, match="two or more for each of 8"):
+    with pytest.raises(UserError, match="two or more images for each of 8"):
         per_rank_batch_size(8)
 
 
@@ -337,6 +337,6 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
             assert process.poll() is None
             time.sleep(0.1)
         _, stderr = finish(start(1, *words, out=tmp_path), code=2)
-        assert len(stderr.splitlines()) == 1 and "another run is going on in this folder" in stderr
+        assert len(stderr.splitlines()) == 1 and "another run is using this folder" in stderr
     finally:
         kill(process)

@@ -30,7 +30,7 @@ def search(evolution, reward=reward):
 
 
 def small(**changes):
-    settings = {"population": 12, "select": 4, "mutation": 6, "crossover": 6, "generations": 4} | changes
+    settings = {"population_size": 12, "select": 4, "mutation": 6, "crossover": 6, "generations": 4} | changes
     return Evolution(SPACE.choices, SPACE.flops, LIMIT, **settings)
 
 
@@ -78,7 +78,7 @@ def test_parents_are_the_best_of_all_populations():
 def test_mutation_changes_each_block_at_its_rate():
     evolution = Evolution((4,) * 20, sum, 60)
     parent = (0,) * 20
-    children = [evolution._mutate(parent) for _ in range(5000)]
+    children = [evolution.mutate(parent) for _ in range(5000)]
     changed = collections.Counter(c != 0 for child in children for c in child)
     assert changed[True] / 100_000 == pytest.approx(0.075, abs=0.004)  # 0.1 redrawn, a quarter of them to the same
     assert {c for child in children for c in child} == {0, 1, 2, 3}
@@ -86,7 +86,7 @@ def test_mutation_changes_each_block_at_its_rate():
 
 def test_crossover_takes_blocks_of_both_parents():
     evolution = Evolution((4,) * 20, sum, 60)
-    genes = collections.Counter(g for _ in range(500) for g in evolution._cross((1,) * 20, (2,) * 20))
+    genes = collections.Counter(g for _ in range(500) for g in evolution.cross((1,) * 20, (2,) * 20))
     assert genes.keys() == {1, 2}
     assert genes[1] / 10_000 == pytest.approx(0.5, abs=0.03)
 
@@ -95,7 +95,7 @@ def test_crossover_may_take_the_same_parent_twice():
     drawn = set()
     evolution = Evolution((4,) * 8, sum, 24, 4, 2, 0, 4, generations=2)
     evolution.tell({c: sum(c) for c in evolution.ask()})
-    evolution._cross = lambda *parents: drawn.add(parents) or (0,) * 8
+    evolution.cross = lambda *parents: drawn.add(parents) or (0,) * 8
     evolution.ask()
     assert {a == b for a, b in drawn} == {True, False}
 
@@ -105,8 +105,8 @@ def test_children_are_tried_ten_times_each(monkeypatch):
     evolution.tell({c: sum(c) for c in evolution.ask()})
     tries = collections.Counter()
     known = evolution.history[0][0]
-    monkeypatch.setattr(evolution, "_mutate", lambda parent: tries.update("m") or known)
-    monkeypatch.setattr(evolution, "_cross", lambda *parents: tries.update("c") or (3,) * 8)
+    monkeypatch.setattr(evolution, "mutate", lambda parent: tries.update("m") or known)
+    monkeypatch.setattr(evolution, "cross", lambda *parents: tries.update("c") or (3,) * 8)
     evolution.cost_limit = 23  # so that what crossover gives is too costly
     population = evolution.ask()
     assert tries == {"m": 200, "c": 300}
@@ -116,7 +116,7 @@ def test_children_are_tried_ten_times_each(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"population": 9, "select": 10}, "--population 9 and --select 10"),
+        ({"population_size": 9, "select": 10}, "--population 9 and --select 10"),
         ({"select": 0}, "--select 0"),
         ({"mutation": 30}, "--mutation 30 and --crossover 25 .*--population 50"),
         ({"crossover": -1}, "--crossover -1"),
@@ -170,7 +170,7 @@ def test_failed_candidates_are_no_parents_and_do_not_come_again():
     assert evolution.best == (good, -5.0)
     assert evolution.ranked() == [good]
     parents = []
-    evolution._mutate = lambda parent: parents.append(parent) or Evolution._mutate(evolution, parent)
+    evolution.mutate = lambda parent: parents.append(parent) or Evolution.mutate(evolution, parent)
     following = evolution.ask()
     assert set(parents) == {good}
     assert not set(following) & set(population)
@@ -193,7 +193,7 @@ def test_ties_go_by_the_second_number_then_by_age():
 def test_tell_takes_only_what_was_asked_for():
     evolution = small()
     population = evolution.ask()
-    with pytest.raises(ValueError, match="not of the population"):
+    with pytest.raises(ValueError, match="not in the open population"):
         evolution.tell({(9,) * 20: 1.0})
     evolution.tell({population[0]: 1.0})
     evolution.tell({population[0]: 2.0})

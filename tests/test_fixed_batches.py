@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_and_the_images_come_all_the_same(images, tmp_path, 
         assert same(batches, expected) and same(batches, expected)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert caplog.text.count("can't keep decoded images") == 1
+    assert caplog.text.count("can't cache decoded images") == 1
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
 
 

@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from engines import gpu_lock
+from engines import trial
 from utils import HERE, UserError
 
 TAKE = """
 import pathlib, sys
-from engines import gpu_lock
+from engines import trial
 
-gpu_lock.POLL_S = 0.05
-print(gpu_lock.take_device(sys.argv[2:], pathlib.Path(sys.argv[1])), flush=True)
+trial.POLL_S = 0.05
+print(trial.take_device(sys.argv[2:], pathlib.Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
 
@@ -67,29 +67,29 @@ def test_devices_are_those_that_are_visible(monkeypatch, visible, n, names):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("torch.cuda.device_count", lambda: n)
-    assert gpu_lock.gpu_names() == names
+    assert trial.gpu_names() == names
 
 
 def test_a_process_sees_the_device_it_took_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(gpu_lock, "held", [])
-    gpu_lock.take_gpu("cpu")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6" and not gpu_lock.held
-    gpu_lock.take_gpu("auto")
+    monkeypatch.setattr(trial, "held", [])
+    trial.take_gpu("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6" and not trial.held
+    trial.take_gpu("auto")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
-    gpu_lock.held.pop().close()
+    trial.held.pop().close()
 
 
 def test_locks_are_private(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folder = gpu_lock.lock_folder()
-    assert folder == gpu_lock.lock_folder() and folder.stat().st_mode & 0o777 == 0o700
+    folder = trial.lock_folder()
+    assert folder == trial.lock_folder() and folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o770)
-    with pytest.raises(UserError, match="not a folder that you alone can write to"):
-        gpu_lock.lock_folder()
+    with pytest.raises(UserError, match="not a folder that only you can write to"):
+        trial.lock_folder()
     folder.rmdir()
     folder.symlink_to(tmp_path)
     with pytest.raises(UserError, match="not a folder"):
-        gpu_lock.lock_folder()
+        trial.lock_folder()

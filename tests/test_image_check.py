@@ -66,7 +66,7 @@ def breakages(tree):
     (car / "deeper").mkdir()
     (tree / "val" / "dog").mkdir()
     return {
-        "train/bird/000.jpg": "empty", "train/bird/001.jpg": "not a whole image", "val/bird/001.jpg": "not a whole image",
+        "train/bird/000.jpg": "empty", "train/bird/001.jpg": "a damaged image", "val/bird/001.jpg": "a damaged image",
         "train/bird/002.jpg": "not an image", "train/bird/003.jpg": "a GIF file", "train/car/deep.png": "8 bits",
         "train/car/portable.jpg": "content of a .png", "val/car/twice.jpg": "the same image as train/apple/000.jpg",
         "train/car/notes.txt": "ignored", "train/car/deeper": "a folder inside", "val/dog": "a class without images",
@@ -82,7 +82,7 @@ def test_check_names_all_that_is_wrong_at_once(tree):
         assert reason in line
     (line,) = [line for line in lines if "'dog' is in only one of train and val" in line]
     assert len(lines) == len(expected) + 1 and stdout == ""
-    assert "6 unreadable, 2 mislabelled of 22 images, 3 folders wrong" in summary
+    assert "6 unreadable, 2 mislabelled of 22 images, 3 wrong folders" in summary
     assert "--accept" not in summary
 
 
@@ -123,40 +123,40 @@ def test_accepted_files_may_be_trained_on(tree, tmp_path):
 
 
 def test_a_tree_that_passed_is_not_decoded_again_until_it_changes(tree, record, monkeypatch):
-    image_check.require(tree, paths(tree))
+    image_check.check_images(tree, paths(tree))
     assert list(json.loads(record.read_text())) == [str(tree)]
     with monkeypatch.context() as context:
         context.setattr(image_check, "inspect", None)
-        image_check.require(tree, paths(tree))
+        image_check.check_images(tree, paths(tree))
     image = tree / "train" / "bird" / "002.jpg"
     content, times = image.read_bytes(), image.stat()
     image.write_bytes(bytes(len(content)))  # of the same size
     with pytest.raises(UserError, match=r"train/bird/002\.jpg: not an image"):
-        image_check.require(tree, paths(tree))
+        image_check.check_images(tree, paths(tree))
     image.write_bytes(content)
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
     monkeypatch.setattr(image_check, "inspect", None)
-    image_check.require(tree, paths(tree))
+    image_check.check_images(tree, paths(tree))
 
 
 def test_a_new_image_is_checked(tree, record):
-    image_check.require(tree, paths(tree))
+    image_check.check_images(tree, paths(tree))
     (tree / "val" / "car" / "new.jpg").write_text("text")
     with pytest.raises(UserError, match=r"val/car/new\.jpg"):
-        image_check.require(tree, paths(tree))
+        image_check.check_images(tree, paths(tree))
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"other": 1}'])
 def test_a_damaged_record_is_made_anew(tree, record, content):
     record.parent.mkdir()
     record.write_text(content)
-    image_check.require(tree, paths(tree))
+    image_check.check_images(tree, paths(tree))
     assert list(json.loads(record.read_text())) == [str(tree)]
 
 
 def test_a_record_that_cannot_be_written_does_no_harm(tree, record, caplog):
     record.parent.write_text("a file where the folder should be")
-    image_check.require(tree, paths(tree))
+    image_check.check_images(tree, paths(tree))
     assert "checked again next time" in caplog.text
 
 

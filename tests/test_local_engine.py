@@ -50,39 +50,33 @@ def result(candidate):
 
 
 def generations():
-    evolution = Evolution(SPACE.choices, SPACE.flops, **{k: v for k, v in SETTINGS.items() if k != "flops_limit"},
-                          cost_limit=SETTINGS["flops_limit"])  # fmt: skip
+    evolution = Evolution.from_settings(SPACE, SETTINGS)
     while population := evolution.ask():
         evolution.tell({c: (reward(c), 99.0) for c in population})
     return evolution.history
 
 
-def start(trial):
-    pass
-
-
-def evaluate(candidates):
+def evaluate(trial, candidates):
     return [result(c) for c in candidates]
 
 
-def evaluate_in_vain(candidates):
+def evaluate_in_vain(trial, candidates):
     raise RuntimeError("out of\nmemory")
 
 
-def evaluate_with_faults(candidates):
+def evaluate_with_faults(trial, candidates):
     """A candidate whose choices add up to a multiple of 5 raises; to a multiple of 7, ends its worker; always."""
     for candidate in candidates:
         if sum(candidate) % 5 == 0:
             raise RuntimeError("too large")
         if sum(candidate) % 7 == 0:
             os._exit(1)
-    return evaluate(candidates)
+    return evaluate(trial, candidates)
 
 
 @pytest.fixture
 def fake(monkeypatch):
     def install(evaluation):
-        monkeypatch.setattr(local_engine, "_start", start)
         monkeypatch.setattr(local_engine, "_evaluate", evaluation)
 
     return install
@@ -129,7 +123,7 @@ def test_a_worker_that_dies_while_it_waits_is_replaced(fake):
             time.sleep(0.3)  # the pool sees it
 
 
-def evaluate_with_a_user_error(candidates):
+def evaluate_with_a_user_error(trial, candidates):
     raise UserError("--device cuda: no GPU")
 
 
@@ -153,7 +147,7 @@ import test_local_engine as t, pathlib
 from engines import local_engine
 from utils import Interrupted, interrupt, signals
 
-local_engine._start, local_engine._evaluate = t.start_as_ours, t.evaluate_slowly
+local_engine._evaluate = t.evaluate_slowly
 if __name__ == "__main__":
     try:
         with signals(interrupt):
@@ -163,14 +157,9 @@ if __name__ == "__main__":
 """
 
 
-def start_as_ours(trial):
-    """As _start, but for the evaluator."""
-    local_engine.leave_signals_to_parent()
-
-
-def evaluate_slowly(candidates):
+def evaluate_slowly(trial, candidates):
     time.sleep(0.3)
-    return evaluate(candidates)
+    return evaluate(trial, candidates)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -52,7 +52,7 @@ def make(out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0
     limit = space.flops_value(limit)
     settings = {**evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": "0" * 64, "bn": "ema"}
     prepare_search(out, settings, resume=False)
-    record = SearchRecord(out, space, Evolution(space.choices, space.flops, limit, **evolution))
+    record = SearchRecord(out, space, Evolution.from_settings(space, evolution | {"flops_limit": limit}))
     state_path(out).with_name("run.log").write_text(LOG)
     n = 0
     while waiting := record.pending():
@@ -274,7 +274,7 @@ def test_searches_of_all_kinds(tmp_path, changes):
 
 
 def test_a_first_generation_that_failed_is_shown_all_the_same(tmp_path):
-    first = set(Evolution(SPACE.choices, SPACE.flops, SPACE.flops_value("59%"), **SMALL).ask())
+    first = set(Evolution.from_settings(SPACE, SMALL | {"flops_limit": SPACE.flops_value("59%")}).ask())
     out = make(tmp_path, fails=first.__contains__)
     assert "no random candidate has an accuracy" in write_report(out).read_text()
     check_figures(out)

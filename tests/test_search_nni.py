@@ -30,7 +30,9 @@ SETTINGS = {
 # A trial as tester.py is one, but for the evaluation. The first to start dies before it has asked for anything.
 TRIAL = """
 import pathlib, sys, time
-import nni
+
+sys.path.insert(0, {!r})
+from engines import trial
 
 folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
 try:
@@ -38,18 +40,17 @@ try:
     sys.exit("I was the first trial")
 except FileExistsError:
     pass
-parameters = nni.get_next_parameter()
-while parameters["until"] <= nni.get_sequence_id():
-    parameters = nni.get_next_parameter()
-results = []
-for candidate in parameters["candidates"]:
+
+
+def evaluate(candidate):
     with open(folder / "evaluated", "a") as file:
-        file.write(f"{candidate}\\n")
+        file.write(f"{{candidate}}\\n")
     time.sleep(seconds)
-    acc1 = sum(c * (i + 1) for i, c in enumerate(candidate)) / 10
-    results.append({"architecture": candidate, "flops": 0, "acc1": acc1, "acc5": 99.0, "n_images": 10, "seconds": seconds})
-    nni.report_intermediate_result({"default": acc1, "result": results[-1]})
-nni.report_final_result({"default": max(r["acc1"] for r in results), "trial": nni.get_trial_id(), "results": results})
+    accuracies = {{"acc1": sum(c * (i + 1) for i, c in enumerate(candidate)) / 10, "acc5": 99.0}}
+    return {{"architecture": candidate, "flops": 0, "n_images": 10, "seconds": seconds, **accuracies}}
+
+
+trial.report(map(evaluate, trial.receive_candidates()))
 """
 
 HOST = """
@@ -79,7 +80,7 @@ run_script(main, lambda: sys.argv[1])
 @contextlib.contextmanager
 def hosted(out, seconds=0.0, resume=False):
     """A process that runs search_with_nni in `out`; yields it and the port of the web UI. Nothing of it outlives the block."""
-    (out / "trial.py").write_text(TRIAL)
+    (out / "trial.py").write_text(TRIAL.format(str(search.HERE)))
     (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -138,9 +139,7 @@ def answers(host, port):
 
 
 def expected():
-    evolution = Evolution(
-        SPACE.choices, SPACE.flops, SETTINGS["flops_limit"], **{k: SETTINGS[k] for k in search.EVOLUTION}
-    )
+    evolution = Evolution.from_settings(SPACE, SETTINGS)
     while population := evolution.ask():
         evolution.tell({c: (sum(g * (i + 1) for i, g in enumerate(c)) / 10, 99.0) for c in population})
     return evolution
@@ -267,7 +266,7 @@ def test_experiment_sets_defaults_under_config_and_command_line(tmp_path, monkey
     (tmp_path / "config_search.yml").write_text(
         experiment(tmp_path, tuner=tuner | {"classArgs": {"populaton": 30}}).read_text()
     )
-    with pytest.raises(UserError, match=r"config_search\.yml: .*--populaton"):
+    with pytest.raises(UserError, match=r"config_search\.yml: search\.py has no setting .populaton"):
         search.parse_args([])
 
 

@@ -1,6 +1,7 @@
 """What is seen of a running search: on a terminal, in a log, in TensorBoard."""
 
 import io
+import json
 import logging
 import statistics
 import sys
@@ -14,7 +15,7 @@ from engines.progress import Progress
 from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
 from evolution_tuner import Evolution
 from space.search_space import SearchSpace
-from utils import Screen, UserError, log
+from utils import Screen, UserError, log, read_json, write_json
 
 SPACE = SearchSpace.for_images(28, 10)
 EVOLUTION = {
@@ -50,7 +51,7 @@ def lines(monkeypatch):
 def search(out, stop_after=None):
     """A search that is followed, started or resumed: results come one by one, the second of each generation has failed."""
     prepare_search(out, SETTINGS, resume=True)
-    evolution = Evolution(SPACE.choices, SPACE.flops, SETTINGS["flops_limit"], **EVOLUTION)
+    evolution = Evolution.from_settings(SPACE, SETTINGS)
     record, progress, n = SearchRecord(out, SPACE, evolution), Progress(out), 0
     while waiting := record.pending():
         progress.read()
@@ -171,5 +172,18 @@ def test_a_tuner_that_gave_up_is_an_error(tmp_path, lines):
     progress = search(tmp_path, stop_after=2)
     state = state_path(tmp_path)
     state.write_text(state.read_text().replace('"error": null', '"error": "the disk is full"'))
-    with pytest.raises(UserError, match="the search can't go on: the disk is full"):
+    with pytest.raises(UserError, match="the search cannot continue: the disk is full"):
         progress.read()
+
+
+def test_a_closed_generation_is_read_once(tmp_path, lines):
+    progress = search(tmp_path, stop_after=5)
+    (tmp_path / "acc" / "000.jsonl").write_text("not read again\n")
+    results = read_generations(tmp_path, skip=1)[0]
+    with open(tmp_path / "acc" / "001.jsonl", "a") as file:
+        file.write(json.dumps({**results[0], "acc1": 99.5}) + "\n")
+    state = read_json(state_path(tmp_path))
+    write_json(state_path(tmp_path), state | {"evaluated": state["evaluated"] + 1})
+    progress.read()
+    assert [len(generation.results) for generation in progress.generations] == [4, 2]
+    assert progress.generations[1].best["acc1"] == 99.5

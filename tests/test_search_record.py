@@ -28,7 +28,7 @@ def result(candidate, **changes):
 
 
 def record(out, settings=SETTINGS):
-    return SearchRecord(out, SPACE, Evolution(SPACE.choices, SPACE.flops, LIMIT, **settings))
+    return SearchRecord(out, SPACE, Evolution.from_settings(SPACE, settings | {"flops_limit": LIMIT}))
 
 
 def fill(out, order=list, stop_after=math.inf):
@@ -164,7 +164,7 @@ def test_damaged_results_are_named(tmp_path):
 
 def test_lock_is_held_by_one(tmp_path):
     with hold_lock(tmp_path / "a.lock"):
-        with pytest.raises(UserError, match="another run is going on"):
+        with pytest.raises(UserError, match="another run is using"):
             hold_lock(tmp_path / "a.lock")
         hold_lock(tmp_path / "b.lock").close()
     hold_lock(tmp_path / "a.lock").close()

@@ -201,7 +201,7 @@ def test_the_search_goes_on_with_the_machines_that_are_left(tmp_path, monkeypatc
     monkeypatch.setattr(nni_engine, "host_experiment", host)
     monkeypatch.setattr(nni_engine, "prepare_search", lambda out, settings, resume: prepared.append(resume))
     settings = dict.fromkeys(search.EVOLUTION, 1) | {"flops_limit": 1}
-    with pytest.raises(UserError, match="no machine is left; go on with --resume"):
+    with pytest.raises(UserError, match="no machine is left; resume the search with --resume"):
         nni_engine.search_with_nni(search.SearchSpace(), ["trial"], settings, tmp_path, found, concurrency=6)
     hosts = ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
     assert tried == [(hosts, 6), (hosts[1:], 4), (hosts[2:], 2)] and prepared == [True, True]
@@ -389,7 +389,9 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, undisturb
         process.kill()
         process.wait()
     text = log.read_text()
-    assert f"no SSH connection to 127.0.0.2:{servers[1].port}" in text and "going on with the other machines, 1" in text
+    assert (
+        f"no SSH connection to 127.0.0.2:{servers[1].port}" in text and "continuing with the other machines, 1" in text
+    )
     assert outcome(far) == outcome(undisturbed) and [len(generation) for generation in outcome(far)] == [6, 6, 6]
     assert read_json(far / "checkpoints/best.json") == read_json(undisturbed / "checkpoints/best.json")
     assert not [child for child in children if child.is_running()]

@@ -9,6 +9,7 @@ from test_evolution import LIMIT, SPACE, reward, search
 from test_search_record import SETTINGS, result
 
 import evolution_tuner
+from engines import trial
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops, KeepResults
 from utils import read_json
@@ -35,7 +36,7 @@ class FakeNNI:
         for candidate in map(tuple, parameters["candidates"][:n]):
             self.evaluated.append(candidate)
             results.append(result(candidate))
-            KeepResults().assess_trial(reported or "id", [{"default": 0, "result": r} for r in results])
+            KeepResults().assess_trial(reported or "id", list(map(trial.intermediate, results)))
         return results
 
     def step(self, dies_after=None, end_first=False):
@@ -54,7 +55,7 @@ class FakeNNI:
 
     def final(self, id_, parameters):
         results = self.evaluate(parameters, reported=f"trial{id_}")
-        self.tuner.receive_trial_result(id_, parameters, {"default": 0, "trial": f"trial{id_}", "results": results})
+        self.tuner.receive_trial_result(id_, parameters, trial.final(f"trial{id_}", results))
 
     @property
     def state(self):
@@ -73,7 +74,7 @@ def short_grace(monkeypatch):
 
 
 def plain():
-    evolution = Evolution(SPACE.choices, SPACE.flops, LIMIT, **SETTINGS)
+    evolution = Evolution.from_settings(SPACE, SETTINGS | {"flops_limit": LIMIT})
     return search(evolution, lambda c: (reward(c), 99.0))
 
 
@@ -83,6 +84,15 @@ def test_tuner_gives_the_generations_of_the_evolution(tmp_path):
     assert [set(nni.evaluated[i : i + 4]) for i in (0, 4, 8)] == [set(p) for p in plain()]
     assert len(nni.evaluated) == 12
     assert nni.sent == collections.deque()
+
+
+def test_an_assessor_passes_intermediate_results_to_the_tuner_of_its_process(tmp_path):
+    """NNI makes one by its class name, as here, and no reference to the tuner."""
+    nni = FakeNNI(tmp_path)
+    first = nni.sent[0][1]["candidates"][0]
+    evolution_tuner.KeepResults().assess_trial("abc", [trial.intermediate(result(tuple(first)))])
+    assert [r["architecture"] for r in read_results(tmp_path)] == [first]
+    assert nni.tuner.record.trials == {tuple(first): "abc"}
 
 
 @pytest.mark.parametrize(("concurrency", "per_trial", "total"), [(1, None, 4), (2, None, 4), (3, None, 4), (3, 1, 3)])
@@ -194,7 +204,7 @@ def test_trials_that_fail_now_and_then_do_not(tmp_path):
 
 def test_exception_in_the_tuner_reaches_the_state_file(tmp_path):
     nni = FakeNNI(tmp_path)
-    nni.tuner.receive_trial_result(0, None, {"default": 0, "trial": "t", "results": [{"architecture": "nonsense"}]})
+    nni.tuner.receive_trial_result(0, None, trial.final("t", [{"architecture": "nonsense", "acc1": 0}]))
     assert "architecture has 8 blocks" in nni.state["error"]
     nni.step()
     assert read_results(tmp_path) == []  # it has given up

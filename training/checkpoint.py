@@ -17,7 +17,7 @@ from images.dataset import Data, DataConfig, prepare
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.custom import check_operations, load_operations
 from space.search_space import SearchSpace
-from utils import HERE, UserError, atomic_write, log
+from utils import HERE, UserError, atomic_write, log, settings_difference
 
 VERSION = 1
 # Settings that a resumed run may change: the result is the same, up to rounding on another device.
@@ -114,8 +114,9 @@ def parse(content, path, kind, space=None):
 
 def load_supernet(path, out, space=None):
     """(the supernet, its Checkpoint) from `path`, or from the newest checkpoint below `out` where path is None."""
-    folder = pathlib.Path(out) / "checkpoints" / "supernet"
-    path = path or newest(folder)
+    if path is None:
+        folder = pathlib.Path(out) / "checkpoints" / "supernet"
+        path = newest(folder)
     if path is None:
         raise UserError(f"--checkpoint: no supernet in {folder}; train one with supernet.py")
     ckpt = load(path, "supernet", space)
@@ -178,13 +179,11 @@ def check_classes(ckpt, classes):
 
 
 def check_settings(ckpt, settings, folder):
-    """Raises UserError that names the settings in which a run differs from the one in `folder`."""
-    before = ckpt.content["settings"]
-    odd = sorted(k for k in before.keys() | settings.keys() if k not in HARMLESS and before.get(k) != settings.get(k))
-    if odd:
-        flags = {k: f"--{k.replace('_', '-')}" for k in odd} | {"processes": "processes"}
-        changes = ", ".join(f"{flags[k]} {settings.get(k)} (was {before.get(k)})" for k in odd)
-        raise UserError(f"{folder} has a run with other settings: {changes}; use them, another --out, or --resume none")
+    """Raises UserError that names the flags in which a run differs from the one that it would go on from."""
+    if changes := settings_difference(ckpt.content["settings"], settings, HARMLESS):
+        flags = {name: f"--{name.replace('_', '-')}" for name in changes} | {"processes": "processes"}  # not a flag
+        text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
+        raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")
 
 
 # --- files of weights, ours and official ----------------------------------------------------------------------

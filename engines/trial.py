@@ -1,0 +1,109 @@
+"""What a trial, a process that evaluates candidates, needs beside the evaluation: messages, and a GPU of its own."""
+
+import os
+import pathlib
+import stat
+import tempfile
+import time
+
+from utils import UserError, log, try_lock
+
+# --- messages ------------------------------------------------------------------------------------------------
+# NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
+# `final` one. A result is a dict with the architecture that was evaluated: NNI may swap the
+# parameters of concurrent trials, so only what a trial reports counts. "default" is the number that NNI's web UI shows.
+
+
+def parameters(candidates, until):
+    """The parameters of a trial: the candidates to evaluate, for trials with a sequence number below `until`."""
+    return {"candidates": [list(candidate) for candidate in candidates], "until": until}
+
+
+def intermediate(result):
+    return {"default": result["acc1"], "result": result}
+
+
+def final(trial_id, results):
+    return {"default": max(result["acc1"] for result in results), "trial": trial_id, "results": results}
+
+
+def read_intermediate(message):
+    """The result in an `intermediate` message."""
+    return message["result"]
+
+
+def read_final(message):
+    """(trial id, results) of a `final` message."""
+    return message["trial"], message["results"]
+
+
+def receive_candidates():
+    """In a trial: the candidates that NNI asks for."""
+    import nni
+
+    received = nni.get_next_parameter()
+    while received["until"] <= nni.get_sequence_id():  # meant for an earlier trial, which died before it asked
+        received = nni.get_next_parameter()
+    return received["candidates"]
+
+
+def report(results):
+    """In a trial: reports each of the results, an iterable, as it comes, and all of them at the end."""
+    import nni
+
+    reported = []
+    for result in results:
+        reported.append(result)
+        nni.report_intermediate_result(intermediate(result))
+    nni.report_final_result(final(nni.get_trial_id(), reported))
+
+
+# --- a GPU for each process ----------------------------------------------------------------------------------
+# There is a lock for each device, which all searches of a user on a machine share. The locks are named as
+# CUDA_VISIBLE_DEVICES names the devices: searches that share a machine must all use numbers, or all use UUIDs.
+
+POLL_S = 1.0
+
+held = []  # open lock files; the system closes them when the process ends for any reason, which frees the device
+
+
+def take_gpu(device):
+    """Reserves a free GPU for this process and hides the others from it; waits while all are taken.
+
+    Does nothing for `device` "cpu", or without a GPU. Must be called before CUDA is initialised.
+    """
+    if names := gpu_names() if device != "cpu" else []:
+        os.environ["CUDA_VISIBLE_DEVICES"] = take_device(names, lock_folder())
+
+
+def gpu_names():
+    """The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES: numbers or UUIDs."""
+    import torch
+
+    n = torch.cuda.device_count()  # by NVML where it is installed, which leaves CUDA uninitialised
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(n)] if visible is None else [name.strip() for name in visible.split(",")][:n]
+
+
+def take_device(names, folder):
+    """Locks the first free device until this process ends and returns its name; waits while all are taken."""
+    waiting = False
+    while True:
+        for name in names:
+            if file := try_lock(folder / f"{name.replace('/', '_')}.lock"):
+                held.append(file)
+                return name
+        if not waiting:
+            log.warning("all of %d GPUs are taken by other processes; waiting for one", len(names))
+        waiting = True
+        time.sleep(POLL_S)
+
+
+def lock_folder():
+    """This user's folder of locks, on a local disk. Raises UserError where another user could write to it."""
+    folder = pathlib.Path(tempfile.gettempdir()) / f"spos-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UserError(f"{folder}: not a folder that only you can write to; remove it")
+    return folder

@@ -52,12 +52,13 @@ class Parser(argparse.ArgumentParser):
         document = read_yaml(path)
         for name, section in document.items():
             if not isinstance(section, dict):
-                raise UserError(
-                    f"{path}: {reprlib.repr(name)} is not a section (common, or the name of a script) with settings"
-                )
+                known = "common, space, or the name of a script"
+                raise UserError(f"{path}: {reprlib.repr(name)} is not a section ({known}) with settings")
         values = {}
         for name in ("common", self.section):
             values |= self.check_settings(path, name, document.get(name, {}))
+        if "space" in document and "--space" in self._option_string_actions:
+            values["space"] = document["space"]
         return values
 
     def check_settings(self, path, section, settings):
@@ -250,6 +251,20 @@ def add_training_flags(parser, iterations):
         default="auto",
         help="resume from the newest checkpoint if there is one, or start anew (default: auto)",
     )
+
+
+def add_space_flags(parser):
+    """Flags of the search space; --architecture is another one, which scripts have for reasons of their own."""
+    parser.add_argument(
+        "--space",
+        metavar="NAME|FILE",
+        help="blocks, channels, joint, small, or a YAML with a section 'space' (default: blocks or the architecture's)",
+    )
+    add_operations_flag(parser)
+
+
+def add_operations_flag(parser):
+    parser.add_argument("--operations", metavar="FILE", help="Python file that registers operations of your own")
 
 
 def add_checkpoint_flag(parser, kind):

@@ -33,7 +33,7 @@ GRACE_S = 3  # for results that are still on their way when NNI reports the end 
 
 
 class Evolution:
-    """Evolution over candidates: tuples of an int for each block, below `choices_per_block`, of at most `cost_limit`.
+    """Evolution over candidates: tuples of ints, each below its number of `choices`, of at most `cost_limit`.
 
     The first population is random. Each later one has up to `mutation` children of one parent, whose blocks are redrawn
     with probability `mutation_prob`, up to `crossover` children, which take each block from one of two parents, and
@@ -46,7 +46,7 @@ class Evolution:
     """
 
     def __init__(
-        self, choices_per_block, cost, cost_limit, population_size=50, select=10, mutation=25, crossover=25,
+        self, choices, cost, cost_limit, population_size=50, select=10, mutation=25, crossover=25,
         mutation_prob=0.1, generations=20, seed=0,
     ):  # fmt: skip
         if population_size < select or select < 1:
@@ -59,9 +59,9 @@ class Evolution:
             raise UserError(f"--mutation-prob {mutation_prob} is not between 0 and 1")
         if generations < 1:
             raise UserError(f"--generations {generations} is not at least 1")
-        self.choices_per_block = tuple(choices_per_block)
-        if not self.choices_per_block or min(self.choices_per_block) < 1:
-            raise UserError(f"search space: {self.choices_per_block} choices per block, each block needs at least one")
+        self.choices = tuple(choices)
+        if not self.choices or min(self.choices) < 1:
+            raise UserError(f"search space: {self.choices} choices, each entry needs at least one")
         self.cost, self.cost_limit = cost, cost_limit
         self.population_size, self.select = population_size, select
         self.mutation, self.crossover, self.mutation_prob = mutation, crossover, mutation_prob
@@ -150,8 +150,8 @@ class Evolution:
         missing = self.population_size - len(population)
         self._add_new(population, missing, (self.repair(self.random_candidate()) for _ in range(TRIES * missing)))
         missing = self.population_size - len(population)
-        if missing and math.prod(self.choices_per_block) <= ENUMERABLE:
-            left = [c for c in itertools.product(*map(range, self.choices_per_block)) if self._is_new(c, population)]
+        if missing and math.prod(self.choices) <= ENUMERABLE:
+            left = [c for c in itertools.product(*map(range, self.choices)) if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))
 
     def _add_new(self, population, wanted, draws):
@@ -164,13 +164,13 @@ class Evolution:
         return candidate not in self.rewards and candidate not in population and self.cost(candidate) <= self.cost_limit
 
     def random_candidate(self):
-        return tuple(self.rng.randrange(n) for n in self.choices_per_block)
+        return tuple(self.rng.randrange(n) for n in self.choices)
 
     def mutate(self, parent):
         """Redraws each block among all of its choices with probability `mutation_prob`."""
         return tuple(
             self.rng.randrange(n) if self.rng.random() < self.mutation_prob else choice
-            for choice, n in zip(parent, self.choices_per_block)
+            for choice, n in zip(parent, self.choices)
         )
 
     def cross(self, *parents):
@@ -188,12 +188,10 @@ class Evolution:
 
     def _variants(self, candidate, block):
         """The candidate with each of the block's choices."""
-        return [
-            (*candidate[:block], choice, *candidate[block + 1 :]) for choice in range(self.choices_per_block[block])
-        ]
+        return [(*candidate[:block], choice, *candidate[block + 1 :]) for choice in range(self.choices[block])]
 
     def _cheapest(self):
-        candidate = (0,) * len(self.choices_per_block)
+        candidate = (0,) * len(self.choices)
         for block in range(len(candidate)):
             candidate = min(self._variants(candidate, block), key=self.cost)
         return candidate

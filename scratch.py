@@ -29,7 +29,7 @@ from dataloader import Loader
 from images.dataset import Data, DataConfig, check_batch_size, open_data, prepare, training_plan
 from images.image_cache import validation_batches
 from network import ShuffleNetV2
-from space.search_space import SearchSpace
+from space.custom import space_from_args
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
 from training.loop import train
@@ -45,6 +45,7 @@ def parse_args(argv=None):
     flag("--export", metavar="FILE", help="export --checkpoint as a program: .pt2, or .onnx")
     flag("--predict", nargs="+", metavar="IMAGE", help="print the classes of image files, by --checkpoint")
     command_line.add_checkpoint_flag(parser, "scratch")
+    command_line.add_space_flags(parser)
     command_line.add_run_flags(parser)
     command_line.add_data_flags(parser)
     command_line.add_training_flags(parser, iterations=300_000)
@@ -59,7 +60,7 @@ def open_network(args, folder):
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
-    model, ckpt = checkpoint.load_network(path, args.architecture, SearchSpace.for_images(args.input_size or 224))
+    model, ckpt = checkpoint.load_network(path, args.architecture, space_from_args(args, args.input_size or 224, 1000))
     return model, ckpt, DataConfig.from_args(args, ckpt.data, ckpt.path)
 
 
@@ -105,7 +106,7 @@ def retrain(args, folder):
     config = DataConfig.from_args(args)
     data = distributed.local_rank0_first(lambda: open_data(args, config))
     device = resolve_device(args)
-    space = SearchSpace.for_images(config.input_size, len(data.classes))
+    space = space_from_args(args, config.input_size, len(data.classes))
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     check_batch_size(len(data.train), args.batch_size)
     loader = Loader.from_args(data.train, config, True, args, device)

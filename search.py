@@ -25,7 +25,16 @@ import shlex
 import signal
 import sys
 
-from command_line import Parser, add_checkpoint_flag, add_data_flags, add_evaluation_flags, add_run_flags, count, real
+from command_line import (
+    Parser,
+    add_checkpoint_flag,
+    add_data_flags,
+    add_evaluation_flags,
+    add_operations_flag,
+    add_run_flags,
+    count,
+    real,
+)
 from dataloader import resolve_backend
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
@@ -64,6 +73,7 @@ def shared_parser():
     add_run_flags(parser)
     add_data_flags(parser)
     add_checkpoint_flag(parser, "supernet")
+    add_operations_flag(parser)
     add_evaluation_flags(parser)
     return parser
 
@@ -170,7 +180,7 @@ def flops_limit(text, space):
     """The limit in multiply-adds, from the flag's text or the default."""
     official, share = OFFICIAL_LIMIT
     if text is None:
-        text = official if space == SearchSpace() else share
+        text = official if space.is_papers else share
     return space.flops_value(text, "--flops-limit")
 
 
@@ -231,6 +241,8 @@ def check(args, out):
         "loader": resolve_backend(args.loader),
         "costs": table and [space.choice_flops, space.fixed_flops],
     }
+    if space.operations_hash:  # for the report, which has no modules to count
+        settings["counted"] = space.costs
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
     return Search(experiment, supernet.path, space, costs, config, settings)
 

@@ -27,8 +27,8 @@ from dataloader import Loader
 from images.dataset import DataConfig, check_batch_size, open_data
 from images.image_cache import calibration_batches, validation_batches
 from network import ShuffleNetV2OneShot
+from space.custom import space_from_args
 from space.sampler import PathSampler, default_flops_range
-from space.search_space import SearchSpace
 from training.evaluation import evaluate, resolve_device
 from training.loop import train
 from training.run import TrainingRun
@@ -40,11 +40,15 @@ def parse_args(argv=None):
     command_line.add_data_flags(parser)
     command_line.add_training_flags(parser, iterations=150_000)
     command_line.add_evaluation_flags(parser)
+    command_line.add_space_flags(parser)
+    command_line.add_architecture_flag(parser, default="none; --space channels keeps its operations")
     flag, count = parser.add_argument_group("paths").add_argument, command_line.count(1, 1000)
     samplers = ("flops-uniform", "uniform")
     flag("--sampler", choices=samplers, default=samplers[0], help="default: flat over FLOPs bins")
     flag("--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)")
     flag("--flops-bins", type=count, default=7, metavar="N", help="default: 7")
+    warmup = "steps in which paths widen from the widest downwards, where widths are chosen (a quarter of all)"
+    flag("--width-warmup", type=command_line.count(0), metavar="N", help=warmup)
     flag("--val-paths", type=count, default=3, metavar="N", help="fixed paths to validate (default: 3)")
     return parser.parse(argv)
 
@@ -53,13 +57,14 @@ def main(args):
     config = DataConfig.from_args(args)
     data = distributed.local_rank0_first(lambda: open_data(args, config))
     device = resolve_device(args)
-    space = SearchSpace.for_images(config.input_size, len(data.classes))
+    space = space_from_args(args, config.input_size, len(data.classes))
     flops_range = None
     if args.sampler == "flops-uniform":
         flops_range = list(default_flops_range(space))
         if args.flops_range:
             flops_range = [space.flops_value(v, "--flops-range") for v in args.flops_range]
-    sampler = PathSampler(space, args.seed, flops_range, args.flops_bins)
+    width_warmup = args.iterations // 4 if args.width_warmup is None else args.width_warmup
+    sampler = PathSampler(space, args.seed, flops_range, args.flops_bins, width_warmup if space.n_widths > 1 else 0)
 
     images, heldout = data.images("supernet"), data.images("search")
     check_batch_size(len(images), args.batch_size)

@@ -20,8 +20,10 @@ import sys
 
 import command_line
 from engines import trial
+from space.custom import space_from_args
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
+from training import checkpoint
 from training.evaluation import evaluate, open_evaluation
 
 
@@ -30,6 +32,7 @@ def parse_args(argv=None):
     parser.add_argument("--mode", choices=("gen", "test"), default="test", help="default: test")
     command_line.add_architecture_flag(parser, default="what NNI asks for")
     command_line.add_checkpoint_flag(parser, "supernet")
+    command_line.add_space_flags(parser)
     parser.add_argument(
         "--split",
         choices=("search", "val"),
@@ -43,12 +46,16 @@ def parse_args(argv=None):
 
 
 def generate(args):
-    """Writes the search space in NNI's form, which is the same for every image size and number of classes."""
+    """Writes the search space in NNI's form: that of --space, or else of the supernet, or else the paper's."""
     path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
-    space = SearchSpace()
+    supernet = args.checkpoint or checkpoint.newest(pathlib.Path(args.out) / "checkpoints" / "supernet")
+    space = space_from_args(args, args.input_size or 224, 1000)
+    if supernet and not args.space:
+        space = checkpoint.load(supernet, "supernet", space).space
     utils.write_json(path, space.nni_search_space(), indent=1)
-    print(f"{path}: {space.n_blocks} choice blocks of {len(space.operations)} operations")
-    if line := official_comparison(space):
+    operations, widths = len(space.block_operations[0]), f" at {space.n_widths} widths" * (space.n_widths > 1)
+    print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
+    if line := official_comparison(SearchSpace()):
         print(line)
 
 

@@ -26,7 +26,7 @@ except ImportError:  # Windows, where locks have no effect
 
 HERE = pathlib.Path(__file__).resolve().parent
 # flags that take a path
-PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment")
+PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment", "operations")
 MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
 MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 
@@ -194,8 +194,10 @@ def write_settings(path, section, settings):
 
     words = {k.replace("_", "-"): v for k, v in settings.items() if v is not None and k not in ("config", "demo")}
     words |= {k: os.path.abspath(v) for k, v in words.items() if k in PATHS}
+    space = words.pop("space", None)  # a mapping, of a section of its own, or a name
+    document = {section: words if space is None or isinstance(space, dict) else {**words, "space": space}}
     with atomic_write(path) as file:
-        yaml.safe_dump({section: words}, file)
+        yaml.safe_dump({**document, "space": space} if isinstance(space, dict) else document, file)
 
 
 def output_folder(path):

@@ -38,7 +38,7 @@ from dataloader import Loader
 from images.dataset import Data, DataConfig, prepare, training_plan
 from images.image_cache import FixedBatches, validation_batches
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from space.search_space import SearchSpace, operation_convs
+from space.search_space import SearchSpace
 from training.evaluation import accuracy, evaluate, open_evaluation, recalibrate_bn, resolve_device
 from training.recipe import dropout_seed, learning_rate, parameter_groups
 from utils import UserError, read_json, write_json
@@ -96,10 +96,9 @@ def _weights(space, target):
 
 def kernel_size(space, candidate):
     """The mean size of the depthwise kernels in px."""
-    convs = [
-        c for shape, choice in zip(space.blocks, candidate) for c in operation_convs(space.operations[choice], shape)
-    ]
-    sizes = [c.kernel_size for c in convs if c.groups > 1]
+    with torch.device("meta"):
+        modules = ShuffleNetV2(candidate, space=space).modules()
+    sizes = [m.kernel_size[0] for m in modules if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
     return sum(sizes) / len(sizes)
 
 

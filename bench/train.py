@@ -29,9 +29,9 @@ import torch
 from reference_spos import Network
 from torch import nn
 
-from network import ShuffleNetV2OneShot
+from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
-from space.search_space import SearchSpace, operation_convs
+from space.search_space import SearchSpace
 from training.evaluation import correct_counts, resolve_device
 from training.recipe import begin_momentum, parameter_groups
 
@@ -155,9 +155,11 @@ def profile(variant, batch):
 
 def floor_ms(space, path, batch_size, device):
     """Returns (ms of multiply-adds, ms of memory traffic) of a step, at the measured rates of matmul and copy."""
-    convs = [space.stem_conv, space.last_conv]
-    for shape, choice in zip(space.blocks, path):
-        convs += operation_convs(space.operations[choice], shape)
+    with torch.device("meta"):
+        network, outputs = ShuffleNetV2(path, space=space).eval(), []
+        for conv in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]:
+            conv.register_forward_hook(lambda conv, inputs, output: outputs.append(output.numel()))
+        network(torch.empty(1, 3, space.input_size, space.input_size))
     a = torch.rand(2048, 2048, device=device)
     big = torch.rand(256 * 2**20 // 4, device=device)
     target = torch.zeros_like(big)
@@ -175,9 +177,7 @@ def floor_ms(space, path, batch_size, device):
     rate = 2048**3 / seconds(lambda: a @ a)
     bandwidth = 2 * big.nbytes / seconds(lambda: target.copy_(big))
     multiply_adds = 3 * batch_size * space.flops(path)
-    values = sum(
-        conv.out_channels * conv.out_size**2 for conv in convs
-    )  # of outputs; inputs are outputs of other convolutions
+    values = sum(outputs)  # inputs are outputs of other convolutions
     return 1000 * multiply_adds / rate, 1000 * 3 * 2 * 4 * batch_size * values / bandwidth
 
 

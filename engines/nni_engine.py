@@ -71,10 +71,9 @@ def _nni_config(space, command, settings, out, experiment, concurrency, candidat
         "space": space.to_dict(),
         "flops_limit": settings["flops_limit"],
         "concurrency": concurrency,
+        "costs": space.costs,
         **{name: settings[name] for name in EVOLUTION},
     }
-    if settings.get("costs"):
-        class_args["costs"] = settings["costs"]
     if candidates_per_trial:
         class_args["candidates_per_trial"] = candidates_per_trial
     return {

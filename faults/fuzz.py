@@ -155,7 +155,7 @@ class FlopsTable:
             "rest_operation": {(640, 1000, 7, 7, 1): 33136640},
         }
         for shape, row in zip(space.blocks, space.choice_flops):
-            channels = shape.in_channels, shape.out_channels, shape.mid_channels
+            channels = shape.in_channels, shape.out_channels, shape.mid_channels()
             key = (*channels, shape.in_size, shape.in_size, shape.stride)
             for operation, flops in zip(space.operations, row):
                 groups.setdefault(f"{operation}_stride_{shape.stride}", {})[key] = flops

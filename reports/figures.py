@@ -26,6 +26,7 @@ OPERATIONS = {
     "shufflenet_7x7": ("ShuffleNet 7x7", "7", "#0b4f8a", "white", 0.78),
     "xception_3x3": ("Xception 3x3", "X", "#f0a03c", INK, 0.60),
 }  # name: (label, short label, colour, colour of text on it, height of its box)
+OTHERS = ("#7f9f6b", "#c9b26b", "#a487b5", "#8c8c8c", "#5f9ea0", "#b07a6a")  # colours of own operations, in turn
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "figures",
@@ -242,10 +243,18 @@ def _plane(run):
     return figure, titles
 
 
+def _look(space, name):
+    """How an operation is drawn, as in OPERATIONS; an own one is named by its first letter."""
+    own = [operation for operation in space.operations if operation not in OPERATIONS]
+    if name not in own:
+        return OPERATIONS[name]
+    return name, name[0].upper(), OTHERS[own.index(name) % len(OTHERS)], INK, 0.60
+
+
 def _operations(run):
     """Shares of the operations by block: among all candidates and the last generation, then of each by generation."""
     blocks, operations, generations = run.space.n_blocks, run.space.operations, run.generations
-    labels = [OPERATIONS[op][0] for op in operations]
+    labels = [_look(run.space, op)[0] for op in operations]
     rows = -(-len(operations) // 2)
     tall = min(max(0.17 * len(generations), 0.35), 3.2)
     figure = Figure(figsize=(9, 1.9 + rows * (tall + 0.62)), layout="constrained")
@@ -316,7 +325,7 @@ def _best(run):
     for name, offset in columns.items():
         axes.text(right + offset, -0.55, name, ha="right", color=GREY, fontsize=8)
     for i, operation in enumerate(space.operations):
-        label, short, colour, on, height = OPERATIONS[operation]
+        label, short, colour, on, height = _look(space, operation)
         axes.add_patch(_box(i * 6, -1.75, height, colour))
         axes.text(i * 6 + 0.45, -1.75, short, ha="center", va="center_baseline", color=on, fontsize=7.5)
         axes.text(i * 6 + 1.2, -1.75, label, va="center_baseline", fontsize=8.5)
@@ -325,11 +334,12 @@ def _best(run):
         y = rank - 0.5
         axes.plot([-0.7, right + 0.5], [y, y], color=PALE, linewidth=1.5, zorder=0)
         axes.text(-1.7, y, str(rank), ha="center", va="center_baseline")
-        for block, choice in enumerate(result["architecture"]):
-            label, short, colour, on, height = OPERATIONS[space.operations[choice]]
-            box = axes.add_patch(_box(x[block], y, height, colour))
+        for block, (operation, scale) in enumerate(space.chosen(result["architecture"])):
+            label, short, colour, on, height = _look(space, operation)
+            box = axes.add_patch(_box(x[block], y, height, colour, 0.3 + 0.6 * scale / max(space.widths)))
             box.set_gid(f"path-{rank}-block-{block + 1}")
-            titles[box.get_gid()] = [f"rank {rank}, block {block + 1}: {label}"]
+            at_width = f", width {scale:g}" * (space.n_widths > 1)
+            titles[box.get_gid()] = [f"rank {rank}, block {block + 1}: {label}{at_width}"]
             axes.text(x[block] + 0.45, y, short, ha="center", va="center_baseline", color=on, fontsize=7.5 * size)
         values = (
             f"{result['acc1']:.2f}",
@@ -349,8 +359,8 @@ def _stage_ends(space):
     return [sum(space.stage_blocks[:i]) for i in range(1, len(space.stage_blocks))]
 
 
-def _box(x, y, height, colour):
-    """A block's box, 0.9 wide, in the middle of a row."""
-    return FancyBboxPatch(
-        (x, y - height / 2), 0.9, height, boxstyle="round,pad=0,rounding_size=0.12", facecolor=colour, edgecolor="none"
-    )
+def _box(x, y, height, colour, width=0.9):
+    """The box of a block, by default 0.9 wide, vertically centred in its row."""
+    shape = "round,pad=0,rounding_size=0.12"
+    corner = (x + (0.9 - width) / 2, y - height / 2)
+    return FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=colour, edgecolor="none")

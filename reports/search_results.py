@@ -29,6 +29,8 @@ class SearchResults:
         try:
             self.settings, closed = self.state["settings"], self.state["generation"]
             self.space, self.limit = SearchSpace.from_dict(self.settings["space"]), self.settings["flops_limit"]
+            if counted := self.settings.get("counted"):
+                self.space = self.space.with_costs(*counted)
         except (KeyError, TypeError):
             raise UserError(f"{state_path(out)}: not the state of a search") from None
         self.generations = [
@@ -70,8 +72,9 @@ class SearchResults:
 
     def shares(self, results, operation):
         """The share of the results that choose an operation (an index), for each block."""
-        choices = zip(*(r["architecture"] for r in results))
-        return [block.count(operation) / len(results) for block in choices]
+        name = self.space.operations[operation]
+        blocks = zip(*([name for name, _ in self.space.chosen(r["architecture"])] for r in results))
+        return [block.count(name) / len(results) for block in blocks]
 
 
 # --- random search -------------------------------------------------------------------------------------------

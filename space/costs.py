@@ -1,58 +1,78 @@
-"""Multiply-adds and parameters, counted from the modules themselves on the meta device, where they take no memory."""
+"""Multiply-adds and parameters, counted from the modules themselves on the meta device, where they take no memory.
+
+torch is imported when something is counted: who is given costs, as NNI's tuner is, needs none of it.
+"""
 
 import functools
+from typing import NamedTuple
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from blocks import build_block, conv_bn
-from space.search_space import Costs
 from utils import UserError
 
 
+class Costs(NamedTuple):
+    """Multiply-adds and parameters: of every choice at every block, of the stem, of last convolution and classifier."""
+
+    flops: tuple
+    stem_flops: int
+    tail_flops: int
+    params: tuple
+    fixed_params: int
+
+
 def count_costs(space):
-    """The Costs of a SearchSpace: every operation at every width of every block, with affine BN, and the rest."""
+    """The Costs of a SearchSpace, with affine BN. Raises UserError where an operation does not fit its block."""
+    import torch
+
+    from blocks import conv_bn
+
     rows = [
         [_cost(name, shape, width) for name in names for width in space.widths]
         for names, shape in zip(space.block_operations, space.blocks)
     ]
+    channels = space.stage_channels[-1]
     with torch.device("meta"):
         stem = torch.nn.Sequential(*conv_bn(3, space.stem_channels, 3, space.stem_stride))
-        last = torch.nn.Sequential(*conv_bn(space.stage_channels[-1], space.last_channels, 1))
+        last = torch.nn.Sequential(*conv_bn(channels, space.last_channels, 1))
         classifier = torch.nn.Linear(space.last_channels, space.n_classes, bias=space.classifier_bias)
-    tail_flops, _ = count_flops(last, space.stage_channels[-1], space.blocks[-1].out_size)
-    tail_flops += space.last_channels * space.n_classes
+    last_flops, _ = _count_flops(last, channels, space.blocks[-1].out_size)
     return Costs(
         flops=tuple(tuple(flops for flops, _ in row) for row in rows),
-        stem_flops=count_flops(stem, 3, space.input_size)[0],
-        tail_flops=tail_flops,
+        stem_flops=_count_flops(stem, 3, space.input_size)[0],
+        tail_flops=last_flops + space.last_channels * space.n_classes,
         params=tuple(tuple(params for _, params in row) for row in rows),
-        fixed_params=sum(map(count_params, (stem, last, classifier))),
+        fixed_params=sum(map(_count_params, (stem, last, classifier))),
     )
 
 
 @functools.cache
 def _cost(name, shape, width):
-    """(multiply-adds, parameters) of an operation at a block. Raises UserError where it does not fit there."""
+    """(multiply-adds, parameters) of an operation at a block."""
+    import torch
+
+    from blocks import build_block
+
     expected = (1, shape.out_channels, shape.out_size, shape.out_size)
     try:
         with torch.device("meta"):
             module = build_block(name, shape, width, affine=True)
-        flops, found = count_flops(module, shape.in_channels, shape.in_size)
+        flops, found = _count_flops(module, shape.in_channels, shape.in_size)
     except Exception as error:  # of a user's operation, whatever it does
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"operation {name!r} fails at {shape}, width {width}: {reason}") from None
     if found != expected:
         raise UserError(f"operation {name!r} at {shape}, width {width}: returns {found}, not {expected}")
-    return flops, count_params(module)
+    return flops, _count_params(module)
 
 
-def count_flops(module, channels, size):
+def _count_flops(module, channels, size):
     """(multiply-adds, shape of the output) of one image (channels, size, size) through a module on the meta device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         output = module.eval()(torch.empty(1, channels, size, size, device="meta"))
     return counter.get_total_flops() // 2, tuple(output.shape)
 
 
-def count_params(module):
+def _count_params(module):
     return sum(p.numel() for p in module.parameters())

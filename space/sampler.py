@@ -30,9 +30,9 @@ class PathSampler:
     """Candidates for training steps, uniform or, with `flops_range`, flat over `n_bins` equal bins of FLOPs.
 
     `flops_range` is (low, high) in multiply-adds. A bin holds low <= cost < high, the last one its upper edge too. The
-    first `width_warmup` steps begin with the widest choices alone and add one width after the other; these paths are
-    uniform, for the widest ones are in no bin. Raises UserError where a bin is so rare that a path would cost some 1,000
-    random candidates (0.2 ms) or more.
+    first `width_warmup` steps begin with the widest choices alone and add one width after the other; their paths are
+    uniform, for the widest ones are in no bin. Raises UserError where a bin is so rare that a path would cost some
+    1,000 random candidates (0.2 ms) or more.
     """
 
     def __init__(self, space, seed=0, flops_range=None, n_bins=7, width_warmup=0):

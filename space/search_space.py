@@ -22,6 +22,7 @@ import re
 import reprlib
 from typing import NamedTuple
 
+from space.costs import Costs, count_costs
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
@@ -56,16 +57,6 @@ class BlockShape(NamedTuple):
         return inp, self.out_channels - inp
 
 
-class Costs(NamedTuple):
-    """Multiply-adds and parameters: of every choice at every block, of the stem, of last convolution and classifier."""
-
-    flops: tuple
-    stem_flops: int
-    tail_flops: int
-    params: tuple
-    fixed_params: int
-
-
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
     """Choice blocks in stages, each with one of `operations` at one of `widths`; the defaults are the paper's space.
@@ -93,9 +84,9 @@ class SearchSpace:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, value := tuple(value))
             self._check_entry(field, value)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
         if not len(self.stage_strides) == len(self.stage_blocks) == len(self.stage_channels):
             raise UserError("search space: stage_strides, stage_blocks and stage_channels differ in length")
         if self.n_blocks > MAX_BLOCKS:
@@ -119,8 +110,9 @@ class SearchSpace:
     @staticmethod
     def _check_entry(field, value):
         """Raises UserError where an entry is not of the form of its default."""
-        values, shown = value if isinstance(value, tuple) else (value,), reprlib.repr(value)
-        if isinstance(value, tuple) != isinstance(field.default, tuple) or not (values or field.name == "architecture"):
+        listed, shown = isinstance(value, (tuple, list)), reprlib.repr(value)  # short, whatever a damaged file holds
+        values = value if listed else (value,)
+        if listed != isinstance(field.default, tuple) or not (values or field.name == "architecture"):
             raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
         if field.name == "operations":
             if not all(isinstance(name, str) and re.fullmatch(r"\w{1,50}", name) for name in values):
@@ -217,8 +209,9 @@ class SearchSpace:
         """The candidate as a tuple of ints. Raises UserError where it is not one of this space."""
         candidate = tuple(candidate)
         if len(candidate) != len(self.choices):
-            what = f"architecture has {len(candidate)} entries, this search space has {len(self.choices)}"
-            raise UserError(f"{what} for {self.n_blocks} blocks")
+            unit = "blocks" if len(self.choices) == self.n_blocks else "entries"
+            found = f"architecture has {len(candidate)} {unit}"
+            raise UserError(f"{found}, this search space has {len(self.choices)}")
         for i, (choice, n) in enumerate(zip(candidate, self.choices)):
             if type(choice) is not int or not 0 <= choice < n:
                 block, what = i % self.n_blocks + 1, reprlib.repr(choice)
@@ -233,9 +226,7 @@ class SearchSpace:
 
     @functools.cached_property
     def costs(self):
-        """The Costs of every choice, counted from its module, for which torch is imported."""
-        from space.costs import count_costs
-
+        """The Costs of every choice, counted from its module unless they were given."""
         return count_costs(self)
 
     def with_costs(self, *costs):

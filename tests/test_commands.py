@@ -137,7 +137,7 @@ def test_a_flops_table_is_what_the_search_counts_by(out, tmp_path):
     """With costs ten times the analytic ones: in the limit, the results and, for --resume, the settings."""
     table, entries = tmp_path / "table.pkl", {}
     for shape, row in zip(SPACE.blocks, SPACE.choice_flops):
-        key = (shape.in_channels, shape.out_channels, shape.mid_channels, shape.in_size, shape.in_size, shape.stride)
+        key = (shape.in_channels, shape.out_channels, shape.mid_channels(), shape.in_size, shape.in_size, shape.stride)
         for operation, flops in zip(SPACE.operations, row):
             entries.setdefault(f"{operation}_stride_{shape.stride}", {})[key] = 10 * flops
     entries["conv1"] = {(3, 16, 28, 28, 1): 10 * SPACE.costs.stem_flops}

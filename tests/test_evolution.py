@@ -124,13 +124,13 @@ def test_children_are_tried_ten_times_each(monkeypatch):
         ({"mutation_prob": math.nan}, "--mutation-prob nan"),
         ({"generations": 0}, "--generations 0"),
         ({"cost_limit": math.nan}, "limit nan"),
-        ({"choices_per_block": ()}, "choices per block"),
-        ({"choices_per_block": (4, 0)}, "choices per block"),
+        ({"choices": ()}, "choices"),
+        ({"choices": (4, 0)}, "choices"),
     ],
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        Evolution(**{"choices_per_block": (4,) * 20, "cost": sum, "cost_limit": 60} | settings)
+        Evolution(**{"choices": (4,) * 20, "cost": sum, "cost_limit": 60} | settings)
 
 
 def test_impossible_limit_names_the_lowest_cost():

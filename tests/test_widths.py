@@ -94,7 +94,9 @@ def test_a_tree_of_joint_candidates_is_one_after_the_other(bn, fold):
             return dict(tree.logits(images))
 
     together = logits(candidates)
-    assert together.keys() == set(candidates) and len({tuple(x.flatten().tolist()) for x in together.values()}) == len(together)
+    assert together.keys() == set(candidates) and len({tuple(x.flatten().tolist()) for x in together.values()}) == len(
+        together
+    )
     assert all(torch.equal(together[c], logits([c])[c]) for c in candidates)
 
 

@@ -23,7 +23,7 @@ VERSION = 1
 # Settings that a resumed run may change: the result is the same, up to rounding on another device.
 HARMLESS = {
     "config", "demo", "out", "data_dir", "cache", "workers", "threads", "device", "keep", "resume", "save_every",
-    "val_every", "eval", "export", "predict",
+    "val_every", "eval", "export", "predict", "space", "operations",
 }  # fmt: skip
 
 

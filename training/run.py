@@ -94,7 +94,7 @@ class TrainingRun:
             lacks = f"{path}: has no {min(missing)} to resume from"
             raise UserError(f"{lacks}; use another --out, or --resume none")
         checkpoint.check_settings(found, self.settings, self.folder)
-        odd = [k for k in ("split", "classes", "architecture") if content.get(k) != self.contents.get(k)]
+        odd = [k for k in ("space", "split", "classes", "architecture") if content.get(k) != self.contents.get(k)]
         if odd:
             raise UserError(f"{path}: was trained with another {odd[0]}; use that, another --out, or --resume none")
 

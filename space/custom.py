@@ -124,7 +124,7 @@ def load_operations(path):
     except Exception as error:
         raise UserError(f"--operations {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
     changed = [name for name, operation in blocks.OPERATIONS.items() if before.get(name) is not operation]
-    if taken := sorted(set(changed) & before.keys() - loaded.keys()):
+    if taken := sorted(set(changed) & set(OPERATIONS)):
         blocks.OPERATIONS.update(before)
         raise UserError(f"--operations {path}: {taken[0]!r} is the name of an official operation")
     if not changed:

@@ -1,0 +1,194 @@
+"""Spaces and operations that a user gives: what is taken, what is refused in one line, and the commands with them."""
+
+import argparse
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run
+
+import blocks
+from network import ShuffleNetV2, ShuffleNetV2OneShot
+from space import custom
+from space.search_space import SearchSpace
+from training import checkpoint
+from utils import UserError
+
+EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/spaces.md").read_text(), re.S)[1]
+OWN = {
+    "stem": {"channels": 4, "stride": 1},
+    "stages": [{"blocks": 2, "channels": 8, "stride": 2}, {"blocks": 2, "channels": 16, "stride": 2}],
+    "last": {"channels": 32},
+    "operations": ["identity", "inverted_residual_5x5", "shufflenet_3x3"],
+    "widths": [0.5, 1.0],
+}
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Operations that a test registers are gone after it."""
+    before = dict(blocks.OPERATIONS)
+    yield
+    blocks.OPERATIONS.clear()
+    blocks.OPERATIONS.update(before)
+    custom.loaded.clear()
+
+
+def flags(**given):
+    return argparse.Namespace(**{"space": None, "architecture": None, "operations": None, "config": "FILE", **given})
+
+
+def written(path, text):
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    return str(path)
+
+
+def test_presets():
+    paper = SearchSpace()
+    assert (
+        custom.space_from_args(flags(), 224, 1000) == paper == custom.space_from_args(flags(space="blocks"), 224, 1000)
+    )
+    joint = custom.space_from_args(flags(space="joint"), 224, 1000)
+    assert joint.is_papers and joint.choices == (4,) * 20 + (8,) * 20
+    small = custom.space_from_args(flags(space="small"), 28, 10)
+    assert small.n_blocks == 6 and small.stem_stride == 1 and not small.is_papers
+    winner = str(ROOT / "architecture_final.json")
+    channels = custom.space_from_args(flags(space="channels", architecture=winner), 224, 1000)
+    assert channels.choices == (8,) * 20 and channels.architecture == paper.load_architecture(winner)
+    alone = custom.space_from_args(flags(architecture=str(ROOT / "architecture_joint.json")), 224, 1000)
+    assert alone == joint
+    with pytest.raises(UserError, match="--space channels: needs --architecture FILE"):
+        custom.space_from_args(flags(space="channels"), 224, 1000)
+    with pytest.raises(UserError, match=r"nowhere\.yml: No such file"):
+        custom.space_from_args(flags(space="nowhere.yml"), 224, 1000)
+
+
+def test_an_architecture_that_a_search_wrote_is_of_its_space(tmp_path):
+    small = custom.space_from_args(flags(space="small"), 28, 10)
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search/state.json").write_text(json.dumps({"settings": {"space": small.to_dict()}}))
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps(small.to_architecture((0, 1, 2, 3, 0, 1))))
+    assert custom.space_from_args(flags(architecture=str(path)), 32, 7) == custom.space_from_args(
+        flags(space="small"), 32, 7
+    )
+    channels = custom.space_from_args(flags(space="channels", architecture=str(path)), 28, 10)
+    assert channels.choices == (8,) * 6 and channels.architecture == (0, 1, 2, 3, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stagess": []}, "unknown entry 'stagess'; there are stages, stem"),
+        ({"stages": []}, r"stages is \[\], not a list"),
+        ({"stages": [{"blocks": 2, "channels": 8}]}, "stage 1 is .*not a mapping of blocks, channels, stride"),
+        ({"stages": [{"blocks": 0, "channels": 8, "stride": 2}]}, "stage_blocks is"),
+        ({"stem": 4}, "stem is 4, not a mapping of channels, stride"),
+        ({"stem": {"channels": "4"}}, "stem_channels is '4'"),
+        ({"widths": [1.0, 0.5]}, "widths .* do not rise"),
+        ({"widths": ["wide"]}, "widths"),
+        ({"operations": ["swin"]}, "operation 'swin' is none of shufflenet_3x3.*--operations"),
+        ({"operations": ["identity", "identity"]}, "has a name twice"),
+        ({"stem": {"channels": 8}}, "do not grow"),
+    ],
+)
+def test_what_makes_no_network_is_a_line_that_names_the_entry(tmp_path, changes, message):
+    operations = written(tmp_path / "own.py", EXAMPLE)
+    space = written(tmp_path / "space.yml", {"space": OWN | changes})
+    with pytest.raises(UserError, match=message) as error:
+        custom.space_from_args(flags(space=space, operations=operations), 28, 10)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, "No such file"),
+        ("def", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("x = 1", "registers no operation"),
+        ("import blocks\nblocks.register('xception_3x3')(int)", "'xception_3x3' is the name of an official operation"),
+    ],
+)
+def test_a_file_of_operations_that_can_not_be_used_is_a_line(tmp_path, code, message):
+    path = str(tmp_path / "none.py") if code is None else written(tmp_path / "own.py", code)
+    with pytest.raises(UserError, match=f"--operations {re.escape(path)}: .*{message}"):
+        custom.load_operations(path)
+    assert blocks.OPERATIONS["xception_3x3"] is blocks.ShuffleXceptionBlock
+
+
+def test_an_operation_that_does_not_fit_its_block_is_a_line(tmp_path):
+    custom.load_operations(
+        written(tmp_path / "own.py", EXAMPLE.replace("shape.out_channels, 1, affine", "7, 1, affine"))
+    )
+    space = custom.with_hash(SearchSpace(28, 10, operations=("inverted_residual_5x5",)))
+    with pytest.raises(
+        UserError, match=r"'inverted_residual_5x5' at BlockShape\(in_channels=16.*returns \(1, 7, 7, 7\)"
+    ):
+        space.flops((0,) * 20)
+
+
+def test_costs_are_counted_from_the_module(tmp_path):
+    custom.load_operations(written(tmp_path / "own.py", EXAMPLE))
+    space = custom.space_from_args(flags(space=written(tmp_path / "s.yml", {"space": OWN})), 28, 10)
+    candidate = (1, 0, 2, 1, 0, 1, 1, 0)
+    network, counted = ShuffleNetV2(candidate, space=space).eval(), []
+
+    def count(module, inputs, output):
+        size = output.shape[2] * output.shape[3] if output.dim() == 4 else 1
+        counted.append(module.weight.numel() * size)
+
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(count)
+    network(torch.zeros(1, 3, 28, 28))
+    assert space.flops(candidate) == sum(counted)
+    assert space.params(candidate) == sum(p.numel() for p in network.parameters())
+    supernet = ShuffleNetV2OneShot(space=space)
+    assert supernet(torch.zeros(2, 3, 28, 28), candidate).shape == (2, 10)
+
+
+def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
+    operations = written(tmp_path / "own.py", EXAMPLE)
+    custom.load_operations(operations)
+    space = custom.space_from_args(flags(space=written(tmp_path / "s.yml", {"space": OWN})), 28, 10)
+    content = {"kind": "supernet", "space": space.to_dict(), "classes": list("abcdefghij"), "split": None, "data": {}}
+    path = tmp_path / "supernet.pth"
+    checkpoint.save(path, model=ShuffleNetV2OneShot(space=space).state_dict(), **content)
+    assert checkpoint.load_supernet(path, None)[1].space == space
+    custom.loaded.clear()
+    with pytest.raises(UserError, match=r"operation 'identity' is none of .*--operations"):
+        checkpoint.load_supernet(path, None)
+    custom.load_operations(written(tmp_path / "own.py", EXAMPLE + "\n# another version\n"))
+    with pytest.raises(UserError, match=r"supernet\.pth: its operations come from another version"):
+        checkpoint.load_supernet(path, None)
+
+
+SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
+TRAIN = ("--batch-size", 16, "--iterations", 6, "--val-every", 6, "--save-every", 3, "--warmup", 2)
+SEARCH = ("--population", 4, "--select", 2, "--mutation", 1, "--crossover", 1, "--generations", 2, "--concurrency", 1)
+
+
+def commands(out, space, operations, engine):
+    """The four commands; returns what scratch.py measured."""
+    own = ("--operations", operations) if operations else ()
+    run("supernet.py", *SMALL, *TRAIN, "--val-paths", 1, *space, *own, "--out", out)
+    run("tester.py", "--mode", "gen", *own, "--out", out)
+    run("search.py", *SMALL, *SEARCH, "--engine", engine, *own, "--out", out)
+    best = out / "checkpoints/best.json"
+    stdout, _ = run("scratch.py", "--demo", *TRAIN, "--bn-pass", 2, "--architecture", best, *own, "--out", out)
+    return json.loads(stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "nni"])
+@pytest.mark.parametrize("kind", ["small", "joint", "own"])
+def test_the_four_commands_in_a_space(tmp_path, kind, engine):
+    operations = written(tmp_path / "own.py", EXAMPLE) if kind == "own" else None
+    space = written(tmp_path / "space.yml", {"space": OWN}) if kind == "own" else kind
+    result = commands(tmp_path / "out", ("--space", space), operations, engine)
+    assert len(result["architecture"]) == {"small": 6, "joint": 40, "own": 8}[kind]
+    report = (tmp_path / "out/report.html").read_text()
+    assert ("width 0.5" in report) == (kind == "own") and ("identity" in report) == (kind == "own")

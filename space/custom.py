@@ -27,6 +27,7 @@ ENTRIES = {  # of a YAML's space, and of a mapping in it -> fields of a SearchSp
     "last": {"channels": "last_channels", "classifier-bias": "classifier_bias"},
     "operations": "operations",
     "widths": "widths",
+    "architecture": "architecture",  # operations that are fixed, one index for each block
 }
 
 loaded = {}  # name of an operation of the user -> SHA-256 of its file

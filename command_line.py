@@ -9,6 +9,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import sys
 
 from utils import HERE, PATHS, UserError, read_yaml
@@ -124,6 +125,15 @@ def _add_config_flags(parser):
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config", metavar="FILE", help="YAML of settings, in sections: common, and a script's name")
     which.add_argument("--demo", action="store_true", help="small settings for the bundled images (demo.yml)")
+
+
+def command(script, args, *words):
+    """The command line of another script with these words, on the settings, operations and outputs of this one."""
+    words = ["python", script, *words]
+    words += ["--demo"] if args.demo else ["--config", args.config] if args.config else []
+    words += ["--operations", args.operations] if args.operations else []
+    words += ["--out", args.out] if args.out != "." else []
+    return shlex.join(words)
 
 
 def add_run_flags(parser):

@@ -32,6 +32,7 @@ from command_line import (
     add_evaluation_flags,
     add_operations_flag,
     add_run_flags,
+    command,
     count,
     real,
 )
@@ -279,7 +280,7 @@ def run(search, args, out):
         sys.exit(128 + error.args[0])
 
 
-def report(results, config, args, out):
+def report(results, space, config, args, out):
     """Prints the ten best and the command that retrains the best one, and returns that one's result."""
     best = ranked(results)
     failed = len(results) - len(best)
@@ -291,15 +292,17 @@ def report(results, config, args, out):
     for rank, result in enumerate(best[:10], 1):
         numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}"
         print(f"{numbers}  {' '.join(map(str, result['architecture']))}")
-    print(f"retrain the best:\n  {shlex.join(retrain_command(config, args))}")
+    if space.n_widths == 1:
+        words = ("--space", "channels", "--architecture", os.path.join(args.out, "checkpoints", "best.json"))
+        print(f"search its channels, with another --out:\n  {command('supernet.py', args, *words)}")
+    print(f"retrain the best:\n  {retrain_command(config, args)}")
     return best[0]
 
 
 def retrain_command(config, args):
-    """The words that retrain the best candidate on the images of the search: its YAML file, and flags for the rest."""
-    settings = ["--demo"] if args.demo else ["--config", args.config] if args.config else []
-    words = ["python", "scratch.py", "--architecture", os.path.join(args.out, "checkpoints", "best.json"), *settings]
-    known_args = parse_args(settings)
+    """The command that retrains the best candidate on the images of the search: its YAML file, and flags for the rest."""
+    known_args = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
+    words = ["--architecture", os.path.join(args.out, "checkpoints", "best.json")]
     if args.data_dir != known_args.data_dir:
         words += ["--data-dir", args.data_dir]
     known = DataConfig.from_args(known_args).to_dict()
@@ -311,9 +314,7 @@ def retrain_command(config, args):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    if args.out != ".":
-        words += ["--out", args.out]
-    return words
+    return command("scratch.py", args, *words)
 
 
 def main(args):
@@ -324,7 +325,7 @@ def main(args):
         done = prepare(search, args, out)
         if not done:
             run(search, args, out)
-        best = report(read_results(out), search.data, args, out)
+        best = report(read_results(out), search.space, search.data, args, out)
         log.info("report: %s", write_report(out))
         return best
 

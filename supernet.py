@@ -95,6 +95,7 @@ def main(args):
 
     metrics = train(run, model, loader, validate, sampler.candidate)
     if distributed.rank() == 0:
+        utils.log.info("next: %s", command_line.command("tester.py", args, "--mode", "gen"))
         print(json.dumps(metrics))
 
 

@@ -57,6 +57,7 @@ def generate(args):
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
     if line := official_comparison(SearchSpace()):
         print(line)
+    print(f"next: {command_line.command('search.py', args)}")
 
 
 def run_trial(args):

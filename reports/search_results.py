@@ -1,4 +1,4 @@
-"""The results of a search in numbers: generations, Pareto front, shares of operations, comparison with random search."""
+"""The results of a search in numbers: generations, Pareto front, shares of operations, and random search beside it."""
 
 import functools
 import math
@@ -135,7 +135,7 @@ def expected_best(values):
 
 
 def extrapolate(values, numbers, resamples=1000):
-    """(n, expected maximum, low, high) of n normal draws with the values' mean and standard deviation; 95% bootstrap."""
+    """(n, expected maximum, low, high) of n normal draws with the values' mean and standard deviation, by bootstrap."""
     rng = np.random.default_rng(0)
     fits = [_fit(rng.choice(values, len(values))) for _ in range(resamples)]
     mean, sd = _fit(np.asarray(values))
@@ -152,7 +152,7 @@ def _fit(values):
 
 
 def normal_maximum(n):
-    """Expected maximum of n standard normal draws, to 1e-3 up to n = 10^6: 8 minus the integral of CDF^n up to 8."""
+    """Expected maximum of n standard normal draws, to 1e-3 for n up to a million: 8 minus the integral of CDF^n."""
     return 8 - 0.01 * sum(p**n for p in _normal_cdf()) if n > 1 else 0.0
 
 

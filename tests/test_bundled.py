@@ -216,7 +216,7 @@ def test_where_it_cannot_write(small, tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "images"):
         with pytest.raises(
             UserError,
-            match=r"--data-dir .*file.*: can't unpack the bundled images .*; name a folder that can be written",
+            match=r"--data-dir .*file.*: can't unpack the bundled images .*; choose a folder that can be written",
         ):
             bundled.unpack(folder)
 
@@ -240,7 +240,7 @@ def test_two_at_once(small, tmp_path, damaged):
     if damaged:
         _lose_class(bundled.unpack(folder))
     code = (
-        "import sys, time, bundled, pathlib\n"
+        "import sys, time, pathlib\nfrom images import bundled\n"
         "bundled.ARCHIVE = pathlib.Path(sys.argv[1])\n"
         "while time.time() < float(sys.argv[3]): pass\n"
         "sys.exit(len(bundled.files(bundled.unpack(sys.argv[2]))) != 31)\n"

@@ -77,6 +77,13 @@ def tree(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("images"))
 
 
+@pytest.fixture(scope="session")
+def data(tree):
+    """The flags of the images, 9 of 36 held out; all that is decoded is decoded in the process itself."""
+    size = "--input-size 16 --heldout-per-class 3 --loader torchvision --workers 0 --eval-batch-size 5 --threads 1"
+    return ("--data-dir", tree, size)
+
+
 @pytest.fixture
 def data_args(tree):
     return argparse.Namespace(data_dir=str(tree), loader="auto", demo=False)

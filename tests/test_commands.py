@@ -28,13 +28,6 @@ CALIBRATION = "--bn-batches 2 --bn-batch-size 9"
 
 
 @pytest.fixture(scope="module")
-def data(tree):
-    """The flags of the images, 9 of 36 held out; all that is decoded is decoded in the process itself."""
-    size = "--input-size 16 --heldout-per-class 3 --loader torchvision --workers 0 --eval-batch-size 5 --threads 1"
-    return ("--data-dir", tree, size)
-
-
-@pytest.fixture(scope="module")
 def typed(data, tmp_path_factory):
     """A folder in which a user has typed the four commands, and what search.py and scratch.py printed."""
     out = tmp_path_factory.mktemp("typed")

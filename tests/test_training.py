@@ -10,7 +10,6 @@ import signal
 import pytest
 import reference_spos
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import scratch
@@ -82,7 +81,7 @@ def log_rows(folder):
 
 
 def assert_same_end(folder, other):
-    """Two runs ended with the same bits: weights, BN statistics, momentum, and numbers of the last line without times."""
+    """Two runs ended with the same bits: weights, BN statistics, momentum, and the last line of the log, without times."""
     a, b = (load(newest(f), "supernet").content for f in (folder, other))
     assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
     assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())
@@ -467,6 +466,8 @@ def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validati
     del steps[4:]
     supernet_run(tmp_path, args, images=Ticking(clock), validate=validate)
     assert log_rows(tmp_path) == rows
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
     for tag in ("train/loss", "val/acc1", "seconds"):
         expected = [(row["step"], pytest.approx(row[tag], rel=1e-5)) for row in rows if tag in row]

@@ -37,7 +37,7 @@ def measured(rank=0, world=1):
     supernet, network = ShuffleNetV2OneShot(space=SPACE), ShuffleNetV2(CANDIDATES[0], space=SPACE)
     calibration, validation = random_batches(5, 16), random_batches(3, 20)
     results = evaluate(supernet, CANDIDATES, calibration, validation[rank::world])
-    recalibrate_bn(network, network, calibration[rank::world], "average")
+    recalibrate_bn(network, network, calibration[rank::world], "average", sharded=world > 1)
     buffers = {name: b.clone() for name, b in network.named_buffers() if "running" in name}
     return [r | {"seconds": 0} for r in results], accuracy(network, validation[rank::world]), buffers
 

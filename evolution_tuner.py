@@ -312,7 +312,7 @@ class EvolutionWithFlops(Tuner):
             if self.times_sent[candidate] > 1 and any_succeeded:  # else the fault is elsewhere
                 self.record.fail(candidate, "two trials ended without a result")
             else:
-                self.chunks.append([candidate])  # alone, so that one that crashes its trial affects no other
+                self.chunks.append([candidate])  # on its own: if it crashes its trial, no other is lost
         self._plan_and_send()
 
     def _missing(self):

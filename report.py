@@ -1,10 +1,11 @@
-"""One page about a search: how it went, what it found, what it cost.
+"""Writes a page about a search: how it went, what it found, what it cost.
 
     python report.py RUN                  of a search that is done, running or interrupted; RUN is its --out folder
     python report.py RUN --random OTHER   against the random search in OTHER, instead of this one's first generation
 
 Reads RUN/acc/ and RUN/checkpoints/search/; writes RUN/report.html, one file that needs no network, and its figures as
-RUN/figures/*.svg and *.png. search.py does the same at its end. A random search is search.py --mutation 0 --crossover 0.
+RUN/figures/*.svg and *.png. search.py does the same when it ends. For a random search run search.py --mutation 0
+--crossover 0.
 """
 
 import pathlib

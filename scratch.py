@@ -14,7 +14,7 @@ Expected on ImageNet: 73.6 to 73.9% top-1 (reruns of the official code: 73.6 to 
 Source: paper section 4.1; official `src/Evaluation/train.py`.
 """
 
-import utils  # sets GOMP_SPINCOUNT, so before torch is imported
+import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
 import itertools

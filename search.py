@@ -195,7 +195,7 @@ class Search:
     experiment: dict  # the content of the experiment file
     supernet: str  # path of its checkpoint
     space: SearchSpace  # with the costs of --flops-table
-    costs: str  # what there is to say of the costs
+    costs: str  # a line for the log about the space's FLOPs, or nothing
     data: DataConfig
     settings: dict  # what determines the results: a search can only be resumed with the same
 

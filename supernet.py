@@ -11,7 +11,7 @@ Expected on ImageNet: training error about .417 at the end (official log); not r
 Source: paper section 3.3 and 4.1; official `src/Supernet/train.py`.
 """
 
-import utils  # sets GOMP_SPINCOUNT, so before torch is imported
+import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
 import copy

@@ -25,15 +25,8 @@ except ImportError:  # Windows, where locks have no effect
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-PATHS = (
-    "data-dir",
-    "cache",
-    "out",
-    "checkpoint",
-    "architecture",
-    "flops-table",
-    "experiment",
-)  # flags that take a path
+# flags that take a path
+PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment")
 MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
 MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 

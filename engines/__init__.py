@@ -1,1 +1,1 @@
-"""The engines that run a search, with NNI or on this machine alone, and the record that both write."""
+"""The engines that run a search, with NNI or without it, and the record that both write."""

@@ -20,7 +20,7 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
     """Runs the search for which `prepare_search` made `out` ready, to its end.
 
     `trial` has the flags of a trial. Candidates whose evaluation fails or whose worker dies are evaluated again; those
-    that fail alone too have failed. Raises UserError where no candidate can be evaluated.
+    that fail again on their own have failed. Raises UserError where no candidate can be evaluated.
     """
     record, progress = SearchRecord(out, space, Evolution.from_settings(space, settings)), Progress(out)
     with Workers(trial, concurrency) as workers:
@@ -29,7 +29,7 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
             lists = chunks(space, waiting, workers.n, candidates_per_trial)
             generation = record.evolution.generation
             names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
-            # First in lists; then those that failed, each alone; then one at a time, since a worker that dies takes the
+            # First in lists; then those that failed, each on its own; then one at a time, since a worker that dies takes the
             # others' work with it.
             for together in (True, True, False):
                 for candidates, results, error in workers.evaluate(lists, together):

@@ -19,7 +19,7 @@ from utils import HERE, UserError, log, signals, write_settings
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 POLL_S = 0.5
 START_S = 60  # for NNI's manager and for the tuner to start; NNI's own 3 s and 10 s are too few on a busy machine
-# NNI's daemon on a machine waits 15 s for a manager that it lost, and would take the next one for it.
+# NNI's daemon on a machine waits 15 s for a manager that it lost, and would mistake the next one for it.
 FORGET_S = 20
 
 
@@ -42,7 +42,7 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
     """Runs the search for which `prepare_search` made `out` ready as an NNI experiment, to its end.
 
     `command` is the trial's, a list of words; `experiment` the content of config_search.yml; `hosting` the arguments of
-    host_experiment. When a machine of the remote service stops, NNI may wait for it for ever, so a new experiment
+    host_experiment. When a machine of the remote service stops, NNI may wait for it forever, so a new experiment
     resumes the search on the other machines.
     """
     while True:

@@ -1,4 +1,4 @@
-// Changes how NNI's manager, a Node program, behaves. nni_engine.py has Node load this file first (NODE_OPTIONS=--require) and
+// Changes how NNI's manager, a Node program, behaves. nni_engine.py makes Node load this file first, by NODE_OPTIONS, and
 // sets SPOS_NNI_HOST, the address of the web server, and SPOS_NNI_START_MS, how long the manager waits for the tuner.
 
 const host = process.env.SPOS_NNI_HOST;

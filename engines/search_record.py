@@ -1,4 +1,4 @@
-"""The files of a search: written while it runs, read to resume or report it. Standard library alone."""
+"""The files of a search: written while it runs, read to resume or report it. Needs the standard library only."""
 
 import collections
 import itertools

@@ -53,6 +53,10 @@ def _blind(fetch):
     return run
 
 
+def _unrepaired(read_generations):
+    return lambda out, repair=False, skip=0: read_generations(out, skip=skip)
+
+
 def _replace(owner, name, wrap):
     """Replaces an attribute by `wrap(attribute)`."""
     setattr(owner, name, wrap(getattr(owner, name)))
@@ -61,7 +65,7 @@ def _replace(owner, name, wrap):
 BREAKS = {
     "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
     "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
-    "repair": lambda: _replace(search_record, "read_generations", lambda read: lambda out, _=None, skip=0: read(out, skip=skip)),
+    "repair": lambda: _replace(search_record, "read_generations", _unrepaired),
     "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
     "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
     "finite": lambda: _replace(loop._Meter, "fetch", _blind),

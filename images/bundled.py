@@ -34,7 +34,7 @@ def fingerprint(folder):
     return digest.hexdigest()
 
 
-def is_whole(folder):
+def is_complete(folder):
     """Whether the folder holds exactly the content of the archive. Reads every file, which takes 0.2 s."""
     try:
         return pathlib.Path(folder, NOTE).read_bytes() == fingerprint(folder).encode()
@@ -54,7 +54,7 @@ def unpack(folder):
     if not ARCHIVE.is_file():
         raise UserError(f"{ARCHIVE}: missing; it comes with this project: git checkout -- {ARCHIVE.relative_to(HERE)}")
     try:
-        if not is_whole(folder):
+        if not is_complete(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
                 with tarfile.open(ARCHIVE) as archive:

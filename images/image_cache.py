@@ -90,9 +90,9 @@ def open_images(loader, plan, folder):
     shape = (sum(map(len, plan)), loader.config.input_size, loader.config.input_size, 3)
     path = folder / f"{hashlib.sha256(header).hexdigest()[:20]}.images"
     try:
-        if not _is_whole(path, header, shape):
+        if not _is_complete(path, header, shape):
             with _lock(path):
-                if not _is_whole(path, header, shape):  # else another process has written it meanwhile
+                if not _is_complete(path, header, shape):  # else another process has written it meanwhile
                     _decode(path, loader, plan, header, shape)
         return np.memmap(path, np.uint8, "r", HEADER_BYTES, shape)
     except OSError as error:
@@ -126,7 +126,7 @@ def _header(loader, plan):
     return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n".encode().ljust(HEADER_BYTES)
 
 
-def _is_whole(path, header, shape):
+def _is_complete(path, header, shape):
     """Whether the file exists with this header and length."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         return file.read(HEADER_BYTES) == header and os.fstat(file.fileno()).st_size == HEADER_BYTES + np.prod(shape)

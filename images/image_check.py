@@ -44,7 +44,7 @@ def inspect(path):
     except UnidentifiedImageError:
         return None, "not an image", None
     except UNDECODABLE as error:
-        return None, getattr(error, "strerror", None) or f"not a whole image ({error})", None
+        return None, getattr(error, "strerror", None) or f"a damaged image ({error})", None
     wrong_suffix = pathlib.Path(path).suffix.lower() not in suffixes
     return hashlib.blake2b(data, digest_size=16).digest(), None, suffixes[0] if wrong_suffix else None
 

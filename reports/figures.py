@@ -1,8 +1,8 @@
 """The figures of a search's report, drawn by matplotlib: SVG whose elements can be counted and pointed at, and PNG.
 
-In every SVG text stays text, and what is drawn for a candidate, a generation, a share or a block is one element of the
-class "datum" in a group with a name: #plane-candidates .datum are the candidates in the FLOPs-accuracy plane. Its title,
-which browsers show, says what it is.
+In every SVG text stays text. The mark of a candidate, a generation, a share or a block is an element of the class
+"datum" in a named group: #plane-candidates .datum are the candidates in the FLOPs-accuracy plane. Its title, which
+browsers show, describes it.
 """
 
 import io
@@ -19,20 +19,38 @@ from utils import atomic_write
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 INK, GREY, PALE = "#222222", "#767676", "#b8b8b8"
 BEST, MEAN, RANDOM, LIMIT = "#0b4f8a", "#4c9bd4", "#b35806", "#8c2d04"
-# Blue by kernel size and orange for the other kind of unit: told apart by all forms of colour vision, and in grey.
+# Blues by kernel size, and orange for the other unit: distinct with every form of colour vision, and in greyscale.
 OPERATIONS = {
     "shufflenet_3x3": ("ShuffleNet 3x3", "3", "#bfdcf0", INK, 0.42),
     "shufflenet_5x5": ("ShuffleNet 5x5", "5", "#3a87c0", "white", 0.60),
     "shufflenet_7x7": ("ShuffleNet 7x7", "7", "#0b4f8a", "white", 0.78),
     "xception_3x3": ("Xception 3x3", "X", "#f0a03c", INK, 0.60),
-}  # name: (label, short, colour, colour of text on it, height in a picture of a path)
+}  # name: (label, short label, colour, colour of text on it, height of its box)
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "figures", "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 9.5,
-    "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"], "axes.edgecolor": GREY, "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.labelcolor": INK, "text.color": INK, "xtick.color": GREY,
-    "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "legend.fontsize": 8.5,
-    "axes.titlelocation": "left", "axes.grid": True, "grid.color": "#ececec", "grid.linewidth": 0.8, "axes.axisbelow": True,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "figures",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#ececec",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+}
 
 
 def millions(number):
@@ -55,7 +73,7 @@ def save_figure(name, figure, titles, folder):
     """Writes folder/name.svg and .png; `titles` has for each named group the title of each element. Returns the SVG."""
     drawn, picture = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # it is laid out now
+    figure.set_layout_engine("none")  # keeps the layout of the SVG
     figure.savefig(picture, format="png", facecolor="white", dpi=200)
     svg = _name_elements(drawn.getvalue(), name, titles)
     for kind, data in (
@@ -68,7 +86,7 @@ def save_figure(name, figure, titles, folder):
 
 
 def _name_elements(data, name, titles):
-    """The SVG with `name` before every id, so that several fit in one page, and classes and titles for what is drawn."""
+    """Adds `name` before every id in an SVG, so that one page can hold several, and classes and titles to the marks."""
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", XLINK)
     root = ET.fromstring(data)
@@ -94,11 +112,12 @@ def _name_elements(data, name, titles):
 
 def _describe(run, result):
     accuracy = "failed" if result["acc1"] is None else f"top-1 {result['acc1']:.2f} %"
-    return f"generation {result['generation']}: {accuracy}, {millions(result['flops'])} FLOPs, {' '.join(map(str, result['architecture']))}"
+    architecture = " ".join(map(str, result["architecture"]))
+    return f"generation {result['generation']}: {accuracy}, {millions(result['flops'])} FLOPs, {architecture}"
 
 
 def _generations(run, random):
-    """Left: best, mean and spread by generation. Right: the best so far against random search, by evaluated candidates."""
+    """Left: best, mean and spread by generation. Right: best so far and random search, by evaluated candidates."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     dots = [(g.number + _jitter(i), r) for g in run.generations for i, r in enumerate(g.succeeded)]
@@ -163,21 +182,29 @@ def _generations(run, random):
 
 
 def _jitter(i):
-    """Spreads the candidates of a generation evenly over ±0.28, the same each time: steps of the golden ratio."""
+    """Spreads the candidates of a generation evenly over ±0.28, in reproducible steps of the golden ratio."""
     return (i * 0.618034 % 1 - 0.5) * 0.56
 
 
 def _plane(run):
-    """Every candidate by FLOPs and top-1, the Pareto front and the limit; those that failed below, where there is no accuracy."""
+    """Every candidate by FLOPs and top-1, the Pareto front and the limit; failed candidates at the lower edge."""
     figure = Figure(figsize=(9, 4.3), layout="constrained")
     axes = figure.subplots()
     last = run.generations[-1].number
     shades = matplotlib.colormaps["Blues"]([0.3 + 0.7 * i / max(last - 1, 1) for i in range(last)])
     size = 26 if len(run.succeeded) < 300 else 14
     points = axes.scatter(
-        [r["flops"] / 1e6 for r in run.succeeded], [r["acc1"] for r in run.succeeded], size, [r["generation"] for r in run.succeeded],
-        cmap=ListedColormap(shades), vmin=0.5, vmax=last + 0.5, edgecolors="white", linewidths=0.4, gid="candidates",
-    )  # fmt: skip
+        [r["flops"] / 1e6 for r in run.succeeded],
+        [r["acc1"] for r in run.succeeded],
+        size,
+        [r["generation"] for r in run.succeeded],
+        cmap=ListedColormap(shades),
+        vmin=0.5,
+        vmax=last + 0.5,
+        edgecolors="white",
+        linewidths=0.4,
+        gid="candidates",
+    )
     front = run.front()
     x, y = [r["flops"] / 1e6 for r in front], [r["acc1"] for r in front]
     axes.plot(x, y, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
@@ -192,9 +219,16 @@ def _plane(run):
     }
     if failed := [r for r in run.results if r["acc1"] is None]:
         axes.scatter(
-            [r["flops"] / 1e6 for r in failed], [0.02] * len(failed), 22, LIMIT, marker="x", linewidths=1.1, gid="failed",
-            label="failed (no accuracy)", transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
+            [r["flops"] / 1e6 for r in failed],
+            [0.02] * len(failed),
+            22,
+            LIMIT,
+            marker="x",
+            linewidths=1.1,
+            gid="failed",
+            label="failed (no accuracy)",
+            transform=axes.get_xaxis_transform(),
+        )
         titles["failed"] = [_describe(run, r) for r in failed]
     axes.set(xlabel="FLOPs (millions of multiply-adds)", ylabel="top-1 in the supernet (%)")
     flops = [r["flops"] / 1e6 for r in run.results] + [run.limit / 1e6]
@@ -209,7 +243,7 @@ def _plane(run):
 
 
 def _operations(run):
-    """Shares of the operations by block: of all candidates and of the last generation, then of each operation over generations."""
+    """Shares of the operations by block: among all candidates and the last generation, then of each by generation."""
     blocks, operations, generations = run.space.n_blocks, run.space.operations, run.generations
     labels = [OPERATIONS[op][0] for op in operations]
     rows = -(-len(operations) // 2)
@@ -262,7 +296,7 @@ def _operations(run):
 
 
 def _best(run):
-    """The best candidates as pictures of their paths, a row each: a box for each block, colour and height by operation."""
+    """The best candidates as paths, a row each: a box for each block, with colour and height by operation."""
     best, space = run.succeeded[:10], run.space
     gaps = [0.45 * sum(i >= end for end in _stage_ends(space)) for i in range(space.n_blocks)]
     x = [i + gap for i, gap in enumerate(gaps)]

@@ -1,4 +1,4 @@
-"""The page of a search's report: HTML in one file that loads nothing."""
+"""The page of a search's report: one HTML file that loads nothing else."""
 
 import html
 import json
@@ -11,11 +11,14 @@ from reports.figures import draw, millions
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
 from utils import atomic_write, duration
 
-# --- what it cost, what ran ----------------------------------------------------------------------------------
+# --- the log -------------------------------------------------------------------------------------------------
 
 
 def read_log(path):
-    """Commands, versions and seconds of a search's starts, from its run.log; its times have no date, so a day's silence is lost."""
+    """(commands, versions, seconds) from a search's run.log, over all of its runs.
+
+    The log has times without dates, so a gap of a day or more is not counted.
+    """
     commands, versions, seconds, before = [], [], 0, None
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         match = re.match(r"(\d\d):(\d\d):(\d\d) (?:(command|versions): )?(.*)", line)
@@ -54,9 +57,11 @@ figcaption { font-size: 13.5px; margin-top: 8px; max-width: 100ch; }
 details { margin-top: 10px; font-size: 13.5px; } summary { cursor: pointer; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th { font-weight: 400; } th, td { padding: 4px 22px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { font-weight: 400; }
+th, td { padding: 4px 22px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 td.left, th.left { text-align: left; }
-code { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
+code { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
+       overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 24px; margin: 0; font-size: 13.5px; }
 dd { margin: 0; overflow-wrap: anywhere; }
 @media print { body { padding: 0; } h2, figure, .tile { break-inside: avoid; } }
@@ -90,13 +95,14 @@ def page(run, comparison, svgs):
         _tiles(run, comparison, best),
         "<h2>How the search went</h2>",
         _figure("generations", svgs, "Best, mean and spread by generation; best so far against random search", f"""
-            (a) Every dot is a candidate, evaluated in the supernet on the search's validation images. (b) The best top-1 so far, at the end
-            of each generation. {_text(_random_caption(comparison))} The best of many measurements is too high by chance, in both curves alike."""),
+            (a) Every dot is a candidate, evaluated in the supernet on the search's validation images. (b) The best
+            top-1 so far, at the end of each generation. {_text(_random_caption(comparison))} The best of many measurements
+            is too high by chance, in both curves alike."""),
         _generation_table(run),
         "<h2>Accuracy and cost of every candidate</h2>",
         _figure("plane", svgs, "Candidates in the FLOPs-accuracy plane", f"""
-            {len(run.succeeded)} candidates by FLOPs and top-1, coloured by generation; circled, the {len(run.front())} on the Pareto front:
-            none with at most their FLOPs is more accurate. Dashed, the limit of the search.
+            {len(run.succeeded)} candidates by FLOPs and top-1, coloured by generation; circled, the
+            {len(run.front())} on the Pareto front: none with at most their FLOPs is more accurate. Dashed, the limit of the search.
             {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
         "<h2>Which operations the search takes</h2>",
         _figure("operations", svgs, "Share of each operation in each block", f"""
@@ -104,8 +110,9 @@ def page(run, comparison, svgs):
             {1 / len(run.space.operations):.0%} is an even choice; vertical lines part the stages."""),
         "<h2>The best architectures</h2>",
         _figure("best", svgs, "The best candidates as paths", """
-            From the image on the left to the classifier on the right; a box is a choice block, with its operation's kernel size
-            (X: the Xception-like unit). FLOPs are multiply-adds, parameters those of a stand-alone network."""),
+            From the image on the left to the classifier on the right; a box is a choice block, with its operation's
+            kernel size (X: the Xception-like unit). FLOPs are multiply-adds, parameters those of a stand-alone
+            network."""),
         _best_table(run),
         "<h2>What it cost</h2>",
         _cost(run),
@@ -135,8 +142,9 @@ def _text(text):
 def _unfinished(run):
     last, settings = run.generations[-1], run.settings
     total = settings["population"] * settings["generations"]
-    words = f"Not finished: {len(run.results)} of {total} candidates, in generation {last.number} of {settings['generations']}"
-    return f"{words}. It stopped: {run.state['error']}" if run.state.get("error") else words
+    text = f"Not finished: {len(run.results)} of {total} candidates"
+    text += f", in generation {last.number} of {settings['generations']}"
+    return f"{text}. It stopped: {run.state['error']}" if run.state.get("error") else text
 
 
 def _tiles(run, comparison, best):
@@ -144,31 +152,24 @@ def _tiles(run, comparison, best):
     precision = ""
     if n := best["n_images"]:
         precision = f"; ±\u00a0{math.sqrt(best['acc1'] * (100 - best['acc1']) / n):.2f} standard error on {n:,} images"
+    params = millions(run.space.params(best["architecture"]))
     tiles = [
         (f"{best['acc1']:.2f} %", f"best top-1, in the supernet{precision}"),
-        (
-            millions(best["flops"]),
-            f"its FLOPs; the limit is {millions(run.limit)}. {millions(run.space.params(best['architecture']))} parameters",
-        ),
+        (millions(best["flops"]), f"its FLOPs; the limit is {millions(run.limit)}. {params} parameters"),
     ]
     if comparison.at_budget:
         n, value, low, high = comparison.at_budget
-        how = (
-            "measured"
-            if low is None
-            else f"extrapolated, 95% interval {best['acc1'] - high:+.2f} to {best['acc1'] - low:+.2f}"
-        )
+        how = "measured"
+        if low is not None:
+            how = f"extrapolated, 95% interval {best['acc1'] - high:+.2f} to {best['acc1'] - low:+.2f}"
         note = f"points over the expected best of {n:,} random candidates, {how}"
         tiles.append((f"{best['acc1'] - value:+.2f}", note))
     tiles += [
         (f"{len(run.results):,}", f"candidates in {len(run.generations)} generations, {run.n_failed or 'none'} failed"),
         (duration(seconds), f"of evaluation, {seconds / len(run.succeeded):.1f} s a candidate"),
     ]
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{_text(b)}</b><small>{_text(s)}</small></div>' for b, s in tiles)
-        + "</div>"
-    )
+    tiles = "".join(f'<div class="tile"><b>{_text(b)}</b><small>{_text(s)}</small></div>' for b, s in tiles)
+    return f'<div class="tiles">{tiles}</div>'
 
 
 def _figure(name, svgs, label, caption):
@@ -179,43 +180,37 @@ def _figure(name, svgs, label, caption):
 
 
 def _random_caption(comparison):
-    """What the curve of random search is, and how far it was measured."""
+    """Describes the curve of random search, and how far it was measured."""
+    if not comparison.uniform:
+        return "No curve of random search: under a limit this low the first generation is not a uniform sample."
     if not comparison.measured:
-        why = (
-            "no random candidate has an accuracy"
-            if comparison.uniform
-            else "under a limit this low the first generation is not a uniform sample"
-        )
-        return f"No curve of random search: {why}."
-    whose = (
-        f"the random search in {comparison.other.out}" if comparison.other else "the first generation, drawn at random"
-    )
+        return "No curve of random search: no random candidate has an accuracy."
+    size, source = comparison.size, "the first generation, drawn at random"
+    if comparison.other:
+        source = f"the random search in {comparison.other.out}"
     text = (
-        f"Random search, dashed: the expected best of n random legal candidates, exact for the {comparison.size} accuracies of {whose} "
-        f"(order statistics; at n = {comparison.size} it is simply the best of them)."
+        "Random search, dashed: the expected best of n random legal candidates, exact for the "
+        f"{size} accuracies of {source} (order statistics; at n = {size} it is simply the best of them)."
     )
     if comparison.extrapolated:
         text += (
-            " Beyond them nothing was measured: the dotted line is an extrapolation by a normal law with their mean and standard deviation. "
-            "Its 95% bootstrap interval is of these two alone, not of how normal the accuracies are. To measure it: "
-            "search.py --mutation 0 --crossover 0 into a folder DIR of its own, then report.py RUN --random DIR."
+            " Beyond them nothing was measured: the dotted line is an extrapolation by a normal distribution with "
+            "their mean and standard deviation. Its 95% bootstrap interval covers these two only, not how normal the "
+            "accuracies are. To measure it: search.py --mutation 0 --crossover 0 into a folder DIR of its own, then "
+            "report.py RUN --random DIR."
         )
-    elif comparison.size < SAME * comparison.budget:
-        text += (
-            f" The curve ends where the measurements do: {comparison.size} candidates are too few to extrapolate from."
-        )
+    elif size < SAME * comparison.budget:
+        text += f" The curve ends where the measurements do: {size} candidates are too few to extrapolate from."
     return text
 
 
 def _table(head, rows, left=()):
     def row(tag, cells):
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{' class=left' if i in left else ''}>{_text(c)}</{tag}>" for i, c in enumerate(cells))
-            + "</tr>"
-        )
+        opening = (f"{tag} class=left" if i in left else tag for i in range(len(cells)))
+        return f"<tr>{''.join(f'<{o}>{_text(c)}</{tag}>' for o, c in zip(opening, cells))}</tr>"
 
-    return f'<div class="wide"><table><thead>{row("th", head)}</thead><tbody>{"".join(row("td", r) for r in rows)}</tbody></table></div>'
+    body = "".join(row("td", cells) for cells in rows)
+    return f'<div class="wide"><table><thead>{row("th", head)}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _generation_table(run):

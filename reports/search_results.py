@@ -1,4 +1,4 @@
-"""What a search has found, in numbers: its generations, Pareto front and shares of operations, and random search beside it."""
+"""The results of a search in numbers: generations, Pareto front, shares of operations, and random search beside it."""
 
 import functools
 import math
@@ -7,19 +7,18 @@ import statistics
 
 import numpy as np
 
-from engines.search_record import Generation, by_accuracy, read_generations, state_path
+from engines.search_record import EVOLUTION, Generation, ranked, read_generations, state_path
 from space.search_space import SearchSpace
-from utils import UserError, read_json
+from utils import UserError, read_json, settings_difference
 
-EVOLUTION = {"population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed"}
-FEWEST = 8  # accuracies from which a spread is estimated
-SAME = 0.95  # of a budget and more is the same budget: a few candidates fail
+FEWEST = 8  # accuracies, to estimate a spread from
+SAME = 0.95  # of a budget or more counts as the same budget, since a few candidates may fail
 
 
 class SearchResults:
-    """What the search in a folder has found so far. Raises UserError where there is no search or no accuracy yet.
+    """The results so far of the search in a folder. Raises UserError where there is no search or no accuracy yet.
 
-    `results` are those of acc/, each with its generation, `succeeded` those with an accuracy, best first.
+    `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first.
     """
 
     def __init__(self, out):
@@ -34,12 +33,13 @@ class SearchResults:
             raise UserError(f"{state_path(out)}: not the state of a search") from None
         self.generations = [
             Generation(number, [{**r, "generation": number} for r in results], number <= closed)
-            for number, results in enumerate(read_generations(out), 1) if results
-        ]  # fmt: skip
+            for number, results in enumerate(read_generations(out), 1)
+            if results
+        ]
         self.results = [r for g in self.generations for r in g.results]
         for result in self.results:
             self.space.check(result["architecture"])
-        self.succeeded = sorted((r for r in self.results if r["acc1"] is not None), key=by_accuracy, reverse=True)
+        self.succeeded = ranked(self.results)
         if not self.succeeded:
             failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
             raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
@@ -52,7 +52,7 @@ class SearchResults:
         return not self.settings["mutation"] and not self.settings["crossover"]
 
     def best_so_far(self):
-        """(candidates with an accuracy, best top-1 of them) at the end of each generation."""
+        """(number of candidates with an accuracy, the best top-1 of them) at the end of each generation."""
         points, n, best = [], 0, -math.inf
         for generation in self.generations:
             if generation.succeeded:
@@ -61,7 +61,7 @@ class SearchResults:
         return points
 
     def front(self):
-        """The candidates that no other one beats in top-1 for at most their FLOPs, by rising FLOPs."""
+        """The Pareto front by rising FLOPs: candidates more accurate than all others of at most their FLOPs."""
         front = []
         for result in sorted(self.succeeded, key=lambda r: (r["flops"], -r["acc1"])):
             if not front or result["acc1"] > front[-1]["acc1"]:
@@ -69,21 +69,21 @@ class SearchResults:
         return front
 
     def shares(self, results, operation):
-        """Share of the results that choose an operation (its index), for each block."""
-        return [
-            sum(r["architecture"][b] == operation for r in results) / len(results) for b in range(self.space.n_blocks)
-        ]
+        """The share of the results that choose an operation (an index), for each block."""
+        choices = zip(*(r["architecture"] for r in results))
+        return [block.count(operation) / len(results) for block in choices]
 
 
 # --- random search -------------------------------------------------------------------------------------------
 
 
 class RandomSearch:
-    """What random search finds with the budget of a search, from accuracies of uniform random legal candidates.
+    """What random search finds with the budget of a search, from the accuracies of uniform random legal candidates.
 
-    They are a random search's own, or the first generation. `measured` is the expected best of n of them, for n from 1 to
-    their number or the budget; `extrapolated` has (n, value, low, high) up to the budget, by a normal law with their mean and
-    standard deviation and its 95% bootstrap interval. Neither is there where the first generation is not uniform.
+    These are the results of a random search, or the first generation. `measured` has the expected best of n of them,
+    for n from 1 to their number or the budget; `extrapolated` has (n, value, low, high) up to the budget, from a normal
+    distribution with their mean and standard deviation, with its 95% bootstrap interval. Both are empty where the first
+    generation is not uniform.
     """
 
     def __init__(self, run, other=None):
@@ -91,9 +91,8 @@ class RandomSearch:
         self.other, self.budget = other, len(run.succeeded)
         # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
         self.uniform = run.limit >= run.space.flops_quantile(0.02)
-        sample = [
-            r["acc1"] for r in source.results if r["acc1"] is not None and (source.is_random() or r["generation"] == 1)
-        ]
+        chosen = [r for r in source.results if source.is_random() or r["generation"] == 1]
+        sample = [r["acc1"] for r in chosen if r["acc1"] is not None]
         self.size = len(sample)
         self.measured = expected_best(sample)[: self.budget] if self.uniform else []
         self.extrapolated = []
@@ -103,7 +102,10 @@ class RandomSearch:
 
     @property
     def at_budget(self):
-        """(n, expected best, lower end, upper end) for the budget, the ends None where measured; None where unknown or the search's own."""
+        """(n, expected best, low, high) at the budget; low and high are None where it was measured.
+
+        None where it is unknown, or the sample is the search's own.
+        """
         if self.extrapolated:
             return self.extrapolated[-1]
         n = len(self.measured)
@@ -111,20 +113,18 @@ class RandomSearch:
 
 
 def check_comparable(run, other):
-    """Raises UserError where `other` is no random search under the conditions of `run`."""
+    """Raises UserError where `other` is not a random search under the conditions of `run`."""
     if not other.is_random():
-        raise UserError(f"--random {other.out}: no random search; make one by search.py --mutation 0 --crossover 0")
-    keys = (run.settings.keys() | other.settings.keys()) - EVOLUTION
-    if odd := sorted(k for k in keys if run.settings.get(k) != other.settings.get(k)):
-        raise UserError(
-            f"--random {other.out}: differs from {run.out} in {', '.join(odd)}, so accuracies do not compare"
-        )
+        raise UserError(f"--random {other.out}: no random search; make one with search.py --mutation 0 --crossover 0")
+    if changes := settings_difference(run.settings, other.settings, ignore=EVOLUTION):
+        names = ", ".join(changes)
+        raise UserError(f"--random {other.out}: differs from {run.out} in {names}, so accuracies do not compare")
 
 
 def expected_best(values):
     """Expected maximum of n of the values drawn without replacement, as a list for n from 1 to their number.
 
-    P(maximum of n <= k-th smallest) = C(k, n) / C(N, n), which grows from n - 1 to n by the factor (k - n + 1) / (N - n + 1).
+    P(maximum of n <= k-th smallest) = C(k, n) / C(N, n), that of n - 1 times (k - n + 1) / (N - n + 1).
     """
     values, total, expected = np.sort(values), len(values), []
     k, at_most = np.arange(1, total + 1), np.ones(total)
@@ -135,7 +135,7 @@ def expected_best(values):
 
 
 def extrapolate(values, numbers, resamples=1000):
-    """(n, expected maximum of n normal draws with the values' mean and deviation, and its 95% bootstrap interval)."""
+    """(n, expected maximum, low, high) of n normal draws with the values' mean and standard deviation, by bootstrap."""
     rng = np.random.default_rng(0)
     fits = [_fit(rng.choice(values, len(values))) for _ in range(resamples)]
     mean, sd = _fit(np.asarray(values))
@@ -152,11 +152,11 @@ def _fit(values):
 
 
 def normal_maximum(n):
-    """Expected maximum of n standard normal draws, to 1e-3 for n up to a million: the upper end less the integral of the CDF^n."""
+    """Expected maximum of n standard normal draws, to 1e-3 for n up to a million: 8 minus the integral of CDF^n."""
     return 8 - 0.01 * sum(p**n for p in _normal_cdf()) if n > 1 else 0.0
 
 
 @functools.cache
 def _normal_cdf():
-    """At the middles of steps of 0.01 from -8 to 8."""
+    """The CDF at the centres of steps of 0.01 from -8 to 8."""
     return [statistics.NormalDist().cdf(-8 + 0.01 * (i + 0.5)) for i in range(1600)]

@@ -164,7 +164,7 @@ def test_damaged_folder_is_made_whole(small, tmp_path, damage):
     damage(folder)
     assert content(folder) != whole
     assert content(bundled.unpack(folder)) == whole
-    assert bundled.is_whole(folder)
+    assert bundled.is_complete(folder)
 
 
 def test_interrupted_unpacking_is_redone(small, tmp_path, monkeypatch):
@@ -206,9 +206,9 @@ def test_folder_with_anything_else_in_it_is_not_touched(small, tmp_path):
 def test_hidden_files_do_not_matter(small, tmp_path):
     folder = bundled.unpack(tmp_path / "images")
     (folder / "train" / ".DS_Store").write_bytes(b"x")
-    assert bundled.is_whole(folder)
+    assert bundled.is_complete(folder)
     _lose_one(folder)
-    assert bundled.is_whole(bundled.unpack(folder))
+    assert bundled.is_complete(bundled.unpack(folder))
 
 
 def test_where_it_cannot_write(small, tmp_path):
@@ -248,4 +248,4 @@ def test_two_at_once(small, tmp_path, damaged):
     words = [sys.executable, "-c", code, str(bundled.ARCHIVE), str(folder), str(time.time() + 1)]
     processes = [subprocess.Popen(words, cwd=HERE) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
-    assert bundled.is_whole(folder)
+    assert bundled.is_complete(folder)

@@ -157,7 +157,7 @@ def test_predict_names_a_file_that_is_no_image(trained, tree, tmp_path):
     image = next((tree / "val" / "bird").iterdir())
     (tmp_path / "cut.jpg").write_bytes(image.read_bytes()[:-99])
     (tmp_path / "text.jpg").write_text("text")
-    for name, reason in (("cut.jpg", "not a whole image"), ("text.jpg", "not an image"), ("none.jpg", "No such file")):
+    for name, reason in (("cut.jpg", "a damaged image"), ("text.jpg", "not an image"), ("none.jpg", "No such file")):
         words = ["--predict", str(image), str(tmp_path / name), "--checkpoint", str(trained["spos"][0])]
         args = scratch.parse_args(words)
         with pytest.raises(UserError, match=f"{name}: {reason}"):

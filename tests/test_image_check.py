@@ -66,7 +66,7 @@ def breakages(tree):
     (car / "deeper").mkdir()
     (tree / "val" / "dog").mkdir()
     return {
-        "train/bird/000.jpg": "empty", "train/bird/001.jpg": "not a whole image", "val/bird/001.jpg": "not a whole image",
+        "train/bird/000.jpg": "empty", "train/bird/001.jpg": "a damaged image", "val/bird/001.jpg": "a damaged image",
         "train/bird/002.jpg": "not an image", "train/bird/003.jpg": "a GIF file", "train/car/deep.png": "8 bits",
         "train/car/portable.jpg": "content of a .png", "val/car/twice.jpg": "the same image as train/apple/000.jpg",
         "train/car/notes.txt": "ignored", "train/car/deeper": "a folder inside", "val/dog": "a class without images",

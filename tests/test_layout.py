@@ -1,6 +1,7 @@
 """Who may import whom, what the project's files may not say, and that every requirement is pinned and has a reason."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -256,3 +257,27 @@ def test_installed_versions_are_those_required():
     for name, version, marker, _ in requirements():
         if not marker and version.startswith("=="):
             assert metadata.version(name).split("+")[0] == version[2:], name
+
+
+# --- OpenMP --------------------------------------------------------------------------------------------------
+
+STOP_AT_TORCH = """
+import importlib, os, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Finder())
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("script", ["supernet", "tester", "search", "scratch"])
+def test_openmp_is_set_before_torch_is_imported(script):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    words = [sys.executable, "-c", STOP_AT_TORCH, script]
+    result = subprocess.run(words, cwd=HERE, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "10000\n", result.stderr

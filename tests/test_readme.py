@@ -1,11 +1,12 @@
-"""The readme's commands, files, flags and tests: each command is run or parsed as its tag says, and what is named is there.
+"""What readme.md and docs/*.md name: commands, files, flags, links, images, code and tests.
 
-A comment before a block of commands, which readers of the page don't see, is the tag of all of them:
+An HTML comment before a block of commands, invisible on the rendered page, tags all of them:
 
-    <!-- commands: run by a test -->         as they are, in a copy of the project
-    <!-- commands: run small by a test -->   in a copy whose demo.yml has fewer iterations, candidates and images, and whose
-                                             requirements are those that are installed (by make test-all)
-    <!-- commands: need ImageNet -->         not run; the script's own parser takes the arguments
+    <!-- commands: run by a test -->         run as they are, in a copy of the project
+    <!-- commands: run small by a test -->   run by make test-all, in a copy with a smaller demo.yml, whose requirements
+                                             are the installed packages
+    <!-- commands: need ImageNet -->         not run; the script's own parser accepts the arguments
+    <!-- commands: take long -->             not run; the script exists and defines the flags
 """
 
 import ast
@@ -23,58 +24,83 @@ import pytest
 import torch.distributed.run
 import yaml
 from conftest import ROOT
-from test_layout import ROOMS
+from test_layout import ORDER, ROOMS
 
-README = (ROOT / "readme.md").read_text()
-TAGS = ("run by a test", "run small by a test", "need ImageNet")
+PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "readme.md", *sorted(ROOT.glob("docs/*.md")))}
+TAGS = ("run by a test", "run small by a test", "need ImageNet", "take long")
+LANGUAGES = ("bibtex", "python", "text")  # of blocks without commands
 BLOCK = re.compile(r"(?:^<!-- commands: (.*?) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"^\s*(?:\$ )?(?:python3?|make|pip|git|bash|sh|\.|source|cd|export|torchrun) ", re.M)
+TEXT = "\n".join(PAGES.values())
+MAKEFILE = (ROOT / "Makefile").read_text()
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def blocks(tag):
-    return [text for found, _, text in BLOCK.findall(README) if found == tag]
+def blocks(*tags):
+    return sorted({text for tag, _, text in BLOCK.findall(TEXT) if tag in tags})
 
 
-def commands(tag):
-    return sorted({line for text in blocks(tag) for line in text.splitlines()})
+def commands(*tags):
+    return sorted({line for text in blocks(*tags) for line in text.splitlines()})
 
 
-# --- tags ----------------------------------------------------------------------------------------------------
+def section(page, title):
+    """The text below a heading, up to the next one."""
+    return re.split(r"^#+ ", PAGES[page].split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
 
 
-def untagged(readme):
-    """What is wrong with the blocks of a readme, a line each."""
-    found = []
-    for tag, language, text in BLOCK.findall(readme):
+def table(text):
+    """The rows of the first table in a text, without its head, as lists of cells."""
+    rows = re.search(r"(?:^\|.*\|\n)+", text, re.M)[0].splitlines()[2:]
+    return [[cell.strip() for cell in row[1:-1].split(" | ")] for row in rows]
+
+
+# --- pages ---------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["readme.md"].splitlines()) <= 220
+
+
+@every_page
+def test_lines_are_short(page):
+    prose = BLOCK.sub("", PAGES[page]).splitlines()
+    assert [line for line in prose if len(line) > 120 and not line.startswith("|")] == []
+
+
+@every_page
+def test_every_block_of_commands_is_tagged(page):
+    found = BLOCK.findall(PAGES[page])
+    assert len(found) == len(re.findall("^ *```|^ *~~~", PAGES[page], re.M)) / 2
+    for tag, language, text in found:
         if language == "sh":
-            if tag not in TAGS:
-                found.append(f"tagged {tag!r}: {text.splitlines()[0]}")
-        elif language not in ("bibtex", "python", "text") or tag:
-            found.append(f"a block of {language!r}: {text.splitlines()[0]}")
-        elif match := COMMAND.search(text):
-            found.append(f"a command in a block of {language!r}: {match[0]}")
-    if len(BLOCK.findall(readme)) != len(re.findall("^ *```|^ *~~~", readme, re.M)) / 2:
-        found.append("a block that is not of the usual form")
-    return found
+            assert tag in TAGS, text
+        else:
+            assert language in LANGUAGES and not tag and not COMMAND.search(text), text
 
 
-def test_every_command_is_tagged():
-    assert untagged(README) == []
-    assert len(BLOCK.findall(README)) > 10 and all(blocks(tag) for tag in TAGS)
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", PAGES[page]), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "readme",
-    [
-        "```sh\nmake demo\n```\n", "```\nmake demo\n```\n", "```text\npython supernet.py\n```\n", "```text\n$ python x.py\n```\n",
-        "<!-- commands: run -->\n```sh\nmake demo\n```\n", "<!-- commands: run by a test -->\n\n```sh\nmake demo\n```\n",
-        "* so:\n  ```sh\n  make demo\n  ```\n", "<!-- commands: need ImageNet -->\n```text\nx\n```\n",
-    ],
-)  # fmt: skip
-def test_what_is_not_tagged_is_found(readme):
-    tagged = "<!-- commands: run by a test -->\n```sh\nmake test\n```\n"
-    assert untagged(tagged) == []
-    assert untagged(tagged + readme)
+@every_page
+def test_links_lead_somewhere(page):
+    for image, target in re.findall(r"(!?)\[[^\]]+\]\(([^)]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / path if path else ROOT / page
+        assert path.is_file(), target
+        if anchor:
+            assert anchor in anchors(path.resolve().relative_to(ROOT).as_posix()), target
+        if image:
+            assert path.read_bytes().startswith(b"\x89PNG"), target
+
+
+def test_the_readme_links_every_page():
+    assert PAGES.keys() - {"readme.md"} <= set(re.findall(r"\]\(([^)#]+)", PAGES["readme.md"]))
 
 
 # --- commands ------------------------------------------------------------------------------------------------
@@ -91,7 +117,7 @@ SMALL_DEMO = {
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the project without what was made in it; python is the running one. Returns its folder and the environment."""
+    """(folder, environment) of a copy of the project without outputs, where python is the running interpreter."""
     for pattern in ("*.*", "Makefile", "*/*.py", "data/*.*"):
         for path in ROOT.glob(pattern):
             if path.is_file():
@@ -134,8 +160,8 @@ def test_a_block_runs(block, project):
     execute(block, *project)
 
 
-def make_becomes_what_it_runs(block, folder):
-    """The block with what a make target would run, without its set-up, in the place of the target; a demo that need not be good."""
+def without_make(block, folder):
+    """Replaces make targets in a block by what they run after set-up; the demo then has no accuracy to reach."""
 
     def recipe(match):
         result = subprocess.run(["make", "-n", match[1]], cwd=folder, capture_output=True, text=True)
@@ -152,51 +178,77 @@ def make_becomes_what_it_runs(block, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("run small by a test"))
 def test_a_block_runs_small(block, small_project):
-    """Where a block installs, pip gets no network and finds what is installed already."""
+    """Blocks that install run pip without a network, which finds the installed packages."""
     folder, environment = small_project
     if "pip install" in block:
         environment |= {"PYTHONPATH": sysconfig.get_paths()["purelib"], "PIP_NO_INDEX": "1"}
-    stdout = execute(make_becomes_what_it_runs(block, folder), folder, environment)
+    stdout = execute(without_make(block, folder), folder, environment)
     if "make demo" in block:
         assert "| best of the search, retrained " in stdout
 
 
-PARSED = {c for tag in TAGS for c in commands(tag) if tag == "need ImageNet" or c.startswith(("python ", "torchrun "))}
-
-
-@pytest.mark.parametrize("command", sorted(PARSED))
-def test_a_command_is_taken_by_its_script(command):
+def without_launcher(command):
+    """The script of a command and its arguments; torchrun's own flags are checked and removed."""
     program, *words = shlex.split(command)
     if program == "torchrun":
         args = torch.distributed.run.get_args_parser().parse_args(words)
-        program, words = "python", [args.training_script, *args.training_script_args]
-    script, *words = words
-    assert program == "python" and (ROOT / script).is_file()
-    importlib.import_module(script.removesuffix(".py")).parse_args(words)
+        return args.training_script, args.training_script_args
+    assert program == "python"
+    return words[0], words[1:]
+
+
+@pytest.mark.parametrize("command", [c for c in commands(*TAGS) if re.match(r"(python|torchrun) [a-z]", c)])
+def test_a_command_is_accepted_by_its_script(command):
+    script, words = without_launcher(command)
+    if "/" not in script:
+        importlib.import_module(script.removesuffix(".py")).parse_args(words)
+    else:  # bench and faults define their flags in main
+        source = (ROOT / script).read_text()
+        assert all(f'"{word}"' in source for word in words if re.match(r"--|[a-z]", word))
+
+
+def test_pytest_commands_name_tests():
+    found = [shlex.split(c) for c in commands(*TAGS) if c.startswith("python -m pytest ")]
+    assert found and all((ROOT / words[-1]).is_file() for words in found)
+
+
+def test_the_readme_has_the_four_commands():
+    in_readme = "\n".join(text for tag, _, text in BLOCK.findall(PAGES["readme.md"])).splitlines()
+    assert {"python supernet.py", "python tester.py --mode gen", "python search.py", "make demo"} <= set(in_readme)
+    assert any(line.startswith("python scratch.py") for line in in_readme)
+
+
+@every_page
+def test_commands_in_the_text_exist(page):
+    for script in re.findall(r"`python ([\w./]+)", PAGES[page]):
+        assert (ROOT / script).is_file(), script
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", PAGES[page], re.M):
+        assert re.search(rf"^{target}:", MAKEFILE, re.M), target
 
 
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
 
-def test_the_readme_has_the_four_commands():
-    for command in (
-        "python supernet.py",
-        "python tester.py --mode gen",
-        "python search.py",
-        "python scratch.py",
-        "make demo",
-    ):
-        assert any(command in commands(tag) for tag in TAGS)
-
-
-def test_commands_in_the_text_exist():
-    for script in re.findall(r"`python ([\w./]+)", README):
-        assert (ROOT / script).is_file(), script
-    for target in re.findall(r"`make ([\w-]+)", README):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+@every_page
+def test_flags_exist(page):
+    known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page])) - {"--help"} - TORCHRUN:
+        assert f'"{flag}"' in known, flag
 
 
 # --- what is named -------------------------------------------------------------------------------------------
+
+# Files that runs write, and those of others.
+WRITTEN = re.compile(
+    r"checkpoints/|acc/|id2cand/|data/(cache|imagenet)|figures/|DIR/"
+    r"|(config\.yml|run\.log|metadata\.json|nni_auto_gen_search_space\.json|report\.html|network\.\w+)$"
+)
+
+
+@every_page
+def test_files_exist(page):
+    named = set(re.findall(r"`([\w./-]+\.(?:py|yml|json|md|html|txt|toml|xz|png|svg|log))`", PAGES[page]))
+    assert not [path for path in named if not WRITTEN.match(path) and not (ROOT / path).is_file()]
 
 
 def names(path):
@@ -210,9 +262,8 @@ def names(path):
     return found
 
 
-def test_the_readers_path_leads_to_code():
-    table = README.split("## From the paper to the code")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+def test_the_paper_leads_to_code():
+    rows = table(section("readme.md", "From the paper to the code"))
     assert len(rows) > 10
     for what, where in rows:
         places = re.findall(r"`([^`]+)`", where)
@@ -222,38 +273,31 @@ def test_the_readers_path_leads_to_code():
             assert name in names(ROOT / path), place
 
 
-def test_images_exist():
-    images = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", README)
-    assert len(images) == README.count("![")
-    for _, path in images:
-        assert (ROOT / path).read_bytes().startswith(b"\x89PNG"), path
-
-
-def test_the_file_map_is_complete():
-    named = set(re.findall(r"`([\w/]+\.(?:py|yml|json))`", README.split("## Files")[1].split("\n## ")[0]))
-    root = {path.name for pattern in ("*.py", "*.yml", "*.json") for path in ROOT.glob(pattern)}
-    rooms = {f"{room}/{p.name}" for room in ROOMS for p in (ROOT / room).glob("*.py") if p.name != "__init__.py"}
-    assert named == root - {"nni_auto_gen_search_space.json"} | rooms
-
-
-def test_flags_in_the_readme_exist():
-    known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), ROOT / "Makefile"])
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"} - TORCHRUN:
-        assert f'"{flag}"' in known, flag
-
-
-def test_tests_in_the_comparison_exist():
-    """Every row of the table beside the official code and NNI names tests, and no test that is not there."""
-    table = README.split("## Beside the official code")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
-    there = {
-        f"{path.name}::{name}"
-        for path in (ROOT / "tests").glob("test_*.py")
-        for name in names(path)
-        if name.startswith("test_")
-    }
+def test_the_comparison_names_tests():
+    """Every row of the table beside the official code and NNI names tests, all of which exist."""
+    rows = table(PAGES["docs/fidelity.md"])
+    existing = {f"{path.name}::{name}" for path in ROOT.glob("tests/test_*.py") for name in names(path)}
     assert len(rows) > 30
     for row in rows:
         assert len(row) == 5, row
         named = re.findall(r"`([^`]+)`", row[4])
-        assert named and set(named) <= there, row[0]
+        assert named and all("::test_" in name for name in named) and set(named) <= existing, row[0]
+
+
+def test_the_file_map_is_complete():
+    text = PAGES["docs/files.md"].split("\n## Order of imports")[0]
+    named = re.findall(r"`([\w/]+\.(?:py|yml|json))`", text)
+    root = {path.name for pattern in ("*.py", "*.yml", "*.json") for path in ROOT.glob(pattern)}
+    folders = {f"{room}/{path.name}" for room in (*ROOMS, "faults", "bench") for path in (ROOT / room).glob("*.py")}
+    expected = {p for p in root | folders if not p.endswith(("__init__.py", "nni_auto_gen_search_space.json"))}
+    assert sorted(named) == sorted(expected)
+
+
+def test_the_order_of_imports_is_the_tested_one():
+    rows = table(section("docs/files.md", "Order of imports"))
+    assert [set(re.findall(r"`(\w+)`", modules)) for _, modules in rows] == list(ORDER)
+
+
+def test_the_tests_are_listed():
+    listed = re.findall(r"`(tests/test_\w+\.py)`", section("docs/testing.md", "What the tests cover"))
+    assert sorted(listed) == sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("tests/test_*.py"))

@@ -389,7 +389,9 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, undisturb
         process.kill()
         process.wait()
     text = log.read_text()
-    assert f"no SSH connection to 127.0.0.2:{servers[1].port}" in text and "continuing with the other machines, 1" in text
+    assert (
+        f"no SSH connection to 127.0.0.2:{servers[1].port}" in text and "continuing with the other machines, 1" in text
+    )
     assert outcome(far) == outcome(undisturbed) and [len(generation) for generation in outcome(far)] == [6, 6, 6]
     assert read_json(far / "checkpoints/best.json") == read_json(undisturbed / "checkpoints/best.json")
     assert not [child for child in children if child.is_running()]

@@ -139,7 +139,9 @@ def test_weights_of_another_model_are_refused():
     ):
         checkpoint.load_weights(supernet, small_weights() | {"classifier.0.weight": torch.zeros(6, 16)}, "FILE")
     with pytest.raises(UserError, match=r"FILE: entry 'conv_last.0.weight' is missing"):
-        checkpoint.load_weights(supernet, {k: v for k, v in small_weights().items() if k != "conv_last.0.weight"}, "FILE")
+        checkpoint.load_weights(
+            supernet, {k: v for k, v in small_weights().items() if k != "conv_last.0.weight"}, "FILE"
+        )
     before = {k: v.clone() for k, v in supernet.state_dict().items()}
     with pytest.raises(UserError):
         checkpoint.load_weights(supernet, fixed.state_dict(), "FILE")

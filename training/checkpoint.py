@@ -112,8 +112,9 @@ def parse(content, path, kind, space=None):
 
 def load_supernet(path, out, space=None):
     """(the supernet, its Checkpoint) from `path`, or from the newest checkpoint below `out` where path is None."""
-    folder = pathlib.Path(out) / "checkpoints" / "supernet"
-    path = path or newest(folder)
+    if path is None:
+        folder = pathlib.Path(out) / "checkpoints" / "supernet"
+        path = newest(folder)
     if path is None:
         raise UserError(f"--checkpoint: no supernet in {folder}; train one with supernet.py")
     ckpt = load(path, "supernet", space)

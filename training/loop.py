@@ -6,7 +6,6 @@ ends with the same bits as an uninterrupted one. The step itself is in recipe.py
 
 import contextlib
 import math
-import os
 import shutil
 import signal
 import time
@@ -18,7 +17,7 @@ from images.dataset import training_plan
 from training.evaluation import correct_counts
 from training.recipe import Recipe
 from training.run import Journal
-from utils import Interrupted, UserError, duration, log
+from utils import Interrupted, UserError, duration, log, watch_parent
 
 try:
     import resource
@@ -208,13 +207,13 @@ class _Interruption:
             self.raises = False
 
     def __enter__(self):
-        self.noted, self.parent = 0, os.getppid()
+        self.noted, self.parent_ended = 0, watch_parent()
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     @property
     def signal(self):
-        orphaned = distributed.world_size() > 1 and os.getppid() != self.parent  # nothing would restart the other ranks
+        orphaned = distributed.world_size() > 1 and self.parent_ended()  # nothing would restart the other ranks
         return self.noted or (signal.SIGTERM if orphaned else 0)
 
     def _note(self, number, _):

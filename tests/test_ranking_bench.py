@@ -143,7 +143,7 @@ def test_kernel_size():
 
 
 CONFIG = """
-common: {{data-dir: {tree}, cache: {cache}, input-size: 32, heldout-per-class: 4, eval-batch-size: 8}}
+common: {{data-dir: {tree}, cache: {cache}, input-size: 16, heldout-per-class: 4, eval-batch-size: 8, loader: torchvision, workers: 0}}
 supernet: {{iterations: 2, batch-size: 8, bn-batches: 2, bn-batch-size: 8}}
 tester: {{bn: average, bn-batches: 2, bn-batch-size: 8}}
 scratch: {{iterations: 8, batch-size: 8, lr: 0.05, warmup: 4, bn-pass: 4}}
@@ -177,6 +177,7 @@ def test_a_training_is_that_of_scratch(tree, tmp_path):
     assert all(torch.equal(value, expected["model"][name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(tree, tmp_path):
     """3 candidates, 2 seeds of 4 iterations: what was measured stays, and the end is that of an undisturbed run."""
     config, results = tmp_path / "config.yml", tmp_path / "killed" / "ranking.json"

@@ -46,7 +46,16 @@ def accuracy(candidate):
     return 40 + 20 * random.Random(str(candidate)).random() + sum(candidate) / 10
 
 
-def make(out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0] == 1 and c[1] < 2, **changes):
+def few_values(candidate):
+    """Accuracies of which many are equal in top-1, and some in both."""
+    draw = random.Random(str(candidate))
+    return 50 + draw.randrange(2), 90 + draw.randrange(3)
+
+
+def make(
+    out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0] == 1 and c[1] < 2,
+    measured=lambda c: (accuracy(c), 99.0), **changes,
+):  # fmt: skip
     """A search in `out` as search.py leaves it, or one that ended after so many results; returns `out`."""
     evolution = SMALL | changes
     limit = space.flops_value(limit)
@@ -62,9 +71,9 @@ def make(out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0
             if fails(candidate):
                 record.fail(candidate, "out of memory", "t1")
             else:
-                acc1 = accuracy(candidate)
+                acc1, acc5 = measured(candidate)
                 record.add(
-                    {"architecture": list(candidate), "acc1": acc1, "acc5": 99.0, "n_images": 500, "seconds": 1.5}, "t1"
+                    {"architecture": list(candidate), "acc1": acc1, "acc5": acc5, "n_images": 500, "seconds": 1.5}, "t1"
                 )
             n += 1
     return out
@@ -116,6 +125,38 @@ def test_the_front_is_what_no_other_candidate_beats(searched):
     }  # fmt: skip
     assert {id(r) for r in found.front()} == {id(r) for r in found.succeeded} - beaten
     assert 1 < len(found.front()) < len(found.succeeded)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A finished search with many ties."""
+    return make(tmp_path_factory.mktemp("tied"), measured=few_values, generations=3)
+
+
+def test_the_front_has_the_cheapest_of_equal_top1_alone(tied):
+    found = SearchResults(tied)
+    costs = {}
+    for r in found.succeeded:
+        costs.setdefault(r["acc1"], []).append(r["flops"])
+    assert all(len(flops) > 5 for flops in costs.values())
+    front, best = [], -math.inf
+    for flops, acc1 in sorted((min(flops), acc1) for acc1, flops in costs.items()):
+        if acc1 > best:
+            front, best = [*front, (flops, acc1)], acc1
+    assert [(r["flops"], r["acc1"]) for r in found.front()] == front
+
+
+def test_of_equals_the_report_has_the_one_in_best_json(tied):
+    found, best = SearchResults(tied), SPACE.load_architecture(tied / "checkpoints" / "best.json")
+    highest = max((r["acc1"], r["acc5"]) for r in found.succeeded)
+    equals = [r for r in found.succeeded if (r["acc1"], r["acc5"]) == highest]
+    assert len(equals) > 2 and equals == found.succeeded[: len(equals)]
+    assert tuple(found.succeeded[0]["architecture"]) == best
+    assert [r["generation"] for r in equals] == sorted(r["generation"] for r in equals)
+    assert max(r["acc5"] for r in found.succeeded) == max(r["acc5"] for r in equals)
+    for generation in found.generations:
+        first = SPACE.load_architecture(tied / "checkpoints" / f"{generation.number - 1:03}_000.json")
+        assert tuple(generation.best["architecture"]) == first
 
 
 def test_expected_best_is_the_mean_maximum_of_all_samples():

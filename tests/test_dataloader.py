@@ -333,8 +333,10 @@ def test_a_damaged_image_is_named(tmp_path, backend, damage):
 @pytest.mark.parametrize(
     "mode, size, kind",
     [
-        ("L", (40, 30), "png"), ("P", (40, 30), "png"), ("RGBA", (40, 30), "png"), ("LA", (40, 30), "png"), ("1", (40, 30), "png"),
-        ("RGB", (1, 1), "png"), ("RGB", (1, 1), "jpg"), ("L", (1, 300), "jpg"), ("CMYK", (40, 30), "jpg"), ("RGB", (5000, 4000), "jpg"),
+        ("L", (40, 30), "png"), ("P", (40, 30), "png"), ("RGBA", (40, 30), "png"), ("LA", (40, 30), "png"), ("1", (40,
+        30), "png"),
+        ("RGB", (1, 1), "png"), ("RGB", (1, 1), "jpg"), ("L", (1, 300), "jpg"), ("CMYK", (40, 30), "jpg"), ("RGB",
+        (5000, 4000), "jpg"),
     ],
 )  # fmt: skip
 def test_unusual_images_are_accepted(tmp_path, backend, augment, mode, size, kind):

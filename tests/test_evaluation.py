@@ -149,7 +149,7 @@ def test_a_common_prefix_is_computed_once(supernet):
 
 
 def test_activations_live_no_longer_than_a_path_needs_them(supernet):
-    """With n candidates that part at the first block, a tree walked breadth first would hold n activations at a time."""
+    """Walked breadth first, a tree of n candidates that part at the first block would hold n activations at a time."""
     rng, alive, most = random.Random(0), [], [0]
     candidates = [SPACE.random_candidate(rng) for _ in range(16)]
 

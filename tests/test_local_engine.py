@@ -1,4 +1,4 @@
-"""The search without NNI: the evolution's generations, whatever workers do, and nothing left of it when it is killed."""
+"""The search without NNI: the evolution's generations, whatever workers do; a killed one leaves no process."""
 
 import contextlib
 import itertools

@@ -140,7 +140,7 @@ def test_even_against_odd_channels_would_be_seen(monkeypatch):
 
 @pytest.mark.parametrize("block", [0, 9, 19])
 def test_one_swapped_kernel_size_would_be_seen(block):
-    """One block has a kernel of 5 instead of 3, with the weights of 3 in all nine places but one, which move outwards."""
+    """One block has a kernel of 5 instead of 3, with the weights of 3 in all nine places but one, which moves out."""
     ours, reference = supernets(32, torch.float32)
     path = (0,) * 20
     expected = outcome(reference, 32, torch.float32, path)

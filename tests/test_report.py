@@ -1,9 +1,10 @@
-"""The report of a search, on synthetic ones: its numbers, its figures, the page; and the page as a real browser shows it."""
+"""The report of a search, on synthetic ones: numbers, figures, the page, and the page in a real browser."""
 
 import html
 import itertools
 import json
 import math
+import pathlib
 import random
 import re
 import shutil
@@ -16,11 +17,12 @@ import pytest
 from conftest import run
 from PIL import Image
 
+import report
 from engines.search_record import SearchRecord, prepare_search, state_path
 from evolution_tuner import Evolution
 from reports.page import read_log, write_report
 from reports.search_results import RandomSearch, SearchResults, expected_best, extrapolate, normal_maximum
-from space.search_space import SearchSpace
+from space.search_space import OPERATIONS, SearchSpace
 from utils import UserError, duration
 
 SPACE = SearchSpace.for_images(28, 10)
@@ -121,7 +123,8 @@ def test_the_front_is_what_no_other_candidate_beats(searched):
     found = SearchResults(searched)
     beaten = {
         id(r) for r, other in itertools.permutations(found.succeeded, 2)
-        if other["flops"] <= r["flops"] and other["acc1"] >= r["acc1"] and (other["flops"], other["acc1"]) != (r["flops"], r["acc1"])
+        if other["flops"] <= r["flops"] and other["acc1"] >= r["acc1"] and (other["flops"],
+        other["acc1"]) != (r["flops"], r["acc1"])
     }  # fmt: skip
     assert {id(r) for r in found.front()} == {id(r) for r in found.succeeded} - beaten
     assert 1 < len(found.front()) < len(found.succeeded)
@@ -295,18 +298,20 @@ def test_heat_map_names_the_shares(searched):
     )
 
 
+KINDS = {
+    "one candidate": {"stop_after": 1, "fails": lambda c: False},
+    "most failed": {"generations": 2, "fails": lambda c: sum(c) % 4 != 0},
+    "one generation": {"generations": 1},
+    "three operations": {"space": SearchSpace(stage_blocks=(1, 2, 5, 2), operations=OPERATIONS[:0:-1])},
+    "many generations": {"space": SearchSpace.for_images(64, 3), "generations": 12},
+    "44 blocks": {"space": SearchSpace(stage_blocks=(8, 8, 20, 8))},
+}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"stop_after": 1, "fails": lambda c: False},
-        {"generations": 1},
-        {"generations": 2, "fails": lambda c: sum(c) % 4 != 0},
-        {"space": SearchSpace(stage_blocks=(1, 2, 5, 2), operations=("xception_3x3", "shufflenet_7x7", "shufflenet_3x3"))},
-        {"space": SearchSpace.for_images(64, 3), "generations": 12},
-        {"space": SearchSpace(stage_blocks=(8, 8, 20, 8))},
-    ],
-    ids=["one candidate", "one generation", "most failed", "three operations", "many generations", "44 blocks"],
-)  # fmt: skip
+    [pytest.param(c, id=name, marks=[pytest.mark.slow] * (n > 1)) for n, (name, c) in enumerate(KINDS.items())],
+)
 def test_searches_of_all_kinds(tmp_path, changes):
     out = make(tmp_path, **changes)
     page = write_report(out).read_text()
@@ -373,8 +378,11 @@ def test_errors_are_one_line(tmp_path):
         assert message in stderr and stderr.count("\n") == 1 and not (out / "report.html").exists()
 
 
-def test_the_command_prints_where_the_page_is(searched):
-    assert run("report.py", searched) == (f"{searched / 'report.html'}\n", "")
+def test_the_command_prints_where_the_page_is(searched, monkeypatch):
+    asked = []
+    monkeypatch.setattr(report, "write_report", lambda *folders: asked.append(folders) or folders[0] / "report.html")
+    assert run("report.py", searched, "--random", "other") == (f"{searched / 'report.html'}\n", "")
+    assert asked == [(searched, pathlib.Path("other"))]
 
 
 # --- in a browser --------------------------------------------------------------------------------------------
@@ -388,21 +396,24 @@ for (const mark of document.querySelectorAll(".datum")) {
         fill: getComputedStyle(mark).fill, title: mark.querySelector("title").textContent,
     });
 }
-document.body.append(Object.assign(document.createElement("pre"), {id: "measured", textContent: JSON.stringify(measured)}));
+document.body.append(Object.assign(document.createElement("pre"), {id: "measured",
+textContent: JSON.stringify(measured)}));
 </script>"""
 
 
 @pytest.fixture
 def browse(tmp_path):
-    """Opens a page in headless Chromium without a network; returns (the page's DOM as text, the lines of its console)."""
+    """Opens a page in headless Chromium without a network; returns (the DOM as text, the lines of its console)."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
 
     def browse(path, *words):
         command = [
-            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,3200", "--no-first-run",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", *words, path.as_uri(),
+            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--window-size=1100,3200", "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND", *words, path.as_uri(),
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, timeout=180)
         assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""search.py's NNI experiment for real, with trials that need no torch, and what search.py checks before it starts one."""
+"""search.py's NNI experiment with trials that need no torch (slow), and what search.py checks before it starts."""
 
 import contextlib
 import json
@@ -79,7 +79,7 @@ run_script(main, lambda: sys.argv[1])
 
 @contextlib.contextmanager
 def hosted(out, seconds=0.0, resume=False):
-    """A process that runs search_with_nni in `out`; yields it and the port of the web UI. Nothing of it outlives the block."""
+    """A process that runs search_with_nni in `out`, and the port of the web UI; all of it ends with the block."""
     (out / "trial.py").write_text(TRIAL.format(str(search.HERE)))
     (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
     with socket.socket() as probe:

@@ -81,7 +81,7 @@ def log_rows(folder):
 
 
 def assert_same_end(folder, other):
-    """Two runs ended with the same bits: weights, BN statistics, momentum, and the last line of the log, without times."""
+    """Two runs ended with the same bits: weights, BN statistics, momentum, and the last line of the log."""
     a, b = (load(newest(f), "supernet").content for f in (folder, other))
     assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
     assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())

@@ -89,8 +89,10 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"state_dict": {"x": 1}}, {"epoch": 3}, torch.zeros(2), None,
-                                     {"x": torch.zeros(2).to_sparse()}, {"x": torch.zeros(2, device="meta")}])  # fmt: skip
+@pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"state_dict": {"x": 1}}, {"epoch": 3},
+torch.zeros(2), None,
+                                     {"x": torch.zeros(2).to_sparse()}, {"x": torch.zeros(2,
+                                     device="meta")}])  # fmt: skip
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "file")
     with pytest.raises(UserError, match="file: holds no state dict"):

@@ -1,4 +1,4 @@
-"""search.py's NNI experiment for real, with trials that need no torch, and what search.py checks before it starts one."""
+"""search.py's NNI experiment with trials that need no torch (slow), and what search.py checks before it starts."""
 
 import contextlib
 import json
@@ -79,7 +79,7 @@ run_script(main, lambda: sys.argv[1])
 
 @contextlib.contextmanager
 def hosted(out, seconds=0.0, resume=False):
-    """A process that runs search_with_nni in `out`; yields it and the port of the web UI. Nothing of it outlives the block."""
+    """A process that runs search_with_nni in `out`, and the port of the web UI; all of it ends with the block."""
     (out / "trial.py").write_text(TRIAL.format(str(search.HERE)))
     (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
     with socket.socket() as probe:
@@ -160,6 +160,7 @@ def check_outcome(out):
     assert (state["done"], state["generation"], state["evaluated"]) == (True, 2, 8)
 
 
+@pytest.mark.slow
 def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path):
     with hosted(tmp_path) as (process, port):
         wait_for(lambda: evaluated(tmp_path), "no trial began")
@@ -178,6 +179,7 @@ def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path):
     )  # two a generation, and two for those of the one that died
 
 
+@pytest.mark.slow
 def test_interrupted_search_leaves_nothing_running_and_goes_on(tmp_path):
     (tmp_path / "first trial").touch()
     with hosted(tmp_path, seconds=2.0) as (process, _):
@@ -196,6 +198,7 @@ def test_interrupted_search_leaves_nothing_running_and_goes_on(tmp_path):
     assert sorted(before + evaluated(tmp_path)) == sorted(c for p in expected().history for c in p)
 
 
+@pytest.mark.slow
 def test_killed_search_takes_nni_with_it(tmp_path):
     (tmp_path / "first trial").touch()
     with hosted(tmp_path, seconds=30.0) as (process, _):

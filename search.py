@@ -300,7 +300,7 @@ def report(results, space, config, args, out):
 
 
 def retrain_command(config, args):
-    """The command that retrains the best candidate on the images of the search: its YAML file, and flags for the rest."""
+    """The command that retrains the best candidate on the images of the search: its YAML file, and other flags."""
     known_args = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
     words = ["--architecture", os.path.join(args.out, "checkpoints", "best.json")]
     if args.data_dir != known_args.data_dir:

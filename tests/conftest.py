@@ -1,19 +1,27 @@
-"""Shared fixtures: small trees of coloured images, bundled ones as tensors, and the scripts run as a person runs them."""
+"""Shared fixtures: small trees of coloured images, bundled ones as tensors, and scripts in this process or another."""
 
 import argparse
+import contextlib
 import functools
+import gc
 import importlib.util
+import io
+import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from images import bundled
+import utils
+from dataloader import Loader
+from engines import local_engine
+from images import bundled, image_check
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
@@ -41,6 +49,7 @@ def make_tree(root, train=12, val=7):
     return root
 
 
+@functools.cache
 def load(path):
     """The module in a file, "bench/search.py", whose name a module at the root may have too."""
     spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
@@ -51,7 +60,7 @@ def load(path):
 
 @functools.cache
 def real_images(n, px):
-    """`n` of the bundled training images, as many of each class in turn: (n, 3, px, px) in [0, 255], and their labels (n,)."""
+    """`n` bundled training images of all classes in turn: (n, 3, px, px) in [0, 255], and their labels (n,)."""
     classes = sorted(
         path for path in (bundled.unpack(ROOT / "data" / "fashion-mnist") / "train").iterdir() if path.is_dir()
     )
@@ -68,25 +77,101 @@ def tree(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("images"))
 
 
+@pytest.fixture(scope="session")
+def data(tree):
+    """The flags of the images, 9 of 36 held out; all that is decoded is decoded in the process itself."""
+    size = "--input-size 16 --heldout-per-class 3 --loader torchvision --workers 0 --eval-batch-size 5 --threads 1"
+    return ("--data-dir", tree, size)
+
+
 @pytest.fixture
 def data_args(tree):
     return argparse.Namespace(data_dir=str(tree), loader="auto", demo=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """The folder of decoded images for all scripts that `run` starts: not the project's own."""
+def folders(tmp_path_factory):
+    """Temporary files, decoded images and the record of checked trees go to folders of this session."""
+    before = tempfile.gettempdir()
+    temporary = tmp_path_factory.mktemp("tmp")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     os.environ["TEST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    image_check.RECORD = pathlib.Path(os.environ["TEST_CACHE"]) / "checked.json"
+    yield
+    os.environ["TMPDIR"] = tempfile.tempdir = before
 
 
-def run(script, *words, code=0, cwd=None, **variables):
+@pytest.fixture
+def forked(monkeypatch):
+    """The local engine forks its workers: spawned ones would import torch again."""
+    monkeypatch.setattr(local_engine, "SPAWN", multiprocessing.get_context("fork"))
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """What loaders decode: a list of (augmented, [path, ...]), one entry a batch, as it is decoded."""
+    batches, decode = [], Loader.decode
+
+    def recorded(loader, plan):
+        taken = []
+        for n, batch in enumerate(decode(loader, (taken.append(samples) or samples for samples in plan))):
+            batches.append((loader.augment, [f"{loader.images.root}/{loader.images.paths[i]}" for i in taken[n][:, 1]]))
+            yield batch
+
+    monkeypatch.setattr(Loader, "decode", recorded)
+    return batches
+
+
+def run(script, *words, code=0, cwd=None):
+    """Runs a script in this process, as `launch` does in another; returns (standard output, standard error)."""
+    module = load(script) if "/" in script else importlib.import_module(script.removesuffix(".py"))
+    words = _words(script, words)
+    out, err = io.StringIO(), io.StringIO()
+    with _restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = [str(ROOT / script), *words]
+        os.chdir(cwd or os.getcwd())
+        try:
+            utils.run_script(module.main, lambda: module.parse_args(words))
+            returned = 0
+        except SystemExit as end:
+            returned = end.code or 0
+    assert returned == code, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def _words(script, words):
+    """The arguments one by one, with "--a 1 --b" split; decoded images go to the session's folder by default."""
+    cache = ["--cache", os.environ["TEST_CACHE"]] if script in SCRIPTS else []
+    return cache + [part for word in map(str, words) for part in (word.split() if word[:2] == "--" else [word])]
+
+
+@contextlib.contextmanager
+def _restored():
+    """What a script changes in its process is as before after the block: log, arguments, folder, environment, torch."""
+    log, argv, folder, environment = utils.log, sys.argv, os.getcwd(), dict(os.environ)
+    threads, random_state = torch.get_num_threads(), torch.get_rng_state()
+    handlers, propagate, level = log.handlers, log.propagate, log.level
+    log.handlers, log.propagate = [], False
+    try:
+        yield
+    finally:
+        for handler in log.handlers:
+            handler.close()
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
+        sys.argv = argv
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random_state)
+        gc.collect()  # closes files, and with them frees locks
+
+
+def launch(script, *words, code=0, cwd=None, **variables):
     """Runs a script in a process of its own, with environment variables; returns (standard output, standard error)."""
-    if script in SCRIPTS:
-        words += ("--cache", os.environ["TEST_CACHE"])
+    command = [sys.executable, ROOT / script, *_words(script, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    words = [str(w) for w in words]
-    result = subprocess.run(
-        [sys.executable, ROOT / script, *words], capture_output=True, text=True, env=environment, timeout=300, cwd=cwd
-    )
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=cwd)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr

@@ -80,7 +80,7 @@ class Unit(nn.Module):
 
 
 class Network(nn.Module):
-    """The supernet (`path` None: forward takes a path) or one path of it as a network of its own (forward takes images)."""
+    """The supernet (`path` None; forward takes images and a path) or one path as a network (images alone)."""
 
     def __init__(self, path=None, classes=1000, affine=False, stem_stride=2, last_size=7):
         super().__init__()

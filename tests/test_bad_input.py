@@ -1,7 +1,7 @@
-"""What a person gets wrong, flag by flag and file by file: one line that names it, exit code 2, and nothing written.
+"""What users get wrong, flag by flag and file by file: one line that names it, exit code 2, and nothing written.
 
-Image files and trees are in test_dataloader.py and test_image_check.py, architecture files in test_search_space.py, FLOPs
-tables in test_flops_table.py, ports in test_search_nni.py, settings of the evolution in test_evolution.py.
+Image files and trees are in test_dataloader.py and test_image_check.py, architecture files in test_search_space.py,
+FLOPs tables in test_flops_table.py, ports in test_search_nni.py, settings of the evolution in test_evolution.py.
 """
 
 import importlib
@@ -88,8 +88,10 @@ def world(tmp_path_factory):
     data = DataConfig(input_size=32, val_resize=37, heldout_per_class=1).to_dict()
 
     def save(name, kind, space, classes, model, **changes):
-        content = {"version": 1, "kind": kind, "step": 1, "model": model.state_dict(), "space": space.to_dict(), "data": data, "split": None,
-                   "classes": classes, "architecture": list(model.architecture) if kind == "scratch" else None}  # fmt: skip
+        content = {"version": 1, "kind": kind, "step": 1, "model": model.state_dict(), "space": space.to_dict(),
+        "data": data, "split": None,
+                   "classes": classes,
+                   "architecture": list(model.architecture) if kind == "scratch" else None}  # fmt: skip
         torch.save(content | changes, folder / name)
 
     small = {"stage_channels": (8, 12, 16, 20), "stem_channels": 4, "last_channels": 16, "stem_stride": 1}
@@ -123,10 +125,13 @@ TEST = ("--architecture", ROOT / "architecture_final.json")
 CASES = [
     *(("tester", (*TEST, "--checkpoint", f"{{}}/{name}"), message) for name, message in (
         ("cut.pth", "cut.pth: not a whole checkpoint"), ("empty.pth", "empty.pth: not a whole checkpoint"),
-        ("text.pth", "text.pth: not a whole checkpoint"), ("bomb.pth", "bomb.pth: not a whole checkpoint of plain tensors"),
+        ("text.pth", "text.pth: not a whole checkpoint"), ("bomb.pth",
+        "bomb.pth: not a whole checkpoint of plain tensors"),
         ("two.pth", "two.pth: has 2 classes, the data 3"), ("names.pth", "names.pth: its class names are not those"),
-        ("newer.pth", "newer.pth: checkpoint version 2"), ("scratch.pth", "scratch.pth: a scratch checkpoint, not a supernet one"),
-        ("model.pth", "model.pth: entry 'classifier.0.weight' has shape (2, 16), the model needs (3, 16)"), ("none.pth", "none.pth: can't be read"),
+        ("newer.pth", "newer.pth: checkpoint version 2"), ("scratch.pth",
+        "scratch.pth: a scratch checkpoint, not a supernet one"),
+        ("model.pth", "model.pth: entry 'classifier.0.weight' has shape (2, 16), the model needs (3, 16)"),
+        ("none.pth", "none.pth: can't be read"),
     )),
     ("scratch", ("--eval", "--checkpoint", "{}/supernet.pth"), "a supernet checkpoint, not a scratch one"),
     ("scratch", ("--predict", "{}/none.jpg", "--checkpoint", "{}/scratch.pth"), "none.jpg"),
@@ -142,8 +147,10 @@ CASES = [
     ("supernet", ("--val-resize", "31"), "--val-resize 31"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit", "1"), "raise --flops-limit"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit=-3M"), "--flops-limit '-3M' is neither"),
-    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "6", "--mutation", "1", "--crossover", "1"), "--select 6"),
-    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "2"), "more children than --population 5"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "6", "--mutation", "1",
+    "--crossover", "1"), "--select 6"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "2"),
+    "more children than --population 5"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/none.pkl"), "none.pkl: No such file"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/bomb.pth"), "bomb.pth"),
     ("search", ("--checkpoint", "{}/cut.pth"), "cut.pth: not a whole checkpoint"),

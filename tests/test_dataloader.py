@@ -11,6 +11,7 @@ import torch
 from conftest import CLASSES, coloured_image, make_tree
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import center_crop
 
 import dataloader
 from dataloader import Loader
@@ -184,6 +185,23 @@ def test_augmentation_has_the_official_distribution():
     assert 0.47 < np.mean([d.horizontal_flip for d in draws]) < 0.53
 
 
+def test_crops_are_uniform_in_area_place_and_the_logarithm_of_the_ratio():
+    """Of an image in which every drawn crop fits; `share` is what a uniform draw on [0, 1] has."""
+    config = DataConfig(crop_scale=(0.04, 0.2), crop_ratio=(0.4, 2.5))
+    windows = [draw_augmentation(config, 0, 0, i, 1000, 1000).window for i in range(3000)]
+    top, left, h, w = np.array(windows, float).T
+    shares = {
+        "area": (h * w / 1e6 - 0.04) / 0.16,
+        "ratio": (np.log(w / h) - np.log(0.4)) / (np.log(2.5) - np.log(0.4)),
+        "top": top / (1000 - h),
+        "left": left / (1000 - w),
+    }
+    for name, share in shares.items():
+        quantiles = np.quantile(share, [0.02, 0.25, 0.5, 0.75, 0.98])
+        assert quantiles == pytest.approx([0.02, 0.25, 0.5, 0.75, 0.98], abs=0.03), name
+    assert abs(np.corrcoef(list(shares.values())) - np.eye(4)).max() < 0.07
+
+
 def test_augmentation_falls_back_to_the_centre():
     window = draw_augmentation(DataConfig(crop_scale=(1, 1)), 0, 0, 0, 10, 100).window
     assert window == (0, 43, 10, 13)  # ratio 4/3, as large as fits
@@ -196,10 +214,20 @@ def test_augmentation_falls_back_to_the_centre():
         ((375, 500), ((256, 341), (16, 58))),
         ((256, 256), ((256, 256), (16, 16))),
         ((100, 333), ((256, 852), (16, 314))),
+        ((343, 256), ((343, 256), (60, 16))),  # 59.5 is rounded to 60
     ],
 )
 def test_validation_geometry_is_the_official_one(size, expected):
     assert validation_geometry(DataConfig(), *size) == expected
+
+
+def test_the_validation_crop_is_torchvisions():
+    rng = np.random.default_rng(0)
+    for height, width, px in rng.integers(40, 400, (60, 3)):
+        config = DataConfig(input_size=int(px), val_resize=int(px + rng.integers(0, 9)))
+        (h, w), (top, left) = validation_geometry(config, int(height), int(width))
+        place = torch.arange(h * w).reshape(1, h, w)
+        assert int(center_crop(place, [px, px])[0, 0, 0]) == top * w + left
 
 
 # --- loaders
@@ -305,8 +333,10 @@ def test_a_damaged_image_is_named(tmp_path, backend, damage):
 @pytest.mark.parametrize(
     "mode, size, kind",
     [
-        ("L", (40, 30), "png"), ("P", (40, 30), "png"), ("RGBA", (40, 30), "png"), ("LA", (40, 30), "png"), ("1", (40, 30), "png"),
-        ("RGB", (1, 1), "png"), ("RGB", (1, 1), "jpg"), ("L", (1, 300), "jpg"), ("CMYK", (40, 30), "jpg"), ("RGB", (5000, 4000), "jpg"),
+        ("L", (40, 30), "png"), ("P", (40, 30), "png"), ("RGBA", (40, 30), "png"), ("LA", (40, 30), "png"), ("1", (40,
+        30), "png"),
+        ("RGB", (1, 1), "png"), ("RGB", (1, 1), "jpg"), ("L", (1, 300), "jpg"), ("CMYK", (40, 30), "jpg"), ("RGB",
+        (5000, 4000), "jpg"),
     ],
 )  # fmt: skip
 def test_unusual_images_are_accepted(tmp_path, backend, augment, mode, size, kind):

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import pytest
 import torch
 import two_processes
-from conftest import ROOT
+from conftest import ROOT, run
 from test_training import SPACE, Images
 from torch import nn
 
@@ -26,60 +27,67 @@ from training import checkpoint
 from training.recipe import dropout_seed
 from utils import UserError
 
-TINY = ("--demo", "--heldout-per-class", 4, "--threads", 1, "--workers", 1, "--batch-size", 16, "--warmup", 2)
-TORCHRUN = (
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--master-port",
-    "0",
-    "--rdzv-backend",
-    "c10d",
-    "--rdzv-endpoint",
-    "127.0.0.1:0",
-)
-SUPERNET = (
-    "supernet.py",
-    *TINY,
-    "--bn-batches",
-    2,
-    "--bn-batch-size",
-    16,
-    "--val-paths",
-    1,
-    "--iterations",
-    14,
-    "--val-every",
-    7,
-    "--save-every",
-    2,
-)
-SCRATCH = ("scratch.py", *TINY, "--iterations", 10, "--val-every", 10, "--save-every", 2, "--bn-pass", 3)
+TORCHRUN = "torch.distributed.run --nproc-per-node 2 --master-port 0 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
+TRAINING = "--workers 1 --batch-size 8 --warmup 2 --save-every 2"
+SUPERNET = ("supernet.py", TRAINING, "--iterations 8 --val-every 4 --bn-batches 2 --bn-batch-size 9 --val-paths 1")
+SCRATCH = ("scratch.py", TRAINING, "--iterations 6 --val-every 6 --bn-pass 2")
+ENDLESS = ("supernet.py", TRAINING, "--bn-batches 2 --bn-batch-size 9 --iterations 100000 --save-every 100000")
 
 
-def start(processes, script, *words, out):
-    """A script on one process, or on several by torchrun, in a session of its own."""
-    words = [*(TORCHRUN if processes > 1 else ()), ROOT / script, *words, "--out", out]
-    if script != "two_processes.py":
-        words += ["--cache", os.environ["TEST_CACHE"]]
+class Forked:
+    """A script that runs in a fork of this process, in a session of its own; what it prints is lost."""
+
+    def __init__(self, *words, code=0):
+        self.returncode = None
+        self.pid = os.fork()
+        if not self.pid:
+            result = 1
+            try:
+                os.setsid()
+                run(*words, code=code)
+                result = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(result)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("script", timeout)
+        return self.returncode
+
+    def communicate(self):
+        return self.wait(60), ""
+
+
+def start(processes, *words):
+    """A script in a fork, or on several processes by torchrun."""
+    if processes == 1:
+        return Forked(*words)
+    script, *words = [part for word in words for part in str(word).split()]
+    words = ["--cache", os.environ["TEST_CACHE"], *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", *TORCHRUN.split(), ROOT / script, *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def finish(process, code=0):
     try:
-        stdout, stderr = process.communicate(timeout=200)
+        process.wait(200)
     finally:
         if process.poll() is None:
             kill(process)
+    stdout, stderr = process.communicate()
     assert process.returncode == code, stderr
     return stdout, stderr
 
@@ -114,20 +122,19 @@ def kill(process):
 def two(tmp_path_factory):
     """What two_processes.py leaves, by process."""
     out = tmp_path_factory.mktemp("two")
-    words = [sys.executable, *TORCHRUN, ROOT / "tests" / "two_processes.py", out]
+    words = [sys.executable, "-m", *TORCHRUN.split(), ROOT / "tests" / "two_processes.py", out]
     subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=200)
     return out, [torch.load(out / f"{rank}.pth") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("dtype, steps, tolerance", [(torch.float32, 1, 1e-6), (torch.float64, 3, 1e-9)])
 def test_gradients_are_the_mean_of_the_shards(two, dtype, steps, tolerance):
-    """Against the shards' gradients computed one after the other here, with their own dropout and BN, and SGD by torch."""
+    """Against the gradients of the shards, computed one by one with their own dropout and BN, and SGD by torch."""
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE).to(dtype, memory_format=torch.channels_last)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    sampler, optimizer = PathSampler(SPACE, 0), torch.optim.SGD(
-        [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 4e-5}], lr=0.5, momentum=0.9, foreach=False
-    )  # fmt: skip
+    weights = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 4e-5}]
+    sampler, optimizer = PathSampler(SPACE, 0), torch.optim.SGD(weights, lr=0.5, momentum=0.9, foreach=False)
     loader = two_processes.InDouble() if dtype == torch.float64 else Images()
     shards = [list(loader.batches(training_plan(64, 4, 0, 0, steps, rank, 2))) for rank in (0, 1)]
     for step in range(1, steps + 1):
@@ -195,16 +202,19 @@ def test_evaluation_counts_every_image_once_and_calibrates_on_all(two):
             torch.testing.assert_close(found_buffers[name], buffer, rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_that_can_not_be_shared_is_one_line(tmp_path, monkeypatch):
-    _, stderr = finish(start(2, *SUPERNET, "--batch-size", 15, out=tmp_path), code=1)
-    lines = [line for line in stderr.splitlines() if line.startswith("supernet.py: error:")]
-    assert (
-        lines == [f"supernet.py: error: --batch-size 15: {lines[0].split(': ', 3)[3]}"] and "multiple of 2" in lines[0]
-    )
+def test_a_batch_that_can_not_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr("distributed.world_size", lambda: 8)
-    assert per_rank_batch_size(1024) == 128
-    with pytest.raises(UserError, match="two or more images for each of 8"):
-        per_rank_batch_size(8)
+    assert per_rank_batch_size(1024) == 128 and per_rank_batch_size(16) == 2
+    for batch_size in (8, 1020):
+        with pytest.raises(UserError, match=rf"--batch-size {batch_size}: .*multiple of 8"):
+            per_rank_batch_size(batch_size)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_for_all_processes_is_said_once(tmp_path, data):
+    _, stderr = finish(start(2, *SUPERNET, *data, "--batch-size", 15, "--out", tmp_path), code=1)
+    (line,) = [line for line in stderr.splitlines() if line.startswith("supernet.py: error:")]
+    assert "--batch-size 15: " in line and "multiple of 2" in line
 
 
 # --- runs that are killed ------------------------------------------------------------------------------------
@@ -232,17 +242,17 @@ def assert_same(a, b):
         assert all(torch.equal(s["momentum_buffer"], states[1][i]["momentum_buffer"]) for i, s in states[0].items())
 
 
-def killed_and_resumed(tmp_path, processes, kills, seed, words):
+def killed_and_resumed(tmp_path, processes, kills, seed, *words):
     """Compares a run with one that is killed at uniformly drawn times."""
     kind = words[0].removesuffix(".py")
     begin = time.monotonic()
-    finish(start(processes, *words, out=tmp_path / "straight"))
+    finish(start(processes, *words, "--out", tmp_path / "straight"))
     seconds = time.monotonic() - begin
     rng, killed = random.Random(seed), 0
     while killed < kills:
-        process = start(processes, *words, out=tmp_path / "killed")
+        process = start(processes, *words, "--out", tmp_path / "killed")
         try:
-            process.wait(rng.uniform(0.1, 1) * seconds)
+            process.wait(rng.uniform(0.2, 1) * seconds)
         except subprocess.TimeoutExpired:
             kill(process)
             killed += 1
@@ -251,25 +261,43 @@ def killed_and_resumed(tmp_path, processes, kills, seed, words):
         if killed < kills:
             assert_same(outcome(tmp_path / "killed", kind), outcome(tmp_path / "straight", kind))
             shutil.rmtree(tmp_path / "killed")
-    finish(start(processes, *words, out=tmp_path / "killed"))
+    finish(start(processes, *words, "--out", tmp_path / "killed"))
     assert_same(outcome(tmp_path / "killed", kind), outcome(tmp_path / "straight", kind))
 
 
-@pytest.mark.parametrize(
-    "processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH)], ids=["supernet", "supernet on two", "scratch"]
-)
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, processes, words):
-    killed_and_resumed(tmp_path, processes, 2, 0, (*words, "--loader", "torchvision"))
+@pytest.mark.parametrize("words", [SUPERNET, SCRATCH], ids=["supernet", "scratch"])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, words):
+    killed_and_resumed(tmp_path, 1, 1, 0, words[0], *data, *words[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 @pytest.mark.parametrize("processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH), (2, SCRATCH)])
-def test_a_run_killed_a_dozen_times_ends_as_if_it_had_not_been(tmp_path, processes, words, loader):
+def test_a_run_killed_a_dozen_times_ends_as_if_it_had_not_been(tmp_path, data, processes, words, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
-    killed_and_resumed(tmp_path, processes, 12, 1, (*words, "--loader", loader))
+    killed_and_resumed(tmp_path, processes, 12, 1, words[0], *data, *words[1:], "--loader", loader)
+
+
+@pytest.fixture
+def endless(tmp_path, data):
+    """Starts a training that does not end by itself, and returns it once it trains."""
+    started = []
+
+    def start_it(processes, code=0):
+        words = (ENDLESS[0], *data, *ENDLESS[1:], "--out", tmp_path)
+        started.append(Forked(*words, code=code) if processes == 1 else start(processes, *words))
+        deadline, log = time.monotonic() + 100, tmp_path / "checkpoints" / "supernet" / "run.log"
+        while not (log.exists() and "plan:" in log.read_text()):
+            assert time.monotonic() < deadline and started[-1].poll() is None
+            time.sleep(0.02)
+        return started[-1]
+
+    yield start_it
+    for process in started:
+        if process.poll() is None:
+            kill(process)
 
 
 def rank_1(pid):
@@ -285,58 +313,35 @@ def rank_1(pid):
     [
         (1, signal.SIGTERM, os.killpg),  # the loader's workers get it too
         (1, signal.SIGINT, os.killpg),  # as from a terminal
-        (2, signal.SIGTERM, os.kill),
-        (2, signal.SIGINT, os.kill),
-        (2, signal.SIGTERM, lambda pid, number: os.kill(rank_1(pid), number)),
+        pytest.param(2, signal.SIGTERM, os.kill, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, os.kill, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, lambda pid, number: os.kill(rank_1(pid), number), marks=pytest.mark.slow),
     ],
     ids=["SIGTERM", "Ctrl-C", "SIGTERM to torchrun", "Ctrl-C to torchrun", "SIGTERM to process 1"],
 )
-def test_a_signal_saves_within_a_step(tmp_path, processes, number, send):
-    words = (*SUPERNET, "--iterations", 100_000, "--save-every", 100_000, "--val-every", 100_000)
-    process, log = start(processes, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and "plan:" in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+def test_a_signal_saves_within_a_step(tmp_path, endless, processes, number, send):
+    process = endless(processes, code=128 + number)
     send(process.pid, number)
-    _, stderr = process.communicate(timeout=60)
-    assert (process.returncode == 128 + number) if processes == 1 else process.returncode
+    process.wait(60)
+    _, stderr = process.communicate()
+    assert (process.returncode == 0) == (processes == 1)  # a fork has compared its exit code itself
     (saved,) = checkpoint.checkpoints(tmp_path / "checkpoints" / "supernet")
-    assert f"interrupted: saved {saved}" in stderr and "Error:" not in stderr.replace("ChildFailedError:", "").replace(
-        "SignalException", ""
-    )
+    log = (tmp_path / "checkpoints" / "supernet" / "run.log").read_text()
+    assert f"interrupted: saved {saved}" in log
+    assert "Error:" not in stderr.replace("ChildFailedError:", "").replace("SignalException", "")
     assert checkpoint.load_file(saved)["step"] == int(saved.stem[11:])
 
 
-def test_workers_end_with_a_killed_run_and_leave_signals_to_it(tmp_path):
-    words = (*SUPERNET, "--iterations", 100_000, "--loader", "torchvision")
-    process, log = start(1, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
-    try:
-        while not (log.exists() and "plan:" in log.read_text()):
-            assert process.poll() is None
-            time.sleep(0.1)
-        _, worker = descendants(process.pid)
-        os.kill(worker, signal.SIGTERM)
-        os.kill(worker, signal.SIGINT)
-        time.sleep(0.5)
-        assert descendants(process.pid) == [process.pid, worker] and pathlib.Path(f"/proc/{worker}/exe").exists()
-    finally:
-        process.kill()
-        process.communicate()
+def test_workers_end_with_a_killed_run_and_leave_signals_to_it(endless):
+    process = endless(1)
+    _, worker = descendants(process.pid)
+    os.kill(worker, signal.SIGTERM)
+    os.kill(worker, signal.SIGINT)
+    time.sleep(0.3)
+    assert descendants(process.pid) == [process.pid, worker] and pathlib.Path(f"/proc/{worker}/exe").exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
     deadline = time.monotonic() + 3
     while pathlib.Path(f"/proc/{worker}/exe").exists():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    words = (*SUPERNET, "--iterations", 100_000)
-    process, log = start(1, *words, out=tmp_path), tmp_path / "checkpoints" / "supernet" / "run.log"
-    try:
-        while not log.exists():
-            assert process.poll() is None
-            time.sleep(0.1)
-        _, stderr = finish(start(1, *words, out=tmp_path), code=2)
-        assert len(stderr.splitlines()) == 1 and "another run is using this folder" in stderr
-    finally:
-        kill(process)
+        time.sleep(0.02)

@@ -64,7 +64,7 @@ def test_first_population_is_uniform_among_legal_ones():
 
 
 def test_parents_are_the_best_of_all_populations():
-    """Later populations earn less and less, so all parents are of the first; children of a later one would show in block 0."""
+    """Later populations earn less, so all parents are of the first: every gene of a child is one of theirs."""
     evolution = Evolution((9,) * 8, sum, 72, 20, 3, 10, 10, mutation_prob=0.0, generations=5)
     first = evolution.ask()
     evolution.tell({c: sum(c) for c in first})

@@ -28,7 +28,7 @@ def test_extremes_are_legal_and_the_limit_matters(name):
 
 @pytest.mark.parametrize("with_pairs", [False, True], ids=["additive", "pairwise"])
 def test_extremes_equal_brute_force(with_pairs):
-    """Small spaces with limits from the lowest cost up; rewards and costs from few numbers, so that there are ties too."""
+    """Small spaces with limits from the lowest cost up; rewards and costs are drawn from few numbers, so some tie."""
     for seed in range(30):
         rng = random.Random(seed)
         blocks, n = rng.randint(1, 6), rng.randint(2, 4)
@@ -67,7 +67,7 @@ def test_measurement_error_depends_on_seed_and_candidate_alone():
 
 
 def test_regret_is_of_the_true_reward_of_what_measured_best():
-    """With an error far beyond the rewards, the winner is any candidate, and its measured reward far beyond the optimum."""
+    """With an error far larger than the rewards, any candidate wins, and its measured reward exceeds the optimum."""
     table = TABLES["noisy"] | {"noise_sd": 1_000_000}
     regrets = [bench.regret(table, seed, bench.METHODS["evolution"]) for seed in range(5)]
     assert min(regrets) > 0 and max(regrets) < 100

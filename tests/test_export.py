@@ -34,7 +34,8 @@ def make_checkpoint(path, tree, config):
     loader = Loader(scan(tree / "train"), config, False, backend="torchvision", workers=0)
     recalibrate_bn(model, model, loader.batches(evaluation_plan(36, 12)), "average")
     checkpoint.save(
-        path, kind="scratch", step=1, model=model.state_dict(), metrics={"acc1": 50.0}, space=space.to_dict(), data=config.to_dict(),
+        path, kind="scratch", step=1, model=model.state_dict(), metrics={"acc1": 50.0}, space=space.to_dict(),
+        data=config.to_dict(),
         split=None, classes=list(CLASSES), architecture=list(model.architecture), settings={},
     )  # fmt: skip
     return model.eval()
@@ -77,7 +78,11 @@ def open_file(path):
 
 @pytest.mark.parametrize(
     ("preprocessing", "suffix"),
-    [("spos", ".pt2"), ("imagenet", ".pt2"), pytest.param("spos", ".onnx", marks=needs_onnx)],
+    [
+        ("spos", ".pt2"),
+        pytest.param("imagenet", ".pt2", marks=pytest.mark.slow),
+        pytest.param("spos", ".onnx", marks=needs_onnx),
+    ],
 )
 def test_an_exported_file_is_the_network(trained, tree, tmp_path, preprocessing, suffix):
     path, model, config = trained[preprocessing]
@@ -125,12 +130,18 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     _, stderr = run("scratch.py", "--export", tmp_path / "network.pth", "--checkpoint", path, code=2)
     assert len(stderr.splitlines()) == 1 and "network.pth: ends in neither .pt2 (torch.export) nor .onnx" in stderr
-    with pytest.raises(UserError, match="can't be written"):
-        export.export(tmp_path / "file" / "network.pt2", model, stored, config)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else "found")
     with pytest.raises(UserError, match=r"network\.onnx: ONNX needs pip install onnxscript; a file named \.pt2"):
         export.export(tmp_path / "network.onnx", model, stored, config)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_an_export_that_cannot_be_written_is_one_line(trained, tmp_path):
+    path, model, config = trained["spos"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="can't be written"):
+        export.export(tmp_path / "file" / "network.pt2", model, checkpoint.load(path, "scratch"), config)
 
 
 def test_predict_prints_the_classes_of_each_image(trained, tree):

@@ -16,12 +16,14 @@ def faults(tmp_path, *words):
     return result.returncode, json.loads((tmp_path / "faults.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("--rows", "execute code"), ("--rows", "not finite")], ids=str)
 def test_nothing_is_lost(tmp_path, words):
     code, rows = faults(tmp_path, *words)
     assert code == 0 and rows and all(row["lost"] == "nothing" and row["process_where_state"] for row in rows), rows
 
 
+@pytest.mark.slow
 def test_a_guard_that_is_taken_out_is_seen(tmp_path):
     code, rows = faults(tmp_path, "--break", "no-code")
     assert code == 1 and [row["lost"] for row in rows] == ["RED"] and "executed" in rows[0]["happened"]
@@ -29,8 +31,10 @@ def test_a_guard_that_is_taken_out_is_seen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "guard, rows", [("atomic-write", "rename supernet"), ("optimizer", "time scratch"), ("finite", "not finite"), ("loader", "loader"),
-                    ("nan", "nan"), ("full-disk", "full at every write tester"), ("lock", "folder search"), ("repair", "rename search"),
+    "guard, rows", [("atomic-write", "rename supernet"), ("optimizer", "time scratch"), ("finite", "not finite"),
+    ("loader", "loader"),
+                    ("nan", "nan"), ("full-disk", "full at every write tester"), ("lock", "folder search"), ("repair",
+                    "rename search"),
                     ("parent-watch", "time search")],
 )  # fmt: skip
 def test_every_guard_matters(tmp_path, guard, rows):

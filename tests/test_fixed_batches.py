@@ -77,7 +77,8 @@ def test_the_file_is_laid_out_as_its_size_says(images, tmp_path):
     "changes",
     [
         {"seed": 1}, {"augment": False}, {"plan": evaluation_plan(N_IMAGES, 8)[:2]},
-        {"config": dataclasses.replace(CONFIG, jitter=0.1)}, {"config": dataclasses.replace(CONFIG, preprocessing="imagenet")},
+        {"config": dataclasses.replace(CONFIG, jitter=0.1)}, {"config": dataclasses.replace(CONFIG,
+        preprocessing="imagenet")},
     ],
 )  # fmt: skip
 def test_other_settings_are_another_file(images, tmp_path, changes):

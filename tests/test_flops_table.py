@@ -1,4 +1,4 @@
-"""The official FLOPs table: read whole, compared, used; and nothing a pickle can carry is executed or exhausts the machine."""
+"""The official FLOPs table: read, compared, used; nothing in a pickle is executed or exhausts the machine."""
 
 import os
 import pathlib

@@ -18,7 +18,9 @@ fuzz = load("faults/fuzz.py")
 @pytest.mark.parametrize("name", fuzz.PARSERS)
 def test_whatever_comes_is_taken_or_refused_in_a_line(tmp_path, name):
     target = fuzz.PARSERS[name](tmp_path / "input")
-    outcomes = [fuzz.outcome(target, fuzz.draw(name, target, 1, index)) for index in range(150)]
+    outcomes = [
+        fuzz.outcome(target, fuzz.draw(name, target, 1, index)) for index in range(40 if name == "checkpoint" else 150)
+    ]
     assert set(outcomes) <= {"taken", "refused", "help"}, outcomes
     assert "taken" in outcomes and "refused" in outcomes
 
@@ -33,7 +35,8 @@ def test_the_fuzz_sees_what_is_wrong(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["common: {seed: !!int ''}", "common: {seed: !!bool x}", "common: {seed: !!timestamp x}", 'common: {out: "a\\0b"}', 'common: {out: "\\ud800"}',
+    ["common: {seed: !!int ''}", "common: {seed: !!bool x}", "common: {seed: !!timestamp x}",
+    'common: {out: "a\\0b"}', 'common: {out: "\\ud800"}',
      fuzz.laughs("common"), "x" * 100_001, "common: {crop-scale: [[1, 2]]}"],
     ids=lambda text: text[:30],
 )  # fmt: skip
@@ -74,8 +77,10 @@ def test_a_checkpoint_that_speaks_of_a_giant_gets_no_memory(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": torch.zeros(3)}, {"kind": torch.zeros(3)}, {"data": 3}, {"data": [1]}, {"data": {"input_size": "a"}}, {"data": {"crop_scale": 3}},
-     {"data": {"jitter": torch.zeros(2)}}, {"data": {"mirror": 1}}, {"classes": 7}, {"classes": [torch.zeros(2)]}, {"split": 1},
+    [{"version": torch.zeros(3)}, {"kind": torch.zeros(3)}, {"data": 3}, {"data": [1]}, {"data": {"input_size": "a"}},
+    {"data": {"crop_scale": 3}},
+     {"data": {"jitter": torch.zeros(2)}}, {"data": {"mirror": 1}}, {"classes": 7}, {"classes": [torch.zeros(2)]},
+     {"split": 1},
      {"split": torch.zeros(2)},
      {"split": {"seed": torch.zeros(3)}}, {"space": None}, {"architecture": 5}, {"architecture": torch.zeros(20)}],
     ids=str,

@@ -1,4 +1,4 @@
-"""The check of an image tree: `python dataloader.py --check DIR`, and the scripts that refuse a tree that did not pass."""
+"""The check of an image tree: `python dataloader.py --check DIR`, and scripts that refuse a tree that failed it."""
 
 import json
 import os

@@ -13,7 +13,7 @@ from utils import HERE
 
 COMMANDS = {"supernet", "tester", "search", "scratch", "report"}
 ROOMS = ("space", "images", "training", "engines", "reports")
-# What a row may import: itself and the rows above it. A name stands for a module at the root, or for all modules of a folder.
+# A row may import itself and the rows above it. A name stands for a module at the root, or for all modules of a folder.
 ORDER = (
     {"utils"},
     {"space", "blocks", "command_line", "distributed"},

@@ -1,4 +1,4 @@
-"""The search without NNI: the evolution's generations, whatever workers do, and nothing left of it when it is killed."""
+"""The search without NNI: the evolution's generations, whatever workers do; a killed one leaves no process."""
 
 import contextlib
 import itertools
@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -18,7 +17,7 @@ from engines.local_engine import search_locally
 from engines.search_record import prepare_search, read_results
 from evolution_tuner import Evolution
 from space.search_space import SearchSpace
-from utils import HERE, UserError
+from utils import Interrupted, UserError, interrupt, signals
 
 SPACE = SearchSpace.for_images(28, 10)
 EVOLUTION = {
@@ -75,7 +74,7 @@ def evaluate_with_faults(trial, candidates):
 
 
 @pytest.fixture
-def fake(monkeypatch):
+def fake(monkeypatch, forked):
     def install(evaluation):
         monkeypatch.setattr(local_engine, "_evaluate", evaluation)
 
@@ -112,12 +111,12 @@ def test_only_what_fails_alone_has_failed(tmp_path, fake):
 
 def test_a_worker_that_dies_while_it_waits_is_replaced(fake):
     fake(evaluate)
-    candidates = generations()[0]
+    candidates, others = generations()[0], {child.pid for child in multiprocessing.active_children()}
     with local_engine.Workers(CPU, 1) as workers:
         for _ in range(2):
             ((_, results, error),) = workers.evaluate([candidates])
             assert (results, error) == ([result(c) for c in candidates], None)
-            (worker,) = multiprocessing.active_children()
+            (worker,) = (child for child in multiprocessing.active_children() if child.pid not in others)
             worker.kill()
             worker.join()
             time.sleep(0.3)  # the pool sees it
@@ -141,51 +140,49 @@ def test_where_nothing_works_the_search_stops(tmp_path, fake):
     assert len(searched(tmp_path, resume=True)) == 18
 
 
-SEARCH = """
-import sys
-import test_local_engine as t, pathlib
-from engines import local_engine
-from utils import Interrupted, interrupt, signals
-
-local_engine._evaluate = t.evaluate_slowly
-if __name__ == "__main__":
-    try:
-        with signals(interrupt):
-            t.searched(pathlib.Path(sys.argv[1]), resume=sys.argv[2] == "resume", concurrency=2, candidates_per_trial=1)
-    except Interrupted as error:
-        sys.exit(128 + error.args[0])
-"""
-
-
 def evaluate_slowly(trial, candidates):
     time.sleep(0.3)
     return evaluate(trial, candidates)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_search_leaves_no_process_and_goes_on(tmp_path, fake, number):
-    (tmp_path / "go.py").write_text(SEARCH)
-    out = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE / 'tests'}"}
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "go.py", out, "new"], env=environment, stderr=subprocess.PIPE, text=True
-    )
+def slow_search(out):
+    """In a process of its own: a search that ends as search.py does when a signal comes."""
+    local_engine._evaluate = evaluate_slowly
+    try:
+        with signals(interrupt):
+            searched(out, concurrency=2, candidates_per_trial=1)
+    except Interrupted as error:
+        sys.exit(128 + error.args[0])
+
+
+@pytest.mark.parametrize(
+    "number, method",
+    [
+        (signal.SIGKILL, "fork"), (signal.SIGTERM, "fork"), (signal.SIGINT, "fork"),
+        pytest.param(signal.SIGKILL, "spawn", marks=pytest.mark.slow),  # as the engine itself starts its workers
+        pytest.param(signal.SIGTERM, "spawn", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_killed_search_leaves_no_process_and_can_be_resumed(tmp_path, fake, monkeypatch, capfd, number, method):
+    monkeypatch.setattr(local_engine, "SPAWN", multiprocessing.get_context(method))
+    process = multiprocessing.get_context("fork").Process(target=slow_search, args=(tmp_path,))
+    process.start()
     deadline = time.monotonic() + 60
-    while not (out / "acc").exists() or not read_results(out):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+    while not (tmp_path / "acc").exists() or not read_results(tmp_path):
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)
     workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
-    assert "Traceback" not in stderr or number == signal.SIGKILL
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in capfd.readouterr().err or number == signal.SIGKILL
     gone, alive = psutil.wait_procs(workers, timeout=10)
     for left in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.kill()
     assert len(gone) >= 2 and not alive
-    before = read_results(out)
+    before = read_results(tmp_path)
     fake(evaluate)
-    results = searched(out, resume=True)
+    results = searched(tmp_path, resume=True)
     assert 0 < len(before) < len(results) == 18
     assert {tuple(r["architecture"]) for r in results} == set(itertools.chain(*generations()))

@@ -30,7 +30,7 @@ def test_kendall_without_ties():
 
 
 def test_kendall_with_ties_equals_the_definition():
-    """tau-b: concordant less discordant pairs, over the root of the pairs not tied in one times those not tied in the other."""
+    """tau-b: concordant minus discordant pairs, over the geometric mean of the pairs not tied in each list."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         a, b = rng.integers(0, 4, (2, 9)).tolist()
@@ -57,7 +57,7 @@ def test_bootstrap_equals_resampled_lists():
 
 
 def test_intervals_cover_the_true_value():
-    """The tau of normal pairs of correlation r is 2/pi asin(r): in 200 samples of 40, some 95% of the intervals hold it."""
+    """The tau of normal pairs of correlation r is 2/pi asin(r): some 95% of 200 intervals (of 40 pairs) contain it."""
     rng, r, hits = np.random.default_rng(2), 0.6, 0
     for _ in range(200):
         a, b = rng.standard_normal((2, 40))
@@ -90,8 +90,10 @@ def rows(n, noise, seed=0):
     alone = 80 + rng.standard_normal(n)
     return [
         {
-            "flops": int(rng.integers(20e6, 30e6)), "params": int(rng.integers(1e6, 2e6)), "kernel_size": 3.0, "untrained": 10.0,
-            "supernet": a + noise * rng.standard_normal(), "standalone": [a + 0.1 * rng.standard_normal() for _ in range(2)],
+            "flops": int(rng.integers(20e6, 30e6)), "params": int(rng.integers(1e6, 2e6)), "kernel_size": 3.0,
+            "untrained": 10.0,
+            "supernet": a + noise * rng.standard_normal(),
+            "standalone": [a + 0.1 * rng.standard_normal() for _ in range(2)],
         }
         for a in alone
     ]  # fmt: skip
@@ -143,7 +145,8 @@ def test_kernel_size():
 
 
 CONFIG = """
-common: {{data-dir: {tree}, cache: {cache}, input-size: 32, heldout-per-class: 4, eval-batch-size: 8}}
+common: {{data-dir: {tree}, cache: {cache}, input-size: 16, heldout-per-class: 4, eval-batch-size: 8,
+loader: torchvision, workers: 0}}
 supernet: {{iterations: 2, batch-size: 8, bn-batches: 2, bn-batch-size: 8}}
 tester: {{bn: average, bn-batches: 2, bn-batch-size: 8}}
 scratch: {{iterations: 8, batch-size: 8, lr: 0.05, warmup: 4, bn-pass: 4}}
@@ -177,6 +180,7 @@ def test_a_training_is_that_of_scratch(tree, tmp_path):
     assert all(torch.equal(value, expected["model"][name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(tree, tmp_path):
     """3 candidates, 2 seeds of 4 iterations: what was measured stays, and the end is that of an undisturbed run."""
     config, results = tmp_path / "config.yml", tmp_path / "killed" / "ranking.json"

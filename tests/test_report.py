@@ -1,9 +1,10 @@
-"""The report of a search, on synthetic ones: its numbers, its figures, the page; and the page as a real browser shows it."""
+"""The report of a search, on synthetic ones: numbers, figures, the page, and the page in a real browser."""
 
 import html
 import itertools
 import json
 import math
+import pathlib
 import random
 import re
 import shutil
@@ -16,11 +17,12 @@ import pytest
 from conftest import run
 from PIL import Image
 
+import report
 from engines.search_record import SearchRecord, prepare_search, state_path
 from evolution_tuner import Evolution
 from reports.page import read_log, write_report
 from reports.search_results import RandomSearch, SearchResults, expected_best, extrapolate, normal_maximum
-from space.search_space import SearchSpace
+from space.search_space import OPERATIONS, SearchSpace
 from utils import UserError, duration
 
 SPACE = SearchSpace.for_images(28, 10)
@@ -46,7 +48,16 @@ def accuracy(candidate):
     return 40 + 20 * random.Random(str(candidate)).random() + sum(candidate) / 10
 
 
-def make(out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0] == 1 and c[1] < 2, **changes):
+def few_values(candidate):
+    """Accuracies of which many are equal in top-1, and some in both."""
+    draw = random.Random(str(candidate))
+    return 50 + draw.randrange(2), 90 + draw.randrange(3)
+
+
+def make(
+    out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0] == 1 and c[1] < 2,
+    measured=lambda c: (accuracy(c), 99.0), **changes,
+):  # fmt: skip
     """A search in `out` as search.py leaves it, or one that ended after so many results; returns `out`."""
     evolution = SMALL | changes
     limit = space.flops_value(limit)
@@ -62,9 +73,9 @@ def make(out, space=SPACE, limit="59%", stop_after=math.inf, fails=lambda c: c[0
             if fails(candidate):
                 record.fail(candidate, "out of memory", "t1")
             else:
-                acc1 = accuracy(candidate)
+                acc1, acc5 = measured(candidate)
                 record.add(
-                    {"architecture": list(candidate), "acc1": acc1, "acc5": 99.0, "n_images": 500, "seconds": 1.5}, "t1"
+                    {"architecture": list(candidate), "acc1": acc1, "acc5": acc5, "n_images": 500, "seconds": 1.5}, "t1"
                 )
             n += 1
     return out
@@ -112,10 +123,43 @@ def test_the_front_is_what_no_other_candidate_beats(searched):
     found = SearchResults(searched)
     beaten = {
         id(r) for r, other in itertools.permutations(found.succeeded, 2)
-        if other["flops"] <= r["flops"] and other["acc1"] >= r["acc1"] and (other["flops"], other["acc1"]) != (r["flops"], r["acc1"])
+        if other["flops"] <= r["flops"] and other["acc1"] >= r["acc1"] and (other["flops"],
+        other["acc1"]) != (r["flops"], r["acc1"])
     }  # fmt: skip
     assert {id(r) for r in found.front()} == {id(r) for r in found.succeeded} - beaten
     assert 1 < len(found.front()) < len(found.succeeded)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A finished search with many ties."""
+    return make(tmp_path_factory.mktemp("tied"), measured=few_values, generations=3)
+
+
+def test_the_front_has_the_cheapest_of_equal_top1_alone(tied):
+    found = SearchResults(tied)
+    costs = {}
+    for r in found.succeeded:
+        costs.setdefault(r["acc1"], []).append(r["flops"])
+    assert all(len(flops) > 5 for flops in costs.values())
+    front, best = [], -math.inf
+    for flops, acc1 in sorted((min(flops), acc1) for acc1, flops in costs.items()):
+        if acc1 > best:
+            front, best = [*front, (flops, acc1)], acc1
+    assert [(r["flops"], r["acc1"]) for r in found.front()] == front
+
+
+def test_of_equals_the_report_has_the_one_in_best_json(tied):
+    found, best = SearchResults(tied), SPACE.load_architecture(tied / "checkpoints" / "best.json")
+    highest = max((r["acc1"], r["acc5"]) for r in found.succeeded)
+    equals = [r for r in found.succeeded if (r["acc1"], r["acc5"]) == highest]
+    assert len(equals) > 2 and equals == found.succeeded[: len(equals)]
+    assert tuple(found.succeeded[0]["architecture"]) == best
+    assert [r["generation"] for r in equals] == sorted(r["generation"] for r in equals)
+    assert max(r["acc5"] for r in found.succeeded) == max(r["acc5"] for r in equals)
+    for generation in found.generations:
+        first = SPACE.load_architecture(tied / "checkpoints" / f"{generation.number - 1:03}_000.json")
+        assert tuple(generation.best["architecture"]) == first
 
 
 def test_expected_best_is_the_mean_maximum_of_all_samples():
@@ -254,18 +298,20 @@ def test_heat_map_names_the_shares(searched):
     )
 
 
+KINDS = {
+    "one candidate": {"stop_after": 1, "fails": lambda c: False},
+    "most failed": {"generations": 2, "fails": lambda c: sum(c) % 4 != 0},
+    "one generation": {"generations": 1},
+    "three operations": {"space": SearchSpace(stage_blocks=(1, 2, 5, 2), operations=OPERATIONS[:0:-1])},
+    "many generations": {"space": SearchSpace.for_images(64, 3), "generations": 12},
+    "44 blocks": {"space": SearchSpace(stage_blocks=(8, 8, 20, 8))},
+}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"stop_after": 1, "fails": lambda c: False},
-        {"generations": 1},
-        {"generations": 2, "fails": lambda c: sum(c) % 4 != 0},
-        {"space": SearchSpace(stage_blocks=(1, 2, 5, 2), operations=("xception_3x3", "shufflenet_7x7", "shufflenet_3x3"))},
-        {"space": SearchSpace.for_images(64, 3), "generations": 12},
-        {"space": SearchSpace(stage_blocks=(8, 8, 20, 8))},
-    ],
-    ids=["one candidate", "one generation", "most failed", "three operations", "many generations", "44 blocks"],
-)  # fmt: skip
+    [pytest.param(c, id=name, marks=[pytest.mark.slow] * (n > 1)) for n, (name, c) in enumerate(KINDS.items())],
+)
 def test_searches_of_all_kinds(tmp_path, changes):
     out = make(tmp_path, **changes)
     page = write_report(out).read_text()
@@ -332,8 +378,11 @@ def test_errors_are_one_line(tmp_path):
         assert message in stderr and stderr.count("\n") == 1 and not (out / "report.html").exists()
 
 
-def test_the_command_prints_where_the_page_is(searched):
-    assert run("report.py", searched) == (f"{searched / 'report.html'}\n", "")
+def test_the_command_prints_where_the_page_is(searched, monkeypatch):
+    asked = []
+    monkeypatch.setattr(report, "write_report", lambda *folders: asked.append(folders) or folders[0] / "report.html")
+    assert run("report.py", searched, "--random", "other") == (f"{searched / 'report.html'}\n", "")
+    assert asked == [(searched, pathlib.Path("other"))]
 
 
 # --- in a browser --------------------------------------------------------------------------------------------
@@ -347,21 +396,24 @@ for (const mark of document.querySelectorAll(".datum")) {
         fill: getComputedStyle(mark).fill, title: mark.querySelector("title").textContent,
     });
 }
-document.body.append(Object.assign(document.createElement("pre"), {id: "measured", textContent: JSON.stringify(measured)}));
+document.body.append(Object.assign(document.createElement("pre"), {id: "measured",
+textContent: JSON.stringify(measured)}));
 </script>"""
 
 
 @pytest.fixture
 def browse(tmp_path):
-    """Opens a page in headless Chromium without a network; returns (the page's DOM as text, the lines of its console)."""
+    """Opens a page in headless Chromium without a network; returns (the DOM as text, the lines of its console)."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
 
     def browse(path, *words):
         command = [
-            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,3200", "--no-first-run",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND", *words, path.as_uri(),
+            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--window-size=1100,3200", "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND", *words, path.as_uri(),
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, timeout=180)
         assert result.returncode == 0, result.stderr

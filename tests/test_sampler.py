@@ -1,4 +1,4 @@
-"""The path sampler: flat over the bins, uniform within each, a pure function of seed and step, fast, and never endless."""
+"""The path sampler: flat over the bins, uniform within each, a pure function of seed and step, fast, finite."""
 
 import collections
 import itertools

@@ -49,7 +49,7 @@ def lines(monkeypatch):
 
 
 def search(out, stop_after=None):
-    """A search that is followed, started or resumed: results come one by one, the second of each generation has failed."""
+    """A search with progress, started or resumed: results come one by one, the second of each generation failed."""
     prepare_search(out, SETTINGS, resume=True)
     evolution = Evolution.from_settings(SPACE, SETTINGS)
     record, progress, n = SearchRecord(out, SPACE, evolution), Progress(out), 0
@@ -90,7 +90,8 @@ def expected_curves(out):
         leader = max(good, key=lambda r: r["acc1"])
         best = leader if best is None or leader["acc1"] > best["acc1"] else best
         values = {
-            "acc1_best": leader["acc1"], "acc1_best_so_far": best["acc1"], "acc1_mean": statistics.fmean(r["acc1"] for r in good),
+            "acc1_best": leader["acc1"], "acc1_best_so_far": best["acc1"],
+            "acc1_mean": statistics.fmean(r["acc1"] for r in good),
             "acc1_sd": statistics.stdev(r["acc1"] for r in good), "mflops_best_so_far": best["flops"] / 1e6,
             "mflops_mean": statistics.fmean(r["flops"] / 1e6 for r in good), "failed": len(results) - len(good),
             "acc1 histogram": len(good), "mflops histogram": len(good),
@@ -138,7 +139,8 @@ def test_a_log_has_a_line_every_half_minute(tmp_path, lines, monkeypatch):
     monkeypatch.setattr(SearchRecord, "_append", slowly)
     search(tmp_path)
     assert [line.split(",")[0] for line in lines] == [
-        f"generation {g} of 3: {n} candidates so far" for g, n in ((1, 2), (1, 4), (1, 4), (2, 6), (2, 8), (2, 8), (3, 10), (3, 12), (3, 12))
+        f"generation {g} of 3: {n} candidates so far" for g, n in ((1, 2), (1, 4), (1, 4), (2, 6), (2, 8), (2, 8), (3,
+        10), (3, 12), (3, 12))
     ]  # fmt: skip
     assert [line.split("; ")[1] for line in lines if ";" in line] == ["2.7 min to go", "80 s to go", "0 s to go"]
 

@@ -32,7 +32,7 @@ def record(out, settings=SETTINGS):
 
 
 def fill(out, order=list, stop_after=math.inf):
-    """A search in `out`, started or resumed, whose results arrive in an order; ends after so many. Returns how many there were."""
+    """A search in `out`, started or resumed, with results in an order, `stop_after` of them; returns their number."""
     prepare_search(out, SETTINGS, resume=True)
     searching, n = record(out), 0
     while waiting := searching.pending():

@@ -1,4 +1,4 @@
-"""A search on other machines: what of its file is refused, the connections to them, and, slow, one that is stopped half-way.
+"""A search on other machines: what is refused in its file, the connections, and (slow) a machine that is stopped.
 
 The machines are SSH servers of this one, at two addresses of the loopback interface, with a key made for the test.
 """
@@ -228,9 +228,12 @@ class Server:
         make_key(folder / f"host_key_{host}")
         variables = {"HOME": self.home, "OMP_NUM_THREADS": 1, "PIP_NO_INDEX": 1, "TMPDIR": self.home}
         options = {
-            "Port": self.port, "ListenAddress": host, "HostKey": folder / f"host_key_{host}", "AuthorizedKeysFile": folder / "key.pub",
-            "AllowUsers": getpass.getuser(), "PidFile": "none", "StrictModes": "no", "UsePAM": "no", "PasswordAuthentication": "no",
-            "KbdInteractiveAuthentication": "no", "PermitRootLogin": "prohibit-password", "Subsystem": "sftp internal-sftp",
+            "Port": self.port, "ListenAddress": host, "HostKey": folder / f"host_key_{host}",
+            "AuthorizedKeysFile": folder / "key.pub",
+            "AllowUsers": getpass.getuser(), "PidFile": "none", "StrictModes": "no", "UsePAM": "no",
+            "PasswordAuthentication": "no",
+            "KbdInteractiveAuthentication": "no", "PermitRootLogin": "prohibit-password",
+            "Subsystem": "sftp internal-sftp",
             "SetEnv": " ".join(f"{name}={value}" for name, value in variables.items()),
         }  # fmt: skip
         config = folder / f"sshd_{host}"
@@ -266,7 +269,7 @@ class Server:
         return found
 
     def stop(self, number=signal.SIGKILL):
-        """Sends a signal to the server and to all that runs: killed, they end their connections, and stopped, they say nothing more."""
+        """Signals the server and all that runs: killed ones end their connections, stopped ones say nothing more."""
         if self.process.poll() is None:
             server = psutil.Process(self.process.pid)
             for process in [server, *server.children(recursive=True), *self.running()]:

@@ -106,7 +106,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_flops_equal_a_count_by_hooks(settings):
-    """Over paths that cover every operation at every block of the supernet, and a random one as a network of its own."""
+    """Over paths with every operation at every block of the supernet, and a random one as a network of its own."""
     space = SearchSpace(**settings)
     with torch.device("meta"):
         supernet = network.ShuffleNetV2OneShot(space=space)
@@ -157,8 +157,10 @@ def test_quantiles_against_all_candidates():
 
 
 @pytest.mark.parametrize("text, flops", [
-    ("330000000", 330_000_000), (330_000_000, 330_000_000), ("330M", 330_000_000), ("3.3e8", 330_000_000), ("322.5M", 322_500_000),
-    (" 290M ", 290_000_000), ("59%", SPACE.flops_quantile(0.59)), ("0.14%", SPACE.flops_quantile(0.0014)), ("100%", SPACE.flops_quantile(1)),
+    ("330000000", 330_000_000), (330_000_000, 330_000_000), ("330M", 330_000_000), ("3.3e8", 330_000_000), ("322.5M",
+    322_500_000),
+    (" 290M ", 290_000_000), ("59%", SPACE.flops_quantile(0.59)), ("0.14%", SPACE.flops_quantile(0.0014)), ("100%",
+    SPACE.flops_quantile(1)),
 ])  # fmt: skip
 def test_flops_values(text, flops):
     assert SPACE.flops_value(text) == flops
@@ -247,11 +249,13 @@ def test_keys_that_are_no_strings_are_refused():
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "not JSON"), (b"[0, 1", "not JSON"), (b"\xff\xfe\x00", "not JSON"), (b"[" * 500_000, "not JSON"), (b'{"a":' * 100_000, "not JSON"),
+    (b"", "not JSON"), (b"[0, 1", "not JSON"), (b"\xff\xfe\x00", "not JSON"), (b"[" * 500_000, "not JSON"),
+    (b'{"a":' * 100_000, "not JSON"),
     (b"[" + b"9" * 5000 + b"]", "not JSON"), (b"[0, " * 900 + b"0" + b"]" * 900, "has 2 blocks"),
     (b"[" + b"0," * 5_000_000 + b"0]", "over 1000000 bytes"),
     (b"[" + b"[" * 900 + b"]" * 900 + b", 0" * 19 + b"]", "block 1 chooses"),
-], ids=["empty", "cut off", "binary", "nested lists", "nested objects", "huge number", "nested less", "10 MB", "nested block"])  # fmt: skip
+], ids=["empty", "cut off", "binary", "nested lists", "nested objects", "huge number", "nested less", "10 MB",
+"nested block"])  # fmt: skip
 def test_bad_files_are_refused_with_a_line(tmp_path, content, message):
     path = tmp_path / "a.json"
     path.write_bytes(content)
@@ -278,13 +282,18 @@ def test_a_space_goes_to_json_and_back():
 
 @pytest.mark.parametrize("values, message", [
     ([], "has entries other than"), (None, "has entries other than"), ({"size": 224}, "has entries other than"),
-    ({"input_size": "224"}, "input_size is '224'"), ({"input_size": 0}, "input_size is 0"), ({"input_size": True}, "input_size is True"),
-    ({"input_size": 224.0}, "input_size is 224.0"), ({"input_size": [224]}, r"input_size is \[224\]"), ({"n_classes": -1}, "n_classes is -1"),
-    ({"n_classes": 10**9}, "n_classes is 1000000000"), ({"stage_blocks": 4}, "stage_blocks is 4"), ({"stage_blocks": []}, r"stage_blocks is \[\]"),
+    ({"input_size": "224"}, "input_size is '224'"), ({"input_size": 0}, "input_size is 0"), ({"input_size": True},
+    "input_size is True"),
+    ({"input_size": 224.0}, "input_size is 224.0"), ({"input_size": [224]}, r"input_size is \[224\]"),
+    ({"n_classes": -1}, "n_classes is -1"),
+    ({"n_classes": 10**9}, "n_classes is 1000000000"), ({"stage_blocks": 4}, "stage_blocks is 4"),
+    ({"stage_blocks": []}, r"stage_blocks is \[\]"),
     ({"stage_blocks": [4, 4, 8, "4"]}, "stage_blocks is"), ({"stage_blocks": [4, 4, 8]}, "differ in length"),
-    ({"stage_blocks": [4, 4, 8, 900_000]}, "900016 blocks, more than 1000"), ({"stage_blocks": [1] * 100_000}, "stage_blocks|differ"),
+    ({"stage_blocks": [4, 4, 8, 900_000]}, "900016 blocks, more than 1000"), ({"stage_blocks": [1] * 100_000},
+    "stage_blocks|differ"),
     ({"stage_channels": [64, 160, 320, 641]}, "not all even"), ({"stage_channels": [64, 160, 160, 640]}, "do not grow"),
-    ({"operations": []}, "operations"), ({"operations": "shufflenet_3x3"}, "operations"), ({"operations": ["shuffle-net"]}, "operations"),
+    ({"operations": []}, "operations"), ({"operations": "shufflenet_3x3"}, "operations"),
+    ({"operations": ["shuffle-net"]}, "operations"),
     ({"operations": [["shufflenet_3x3"]]}, "operations"), ({"operations": [{}] * 100_000}, "operations"),
 ])  # fmt: skip
 def test_bad_spaces_are_refused_with_a_line(values, message):

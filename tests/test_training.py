@@ -3,6 +3,9 @@
 import argparse
 import itertools
 import json
+import os
+import shutil
+import signal
 
 import pytest
 import reference_spos
@@ -11,50 +14,82 @@ from torch import nn
 
 import scratch
 import supernet
+import training.run
+import utils
 from images.dataset import training_plan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
+from training import loop
 from training.checkpoint import checkpoints, load, newest
 from training.loop import train
-from training.recipe import dropout_seed, learning_rate, parameter_groups
+from training.recipe import Recipe, dropout_seed, learning_rate, parameter_groups
 from training.run import TrainingRun
 from utils import UserError
 
-SPACE = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
+SPACE = SearchSpace(  # tensors of whole vectors of 16 floats, so that a written-out SGD has torch's rounding
+    input_size=16, n_classes=3, stem_stride=1, stage_strides=(2, 2), stage_blocks=(2, 2), stage_channels=(32, 64),
+    stem_channels=16, last_channels=32,
+)  # fmt: skip
+FULL = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
 
 
 class Images:
     """A loader of random images whose batch is a pure function of the step, as the real ones are."""
 
-    images = range(64)
+    images, px = range(64), 16
+
+    def __init__(self):
+        self.taken = 0  # batches
 
     def batches(self, plan):
         for batch in plan:
+            self.taken += 1
             generator = torch.Generator().manual_seed(int(batch[:, 1].sum()))
-            yield torch.rand(len(batch), 3, 32, 32, generator=generator) * 255, torch.from_numpy(batch[:, 1] % 3)
+            images = torch.rand(len(batch), 3, self.px, self.px, generator=generator) * 255
+            yield images, torch.from_numpy(batch[:, 1] % 3)
 
 
 def settings(**changes):
     values = {
-        "iterations": 20, "batch_size": 8, "lr": 0.5, "warmup": 0, "momentum": 0.9, "weight_decay": 4e-5, "label_smoothing": 0.1,
-        "seed": 0, "amp": "off", "val_every": 1000, "save_every": 1000, "keep": 3, "resume": "auto",
-        "loader": "torchvision",
+        "iterations": 20, "batch_size": 8, "lr": 0.5, "warmup": 0, "momentum": 0.9, "weight_decay": 4e-5,
+        "label_smoothing": 0.1, "seed": 0, "amp": "off", "val_every": 1000, "save_every": 1000, "keep": 3,
+        "resume": "auto", "loader": "torchvision",
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
 
-def supernet_run(folder, args, model=None, sampler=None):
+def training_run(folder, args):
+    contents = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    return TrainingRun(args, folder, torch.device("cpu"), "supernet", contents)
+
+
+def supernet_run(folder, args, model=None, sampler=None, images=None, validate=lambda step: {"val/acc1": 1.0}):
     torch.manual_seed(0)
     model = model or ShuffleNetV2OneShot(space=SPACE)
     sampler = sampler or PathSampler(SPACE, args.seed)
-    stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    run = TrainingRun(args, folder, torch.device("cpu"), "supernet", stored)
+    run = training_run(folder, args)
     if args.resume == "none":
         run.start()
-    metrics = train(run, model, Images(), lambda step: {"val/acc1": 1.0}, sampler.candidate)
+    metrics = train(run, model, images or Images(), validate, sampler.candidate)
     return model, metrics
+
+
+def log_rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(folder, other):
+    """Two runs ended with the same bits: weights, BN statistics, momentum, and the last line of the log."""
+    a, b = (load(newest(f), "supernet").content for f in (folder, other))
+    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())
+    momenta = [{i: s["momentum_buffer"] for i, s in c["optimizer"]["state"].items()} for c in (a, b)]
+    assert momenta[0].keys() == momenta[1].keys() and all(torch.equal(m, momenta[1][i]) for i, m in momenta[0].items())
+    times = {"seconds", "train/images_per_second"}
+    last, other_last = ({k: v for k, v in log_rows(f)[-1].items() if k not in times} for f in (folder, other))
+    assert last == other_last
 
 
 def test_learning_rate_is_the_official_line():
@@ -66,7 +101,7 @@ def test_learning_rate_is_the_official_line():
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_only_weights_with_more_than_one_dimension_decay(affine):
-    model = ShuffleNetV2([0] * 20, affine=affine, space=SPACE)
+    model = ShuffleNetV2([0, 1, 2, 3], affine=affine, space=SPACE)
     groups = parameter_groups(model, 4e-5)
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert len(groups) == 1 + affine and len(decay) == len(list(model.parameters()))
@@ -113,7 +148,7 @@ def test_twenty_steps_are_the_official_recipe_bit_for_bit(tmp_path):
 class ThreeBatches(Images):
     """Ends after three batches, whatever the number of iterations."""
 
-    images = range(96)
+    images, px = range(48), FULL.input_size
 
     def batches(self, plan):
         return ((images.double(), labels) for images, labels in itertools.islice(super().batches(plan), 3))
@@ -123,27 +158,27 @@ class ThreeBatches(Images):
 def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
     """Our networks, sampler and recipe in our loop, against the reference's networks and SGD written out, to 1e-8.
 
-    The learning rate falls as over the official number of iterations; later steps prove nothing, since training is chaotic.
+    The learning rate falls as over the official iterations; later steps prove nothing, since training is chaotic.
     """
-    iterations, sampler, fixed = 150_000, PathSampler(SPACE, 0, default_flops_range(SPACE)), (0, 1, 2, 3) * 5
+    iterations, sampler, fixed = 150_000, PathSampler(FULL, 0, default_flops_range(FULL)), (0, 1, 2, 3) * 5
     torch.manual_seed(0)
     if kind == "supernet":
-        model = ShuffleNetV2OneShot(space=SPACE).double()
+        model = ShuffleNetV2OneShot(space=FULL).double()
         reference = reference_spos.Network(None, 3, False, stem_stride=1, last_size=2).double()
         steps = [(sampler.candidate(step),) for step in (1, 2, 3)]
         assert len(set(steps)) == 3
     else:
-        model = ShuffleNetV2(fixed, space=SPACE).double()
+        model = ShuffleNetV2(fixed, space=FULL).double()
         reference = reference_spos.Network(fixed, 3, True, stem_stride=1, last_size=2).double()
         steps = [()] * 3
     reference.load_state_dict(model.state_dict(), strict=True)
     start = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
 
     momentum = {}
-    for k, (path, (images, labels)) in enumerate(zip(steps, ThreeBatches().batches(training_plan(96, 32, 0))), 1):
+    for k, (path, (images, labels)) in enumerate(zip(steps, ThreeBatches().batches(training_plan(48, 16, 0))), 1):
         torch.manual_seed(dropout_seed(0, k))
         log_p = reference(images, *path).log_softmax(1)
-        loss = -(0.9 * log_p[range(32), labels] + 0.1 * log_p.mean(1)).mean()
+        loss = -(0.9 * log_p[range(16), labels] + 0.1 * log_p.mean(1)).mean()
         reference.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -154,7 +189,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
                     p -= 0.5 * (1 - k / iterations) * momentum[name]
 
     run = TrainingRun(
-        settings(iterations=iterations, batch_size=32, save_every=3), tmp_path, torch.device("cpu"), kind, {}
+        settings(iterations=iterations, batch_size=16, save_every=3), tmp_path, torch.device("cpu"), kind, {}
     )
     train(run, model, ThreeBatches(), None, sampler.candidate if kind == "supernet" else None)
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
@@ -173,7 +208,7 @@ def test_what_is_not_sampled_stays_as_it_is(tmp_path):
 
     class TwoPaths:
         def candidate(self, step):
-            return (0,) * 20 if step <= 5 else (1,) * 20
+            return (0,) * 4 if step <= 5 else (1,) * 4
 
     supernet_run(tmp_path, settings(save_every=5, iterations=9), sampler=TwoPaths())
     before, after = (load(p, "supernet").content for p in checkpoints(tmp_path))
@@ -193,7 +228,7 @@ def test_what_is_not_sampled_stays_as_it_is(tmp_path):
 def test_channels_last_gives_the_same_gradients():
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE).double()
-    images, path = torch.rand(8, 3, 32, 32).double() * 255, PathSampler(SPACE, 0).candidate(1)
+    images, path = torch.rand(8, 3, 16, 16).double() * 255, PathSampler(SPACE, 0).candidate(1)
     gradients = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = model.to(memory_format=layout).eval()
@@ -206,28 +241,48 @@ def test_channels_last_gives_the_same_gradients():
         assert (a - b).abs().max() <= 1e-9 * a.abs().max()
 
 
-@pytest.mark.parametrize("stop", [2, 5])
-def test_a_resumed_run_ends_bit_identical(tmp_path, stop):
-    straight, metrics = supernet_run(tmp_path / "a", settings(iterations=8))
-    args = settings(iterations=8, save_every=stop)
-    supernet_run(tmp_path / "b", args)
-    for path in checkpoints(tmp_path / "b"):
-        if path.stem != f"checkpoint-{stop:07d}":
-            path.unlink()
-    resumed, again = supernet_run(tmp_path / "b", args)
-    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
-    last = json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 8 and again["val/acc1"] == metrics["val/acc1"]
+@pytest.mark.parametrize("stop, amp", [(2, "off"), (5, "off"), (3, "bf16"), (3, "fp16")])
+def test_a_resumed_run_ends_bit_identical(tmp_path, stop, amp):
+    args = settings(iterations=8, save_every=1, keep=8, lr=0.05, amp=amp)
+    straight, metrics = supernet_run(tmp_path / "a", args)
+    assert {p.dtype for p in straight.parameters()} == {torch.float32}
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for path in checkpoints(tmp_path / "b")[stop:]:
+        path.unlink()
+    images = Images()
+    _, again = supernet_run(tmp_path / "b", args, images=images)
+    assert images.taken == 8 - stop  # it resumed
+    assert_same_end(tmp_path / "a", tmp_path / "b")
+    assert again["train/loss"] == metrics["train/loss"] and again["val/acc1"] == 1.0
+    assert again["seconds"] > 0 and checkpoints(tmp_path / "b")[-1].name == "checkpoint-0000008.pth"
 
 
-@pytest.mark.parametrize("key", ["optimizer", "rows", "settings"])
-def test_a_checkpoint_that_lacks_what_training_needs_is_a_line(tmp_path, key):
+def test_a_finished_run_takes_no_image(tmp_path):
+    _, metrics = supernet_run(tmp_path, settings(iterations=2))
+    images = Images()
+    _, again = supernet_run(tmp_path, settings(iterations=2), images=images)
+    assert again == metrics and images.taken == 0 and [row["step"] for row in log_rows(tmp_path)] == [2]
+
+
+def test_a_checkpoint_that_lacks_what_training_needs_is_a_line(tmp_path):
     supernet_run(tmp_path, settings(iterations=2))
-    content = torch.load(newest(tmp_path))
-    del content[key]
-    torch.save(content, newest(tmp_path))
-    with pytest.raises(UserError, match=rf"has no {key} to resume from.*--out.*--resume none"):
+    whole = torch.load(newest(tmp_path))
+    for key in ("optimizer", "rows", "settings", "step", "scaler", "metrics"):
+        torch.save({name: value for name, value in whole.items() if name != key}, newest(tmp_path))
+        with pytest.raises(UserError, match=rf"has no {key} to .*--out.*--resume none"):
+            supernet_run(tmp_path, settings(iterations=2))
+    torch.save(whole["model"], newest(tmp_path))
+    with pytest.raises(UserError, match=r"not a checkpoint of this program.*--resume none"):
         supernet_run(tmp_path, settings(iterations=2))
+
+
+def test_a_run_on_other_images_is_refused(tmp_path):
+    supernet_run(tmp_path, settings(iterations=2))
+    for key, value in (("classes", ["a", "b", "d"]), ("split", {"seed": 1})):
+        run = training_run(tmp_path, settings(iterations=2))
+        run.contents[key] = value
+        with pytest.raises(UserError, match=f"trained with another {key}; .*--resume none"):
+            train(run, ShuffleNetV2OneShot(space=SPACE), Images(), None, PathSampler(SPACE, 0).candidate)
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path):
@@ -244,19 +299,11 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains_float32_weights_and_resumes_bit_identical(tmp_path, amp):
+def test_mixed_precision_is_near(tmp_path, amp):
     _, exact = supernet_run(tmp_path / "exact", settings(iterations=1))
     _, metrics = supernet_run(tmp_path / "first", settings(iterations=1, amp=amp))
-    assert metrics["train/loss"] != exact["train/loss"] and metrics["train/loss"] == pytest.approx(
-        exact["train/loss"], rel=0.02
-    )
-    args = settings(iterations=6, amp=amp, save_every=3, lr=0.01)
-    straight, metrics = supernet_run(tmp_path / "run", args)
-    assert {p.dtype for p in straight.parameters()} == {torch.float32}
-    (tmp_path / "run" / "checkpoint-0000006.pth").unlink()
-    resumed, again = supernet_run(tmp_path / "run", args)
-    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
-    assert again["train/loss"] == metrics["train/loss"]
+    assert metrics["train/loss"] != exact["train/loss"]
+    assert metrics["train/loss"] == pytest.approx(exact["train/loss"], rel=0.02)
 
 
 class OneInfinite(Images):
@@ -265,11 +312,10 @@ class OneInfinite(Images):
             yield images * (torch.inf if step == 2 else 1), labels
 
 
-def test_the_scaler_has_its_say_before_a_loss_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("test_training.Images", OneInfinite)
+def test_the_scaler_has_its_say_before_a_loss_ends_the_run(tmp_path):
     with pytest.raises(UserError, match=r"loss of step 2 is not finite \(learning rate 0.3, path \[[0-3]"):
-        supernet_run(tmp_path / "off", settings(iterations=5))
-    model, metrics = supernet_run(tmp_path / "fp16", settings(iterations=5, amp="fp16"))
+        supernet_run(tmp_path / "off", settings(iterations=5), images=OneInfinite())
+    model, metrics = supernet_run(tmp_path / "fp16", settings(iterations=5, amp="fp16"), images=OneInfinite())
     assert load(newest(tmp_path / "fp16"), "supernet").content["scaler"]["scale"] <= 2**15
     assert all(p.isfinite().all() for p in model.parameters()) and metrics["train/loss"] > 0
 
@@ -305,26 +351,39 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
 
 
-def test_a_signal_saves_and_ends(tmp_path):
-    import os
-    import signal
+class Stopping(PathSampler):
+    """Sends this process a signal while step 4 is prepared."""
 
-    class Stopping(PathSampler):
-        def candidate(self, step):
-            if step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().candidate(step)
+    number = signal.SIGTERM
 
+    def candidate(self, step):
+        if step == 4:
+            os.kill(os.getpid(), self.number)
+        return super().candidate(step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(tmp_path, number):
+    sampler, handlers = Stopping(SPACE, 0), [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    sampler.number = number
     with pytest.raises(SystemExit) as stopped:
-        supernet_run(tmp_path, settings(), sampler=Stopping(SPACE, 0))
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert newest(tmp_path).name == "checkpoint-0000004.pth"
+        supernet_run(tmp_path, settings(), sampler=sampler)
+    assert stopped.value.code == 128 + number
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000004.pth"]
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    images = Images()
+    supernet_run(tmp_path, settings(), images=images)
+    assert images.taken == 16
+    supernet_run(tmp_path / "straight", settings())
+    assert_same_end(tmp_path, tmp_path / "straight")
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path):
+    _, metrics = supernet_run(tmp_path, settings(iterations=4), sampler=Stopping(SPACE, 0))
+    assert metrics["val/acc1"] == 1.0 and [row["step"] for row in log_rows(tmp_path)] == [4]
 
 
 def test_a_signal_ends_a_validation_too(tmp_path):
-    import os
-    import signal
-
     torch.manual_seed(0)
     model, done = ShuffleNetV2OneShot(space=SPACE), []
 
@@ -334,23 +393,120 @@ def test_a_signal_ends_a_validation_too(tmp_path):
         done.append(step)
         return {"val/acc1": 1.0}
 
-    stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
-    run = TrainingRun(settings(val_every=4, iterations=8), tmp_path, torch.device("cpu"), "supernet", stored)
+    args, sampler = settings(val_every=4, iterations=8), PathSampler(SPACE, 0)
     with pytest.raises(SystemExit) as stopped:
-        train(run, model, Images(), validate, PathSampler(SPACE, 0).candidate)
+        supernet_run(tmp_path, args, model, validate=validate)
     assert stopped.value.code == 128 + signal.SIGTERM and not done
     assert newest(tmp_path).name == "checkpoint-0000004.pth" and model.training
     assert not (tmp_path / "log.jsonl").read_text()
     for expected in ([4, 8], [4, 8, 4, 8]):  # the second time, as after a kill before the next checkpoint
-        train(
-            run, model, Images(), lambda step: done.append(step) or {"val/acc1": step}, PathSampler(SPACE, 0).candidate
-        )
-        rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert done == expected and [(row["step"], row["val/acc1"], "validation_due" in row) for row in rows] == [
-            (4, 4, False),
-            (8, 8, False),
-        ]
+        supernet_run(tmp_path, args, model, sampler, validate=lambda step: done.append(step) or {"val/acc1": step})
+        rows = [(row["step"], row["val/acc1"], "validation_due" in row) for row in log_rows(tmp_path)]
+        assert done == expected and rows == [(4, 4, False), (8, 8, False)]
         newest(tmp_path).unlink()
+
+
+# --- what is written down ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that `train` reads: a batch takes a second, which `Ticking` adds."""
+    now = [1000.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    return now
+
+
+class Ticking(Images):
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def batches(self, plan):
+        for batch in super().batches(plan):
+            self.clock[0] += 1.0
+            yield batch
+
+
+def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validations(
+    tmp_path, monkeypatch, clock, caplog
+):
+    steps, train_one_step = [], Recipe.train_one_step
+
+    def kept(recipe, step, images, labels, candidate=None):
+        loss, logits = train_one_step(recipe, step, images, labels, candidate)
+        steps.append((loss.item(), int((logits.argmax(1) == labels).sum())))
+        return loss, logits
+
+    def validate(step):
+        clock[0] += 100.0
+        return {"val/acc1": step / 2}
+
+    monkeypatch.setattr(Recipe, "train_one_step", kept)
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    caplog.set_level("INFO", "spos")
+    args = settings(iterations=7, val_every=4, save_every=4, weight_decay=0.01)
+    _, metrics = supernet_run(tmp_path, args, images=Ticking(clock), validate=validate)
+    rows, before = log_rows(tmp_path), 0
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    for row in rows:
+        part = steps[before : row["step"]]
+        assert row["train/loss"] == pytest.approx(sum(loss for loss, _ in part) / len(part), rel=1e-6)
+        assert row["train/acc1"] == pytest.approx(sum(right for _, right in part) * 100 / (8 * len(part)))
+        assert row["train/lr"] == pytest.approx(0.5 * (1 - row["step"] / 7)) and row["seconds"] == row["step"]
+        assert row["train/images_per_second"] == pytest.approx(8)
+        before = row["step"]
+    assert [row.get("val/acc1") for row in rows] == [None, 2.0, None, 3.5]
+    assert metrics == {name: value for name, value in rows[-1].items() if name != "step"}
+    assert "plan: 2 s for 2 more steps of 1 s, beside 1 validations; 3 checkpoints" in caplog.text
+    assert "step 2/7 " in caplog.text and "lower --keep" not in caplog.text
+
+    for path in checkpoints(tmp_path)[1:]:  # as if killed after step 4, and later lines were written
+        path.unlink()
+    del steps[4:]
+    supernet_run(tmp_path, args, images=Ticking(clock), validate=validate)
+    assert log_rows(tmp_path) == rows
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    for tag in ("train/loss", "val/acc1", "seconds"):
+        expected = [(row["step"], pytest.approx(row[tag], rel=1e-5)) for row in rows if tag in row]
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == expected
+    paths = [(e.step, e.histogram_value.num) for e in events.Histograms("paths/MFLOPs")]
+    assert paths == [(2, 2), (4, 2), (6, 2), (7, 1)]
+    mflops = [SPACE.flops(PathSampler(SPACE, 0).candidate(step)) / 1e6 for step in (5, 6)]
+    assert events.Histograms("paths/MFLOPs")[2].histogram_value.sum == pytest.approx(sum(mflops))
+
+
+def test_a_line_that_was_cut_short_is_removed(tmp_path):
+    supernet_run(tmp_path, settings(iterations=4, val_every=2, save_every=2))
+    newest(tmp_path).unlink()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('no JSON\n{"loss": 3}\n{"step": 1')
+    supernet_run(tmp_path, settings(iterations=4, val_every=2, save_every=2))
+    assert [row["step"] for row in log_rows(tmp_path)] == [2, 4]
+
+
+def test_checkpoints_that_will_not_fit_on_the_disk_are_foretold(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda folder: argparse.Namespace(free=1000))
+    supernet_run(tmp_path, settings(iterations=6))
+    assert "has 0.0 GB left, the checkpoints need 0.0 GB; lower --keep" in caplog.text
+
+
+def test_a_folder_has_one_run_at_a_time_and_the_one_before_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.run, "hold_lock", lambda path, wait_s: utils.hold_lock(path))
+    monkeypatch.setattr(training.run, "start_logging", lambda *_: None)
+    folder, args = tmp_path / "run", settings(iterations=2, resume="none")
+    for n in (0, 1, 2):
+        if n:
+            supernet_run(folder, settings(iterations=2, resume="auto"))
+        first = training_run(folder, args)
+        first.start()
+        assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir() and p != folder) == ["run.1", "run.2"][:n]
+        with pytest.raises(UserError, match="another run"):
+            training_run(folder, args).start()
+        first.lock.close()
+    assert newest(tmp_path / "run.1").name == newest(tmp_path / "run.2").name == "checkpoint-0000002.pth"
 
 
 def test_both_scripts_have_the_official_defaults():

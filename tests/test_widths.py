@@ -194,7 +194,7 @@ def test_the_warm_up_widens_downwards_and_meets_no_bins():
     assert later == [PathSampler(PAPERS, 0, default_flops_range(PAPERS)).candidate(step) for step in range(80, 880)]
     flops = [PAPERS.flops(c) for c in later]
     bins = collections.Counter((f - 290_000_000) // 10_000_000 for f in flops)
-    assert 290_000_000 <= min(flops) and max(flops) <= 360_000_000 and max(bins.values()) < 2 * min(bins.values())
+    assert min(flops) >= 290_000_000 and max(flops) <= 360_000_000 and max(bins.values()) < 2 * min(bins.values())
 
 
 def test_joint_candidates_are_spread_as_counted():

@@ -127,7 +127,7 @@ def _onnx(program, values):
 
 
 def compare(run, model, config):
-    """The largest difference between the logits of `run(images)` and the network's, on images of all bundled classes."""
+    """The largest difference between the logits of `run(images)` and of the network, on bundled images."""
     images = scan(bundled.unpack(HERE / "data" / "fashion-mnist") / "val")
     images = images.take(stratified_order(images.labels, 0)[:N_IMAGES])
     loader = Loader(images, config, False, backend="torchvision", workers=0)

@@ -71,7 +71,7 @@ def _nni_config(space, command, settings, out, experiment, concurrency, candidat
         "space": space.to_dict(),
         "flops_limit": settings["flops_limit"],
         "concurrency": concurrency,
-        "costs": space.costs,
+        "costs": json.loads(json.dumps(space.costs)),  # NNI takes plain lists
         **{name: settings[name] for name in EVOLUTION},
     }
     if candidates_per_trial:

@@ -216,7 +216,7 @@ def test_gen_writes_nnis_form_from_anywhere(tmp_path):
     stdout, _ = run("tester.py", "--mode", "gen", "--out", pathlib.Path("here"), cwd=tmp_path)
     space = json.loads((tmp_path / "here" / "nni_auto_gen_search_space.json").read_text())
     assert list(space) == [f"LayerChoice{i}" for i in range(1, 21)] and "20 choice blocks" in stdout
-    operations = "shufflenet_3x3 shufflenet_5x5 shufflenet_7x7 xception_3x3"
+    operations = ["shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3"]
     assert space["LayerChoice7"] == {"_type": "layer_choice", "_value": operations}
 
 

@@ -176,7 +176,7 @@ def test_failed_candidates_are_no_parents_and_do_not_come_again():
     assert not set(following) & set(population)
 
 
-def test_all_failed_goes_on_at_random():
+def test_where_all_failed_random_candidates_follow():
     evolution = small()
     search(evolution, lambda c: (math.nan, 1.0))
     assert evolution.best is None

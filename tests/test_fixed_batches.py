@@ -125,7 +125,7 @@ def test_a_bad_image_is_named_and_leaves_no_file(images, tmp_path):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
 
 
-def test_a_full_disk_is_said_and_the_images_come_all_the_same(images, tmp_path, caplog):
+def test_a_full_disk_is_logged_and_the_images_come_anyway(images, tmp_path, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 10 * IMAGE_BYTES, limits[1]))
     try:
@@ -138,7 +138,7 @@ def test_a_full_disk_is_said_and_the_images_come_all_the_same(images, tmp_path, 
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"]
 
 
-def test_a_folder_that_cannot_be_made_is_said(images, tmp_path, caplog):
+def test_a_folder_that_cannot_be_made_is_logged(images, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert len(list(fixed(images, tmp_path / "file" / "cache"))) == 3
     assert "--cache" in caplog.text

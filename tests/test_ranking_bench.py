@@ -1,4 +1,4 @@
-"""The ranking study: its statistics, its candidates, and a small run that is killed and goes on."""
+"""The ranking study: its statistics, its candidates, and a small run that is killed and resumed."""
 
 import itertools
 import json
@@ -181,7 +181,7 @@ def test_a_training_is_that_of_scratch(tree, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on(tree, tmp_path):
+def test_a_killed_run_can_be_resumed(tree, tmp_path):
     """3 candidates, 2 seeds of 4 iterations: what was measured stays, and the end is that of an undisturbed run."""
     config, results = tmp_path / "config.yml", tmp_path / "killed" / "ranking.json"
     config.write_text(CONFIG.format(tree=tree, cache=tmp_path / "cache"))

@@ -181,7 +181,7 @@ def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_search_leaves_nothing_running_and_goes_on(tmp_path):
+def test_interrupted_search_leaves_nothing_running_and_resumes(tmp_path):
     (tmp_path / "first trial").touch()
     with hosted(tmp_path, seconds=2.0) as (process, _):
         wait_for(lambda: len(evaluated(tmp_path)) >= 3 and read_results(tmp_path), "no result came")
@@ -284,7 +284,7 @@ def test_occupied_port_is_refused():
         assert nni_engine.free_port("127.0.0.1") != port
 
 
-def test_missing_nni_is_said(tmp_path, monkeypatch):
+def test_missing_nni_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nni", None)
     with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
         nni_engine.host_experiment({}, tmp_path)

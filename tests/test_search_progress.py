@@ -155,7 +155,7 @@ def test_a_terminal_has_a_bar(tmp_path, lines, monkeypatch):
     assert len(lines) == 1  # of the first generation's end
     progress.bar.close()
     search(tmp_path)
-    assert "| 5/12 [00:00<?, ?candidate/s]" in terminal.getvalue()  # where it goes on
+    assert "| 5/12 [00:00<?, ?candidate/s]" in terminal.getvalue()  # where it resumes
     assert not terminal.getvalue().split("\r")[-1].strip()  # nothing is left of it
 
 

@@ -82,7 +82,7 @@ def test_files_do_not_depend_on_the_order_of_arrival(tmp_path):
     assert artefacts(tmp_path / "a") == artefacts(tmp_path / "b")
 
 
-def test_search_that_stops_anywhere_goes_on_to_the_same_end(tmp_path):
+def test_search_that_stops_anywhere_resumes_to_the_same_end(tmp_path):
     fill(tmp_path / "undisturbed")
     for n in range(13):
         assert fill(tmp_path / str(n), stop_after=n) == n
@@ -94,7 +94,7 @@ def test_search_that_stops_anywhere_goes_on_to_the_same_end(tmp_path):
         assert artefacts(tmp_path / str(n)) == artefacts(tmp_path / "undisturbed")
 
 
-def test_search_that_dies_while_closing_a_generation_goes_on_to_the_same_end(tmp_path, monkeypatch):
+def test_search_that_dies_while_closing_a_generation_resumes_to_the_same_end(tmp_path, monkeypatch):
     fill(tmp_path / "undisturbed")
     monkeypatch.setattr("utils.os.fsync", lambda descriptor: None)
     for n in itertools.count():

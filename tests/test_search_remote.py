@@ -185,7 +185,7 @@ def test_what_ssh_says_of_a_machine_that_does_not_answer_is_told(tmp_path, monke
         pass
 
 
-def test_the_search_goes_on_with_the_machines_that_are_left(tmp_path, monkeypatch):
+def test_the_search_continues_with_the_machines_that_are_left(tmp_path, monkeypatch):
     found = search.read_experiment(ROOT / "config_search.yml") | {
         "trainingService": {"platform": "remote", "machineList": entries("192.0.2.1", "192.0.2.2", "192.0.2.3")}
     }

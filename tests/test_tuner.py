@@ -210,7 +210,7 @@ def test_exception_in_the_tuner_reaches_the_state_file(tmp_path):
     assert read_results(tmp_path) == []  # it has given up
 
 
-def test_tuner_goes_on_where_another_died(tmp_path):
+def test_tuner_resumes_where_another_died(tmp_path):
     nni = FakeNNI(tmp_path)
     nni.evaluate(nni.sent[0][1], 1)
     nni.step()

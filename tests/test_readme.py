@@ -28,7 +28,7 @@ from test_layout import ORDER, ROOMS
 
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "readme.md", *sorted(ROOT.glob("docs/*.md")))}
 TAGS = ("run by a test", "run small by a test", "need ImageNet", "take long")
-LANGUAGES = ("bibtex", "python", "text")  # of blocks without commands
+LANGUAGES = ("bibtex", "python", "text", "yaml")  # of blocks without commands
 BLOCK = re.compile(r"(?:^<!-- commands: (.*?) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"^\s*(?:\$ )?(?:python3?|make|pip|git|bash|sh|\.|source|cd|export|torchrun) ", re.M)
 TEXT = "\n".join(PAGES.values())

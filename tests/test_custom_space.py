@@ -2,7 +2,12 @@
 
 import argparse
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -171,24 +176,45 @@ TRAIN = ("--batch-size", 16, "--iterations", 6, "--val-every", 6, "--save-every"
 SEARCH = ("--population", 4, "--select", 2, "--mutation", 1, "--crossover", 1, "--generations", 2, "--concurrency", 1)
 
 
-def commands(out, space, operations, engine):
-    """The four commands; returns what scratch.py measured."""
-    own = ("--operations", operations) if operations else ()
-    run("supernet.py", *SMALL, *TRAIN, "--val-paths", 1, *space, *own, "--out", out)
-    run("tester.py", "--mode", "gen", *own, "--out", out)
-    run("search.py", *SMALL, *SEARCH, "--engine", engine, *own, "--out", out)
-    best = out / "checkpoints/best.json"
-    stdout, _ = run("scratch.py", "--demo", *TRAIN, "--bn-pass", 2, "--architecture", best, *own, "--out", out)
-    return json.loads(stdout.splitlines()[-1])
+def kill_once(script, words, seen):
+    """Starts a script, kills it with all that it started once `seen()`, and runs it again to its end."""
+    words = [str(word) for word in words]
+    resume = ["--resume"] if script == "search.py" else []
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, *words], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    while not seen():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run(script, *words, *resume)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "nni"])
 @pytest.mark.parametrize("kind", ["small", "joint", "own"])
-def test_the_four_commands_in_a_space(tmp_path, kind, engine):
-    operations = written(tmp_path / "own.py", EXAMPLE) if kind == "own" else None
+def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine):
+    out = tmp_path / "out"
+    own = ("--operations", written(tmp_path / "own.py", EXAMPLE)) if kind == "own" else ()
     space = written(tmp_path / "space.yml", {"space": OWN}) if kind == "own" else kind
-    result = commands(tmp_path / "out", ("--space", space), operations, engine)
-    assert len(result["architecture"]) == {"small": 6, "joint": 40, "own": 8}[kind]
-    report = (tmp_path / "out/report.html").read_text()
-    assert ("width 0.5" in report) == (kind == "own") and ("identity" in report) == (kind == "own")
+    words = (*SMALL, *TRAIN, "--val-paths", 1, "--space", space, *own, "--cache", tmp_path / "cache", "--out", out)
+    kill_once("supernet.py", words, (out / "checkpoints/supernet/checkpoint-0000003.pth").exists)
+    run("tester.py", "--mode", "gen", *own, "--out", out)
+    words = (*SMALL, *SEARCH, "--engine", engine, *own, "--cache", tmp_path / "cache", "--out", out)
+    acc = out / "acc/000.jsonl"
+    kill_once("search.py", words, lambda: acc.exists() and acc.read_text().endswith("\n"))
+    results = [
+        json.loads(line) for path in sorted((out / "acc").glob("*.jsonl")) for line in path.read_text().splitlines()
+    ]
+    assert len(results) == len({tuple(r["architecture"]) for r in results}) == 8
+
+    best = out / "checkpoints/best.json"
+    stdout, _ = run("scratch.py", "--demo", *TRAIN, "--bn-pass", 2, "--architecture", best, *own, "--out", out)
+    retrained = json.loads(stdout.splitlines()[-1])
+    assert retrained["architecture"] == max(results, key=lambda r: (r["acc1"], r["acc5"]))["architecture"]
+    stdout, _ = run("scratch.py", "--demo", "--eval", *own, "--out", out)
+    assert json.loads(stdout.splitlines()[-1])["acc1"] == retrained["acc1"]
+    run("scratch.py", "--demo", "--export", tmp_path / "best.pt2", *own, "--out", out)
+    report = (out / "report.html").read_text()
+    assert (", width " in report) == (kind != "small") and ("identity" in report) == (kind == "own")

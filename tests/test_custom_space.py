@@ -23,8 +23,8 @@ from utils import UserError
 
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/spaces.md").read_text(), re.S)[1]
 OWN = {
-    "stem": {"channels": 4, "stride": 1},
-    "stages": [{"blocks": 2, "channels": 8, "stride": 2}, {"blocks": 2, "channels": 16, "stride": 2}],
+    "stem": {"channels": 8, "stride": 1},
+    "stages": [{"blocks": 2, "channels": 16, "stride": 2}, {"blocks": 2, "channels": 32, "stride": 2}],
     "last": {"channels": 32},
     "operations": ["identity", "inverted_residual_5x5", "shufflenet_3x3"],
     "widths": [0.5, 1.0],
@@ -96,7 +96,7 @@ def test_an_architecture_that_a_search_wrote_is_of_its_space(tmp_path):
         ({"widths": ["wide"]}, "widths"),
         ({"operations": ["swin"]}, "operation 'swin' is none of shufflenet_3x3.*--operations"),
         ({"operations": ["identity", "identity"]}, "has a name twice"),
-        ({"stem": {"channels": 8}}, "do not grow"),
+        ({"stem": {"channels": 16}}, "do not grow"),
     ],
 )
 def test_what_makes_no_network_is_a_line_that_names_the_entry(tmp_path, changes, message):

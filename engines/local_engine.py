@@ -29,8 +29,8 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
             lists = chunks(space, waiting, workers.n, candidates_per_trial)
             generation = record.evolution.generation
             names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
-            # First in lists; then those that failed, each on its own; then one at a time, since a worker that dies takes the
-            # others' work with it.
+            # First in lists; then those that failed, each on its own; then one at a time, since the death of a worker
+            # loses the others' work too.
             for together in (True, True, False):
                 for candidates, results, error in workers.evaluate(lists, together):
                     for result in results:

@@ -1,5 +1,5 @@
-// Changes how NNI's manager, a Node program, behaves. nni_engine.py makes Node load this file first, by NODE_OPTIONS, and
-// sets SPOS_NNI_HOST, the address of the web server, and SPOS_NNI_START_MS, how long the manager waits for the tuner.
+// Changes how NNI's manager, a Node program, behaves. nni_engine.py makes Node load this file first, by NODE_OPTIONS,
+// and sets SPOS_NNI_HOST, the address of the web server, and SPOS_NNI_START_MS, how long the manager waits for the tuner.
 
 const host = process.env.SPOS_NNI_HOST;
 const startMs = Number(process.env.SPOS_NNI_START_MS);

@@ -96,14 +96,14 @@ def page(run, comparison, svgs):
         "<h2>How the search went</h2>",
         _figure("generations", svgs, "Best, mean and spread by generation; best so far against random search", f"""
             (a) Every dot is a candidate, evaluated in the supernet on the search's validation images. (b) The best
-            top-1 so far, at the end of each generation. {_text(_random_caption(comparison))} The best of many measurements
-            is too high by chance, in both curves alike."""),
+            top-1 so far, at the end of each generation. {_text(_random_caption(comparison))}
+            The best of many measurements is too high by chance, in both curves alike."""),
         _generation_table(run),
         "<h2>Accuracy and cost of every candidate</h2>",
         _figure("plane", svgs, "Candidates in the FLOPs-accuracy plane", f"""
             {len(run.succeeded)} candidates by FLOPs and top-1, coloured by generation; circled, the
-            {len(run.front())} on the Pareto front: none with at most their FLOPs is more accurate. Dashed, the limit of the search.
-            {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
+            {len(run.front())} on the Pareto front: none with at most their FLOPs is more accurate.
+            Dashed, the limit of the search. {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
         "<h2>Which operations the search takes</h2>",
         _figure("operations", svgs, "Share of each operation in each block", f"""
             Top: share of each operation in each block. Below: one map for each operation, a row for each generation.

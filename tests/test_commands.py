@@ -324,8 +324,8 @@ def test_what_a_user_gets_wrong_is_one_line(words, message, data, tmp_path):
 
 
 def test_in_a_process_of_its_own_an_error_is_one_line_too(tmp_path):
-    stdout, stderr = launch("search.py", "--demo", "--population", "none", "--out", tmp_path, code=2)
-    assert stdout == "" and len(stderr.splitlines()) == 1 and stderr.startswith("search.py: error: ")
+    stdout, stderr = launch("report.py", tmp_path, code=2)
+    assert stdout == "" and len(stderr.splitlines()) == 1 and stderr.startswith("report.py: error: ")
 
 
 @pytest.mark.parametrize(

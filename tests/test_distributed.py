@@ -267,7 +267,7 @@ def killed_and_resumed(tmp_path, processes, kills, seed, *words):
 
 @pytest.mark.parametrize("words", [SUPERNET, SCRATCH], ids=["supernet", "scratch"])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, words):
-    killed_and_resumed(tmp_path, 1, 1, 0, words[0], *data, *words[1:])
+    killed_and_resumed(tmp_path, 1, 1, 1, words[0], *data, *words[1:])
 
 
 @pytest.mark.slow

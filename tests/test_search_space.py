@@ -86,11 +86,8 @@ def hooked_flops(model, *path, size):
 SETTINGS = [
     {},
     {"input_size": 28, "n_classes": 10, "stem_stride": 1},
-    {"input_size": 32, "n_classes": 10, "stem_stride": 1},
     {"input_size": 37, "n_classes": 3, "stem_stride": 1},
-    {"input_size": 64, "n_classes": 100},
     {"input_size": 65, "stage_strides": (1, 2, 2, 2)},
-    {"input_size": 96},
     {"input_size": 225, "n_classes": 7},
     {"input_size": 40, "stem_stride": 3, "stage_strides": (2, 1, 3, 1)},
     {

@@ -20,8 +20,8 @@ def official_file(path, state_dict, **kwargs):
     return path
 
 
+@pytest.mark.slow
 def test_an_official_supernet_file_loads_strictly(tmp_path):
-    """The official files are of torch 1.x, whose format was not yet a zip archive."""
     _, reference = supernets(32, torch.float32)
     path = official_file(
         tmp_path / "checkpoint-150000.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=False
@@ -34,10 +34,12 @@ def test_an_official_supernet_file_loads_strictly(tmp_path):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_an_official_retrained_file_loads_strictly(tmp_path):
+@pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
+def test_an_official_retrained_file_loads_strictly(tmp_path, zipped):
+    """The official files are of torch 1.x, whose format was not yet a zip archive."""
     torch.manual_seed(0)
     reference = reference_spos.Network(reference_spos.WINNER, 1000, True).eval()
-    path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict())
+    path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped)
     model = network.ShuffleNetV2(reference_spos.WINNER).eval()
     checkpoint.load_weights(model, checkpoint.load_and_parse_state_dict(path), path)
     images, _ = image_batches(1, 1, 224)[0]

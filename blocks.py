@@ -173,18 +173,19 @@ class Narrow:
 
     def __init__(self, widest, form):
         self.widest, self.form = widest, form
-        self.tensors, self.norms = [], []  # (module, attribute, name, index); (norm of form, norm of widest)
-        for (path, module), narrow in zip(widest.named_modules(), form.modules(), strict=True):
-            for name, tensor in (*narrow.named_parameters(recurse=False), *narrow.named_buffers(recurse=False)):
-                if tensor.dim():
-                    self.tensors.append((module, name, f"{path}.{name}".lstrip("."), first_channels(tensor.shape)))
+        self.modules = list(zip(form.modules(), widest.modules(), strict=True))
+        self.tensors = []  # (module of widest, attribute, name in form, index)
+        for (path, narrow), (_, module) in zip(form.named_modules(), self.modules):
             if isinstance(narrow, nn.BatchNorm2d):
                 narrow.num_batches_tracked = None
-                self.norms.append((narrow, module))
+            for name, tensor in (*narrow.named_parameters(recurse=False), *narrow.named_buffers(recurse=False)):
+                self.tensors.append((module, name, f"{path}.{name}".lstrip("."), first_channels(tensor.shape)))
 
     def __call__(self, x):
-        for norm, widest in self.norms:
-            norm.training, norm.momentum = widest.training, widest.momentum
+        for narrow, module in self.modules:
+            narrow.training = module.training
+            if isinstance(module, nn.BatchNorm2d):
+                narrow.momentum = module.momentum
         tensors = {name: getattr(module, attribute)[index] for module, attribute, name, index in self.tensors}
         return torch.func.functional_call(self.form, tensors, (x,))
 

@@ -19,6 +19,8 @@ from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space import custom
 from space.search_space import SearchSpace
 from training import checkpoint
+from training.evaluation import recalibrate_bn
+from training.prefix_tree import PrefixTree
 from utils import UserError
 
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/spaces.md").read_text(), re.S)[1]
@@ -153,6 +155,47 @@ def test_costs_are_counted_from_the_module(tmp_path):
     assert space.params(candidate) == sum(p.numel() for p in network.parameters())
     supernet = ShuffleNetV2OneShot(space=space)
     assert supernet(torch.zeros(2, 3, 28, 28), candidate).shape == (2, 10)
+
+
+ODD = """
+from torch import nn
+from blocks import conv_bn, register
+
+@register("odd")
+class Odd(nn.Module):
+    def __init__(self, shape, width, affine):
+        super().__init__()
+        inner = int(shape.out_channels * width)
+        self.plain = nn.Conv2d(shape.in_channels, inner, 3, shape.stride, 1)
+        self.norm = nn.BatchNorm2d(inner, affine=affine)
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.Sequential(*conv_bn(inner, shape.out_channels, 1, affine=affine))
+
+    def forward(self, x):
+        return self.last(self.drop(self.norm(self.plain(x))))
+"""
+
+
+def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path):
+    """A convolution with bias, its BN apart, and dropout: folded or not, one by one or as a tree."""
+    custom.load_operations(written(tmp_path / "odd.py", ODD))
+    fields = OWN | {"operations": ["odd", "shufflenet_3x3"]}
+    space = custom.space_from_args(flags(space=written(tmp_path / "s.yml", {"space": fields})), 16, 10)
+    torch.manual_seed(0)
+    supernet = ShuffleNetV2OneShot(space=space).double()
+    (images, _), *calibration = [(torch.rand(8, 3, 16, 16).double() * 255, torch.arange(8)) for _ in range(3)]
+    candidates = [(0, 1, 0, 0, 1, 0, 0, 0), (0, 1, 1, 0, 1, 0, 1, 1), (1, 0, 0, 0, 0, 1, 1, 1)]
+    logits = {}
+    for fold in (True, False):
+        tree = PrefixTree(supernet, candidates, fold)
+        with torch.inference_mode(), tree.own_statistics():
+            recalibrate_bn(supernet, tree.forward, calibration, "average")
+            logits[fold] = dict(tree.logits(images))
+    for candidate in candidates:
+        recalibrate_bn(supernet, lambda x, candidate=candidate: supernet(x, candidate), calibration, "average")
+        expected = supernet(images, candidate)
+        for found in (logits[True][candidate], logits[False][candidate]):
+            assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):

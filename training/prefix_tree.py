@@ -22,7 +22,8 @@ class _Part:
         form = self.run.form if narrow else module
         self.norms, forms = batch_norms(module), batch_norms(form)
         self.channels = [norm.num_features for norm in forms]
-        if folded:
+        self.folded, self.pairs, self.others = self.run, [], []
+        if folded and not (narrow and _has_other_weights(form)):
             copy = fold_bn(form) if narrow else folded.module_of(key)
             self.folded = copy if narrow else folded.part(key)
             names, copies = {m: name for name, m in form.named_modules()}, dict(copy.named_modules())
@@ -44,6 +45,12 @@ class _Part:
             )
         for norm, copy in self.others:
             copy.running_mean, copy.running_var = norm.running_mean, norm.running_var
+
+
+def _has_other_weights(form):
+    """Whether a module has weights other than those of convolutions and the norms behind them: then none are folded."""
+    folds = {module for pair in conv_bn_pairs(form) for module in pair}
+    return any(module not in folds and any(True for _ in module.parameters(recurse=False)) for module in form.modules())
 
 
 class _Node:

@@ -9,7 +9,7 @@ One run of all quick tests under coverage (`pip install --target FOLDER coverage
 says which test executes which line, in processes that it starts too; `--coverage FILE` keeps that, or is read. What is
 executed in a fixture of several tests counts for each that uses it, at import for all of the function or module.
 
-FILE.json gets each mutant's row at once, and the same command goes on from there. Whether a survivor is equivalent to
+FILE.json gets each row at once, and the same command resumes from there. Whether a survivor is equivalent to
 the original is for a person to write into its `reason`. The tests' pytest has this file as its plugin.
 """
 

@@ -179,7 +179,7 @@ def check_classes(ckpt, classes):
 
 
 def check_settings(ckpt, settings, folder):
-    """Raises UserError that names the flags in which a run differs from the one that it would go on from."""
+    """Raises UserError that names the flags in which a run differs from the one that it would resume."""
     if changes := settings_difference(ckpt.content["settings"], settings, HARMLESS):
         flags = {name: f"--{name.replace('_', '-')}" for name in changes} | {"processes": "processes"}  # not a flag
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())

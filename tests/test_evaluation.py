@@ -202,7 +202,7 @@ def test_a_result_does_not_depend_on_what_was_evaluated_before(supernet):
 
 def test_a_result_says_what_was_measured(supernet):
     (result,) = evaluate(supernet, PATHS[:1], batches(2, 8), batches(2, 16, 1, ragged=3))
-    assert result["architecture"] == list(PATHS[0]) and result["flops"] == SPACE.flops(PATHS[0])
+    assert result["architecture"] == list(PATHS[0])
     assert result["n_images"] == 35 and 0 <= result["acc1"] <= result["acc5"] <= 100 and result["seconds"] >= 0
 
 

@@ -283,3 +283,9 @@ def test_parameters_are_as_published():
         )
         for path in candidates(3):
             assert count(network.ShuffleNetV2(path, 64, 7)) == SearchSpace.for_images(64, 7).params(path)
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_computes_in_the_numbers_that_are_asked_for(amp, dtype):
+    with network.autocast(torch.device("cpu"), amp):
+        assert F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1)).dtype == dtype

@@ -78,8 +78,7 @@ def test_a_path_is_the_network_with_the_first_channels_of_the_weights(n):
             assert (supernet(images, candidate) - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("bn", ["ema", "average"])
+@pytest.mark.parametrize(("bn", "fold"), [("ema", True), ("average", False)])
 def test_a_tree_of_joint_candidates_is_one_after_the_other(bn, fold):
     torch.manual_seed(0)
     supernet, rng = ShuffleNetV2OneShot(space=SMALL).to(memory_format=torch.channels_last), random.Random(1)
@@ -205,3 +204,9 @@ def test_joint_candidates_are_spread_as_counted():
     assert flops.mean() == pytest.approx(302, abs=2) and flops.std() == pytest.approx(33, abs=2)
     assert PAPERS.flops_quantile(0.79) == pytest.approx(330e6, rel=0.005)
     assert ((flops >= 290) & (flops <= 360)).float().mean() == pytest.approx(0.59, abs=0.03)
+
+
+def test_the_narrowest_width_leaves_a_middle_channel():
+    assert SearchSpace(32, 10, 1, (1,), (1,), (20,), 8, 32, widths=(0.1, 1.0)).blocks[0].mid_channels(0.1) == 1
+    with pytest.raises(UserError, match="leave no middle channel"):
+        SearchSpace(32, 10, 1, (1,), (1,), (18,), 8, 32, widths=(0.1, 1.0))

@@ -158,3 +158,10 @@ def test_drawing_ends_even_where_it_finds_nothing(monkeypatch):
     monkeypatch.setattr(paths, "edges", np.array([1, 2, 3]))
     with pytest.raises(RuntimeError, match="1024 steps got no path"):
         paths.candidate(0)
+
+
+def test_the_paths_of_a_seed_are_those_of_every_version():
+    """A run that an earlier version began resumes with the paths that it would have had there."""
+    binned, free = PathSampler(SearchSpace(), 0, default_flops_range(SearchSpace())), PathSampler(SearchSpace(), 3)
+    assert binned.candidate(1) == (0, 3, 2, 2, 0, 1, 0, 1, 2, 1, 1, 1, 0, 3, 2, 0, 3, 2, 3, 1)
+    assert free.candidate(2000) == (3, 1, 3, 1, 1, 1, 1, 0, 1, 0, 2, 3, 3, 1, 1, 0, 2, 0, 2, 1)

@@ -52,8 +52,7 @@ def space_from_args(args, input_size, n_classes):
         given = _fields(document["space"], f"{name}: space")
     if name in (None, "channels") and args.architecture:
         given = _searched(args.architecture) | given
-    images = {"input_size": input_size, "n_classes": n_classes}
-    space = SearchSpace(**{"stem_stride": 1 if input_size <= 64 else 2} | given | images)
+    space = dataclasses.replace(SearchSpace.for_images(input_size, n_classes), **given)
     if name == "channels":
         if not args.architecture:
             raise UserError("--space channels: needs --architecture FILE, whose operations it keeps")
@@ -67,10 +66,13 @@ def _searched(path):
     """The fields of the space in which a search found the architecture in a file, if its record lies beside it."""
     state = pathlib.Path(path).with_name("search") / "state.json"
     if state.exists():
-        settings = read_json(state).get("settings", {})
-        space = SearchSpace.from_dict(settings.get("space", {}))
-        fields = {field.name: getattr(space, field.name) for field in dataclasses.fields(space)}
-        return {k: v for k, v in fields.items() if k not in ("architecture", "operations_hash")}
+        try:
+            space = SearchSpace.from_dict(read_json(state)["settings"]["space"])
+        except (KeyError, TypeError):
+            raise UserError(f"{state}: not the state of a search") from None
+        check_operations(space, state)
+        own = {"input_size", "n_classes", "architecture", "operations_hash"}  # of the images, of the choice, computed
+        return {field.name: getattr(space, field.name) for field in dataclasses.fields(space) if field.name not in own}
     architecture = read_json(path)
     return dict(PRESETS["joint"]) if isinstance(architecture, dict) and "ChannelChoice1" in architecture else {}
 

@@ -85,6 +85,24 @@ def test_an_architecture_that_a_search_wrote_is_of_its_space(tmp_path):
     assert channels.choices == (8,) * 6 and channels.architecture == (0, 1, 2, 3, 0, 1)
 
 
+def test_the_record_beside_an_architecture_is_checked(tmp_path):
+    (tmp_path / "search").mkdir()
+    state, path = tmp_path / "search/state.json", written(tmp_path / "best.json", "[0, 1]")
+    for content in ("[]", "{}", '{"settings": []}'):
+        state.write_text(content)
+        with pytest.raises(UserError, match=r"state\.json: not the state of a search"):
+            custom.space_from_args(flags(architecture=path), 28, 10)
+    operations = written(tmp_path / "own.py", EXAMPLE)
+    space = custom.space_from_args(
+        flags(space=written(tmp_path / "s.yml", {"space": OWN}), operations=operations), 28, 10
+    )
+    state.write_text(json.dumps({"settings": {"space": space.to_dict()}}))
+    custom.loaded.clear()
+    with pytest.raises(UserError, match=r"state\.json: its operations come from another version"):
+        changed = written(tmp_path / "own.py", EXAMPLE + "\n# another version\n")
+        custom.space_from_args(flags(architecture=path, operations=changed), 28, 10)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

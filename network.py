@@ -4,13 +4,12 @@ Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/
 """
 
 import copy
-import itertools
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from blocks import Choices, Narrow, build_block, conv_bn
+from blocks import Choices, Narrow, build_block, conv_bn, conv_bn_pairs
 from space.search_space import SearchSpace
 
 
@@ -116,10 +115,10 @@ def batch_norms(module):
 def fold_bn(model):
     """A copy of the model in eval mode whose BN layers are folded into the convolutions before them."""
     model = copy.deepcopy(model).eval()
-    for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for i, (conv, norm) in enumerate(itertools.pairwise(list(layers))):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                layers[i], layers[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    names = {module: name for name, module in model.named_modules()}
+    for conv, norm in list(conv_bn_pairs(model)):
+        model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
+        model.set_submodule(names[norm], nn.Identity())
     return model
 
 

@@ -111,7 +111,7 @@ class SearchSpace:
     def _check_entry(field, value):
         """Raises UserError where an entry is not of the form of its default."""
         listed, shown = isinstance(value, (tuple, list)), reprlib.repr(value)  # short, whatever a damaged file holds
-        values = value if listed else (value,)
+        values, lowest = value if listed else (value,), 0 if field.name == "architecture" else 1
         if listed != isinstance(field.default, tuple) or not (values or field.name == "architecture"):
             raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
         if field.name == "operations":
@@ -125,7 +125,7 @@ class SearchSpace:
         elif isinstance(field.default, (bool, str)):
             if type(value) is not type(field.default):
                 raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
-        elif any(type(n) is not int or not (field.name != "architecture") <= n <= 1_000_000 for n in values):
+        elif any(type(n) is not int or not lowest <= n <= 1_000_000 for n in values):
             raise UserError(f"search space: {field.name} is {shown}, not made of positive whole numbers")
 
     @classmethod
@@ -329,7 +329,7 @@ class SearchSpace:
             raise UserError(f"architecture is a {type(architecture).__name__}, not a one-hot object or a list of ints")
         layers = [f"LayerChoice{i}" for i in range(1, self.n_blocks + 1)]
         channels = [f"ChannelChoice{i}" for i in range(1, self.n_blocks + 1)] if self.n_widths > 1 else []
-        names = [*layers, *(channels if not channels or any(name in architecture for name in channels) else ())]
+        names = layers + (channels if any(name in architecture for name in channels) else [])
         if set(architecture) != set(names):
             odd = min(set(architecture) ^ set(names), key=str)
             raise UserError(f"architecture: {reprlib.repr(odd)} is {'missing' if odd in names else 'unknown'}")

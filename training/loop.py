@@ -17,7 +17,7 @@ from images.dataset import training_plan
 from training.evaluation import correct_counts
 from training.recipe import Recipe
 from training.run import Journal
-from utils import Interrupted, UserError, duration, log, watch_parent
+from utils import Interrupted, UserError, duration, log, signals, watch_parent
 
 try:
     import resource
@@ -52,7 +52,8 @@ def train(run, model, loader, validate, candidate_at=None):
     plan = training_plan(len(loader.images), batch_size, args.seed, done, iterations, rank, world_size)
     meter = _Meter(recipe, candidate_at, done, metrics["seconds"], rows)
     validation_due = metrics.pop("validation_due", False)
-    with Journal(run, done, model.space, validation_due) as journal, _Interruption() as interruption:
+    interruption = _Interruption()
+    with Journal(run, done, model.space, validation_due) as journal, signals(interruption.note):
 
         def validated(step):
             """Adds validation metrics and writes all of them. Returns the signal that interrupted it, or 0."""
@@ -190,12 +191,10 @@ class _Meter:
 
 
 class _Interruption:
-    """A context that stores SIGINT and SIGTERM in `signal` instead of ending the process.
+    """Stores SIGINT and SIGTERM, whose handler is `note`, in `signal`; the death of torchrun counts as SIGTERM."""
 
-    The death of torchrun counts as SIGTERM.
-    """
-
-    raises = False
+    def __init__(self):
+        self.noted, self.raises, self.parent_ended = 0, False, watch_parent()
 
     @contextlib.contextmanager
     def raised(self, raises):
@@ -206,21 +205,12 @@ class _Interruption:
         finally:
             self.raises = False
 
-    def __enter__(self):
-        self.noted, self.parent_ended = 0, watch_parent()
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
     @property
     def signal(self):
         orphaned = distributed.world_size() > 1 and self.parent_ended()  # nothing would restart the other ranks
         return self.noted or (signal.SIGTERM if orphaned else 0)
 
-    def _note(self, number, _):
+    def note(self, number, _):
         self.noted = number
         if self.raises:
             raise Interrupted(number)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

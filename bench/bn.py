@@ -26,7 +26,7 @@ import utils
 
 # isort: split
 import torch
-from rank_correlation import kendall
+from scipy.stats import kendalltau
 
 import supernet as supernet_script
 from dataloader import Loader
@@ -134,8 +134,8 @@ def report(rows, options):
         between, whole = [], []
         for s in supernets:
             mine = [r for r in rows if r["supernet"] == s]
-            between.append(kendall([r[a] for r in mine], [r[b] for r in mine]))
-            whole += [kendall([r[x] for r in mine], [r["whole"] for r in mine]) for x in (a, b)]
+            between.append(kendalltau([r[a] for r in mine], [r[b] for r in mine]).statistic)
+            whole += [kendalltau([r[x] for r in mine], [r["whole"] for r in mine]).statistic for x in (a, b)]
         tau, tau_whole = (sum(t) / len(t) for t in (between, whole))
         print(f"| {mode} | {n} | {mean:.2f} | {difference:.2f} | {tau:.2f} | {tau_whole:.2f} |")
 

@@ -32,7 +32,7 @@ import utils
 import numpy as np
 import torch
 from PIL import Image
-from rank_correlation import kendall
+from scipy.stats import kendalltau
 
 from dataloader import Loader
 from engines.search_record import read_results
@@ -278,7 +278,7 @@ def exactness(bench, candidates):
     (_, a), (_, b) = bench.predictions(candidates), bench.predictions(candidates, amp="bf16")
     a, b = ([x[c] for c in candidates] for x in (a, b))
     result["bf16_ranking"] = {
-        "tau": kendall(a, b),
+        "tau": float(kendalltau(a, b).statistic),
         "mean_abs_points": statistics.fmean(abs(x - y) for x, y in zip(a, b)),
         "candidates": len(a),
     }

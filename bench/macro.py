@@ -1,0 +1,320 @@
+"""How well a supernet ranks networks whose accuracy others measured: `python bench/macro.py`.
+
+NAS-Bench-Macro (Su et al., arXiv 2103.11922) has 8 blocks of 3 operations, and the accuracy on CIFAR-10 of every
+network, trained three times. Two of them are the same network if their stages differ in where identities stand: 3,969
+networks are distinct. data/make_cifar10.py makes the images.
+
+Trains a supernet of this space with supernet.py for each seed, side by side, a core each; scores every distinct network
+on the held-out images, and 150 of them in the checkpoints on the way; an interrupted study resumes. Reports Kendall's
+tau of scores, FLOPs and parameters with the published accuracy, and what a search by these scores picks. Writes
+bench/results/macro.json, macro.png, and prints the tables of docs/experiments.md.
+"""
+
+import argparse
+import json
+import lzma
+import pathlib
+import random
+import re
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import utils
+
+# isort: split
+import matplotlib
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap, kendalltau
+
+import tester
+from evolution_tuner import Evolution
+from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
+from training import checkpoint
+from training.evaluation import evaluate, open_evaluation
+
+SETTINGS = ROOT / "bench" / "macro.yml"
+OPERATIONS = ROOT / "bench" / "macro_operations.py"
+TRUTH = ROOT / "data" / "nas-bench-macro.json.xz"
+RESULTS = ROOT / "bench" / "results" / "macro.json"
+STAGES = (2, 3, 3)  # blocks
+LIMITS = (35_000_000, 55_000_000, 75_000_000)  # FLOPs
+ON_THE_WAY = 150  # networks scored in every checkpoint but the last
+CHUNK = 150  # networks scored, and saved, together
+RESAMPLES = 1000
+SEARCHES = 100  # seeds of every search
+# 5 populations of 22, with the official shares of parents and children: 110 evaluations
+EVOLUTION = {"population": 22, "select": 4, "mutation": 11, "crossover": 11, "mutation_prob": 0.1, "generations": 5}
+
+
+# --- the truth ------------------------------------------------------------------------------------------------
+
+
+def load_truth():
+    """The published table: {"01201201": {"mean_acc", "std", "test_acc", "params", "flops"}}, a digit for each block."""
+    with lzma.open(TRUTH) as file:
+        return json.load(file)
+
+
+def distinct(network):
+    """The form of a network whose identities stand last in their stage; the first block of a stage is never one."""
+    ends = np.cumsum(STAGES)
+    stages = [network[end - n : end] for end, n in zip(ends, STAGES)]
+    return "".join(stage[0] + stage[1:].replace("0", "").ljust(len(stage) - 1, "0") for stage in stages)
+
+
+# --- supernets and their scores -------------------------------------------------------------------------------
+
+
+def write_settings(folder, args):
+    """The settings file of a supernet: those of macro.yml, at a share of its channels."""
+    document = yaml.safe_load(SETTINGS.read_text())
+    for part in (document["space"]["stem"], document["space"]["last"], *document["space"]["stages"]):
+        part["channels"] = int(part["channels"] * args.width)
+    document["common"]["data-dir"] = str(args.data_dir.resolve())
+    if args.iterations:
+        document["supernet"]["iterations"] = args.iterations
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.yml"
+    path.write_text(yaml.safe_dump(document))
+    return ["--config", path, "--operations", OPERATIONS, "--out", folder, "--threads", args.threads]
+
+
+def side_by_side(commands):
+    """Runs the commands at the same time. Ends this process where one fails."""
+    processes = [
+        subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL) for command in commands
+    ]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit("a part of the study failed; the same command resumes it")
+
+
+def score(folder, n_networks, every):
+    """Scores networks in every checkpoint of a folder; folder/scores.jsonl keeps what is done.
+
+    The last checkpoint scores `n_networks` of them (None: all). `every` takes each so many-th held-out image.
+    """
+    path, networks = folder / "scores.jsonl", sorted({distinct(network) for network in load_truth()})
+    if n_networks:
+        networks = sorted(random.Random(1).sample(networks, n_networks))
+    done = {(step, network) for step, scores in read_scores(folder).items() for network in scores}
+    files = checkpoint.checkpoints(folder / "checkpoints" / "supernet")
+    for file in reversed(files):
+        step = int(re.search(r"\d+", file.stem)[0])
+        wanted = (
+            networks if file == files[-1] else sorted(random.Random(0).sample(networks, min(ON_THE_WAY, len(networks))))
+        )
+        wanted = [network for network in wanted if (step, network) not in done]
+        if not wanted:
+            continue
+        words = ["--config", folder / "settings.yml", "--operations", OPERATIONS, "--checkpoint", file, "--threads", 1]
+        args = tester.parse_args([*map(str, words)])
+        supernet, calibration, validation = open_evaluation(args)
+        validation = [(images[::every], labels[::every]) for images, labels in validation]
+        for chunk in (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)):
+            results = evaluate(supernet, [tuple(map(int, n)) for n in chunk], calibration, validation, args.bn)
+            with open(path, "a") as lines:
+                lines.writelines(f"{json.dumps([step, n, round(r['acc1'], 3)])}\n" for n, r in zip(chunk, results))
+
+
+def read_scores(folder):
+    """{step: {network: top-1 in percent}} of what a folder has scored."""
+    path, scores = folder / "scores.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        step, network, acc1 = json.loads(line)
+        scores.setdefault(step, {})[network] = acc1
+    return scores
+
+
+# --- statistics -----------------------------------------------------------------------------------------------
+
+
+def agreement(predictors, truth, baseline=None):
+    """Kendall's tau with the truth, the mean over `predictors` (a list for each seed), and its 95% bootstrap interval.
+
+    With `baseline`, a list, the paired difference from that one's tau, and its interval. Networks are resampled.
+    """
+
+    def statistic(*rows):
+        *scores, other, true = rows
+        tau = statistics.fmean(kendalltau(score, true).statistic for score in scores)
+        return tau if baseline is None else tau - kendalltau(other, true).statistic
+
+    rows = (*predictors, truth if baseline is None else baseline, truth)
+    found = bootstrap(
+        rows,
+        statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = found.confidence_interval
+    return [round(float(value), 3) for value in (statistic(*rows), low, high)]
+
+
+def rank(networks, scores, truth):
+    """The agreement of scores, FLOPs and parameters with the truth over networks, and the paired differences."""
+    true = [truth[n]["mean_acc"] for n in networks]
+    rows = [[seed[n] for n in networks] for seed in scores]
+    flops, params = ([truth[n][name] for n in networks] for name in ("flops", "params"))
+    return {
+        "networks": len(networks),
+        "supernet": agreement(rows, true),
+        "FLOPs": agreement([flops], true),
+        "parameters": agreement([params], true),
+        "minus FLOPs": agreement(rows, true, flops),
+        "minus parameters": agreement(rows, true, params),
+    }
+
+
+def picks(limit, scores, truth):
+    """[mean true accuracy, mean percentile among legal networks] of what searches under a limit pick by the scores."""
+    legal = [n for n in scores if truth[n]["flops"] <= limit]
+    true = {n: truth[n]["mean_acc"] for n in legal}
+    ordered = np.sort(list(true.values()))
+
+    def row(chosen):
+        percentiles = [100 * np.searchsorted(ordered, true[n]) / (len(legal) - 1) for n in chosen]
+        return [round(statistics.fmean(map(true.get, chosen)), 2), round(statistics.fmean(percentiles), 1)]
+
+    by_score = scores.get
+    largest = max(legal, key=lambda n: truth[n]["flops"])
+    return {
+        "evolution": row([evolve(limit, scores, truth, seed) for seed in range(SEARCHES)]),
+        "random search": row([max(random.Random(seed).sample(legal, 110), key=by_score) for seed in range(SEARCHES)]),
+        "a random legal network": row(legal),
+        "the largest legal network": row([largest]),
+        "the best legal network": row([max(legal, key=true.get)]),
+    }
+
+
+def evolve(limit, scores, truth, seed):
+    """The distinct network that an evolution under a FLOPs limit picks by the scores."""
+
+    def name(candidate):
+        return "".join(map(str, candidate))
+
+    settings = {"population_size" if k == "population" else k: v for k, v in EVOLUTION.items()}
+    evolution = Evolution((3,) * sum(STAGES), lambda c: truth[name(c)]["flops"], limit, seed=seed, **settings)
+    while population := evolution.ask():
+        evolution.tell({candidate: scores[distinct(name(candidate))] for candidate in population})
+    return distinct(name(evolution.best[0]))
+
+
+# --- the report -----------------------------------------------------------------------------------------------
+
+
+def summarise(args, folders):
+    """The results of all supernets, as bench/results/macro.json has them."""
+    truth, runs = load_truth(), [read_scores(folder) for folder in folders]
+    last = max(runs[0])
+    scores = [run[last] for run in runs]
+    networks = sorted(scores[0])
+    regions = {"all": networks}
+    for limit in LIMITS:
+        legal = [n for n in networks if truth[n]["flops"] <= limit]
+        if len(legal) >= 20:
+            regions[f"{limit // 10**6}M"] = legal
+    searched = () if args.networks else LIMITS  # a search may ask for any network
+    logs = [(folder / "checkpoints/supernet/log.jsonl").read_text().splitlines() for folder in folders]
+    way = {}
+    for step in sorted(runs[0]):
+        some = [n for n in networks if all(n in run[step] for run in runs)]
+        true = [truth[n]["mean_acc"] for n in some]
+        rows = [[run[step][n] for n in some] for run in runs]
+        way[step] = {"tau": agreement(rows, true), "acc1": round(statistics.fmean(map(statistics.fmean, rows)), 2)}
+    return {
+        "settings": {"width": args.width, "steps": last, "every": args.every},
+        "seconds": [round(json.loads(log[-1])["seconds"]) for log in logs],
+        "acc1": [[round(f(seed.values()), 2) for f in (statistics.fmean, statistics.stdev)] for seed in scores],
+        "rank": {name: rank(some, scores, truth) for name, some in regions.items()},
+        "way": way,
+        "picks": {f"{limit // 10**6}M": [picks(limit, seed, truth) for seed in scores] for limit in searched},
+        "networks": networks,
+        "scores": [[seed[n] for n in networks] for seed in scores],
+        "commit": utils.commit(),
+        "versions": utils.versions(),
+    }  # fmt: skip
+
+
+def tables(results):
+    """Two Markdown tables: taus, and what searches pick."""
+    lines = ["| networks | supernet | FLOPs | parameters | supernet minus FLOPs |", "|---|---|---|---|---|"]
+    for name, row in results["rank"].items():
+        region = f"all {row['networks']:,}" if name == "all" else f"{row['networks']:,} under {name}"
+        cells = (
+            "{:.2f} ({:.2f} to {:.2f})".format(*row[k]) for k in ("supernet", "FLOPs", "parameters", "minus FLOPs")
+        )
+        lines.append(f"| {region} | {' | '.join(cells)} |")
+    if not results["picks"]:
+        return "\n".join(lines)
+    lines += ["", f"| picked by | {' | '.join(f'under {name}' for name in results['picks'])} |", "|---|---|---|---|"]
+    for picker in next(iter(results["picks"].values()))[0]:
+        means = [np.mean([seed[picker] for seed in seeds], axis=0) for seeds in results["picks"].values()]
+        lines.append(f"| {picker} | {' | '.join(f'{acc:.2f}%, {percentile:.0f}th' for acc, percentile in means)} |")
+    return "\n".join(lines)
+
+
+def draw(results, path):
+    """Tau against steps of training, and supernet top-1 (mean of the seeds) against the truth."""
+    truth, way = load_truth(), results["way"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        steps, taus = list(map(int, way)), np.array([row["tau"] for row in way.values()])
+        left.fill_between(steps, taus[:, 1], taus[:, 2], color=MEAN, alpha=0.2, linewidth=0)
+        left.plot(steps, taus[:, 0], "o-", color=BEST, markersize=4, label="supernet, 95% interval")
+        left.axhline(results["rank"]["all"]["FLOPs"][0], color=RANDOM, linestyle="--", label="FLOPs")
+        left.set(xlabel="steps of supernet training", ylabel="Kendall's tau with the published accuracy")
+        left.set_title("(a) How long to train")
+        left.legend(loc="lower right")
+        x = np.mean(results["scores"], axis=0)
+        y, flops = ([truth[n][name] for n in results["networks"]] for name in ("mean_acc", "flops"))
+        points = right.scatter(x, y, 5, np.array(flops) / 1e6, cmap="viridis_r", linewidths=0)
+        right.set(xlabel="top-1 in the supernet (%)", ylabel="published top-1 (%)", ylim=(70, 94))
+        right.set_title(f"(b) {len(x):,} networks; {sum(acc < 70 for acc in y)} lie below")
+        figure.colorbar(points, ax=right, label="FLOPs (millions)", pad=0.015, aspect=30).outline.set_edgecolor(GREY)
+        figure.savefig(path, dpi=160, facecolor="white")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=pathlib.Path, default=ROOT / "data" / "cifar10")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "macro", help="folder of the supernets")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--width", type=float, default=0.5, help="share of the published channels (default: 0.5)")
+    parser.add_argument("--iterations", type=int, help="default: that of bench/macro.yml")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each supernet (default: 1)")
+    parser.add_argument("--networks", type=int, help="to score in the last checkpoint (default: all 3,969)")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="score on every Nth held-out image (default: 1)"
+    )
+    parser.add_argument("--score", type=pathlib.Path, metavar="FOLDER", help="only score the supernet in a folder")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.score:
+        return score(args.score, args.networks, args.every)
+    folders = [args.out / f"{args.width:g}-{seed}" for seed in range(args.seeds)]
+    words = [write_settings(folder, args) for folder in folders]
+    side_by_side([[ROOT / "supernet.py", *w, "--seed", seed] for seed, w in enumerate(words)])
+    scoring = ["--every", args.every, *(["--networks", args.networks] if args.networks else [])]
+    side_by_side([[__file__, "--score", folder, *scoring] for folder in folders])
+    results = summarise(args, folders)
+    utils.write_json(args.results, results, indent=None)
+    draw(results, args.results.with_suffix(".png"))
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,109 @@
+"""The study on NAS-Bench-Macro: its space is the published one, its statistics are right, a small run resumes."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, load
+
+from images import bundled
+from space.custom import _fields, load_operations, with_hash
+from space.search_space import SearchSpace
+
+bench = load("bench/macro.py")
+TRUTH = bench.load_truth()
+DISTINCT = sorted({bench.distinct(network) for network in TRUTH})
+
+
+@pytest.fixture(scope="module")
+def space():
+    load_operations(bench.OPERATIONS)
+    section = yaml.safe_load(bench.SETTINGS.read_text())["space"]
+    return with_hash(SearchSpace(input_size=32, n_classes=10, **_fields(section, "macro.yml")))
+
+
+def test_costs_of_all_networks_are_the_published_ones(space):
+    assert len(TRUTH) == 6561 == len({*itertools.product("012", repeat=8)})
+    for network, published in TRUTH.items():
+        candidate = tuple(map(int, network))
+        assert (space.flops(candidate), space.params(candidate)) == (published["flops"], published["params"]), network
+
+
+def test_networks_that_differ_in_the_place_of_identities_are_one():
+    assert len(DISTINCT) == 3969
+    assert bench.distinct("00100201") == "00100210" and bench.distinct("12002002") == "12020020"
+    for network, published in TRUTH.items():
+        assert published == TRUTH[bench.distinct(network)], network
+
+
+def test_rank_agrees_with_the_definition():
+    rng = random.Random(0)
+    networks = rng.sample(DISTINCT, 40)
+    true = {n: TRUTH[n]["mean_acc"] for n in networks}
+    noisy = {n: true[n] + rng.gauss(0, 1) for n in networks}
+    found = bench.rank(networks, [true, noisy], TRUTH)
+    pairs = [(a, b) for a, b in itertools.combinations(networks, 2)]
+
+    def tau(score):
+        return sum((score[a] > score[b]) == (true[a] > true[b]) for a, b in pairs) / len(pairs) * 2 - 1
+
+    assert found["supernet"][0] == pytest.approx((1 + tau(noisy)) / 2, abs=1e-3)
+    for name in ("supernet", "FLOPs", "parameters", "minus FLOPs"):
+        value, low, high = found[name]
+        assert low <= value <= high and high - low > 0.01
+    assert found["minus FLOPs"][0] == pytest.approx(found["supernet"][0] - found["FLOPs"][0], abs=2e-3)
+    assert found["supernet"][2] - found["supernet"][1] < found["FLOPs"][2] - found["FLOPs"][1]
+
+
+def test_picks_by_the_truth_itself_and_by_flops(monkeypatch):
+    monkeypatch.setattr(bench, "SEARCHES", 5)
+    limit = 55_000_000
+    found = bench.picks(limit, {n: TRUTH[n]["mean_acc"] for n in DISTINCT}, TRUTH)
+    assert found["the best legal network"] == [92.31, 100.0] and found["a random legal network"][0] == 88.74
+    assert found["evolution"][1] > 97 and found["random search"][1] > 95
+    found = bench.picks(limit, {n: TRUTH[n]["flops"] for n in DISTINCT}, TRUTH)
+    assert found["evolution"][0] >= found["a random legal network"][0]
+    assert found["the largest legal network"][0] == 90.69
+
+
+def test_evolution_stays_legal_and_finds_the_best_of_what_it_asked(monkeypatch):
+    asked = []
+
+    class Scores(dict):
+        def __missing__(self, network):
+            asked.append(network)
+            return TRUTH[network]["mean_acc"]
+
+    picked = bench.evolve(35_000_000, Scores(), TRUTH, seed=0)
+    assert len(asked) == 110 and max(TRUTH[n]["flops"] for n in asked) <= 35_000_000
+    assert TRUTH[picked]["mean_acc"] == max(TRUTH[n]["mean_acc"] for n in asked)
+
+
+@pytest.mark.slow
+def test_a_small_study_resumes(tmp_path):
+    words = [
+        "--data-dir",
+        bundled.unpack(ROOT / "data" / "fashion-mnist"),
+        "--out",
+        tmp_path,
+        "--results",
+        tmp_path / "macro.json",
+        "--width",
+        0.25,
+    ]
+    words += ["--iterations", 2, "--seeds", 2, "--networks", 9, "--every", 20]
+    command = [sys.executable, ROOT / "bench" / "macro.py", *map(str, words)]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = (tmp_path / "0.25-0" / "scores.jsonl").read_text().splitlines()
+    assert len(lines) == 9
+    (tmp_path / "0.25-0" / "scores.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    results = json.loads((tmp_path / "macro.json").read_text())
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout == first.stdout and "finished, nothing to do" in again.stderr
+    found = json.loads((tmp_path / "macro.json").read_text())
+    assert found["scores"] == results["scores"] and len(found["scores"][0]) == 9
+    assert (tmp_path / "macro.png").read_bytes().startswith(b"\x89PNG")

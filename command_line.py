@@ -12,8 +12,17 @@ import reprlib
 import shlex
 import sys
 
-from utils import HERE, PATHS, UserError, read_yaml
+from utils import HERE, UserError, is_path, read_yaml
 
+SCRIPTS = ("supernet", "tester", "search", "scratch")  # that read settings; each has a section of its name
+SETTINGS = frozenset(
+    """amp architecture batch-size bn bn-batch-size bn-batches bn-pass cache candidates-per-trial checkpoint concurrency
+    crop-ratio crop-scale crossover data-dir device engine eval eval-amp eval-batch-size experiment export flops-bins
+    flops-limit flops-range flops-table generations heldout-per-class host input-size iterations jitter keep
+    label-smoothing loader lr mirror mode momentum mutation mutation-prob operations out population port predict
+    preprocessing resume sampler save-every seed select space split split-seed threads trial-timeout val-every val-paths
+    val-resize warmup weight-decay width-warmup workers""".split()  # noqa: SIM905
+)  # of all scripts: section `common` may hold those that this script doesn't have
 NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
 
 
@@ -38,27 +47,40 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv=None, defaults=None):
         """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
 
-        `defaults` (attribute -> value, from `check_settings`) take precedence over the flags' own defaults.
+        `defaults` (attribute -> value, from `check_settings`) take precedence over the flags' own defaults. Afterwards
+        `given` holds the attributes that the command line or the file sets.
         """
         argv = sys.argv[1:] if argv is None else list(argv)
         args = self.parse_args(argv)
         path = HERE / "demo.yml" if args.demo else args.config
         settings = self._read_settings(path) if path else {}
+        unset = argparse.Namespace(**dict.fromkeys(vars(args), self))  # no flag has the parser as its value
+        self.given = {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not self}
+        self.given |= settings.keys() - {"space"}  # a section that serves all scripts
         args = self.parse_args(argv, argparse.Namespace(**(defaults or {}) | settings))
         args.config = path and str(path)
         return args
+
+    def refuse(self, cause, *flags):
+        """Raises UserError where one of `flags` is given, which `cause` makes void."""
+        for flag in flags:
+            if flag.replace("-", "_") in self.given:
+                raise UserError(f"--{flag} has no effect with {cause}: leave one of them out")
 
     def _read_settings(self, path):
         """The checked settings of a YAML file: those of section `common`, then those of this script's section."""
         document = read_yaml(path)
         for name, section in document.items():
+            if name not in ("common", "space", *SCRIPTS, self.section):
+                known = ", ".join(("common", "space", *SCRIPTS))
+                raise UserError(f"{path}: unknown section {reprlib.repr(name)}; there are {known}")
             if not isinstance(section, dict):
-                known = "common, space, or the name of a script"
-                raise UserError(f"{path}: {reprlib.repr(name)} is not a section ({known}) with settings")
-        values = {}
-        for name in ("common", self.section):
-            values |= self.check_settings(path, name, document.get(name, {}))
-        if "space" in document and "--space" in self._option_string_actions:
+                raise UserError(f"{path}: {name!r} is not a section with settings, but {reprlib.repr(section)}")
+        own = {flag.removeprefix("--") for flag in self._option_string_actions}
+        common = {k: v for k, v in document.get("common", {}).items() if k not in SETTINGS - own}
+        values = self.check_settings(path, "common", common)
+        values |= self.check_settings(path, self.section, document.get(self.section, {}))
+        if "space" in document and "space" in own:
             values["space"] = document["space"]
         return values
 
@@ -92,9 +114,9 @@ def _words(path, flag, value, is_switch):
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (str, int, float)) or NOT_A_WORD.search(str(v)):
             raise UserError(f"{path}: {flag} is {reprlib.repr(value)}, not a plain value")
-    words = map(str, values)
-    if flag in PATHS:
-        words = (os.path.join(os.path.dirname(path), word) for word in words)
+    words = list(map(str, values))
+    if is_path(flag, value):
+        words = (os.path.join(os.path.dirname(path), os.path.expanduser(word)) for word in words)
     return [f"--{flag}", *words]
 
 

@@ -32,6 +32,19 @@ ENUMERABLE = 10_000  # spaces up to this size are listed where random draws find
 GRACE_S = 3  # for results that are still on their way when NNI reports the end of a trial
 
 
+def official_shares(population, select=None, mutation=None, crossover=None):
+    """(parents, children by mutation, by crossover) of a population; None: a fifth and a half each, as official.
+
+    Where one kind of children is given, the other gets at most the rest of the population.
+    """
+    half = population // 2
+    if mutation is None:
+        mutation = max(0, min(half, population - (crossover or 0)))
+    if crossover is None:
+        crossover = max(0, min(half, population - mutation))
+    return max(1, population // 5) if select is None else select, mutation, crossover
+
+
 class Evolution:
     """Evolution over candidates: tuples of ints, each below its number of `choices`, of at most `cost_limit`.
 
@@ -40,21 +53,23 @@ class Evolution:
     random candidates up to `population_size`. Parents are drawn from the `select` best of all populations so far. No
     candidate occurs twice. The same seed and rewards give the same populations, in whatever order the rewards are told.
 
+    What is not given of `select`, `mutation` and `crossover` has the official share of the population.
+
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
     its rewards by candidate, all at once or in parts. `cost` is assumed to be a sum over blocks; otherwise the lowest
     cost that an error names is an upper bound. Raises UserError where the settings allow no search.
     """
 
     def __init__(
-        self, choices, cost, cost_limit, population_size=50, select=10, mutation=25, crossover=25,
+        self, choices, cost, cost_limit, population_size=50, select=None, mutation=None, crossover=None,
         mutation_prob=0.1, generations=20, seed=0,
     ):  # fmt: skip
-        if population_size < select or select < 1:
-            given = f"--population {population_size} and --select {select}"
-            raise UserError(f"{given}: parents are 1 to --population candidates")
+        select, mutation, crossover = official_shares(population_size, select, mutation, crossover)
+        if not 1 <= select <= population_size:
+            raise UserError(f"{select} parents of a population of {population_size}: needs 1 to {population_size}")
         if mutation < 0 or crossover < 0 or mutation + crossover > population_size:
-            children = f"--mutation {mutation} and --crossover {crossover}"
-            raise UserError(f"{children} are more children than --population {population_size}")
+            children = f"{mutation} children by mutation and {crossover} by crossover"
+            raise UserError(f"{children}: needs 0 to {population_size}, the population, in all")
         if not 0 <= mutation_prob <= 1:
             raise UserError(f"--mutation-prob {mutation_prob} is not between 0 and 1")
         if generations < 1:

@@ -41,7 +41,7 @@ from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
 from engines.search_record import EVOLUTION, prepare_search, ranked, read_results, state_path
-from evolution_tuner import Evolution
+from evolution_tuner import Evolution, official_shares
 from images.dataset import DataConfig
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
@@ -82,12 +82,12 @@ def shared_parser():
 def parse_args(argv=None):
     parser = shared_parser()
     group = parser.add_argument_group("search")
-    group.add_argument("--population", type=count(1, 100_000), help="candidates a generation (50)")
-    group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (10)")
-    group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (25)")
-    group.add_argument("--crossover", type=count(0, 100_000), help="children by crossover a generation (25)")
-    group.add_argument("--mutation-prob", type=real(0, 1), help="of redrawing each block (0.1)")
-    group.add_argument("--generations", type=count(1, 1_000_000), help="populations to evaluate (20)")
+    group.add_argument("--population", type=count(1, 100_000), default=50, help="candidates a generation (50)")
+    group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (a fifth)")
+    group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (half)")
+    group.add_argument("--crossover", type=count(0, 100_000), help="children by crossover a generation (half)")
+    group.add_argument("--mutation-prob", type=real(0, 1), default=0.1, help="of redrawing each block (0.1)")
+    group.add_argument("--generations", type=count(1, 1_000_000), default=20, help="populations to evaluate (20)")
     group.add_argument(
         "--flops-limit",
         metavar="FLOPS",
@@ -133,8 +133,17 @@ def parse_args(argv=None):
     group.add_argument(
         "--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network"
     )
-    experiment = parser.parse(argv).experiment
-    return parser.parse(argv, experiment_defaults(parser, experiment))
+    args = parser.parse(argv)
+    if args.engine == "local":
+        parser.refuse("--engine local", "host", "port", "trial-timeout")
+    defaults = experiment_defaults(parser, args.experiment)
+    if "population" in parser.given:  # the experiment's numbers are shares of another population
+        defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
+    args = parser.parse(argv, defaults)
+    args.select, args.mutation, args.crossover = official_shares(
+        args.population, args.select, args.mutation, args.crossover
+    )
+    return args
 
 
 def experiment_defaults(parser, path):

@@ -50,7 +50,12 @@ def parse_args(argv=None):
     warmup = "steps in which paths widen from the widest downwards, where widths are chosen (a quarter of all)"
     flag("--width-warmup", type=command_line.count(0), metavar="N", help=warmup)
     flag("--val-paths", type=count, default=3, metavar="N", help="fixed paths to validate (default: 3)")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.sampler == "uniform":
+        parser.refuse("--sampler uniform", "flops-range", "flops-bins")
+    if args.space != "channels":
+        parser.refuse("a --space other than channels", "architecture")
+    return args
 
 
 def main(args):
@@ -63,6 +68,8 @@ def main(args):
         flops_range = list(default_flops_range(space))
         if args.flops_range:
             flops_range = [space.flops_value(v, "--flops-range") for v in args.flops_range]
+    if args.width_warmup and space.n_widths == 1:
+        raise utils.UserError(f"--width-warmup {args.width_warmup}: this search space has no widths to choose from")
     width_warmup = args.iterations // 4 if args.width_warmup is None else args.width_warmup
     sampler = PathSampler(space, args.seed, flops_range, args.flops_bins, width_warmup if space.n_widths > 1 else 0)
 

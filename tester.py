@@ -42,7 +42,10 @@ def parse_args(argv=None):
     command_line.add_run_flags(parser)
     command_line.add_data_flags(parser)
     command_line.add_evaluation_flags(parser)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.mode == "test":
+        parser.refuse("--mode test, which takes the space of the supernet", "space")
+    return args
 
 
 def generate(args):

@@ -4,6 +4,7 @@ Scripts import this module before torch, because it sets GOMP_SPINCOUNT.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -153,12 +154,29 @@ def read_yaml(path):
     if len(data) > MAX_YAML_BYTES:
         raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, larger than any settings")
     try:
-        document = yaml.safe_load(data)
+        document = yaml.load(data, _unique_keys_loader())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # not only YAMLError: a wrong !!timestamp is an AttributeError, !!bool a KeyError
         raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping")
     return document
+
+
+@functools.cache
+def _unique_keys_loader():
+    """yaml.SafeLoader that raises UserError for a key that is given twice, which YAML forbids and PyYAML ignores."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if isinstance(key, str) and keys.count(key) > 1]:
+                raise UserError(f"{reprlib.repr(twice[0])} is given twice")
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 @contextlib.contextmanager
@@ -188,12 +206,17 @@ def write_json(path, value, **kwargs):
         file.write("\n")
 
 
+def is_path(flag, value):
+    """Whether the value of a flag is a path; that of --space is one where it names a YAML file."""
+    return flag in PATHS or (flag == "space" and str(value).endswith((".yml", ".yaml")))
+
+
 def write_settings(path, section, settings):
     """Writes `settings` (attribute -> value) as YAML that `--config` reads: paths absolute, None left out."""
     import yaml
 
     words = {k.replace("_", "-"): v for k, v in settings.items() if v is not None and k not in ("config", "demo")}
-    words |= {k: os.path.abspath(v) for k, v in words.items() if k in PATHS}
+    words |= {k: os.path.abspath(v) for k, v in words.items() if is_path(k, v)}
     space = words.pop("space", None)  # a mapping, of a section of its own, or a name
     document = {section: words if space is None or isinstance(space, dict) else {**words, "space": space}}
     with atomic_write(path) as file:

@@ -8,6 +8,7 @@ Source: official `src/Supernet/train.py` (transforms), paper section 4.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -200,21 +201,26 @@ class Data:
         for problem in unmatched_classes(args.data_dir, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
-        counts = np.bincount(self.train.labels)
-        if counts.min() <= config.heldout_per_class:
-            name = self.classes[counts.argmin()]
-            raise UserError(
-                f"--heldout-per-class {config.heldout_per_class} leaves nothing to train on: "
-                f"class {name!r} has {counts.min()} images"
-            )
         if args.loader != "synthetic":
             image_check.check_images(args.data_dir, tree_paths(self.train, self.val))
-        order = stratified_order(self.train.labels, config.split_seed)
-        self.heldout = np.sort(order[: config.heldout_per_class * len(self.classes)])
+        self.config = config
+
+    @functools.cached_property
+    def heldout(self):
+        """Sorted indices of the training images that are held out for the search."""
+        per_class, counts = self.config.heldout_per_class, np.bincount(self.train.labels)
+        if counts.min() <= per_class:
+            smallest = f"class {self.classes[counts.argmin()]!r} has {counts.min()} images"
+            raise UserError(f"--heldout-per-class {per_class} leaves nothing to train on: {smallest}")
+        order = stratified_order(self.train.labels, self.config.split_seed)
+        return np.sort(order[: per_class * len(self.classes)])
+
+    @functools.cached_property
+    def split(self):
         names = "\n".join(self.train.paths[i] for i in self.heldout)
-        self.split = {
-            "seed": config.split_seed,
-            "heldout_per_class": config.heldout_per_class,
+        return {
+            "seed": self.config.split_seed,
+            "heldout_per_class": self.config.heldout_per_class,
             "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
         }
 

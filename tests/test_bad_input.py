@@ -6,6 +6,7 @@ FLOPs tables in test_flops_table.py, ports in test_search_nni.py, settings of th
 
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -107,6 +108,10 @@ def world(tmp_path_factory):
     (folder / "empty.pth").write_bytes(b"")
     (folder / "text.pth").write_text("not weights")
     torch.save({"model": Bomb(folder / "executed")}, folder / "bomb.pth")
+    make_tree(folder / "few", 1, 1)
+    for part in ("train", "val"):
+        shutil.rmtree(folder / "few" / part / "car")
+    (folder / "winner.pt2").write_bytes(b"a program")
     (folder / "file").write_text("a file where a folder should be")
     (folder / "bad.json").write_text("[0, 1")
     (folder / "deep.json").write_bytes(b"[" * 10_000_000)
@@ -148,9 +153,9 @@ CASES = [
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit", "1"), "raise --flops-limit"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit=-3M"), "--flops-limit '-3M' is neither"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "6", "--mutation", "1",
-    "--crossover", "1"), "--select 6"),
-    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--select", "2"),
-    "more children than --population 5"),
+    "--crossover", "1"), "6 parents of a population of 5"),
+    ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--mutation", "6"),
+    "6 children by mutation and 0 by crossover: needs 0 to 5"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/none.pkl"), "none.pkl: No such file"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-table", "{}/bomb.pth"), "bomb.pth"),
     ("search", ("--checkpoint", "{}/cut.pth"), "cut.pth: not a whole checkpoint"),
@@ -172,6 +177,76 @@ def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, monkeypatch, scr
     )
     assert message in line
     assert [p.name for p in files(out)] == ["nni_auto_gen_search_space.json"] and not (world / "executed").exists()
+
+
+# What goes wrong in a first hour: a command line, a settings file or None, and the line that answers.
+NEWCOMER = [
+    ("supernet", "super-net: {iterations: 5}", "unknown section 'super-net'; there are common, space, supernet"),
+    ("supernet", "supernet: {lr: 1}\nsupernet: {lr: 2}", "'supernet' is given twice"),
+    ("supernet", "supernet: {lr: 1, lr: 2}", "'lr' is given twice"),
+    ("supernet", "common: {learning-rate: 1}", "has no setting 'learning-rate' (section 'common')"),
+    ("supernet", "supernet: {population: 3}", "has no setting 'population' (section 'supernet')"),
+    ("supernet", "common: [lr, 1]", "'common' is not a section with settings"),
+    ("supernet", "lr: 0.1", "unknown section 'lr'"),
+    ("supernet", "supernet: {lr: fast}", "--lr: 'fast' is not a number"),
+    ("supernet", "supernet: {batch_size: 4}", "has no setting 'batch_size'"),
+    ("supernet", "supernet: {sampler: uniform, flops-bins: 3}", "--flops-bins has no effect with --sampler uniform"),
+    ("supernet", "space: {stages: 4}", "stages is 4, not a list of stages"),
+    ("supernet --sampler uniform --flops-range 1M 2M", None, "--flops-range has no effect with --sampler uniform"),
+    ("supernet --width-warmup 9 --batch-size 4", None, "--width-warmup 9: this search space has no widths"),
+    ("supernet --architecture best.json", None, "--architecture has no effect with a --space other than channels"),
+    ("supernet --space channels", None, "--space channels: needs --architecture FILE"),
+    ("supernet --space tiny", None, "tiny: No such file"),
+    ("supernet --operations none.py", None, "--operations none.py: No such file"),
+    ("supernet --heldout-per-class 4", None, "--heldout-per-class 4 leaves nothing to train on: class 'apple' has 4"),
+    ("supernet --batch-size 1000", None, "--batch-size 1000 is larger than the data set, 9 images"),
+    ("supernet --data-dir {}/none", None, "none/train"),
+    ("supernet --data-dir {}/tree/train", None, "tree/train/train"),
+    ("supernet --lr 0,1", None, "--lr: '0,1' is not a number"),
+    ("supernet --epochs 3", None, "unrecognized arguments: --epochs 3"),
+    ("supernet --demo --config c.yml", None, "not allowed with argument"),
+    ("tester --mode test --space small", None, "--space has no effect with --mode test"),
+    ("tester", None, "--architecture: name the architecture file"),
+    ("search", None, "no supernet in"),
+    ("search --checkpoint {}/supernet.pth --select 60", None, "60 parents of a population of 50: needs 1 to 50"),
+    ("search --checkpoint {}/supernet.pth --flops-limit 330", None, "below the lowest cost of any candidate"),
+    ("search --checkpoint {}/supernet.pth --engine local --port 80", None, "--port has no effect with --engine local"),
+    ("search --checkpoint {}/supernet.pth --input-size 64", None, "--input-size 64"),
+    ("search --checkpoint {}/supernet.pth --population 0", None, "--population: '0' is not a whole number from 1"),
+    ("scratch --eval", None, "no network in"),
+    ("scratch --eval --checkpoint {}/winner.pt2", None, "winner.pt2: an exported program, not weights"),
+    ("scratch --eval --checkpoint {}/scratch.pth --data-dir {}/few", None, "scratch.pth: has 3 classes, the data 2"),
+    ("scratch --architecture {}/text.pth", None, "text.pth: not JSON"),
+]
+
+
+@pytest.mark.parametrize("command, settings, message", NEWCOMER, ids=lambda value: str(value)[:50])
+def test_a_newcomers_mistake_is_one_line(world, tmp_path, capsys, monkeypatch, command, settings, message):
+    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
+    script, *words = command.replace("{}", str(world)).split()
+    if settings:
+        (tmp_path / "c.yml").write_text(settings)
+        words = ["--config", tmp_path / "c.yml", *words]
+    data = ("--data-dir", world / "tree", *DATA, "--cache", tmp_path / "cache", "--out", out)
+    assert message in refused(script, [*data, *words], capsys)
+    assert [p.name for p in files(out)] == ["nni_auto_gen_search_space.json"]
+
+
+def test_settings_that_only_another_script_has_may_stand_in_common(tmp_path, monkeypatch):
+    """Paths are those beside the file, `~` is the home folder, and --population scales what is not named."""
+    monkeypatch.setenv("HOME", "/elsewhere")
+    (tmp_path / "s.yml").write_text("common: {bn: average, lr: 0.2, population: 20, data-dir: images, out: ~/o}")
+    for script in SCRIPTS:
+        args = importlib.import_module(script).parse_args(["--config", str(tmp_path / "s.yml")])
+        assert (args.data_dir, args.out) == (str(tmp_path / "images"), "/elsewhere/o")
+        assert getattr(args, "lr", 0.2) == 0.2 and getattr(args, "bn", "average") == "average"
+    args = importlib.import_module("search").parse_args(["--population", "20"])
+    assert (args.select, args.mutation, args.crossover, args.generations) == (4, 10, 10, 20)
+    args = importlib.import_module("search").parse_args(["--population", "20", "--select", "9"])
+    assert (args.select, args.mutation, args.crossover) == (9, 10, 10)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

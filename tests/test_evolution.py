@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from evolution_tuner import Evolution
+from evolution_tuner import Evolution, official_shares
 from space.search_space import SearchSpace
 from utils import HERE, UserError
 
@@ -114,12 +114,29 @@ def test_children_are_tried_ten_times_each(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("given", "shares"),
+    [
+        ((50,), (10, 25, 25)),  # official
+        ((20,), (4, 10, 10)),
+        ((1,), (1, 0, 0)),
+        ((20, 7), (7, 10, 10)),
+        ((20, None, 15), (4, 15, 5)),
+        ((20, None, None, 18), (4, 2, 18)),
+    ],
+)
+def test_parents_and_children_have_the_official_shares_of_a_population(given, shares):
+    assert official_shares(*given) == shares
+    evolution = Evolution((4,) * 20, lambda c: 0, 1, *given)
+    assert (evolution.select, evolution.mutation, evolution.crossover) == shares
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"population_size": 9, "select": 10}, "--population 9 and --select 10"),
-        ({"select": 0}, "--select 0"),
-        ({"mutation": 30}, "--mutation 30 and --crossover 25 .*--population 50"),
-        ({"crossover": -1}, "--crossover -1"),
+        ({"population_size": 9, "select": 10}, "10 parents of a population of 9"),
+        ({"select": 0}, "0 parents"),
+        ({"mutation": 30, "crossover": 25}, "30 children by mutation and 25 by crossover: needs 0 to 50"),
+        ({"crossover": -1}, "-1 by crossover"),
         ({"mutation_prob": 1.5}, "--mutation-prob 1.5"),
         ({"mutation_prob": math.nan}, "--mutation-prob nan"),
         ({"generations": 0}, "--generations 0"),

@@ -164,7 +164,8 @@ def without_make(block, folder):
     """Replaces make targets in a block by what they run after set-up; the demo then has no accuracy to reach."""
 
     def recipe(match):
-        result = subprocess.run(["make", "-n", match[1]], cwd=folder, capture_output=True, text=True)
+        command = ["make", "-n", "--no-print-directory", match[1]]  # this may run under make test-all
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return (
             result.stdout.splitlines()[-1]

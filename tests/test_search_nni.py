@@ -169,7 +169,7 @@ def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path):
         assert {(address.ip, address.port) for address in listening(running)} == {("127.0.0.1", port)}
         assert answers("127.0.0.1", port)
         assert not any(answers(address, port) for address in own_addresses())
-        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert process.wait(180) == 0, (tmp_path / "log").read_text()
         assert not [p for p in running if p.is_running()]
     assert "Web portal" not in (tmp_path / "log").read_text()  # NNI keeps quiet
     check_outcome(tmp_path)
@@ -194,7 +194,7 @@ def test_interrupted_search_leaves_nothing_running_and_resumes(tmp_path):
     assert 1 <= len(before) < 8
     (tmp_path / "evaluated").unlink()
     with hosted(tmp_path, resume=True) as (process, _):
-        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert process.wait(180) == 0, (tmp_path / "log").read_text()
     check_outcome(tmp_path)
     assert sorted(before + evaluated(tmp_path)) == sorted(c for p in expected().history for c in p)
 

@@ -47,7 +47,7 @@ def first(tensor, like):
     return tensor[tuple(slice(n) for n in like.shape)]
 
 
-@pytest.mark.parametrize("n", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_a_path_is_the_network_with_the_first_channels_of_the_weights(n):
     torch.manual_seed(0)
     supernet, rng = ShuffleNetV2OneShot(space=SMALL).double(), random.Random(n)

@@ -194,6 +194,8 @@ def load_file(path):
 
     Raises UserError where the file is missing, damaged, or holds anything else.
     """
+    if pathlib.Path(path).suffix in (".pt2", ".onnx"):
+        raise UserError(f"{path}: an exported program, not weights; name the checkpoint that it was exported from")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

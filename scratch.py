@@ -29,7 +29,7 @@ from dataloader import Loader
 from images.dataset import Data, DataConfig, check_batch_size, open_data, prepare, training_plan
 from images.image_cache import validation_batches
 from network import ShuffleNetV2
-from space.custom import space_from_args
+from space.custom import searched, space_from_args
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
 from training.loop import train
@@ -101,11 +101,26 @@ def summary(model, measured):
     }  # fmt: skip
 
 
+def data_config(args, search):
+    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError."""
+    if not search:
+        return DataConfig.from_args(args)
+    try:
+        stored = DataConfig.from_dict(search["data"])
+    except (KeyError, TypeError):
+        raise utils.UserError(f"{search['state']}: not the state of a search") from None
+    return DataConfig.from_args(args, stored, search["state"])
+
+
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
-    config = DataConfig.from_args(args)
+    search = args.architecture and searched(args.architecture)
+    config = data_config(args, search)
     data = distributed.local_rank0_first(lambda: open_data(args, config))
     device = resolve_device(args)
+    if search and search["space"].n_classes != len(data.classes):
+        counts = f"searched for {search['space'].n_classes} classes, the data has {len(data.classes)}"
+        raise utils.UserError(f"{args.architecture}: {counts}; use the same --data-dir")
     space = space_from_args(args, config.input_size, len(data.classes))
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     check_batch_size(len(data.train), args.batch_size)
@@ -116,6 +131,9 @@ def retrain(args, folder):
         "architecture": list(candidate),
     })  # fmt: skip
     run.start()
+    if args.architecture and not search:
+        assumed = f"{space.n_blocks} blocks of {', '.join(space.operations)}, images of {space.input_size} px"
+        utils.log.info("%s: no record of a search beside it; assumes %s", args.architecture, assumed)
 
     torch.manual_seed(args.seed)
     model = ShuffleNetV2(candidate, space=space)

@@ -42,7 +42,6 @@ from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
 from engines.search_record import EVOLUTION, prepare_search, ranked, read_results, state_path
 from evolution_tuner import Evolution, official_shares
-from images.dataset import DataConfig
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.search_space import SearchSpace
@@ -216,7 +215,6 @@ class Search:
     supernet: str  # path of its checkpoint
     space: SearchSpace  # with the costs of --flops-table
     costs: str  # a line for the log about the space's FLOPs, or nothing
-    data: DataConfig
     settings: dict  # what determines the results: a search can only be resumed with the same
 
 
@@ -254,7 +252,7 @@ def check(args, out):
     if space.operations_hash:  # for the report, which has no modules to count
         settings["counted"] = space.costs
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
-    return Search(experiment, supernet.path, space, costs, config, settings)
+    return Search(experiment, supernet.path, space, costs, settings)
 
 
 def prepare(search, args, out):
@@ -289,7 +287,7 @@ def run(search, args, out):
         sys.exit(128 + error.args[0])
 
 
-def report(results, space, config, args, out):
+def report(results, space, args, out):
     """Prints the ten best and the command that retrains the best one, and returns that one's result."""
     best = ranked(results)
     failed = len(results) - len(best)
@@ -304,26 +302,25 @@ def report(results, space, config, args, out):
     if space.n_widths == 1:
         words = ("--space", "channels", "--architecture", os.path.join(args.out, "checkpoints", "best.json"))
         print(f"search its channels, with another --out:\n  {command('supernet.py', args, *words)}")
-    print(f"retrain the best:\n  {retrain_command(config, args)}")
+    print(f"retrain the best:\n  {retrain_command(args)}")
     return best[0]
 
 
-def retrain_command(config, args):
-    """The command that retrains the best candidate on the images of the search: its YAML file, and other flags."""
-    known_args = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
+def retrain_command(args):
+    """The command that retrains the best candidate; scratch.py takes space and data settings from the record beside it.
+
+    Where no file gives the settings of training, a second line says so.
+    """
     words = ["--architecture", os.path.join(args.out, "checkpoints", "best.json")]
-    if args.data_dir != known_args.data_dir:
+    known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
+    if args.data_dir != known.data_dir:
         words += ["--data-dir", args.data_dir]
-    known = DataConfig.from_args(known_args).to_dict()
-    for name, value in config.to_dict().items():
-        if value == known[name]:
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return command("scratch.py", args, *words)
+    text = command("scratch.py", args, *words)
+    if args.demo or (
+        args.config and any("iterations" in read_yaml(args.config).get(k, {}) for k in ("common", "scratch"))
+    ):
+        return text
+    return f"{text}\n  (ImageNet's 300,000 iterations of 1,024 images: choose --iterations, --batch-size and --lr)"
 
 
 def main(args):
@@ -334,7 +331,7 @@ def main(args):
         done = prepare(search, args, out)
         if not done:
             run(search, args, out)
-        best = report(read_results(out), search.space, search.data, args, out)
+        best = report(read_results(out), search.space, args, out)
         log.info("report: %s", write_report(out))
         return best
 

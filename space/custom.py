@@ -51,7 +51,7 @@ def space_from_args(args, input_size, n_classes):
             raise UserError(f"--space {name}: neither {', '.join(PRESETS)} nor a YAML file with a section 'space'")
         given = _fields(document["space"], f"{name}: space")
     if name in (None, "channels") and args.architecture:
-        given = _searched(args.architecture) | given
+        given = _space_of(args.architecture) | given
     space = dataclasses.replace(SearchSpace.for_images(input_size, n_classes), **given)
     if name == "channels":
         if not args.architecture:
@@ -62,15 +62,23 @@ def space_from_args(args, input_size, n_classes):
     return with_hash(space)
 
 
-def _searched(path):
-    """The fields of the space in which a search found the architecture in a file, if its record lies beside it."""
+def searched(path):
+    """The settings of the search whose record lies beside an architecture's file, or None. Raises UserError."""
     state = pathlib.Path(path).with_name("search") / "state.json"
-    if state.exists():
-        try:
-            space = SearchSpace.from_dict(read_json(state)["settings"]["space"])
-        except (KeyError, TypeError):
-            raise UserError(f"{state}: not the state of a search") from None
-        check_operations(space, state)
+    if not state.exists():
+        return None
+    try:
+        settings = read_json(state)["settings"]
+        return {**settings, "space": SearchSpace.from_dict(settings["space"]), "state": state}
+    except (KeyError, TypeError):
+        raise UserError(f"{state}: not the state of a search") from None
+
+
+def _space_of(path):
+    """The fields of the space in which a search found the architecture in a file, if its record lies beside it."""
+    if settings := searched(path):
+        space = settings["space"]
+        check_operations(space, settings["state"])
         own = {"input_size", "n_classes", "architecture", "operations_hash"}  # of the images, of the choice, computed
         return {field.name: getattr(space, field.name) for field in dataclasses.fields(space) if field.name not in own}
     architecture = read_json(path)

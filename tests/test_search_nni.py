@@ -18,7 +18,6 @@ import search
 from engines import nni_engine
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
-from images.dataset import DataConfig
 from space.search_space import SearchSpace
 from utils import UserError, read_json
 
@@ -382,33 +381,27 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "config", "expected"),
+    ("words", "expected", "chooses"),
     [
-        (
-            ["--data-dir", "tree"],
-            DataConfig(heldout_per_class=5, mirror=False),
-            ["--data-dir", "tree", "--no-mirror", "--heldout-per-class", "5"],
-        ),
-        (["--demo"], None, ["--demo"]),
-        (
-            ["--demo", "--data-dir", "tree", "--jitter", "0.2"],
-            None,
-            ["--demo", "--data-dir", "tree", "--jitter", "0.2"],
-        ),
-        (
-            ["--config", "a.yml", "--input-size", "64"],
-            None,
-            ["--config", "a.yml", "--input-size", "64", "--val-resize", "73"],
-        ),
+        (["--data-dir", "tree"], ["--data-dir", "tree"], True),
+        (["--demo"], ["--demo"], False),
+        (["--demo", "--data-dir", "tree", "--out", "o"], ["--demo", "--data-dir", "tree", "--out", "o"], False),
+        (["--config", "a.yml"], ["--config", "a.yml"], True),
+        (["--config", "b.yml"], ["--config", "b.yml"], False),
     ],
 )
-def test_the_winner_is_retrained_on_the_images_of_the_search(tmp_path, monkeypatch, words, config, expected):
+def test_the_command_that_retrains_the_winner(tmp_path, monkeypatch, words, expected, chooses):
+    """The record beside the architecture has space and data settings; without settings of training, a line says so."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yml").write_text("common: {data-dir: images, crop-scale: [0.5, 1]}")
+    (tmp_path / "b.yml").write_text("scratch: {iterations: 5}")
     args = search.parse_args(words)
-    command = shlex.split(search.retrain_command(config or DataConfig.from_args(args), args))
-    assert command[:4] == ["python", "scratch.py", "--architecture", "./checkpoints/best.json"]
+    text, *more = search.retrain_command(args).splitlines()
+    command = shlex.split(text)
+    best = os.path.join(args.out, "checkpoints", "best.json")
+    assert command[:4] == ["python", "scratch.py", "--architecture", best]
     assert sorted(command[4:]) == sorted(expected)
+    assert ["choose --iterations, --batch-size and --lr" in line for line in more] == [True] * chooses
 
 
 def test_report_has_the_ten_best_and_the_next_command(capsys):
@@ -417,13 +410,13 @@ def test_report_has_the_ten_best_and_the_next_command(capsys):
     ]
     results.append(results[0] | {"acc1": None, "acc5": None, "error": "broken"})
     args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
-    assert search.report(results, SPACE, DataConfig(), args, args.out) == results[14]
+    assert search.report(results, SPACE, args, args.out) == results[14]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "15 candidates evaluated, 1 failed"
     assert [line.split()[:2] for line in lines[2:12]] == [[str(rank + 1), f"{14 - rank}.00"] for rank in range(10)]
-    assert lines[-1].split(maxsplit=1) == [
+    assert lines[-2].split(maxsplit=1) == [
         "python",
         "scratch.py --architecture 'my runs/checkpoints/best.json' --data-dir tree --out 'my runs'",
     ]
     with pytest.raises(UserError, match="none of 1 candidates could be evaluated"):
-        search.report(results[15:], SPACE, DataConfig(), args, args.out)
+        search.report(results[15:], SPACE, args, args.out)

@@ -1,0 +1,83 @@
+"""What an architecture knows that a search wrote: space, sizes and data settings, in the record beside it."""
+
+import json
+
+import pytest
+import torch
+from conftest import run
+
+import search
+from engines.search_record import prepare_search
+from images.dataset import DataConfig
+from space.custom import PRESETS
+from space.search_space import SearchSpace
+
+SPACE = SearchSpace(
+    input_size=32, n_classes=3, stem_channels=8, stem_stride=1, stage_blocks=(1, 2), stage_channels=(16, 24),
+    stage_strides=(2, 2), last_channels=32,
+)  # fmt: skip
+CONFIG = DataConfig(input_size=32, val_resize=36, crop_scale=(0.5, 1.0), jitter=0.0, heldout_per_class=2)
+
+
+@pytest.fixture
+def best(tmp_path):
+    """The file of a search's winner, with the record of the search beside it."""
+    prepare_search(tmp_path, {"space": SPACE.to_dict(), "data": CONFIG.to_dict()}, resume=False)
+    path = tmp_path / "checkpoints" / "best.json"
+    path.write_text(json.dumps(SPACE.to_architecture((1, 0, 3))))
+    return path
+
+
+def words(tree, *more):
+    training = "--iterations 1 --batch-size 4 --bn-pass 0 --loader torchvision --workers 0 --device cpu"
+    return ("--data-dir", tree, *training.split(), *more)
+
+
+def test_retraining_takes_space_and_data_settings_from_the_record(best, tree, tmp_path):
+    run("scratch.py", *words(tree), "--architecture", best, "--out", tmp_path)
+    content = torch.load(tmp_path / "checkpoints" / "scratch" / "checkpoint-0000001.pth", weights_only=True)
+    assert SearchSpace.from_dict(content["space"]) == SPACE and content["architecture"] == [1, 0, 3]
+    assert DataConfig.from_dict(content["data"]) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--input-size 64", "--input-size 64 contradicts"),
+        ("--jitter 0.4", "--jitter 0.4 contradicts"),
+        ("--data-dir {}/two", "searched for 3 classes, the data has 2; use the same --data-dir"),
+    ],
+)
+def test_a_contradiction_is_one_line(best, tree, tmp_path, flags, message):
+    for part in ("train", "val"):
+        for name in ("apple", "bird"):
+            (tmp_path / "two" / part).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "two" / part / name).symlink_to(tree / part / name)
+    flags = flags.replace("{}", str(tmp_path)).split()
+    _, stderr = run("scratch.py", *words(tree, *flags), "--architecture", best, "--out", tmp_path, code=2)
+    assert message in stderr and len(stderr.splitlines()) == 1
+    assert not (tmp_path / "checkpoints" / "scratch").exists()
+
+
+def test_a_damaged_record_is_one_line(best, tree, tmp_path):
+    state = tmp_path / "checkpoints" / "search" / "state.json"
+    state.write_text(json.dumps({"settings": {"space": SPACE.to_dict(), "data": {"input_size": "32"}}}))
+    _, stderr = run("scratch.py", *words(tree), "--architecture", best, "--out", tmp_path, code=2)
+    assert f"{state}: not the state of a search" in stderr and len(stderr.splitlines()) == 1
+
+
+def test_a_file_without_a_record_says_which_space_it_assumes(tree, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([0] * 6))
+    small = ("--space", "small", "--input-size", "32", "--heldout-per-class", "2")
+    _, stderr = run("scratch.py", *words(tree), *small, "--architecture", path, "--out", tmp_path)
+    assert "mine.json: no record of a search beside it; assumes 6 blocks of shufflenet_3x3" in stderr
+    assert "images of 32 px" in stderr
+
+
+@pytest.mark.parametrize("size", [28, 96, 224])
+def test_the_default_limit_of_a_small_space_can_be_broken(size):
+    for n_classes in (10, 1000):
+        space = SearchSpace(size, n_classes, **PRESETS["small"])
+        low, high = space.flops_range
+        assert low < search.flops_limit(None, space) < high

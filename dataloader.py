@@ -317,22 +317,22 @@ def main(args):
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
     found = image_check.fingerprint(folder, paths)  # before files are read, so that one that changes is checked again
-    unreadable, mislabelled = image_check.inspect_all(folder, paths)
+    unreadable, mislabelled, shared = image_check.inspect_all(folder, paths)
     files = [
         path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()
     ]
     ignored = [path for path in files if not path.name.startswith(".") and not path.name.lower().endswith(EXTENSIONS)]
     lines = [
         *problems,
-        *(f"{folder}/{line}" for line in unreadable + mislabelled),
+        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
-    counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled"
+    counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled, {len(shared)} in train and val"
     if problems or unreadable or (mislabelled and not args.accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
-    image_check.remember(folder, found)
+    image_check.remember(folder, found, len(shared))
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
     print(f"{folder}: {sizes}, {counts}; recorded")
 

@@ -215,6 +215,7 @@ class Search:
     supernet: str  # path of its checkpoint
     space: SearchSpace  # with the costs of --flops-table
     costs: str  # a line for the log about the space's FLOPs, or nothing
+    warnings: list  # what speaks against trusting the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
 
 
@@ -228,6 +229,7 @@ def check(args, out):
         resolve_device(args)  # raises where this machine has no such device
     table = args.flops_table and read_flops_table(args.flops_table)
     _, supernet, config, data = checkpoint.open_supernet(args)
+    warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
     space, costs = supernet.space, official_comparison(SearchSpace())
     if table:
         space, differences = with_flops_table(space, table, args.flops_table)
@@ -252,15 +254,17 @@ def check(args, out):
     if space.operations_hash:  # for the report, which has no modules to count
         settings["counted"] = space.costs
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
-    return Search(experiment, supernet.path, space, costs, settings)
+    return Search(experiment, supernet.path, space, costs, warnings, settings)
 
 
 def prepare(search, args, out):
     """Writes or checks the state file, and starts the log; returns whether the search is done already."""
-    state = prepare_search(out, search.settings, args.resume)
+    state = prepare_search(out, search.settings, args.resume, search.warnings)
     start_logging(out / "checkpoints" / "search", args, args.device)
     if search.costs:
         log.info(search.costs)
+    for text in search.warnings:
+        log.warning("warning: %s", text)
     limit = search.settings["flops_limit"] / 1e6
     log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit, state["evaluated"])
     return state["done"]

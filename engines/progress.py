@@ -6,7 +6,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from engines.search_record import Generation, by_accuracy, read_generations, state_path
+from engines.search_record import Generation, by_accuracy, first_generation_warning, read_generations, state_path
 from utils import UserError, duration, log, read_json
 
 LINE_S = 30  # between lines in the log within a generation
@@ -72,6 +72,10 @@ class Progress:
                 seconds = (self.changed - self.first[0]) / max(1, self.evaluated - self.first[1])
                 to_go = duration((total * population - self.evaluated) * seconds)
                 log.info("generation %d %s; %s to go", state["generation"], done, to_go)
+            if self.n_closed == 0:
+                n_classes = state["settings"]["space"]["n_classes"]
+                if text := first_generation_warning(self.generations[0].results, n_classes):
+                    log.warning("warning: %s", text)
             self._draw()
             self.n_closed, self.reported = state["generation"], time.monotonic()
         elif self.changed > self.reported + LINE_S and self.bar.disable:

@@ -121,7 +121,7 @@ def state_path(out):
     return pathlib.Path(out) / "checkpoints" / "search" / "state.json"
 
 
-def prepare_search(out, settings, resume):
+def prepare_search(out, settings, resume, warnings=()):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
     Raises UserError where it has a search and `resume` is false, or where that search has other settings.
@@ -140,7 +140,7 @@ def prepare_search(out, settings, resume):
                 text = ", ".join(f"{name} {change}" for name, change in changes.items())
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; use them, or another --out")
             state = found
-        state |= {"error": None, "pid": os.getpid()}
+        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings)}
         write_json(path, state, indent=1)
     return state
 
@@ -208,3 +208,22 @@ class Generation:
 def _hold_writer_lock(out):
     """Waits for the writer of a search that was just killed, which ends within seconds."""
     return hold_lock(state_path(out).with_name("writer.lock"), wait_s=30)
+
+
+def first_generation_warning(results, n_classes):
+    """A line that says that the first generation's candidates can't be told apart, or None.
+
+    Compares them with chance, and their spread with the standard error of one top-1 on as many images.
+    """
+    succeeded = [r for r in results if r["acc1"] is not None]
+    if len(succeeded) < 2:
+        return None
+    mean, sd = statistics.fmean(r["acc1"] for r in succeeded), statistics.stdev(r["acc1"] for r in succeeded)
+    n, chance = succeeded[0]["n_images"], 100 / n_classes
+    at_chance = mean <= chance + 3 * (chance * (100 - chance) / n) ** 0.5
+    noise = (mean * (100 - mean) / n) ** 0.5
+    if not at_chance and sd > noise:
+        return None
+    why = f"chance is {chance:.2f}%" if at_chance else f"{n} images measure each to {noise:.2f} points"
+    found = f"the first generation has {mean:.2f}% in the mean, standard deviation {sd:.2f}, and {why}"
+    return f"{found}: train the supernet longer, search a smaller space, or hold out more images"

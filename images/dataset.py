@@ -201,8 +201,14 @@ class Data:
         for problem in unmatched_classes(args.data_dir, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
+        self.warnings = []  # what makes results meaningless or too good, a line each
+        if len(self.classes) == 1:
+            self.warnings.append(f"{args.data_dir}: a single class, {self.classes[0]!r}: every network is right")
         if args.loader != "synthetic":
-            image_check.check_images(args.data_dir, tree_paths(self.train, self.val))
+            n_shared = image_check.check_images(args.data_dir, tree_paths(self.train, self.val))
+            if n_shared:
+                text = f"{args.data_dir}: {n_shared} images of val are in train too: accuracies on val are too high"
+                self.warnings.append(text)
         self.config = config
 
     @functools.cached_property

@@ -22,7 +22,7 @@ SUFFIXES = {  # of the formats that both DALI and Pillow decode, by Pillow's nam
     "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
 }  # fmt: skip
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
-RECORD = HERE / "data" / "cache" / "checked.json"  # {folder: fingerprint} of the trees that passed
+RECORD = HERE / "data" / "cache" / "checked.json"  # {folder: [fingerprint, shared images]} of the trees that passed
 CHUNK = 64  # files a task of a thread
 
 
@@ -50,12 +50,12 @@ def inspect(path):
 
 
 def inspect_all(folder, paths):
-    """Returns (unreadable, mislabelled), a line for each such file of `paths`, which are `<part>/<class>/<file>` in
-    `folder`.
+    """Returns (unreadable, mislabelled, shared), a line for each such file of `paths`, which are
+    `<part>/<class>/<file>` in `folder`; shared ones have the same content in train and val.
 
     Uses a thread for each core, because Pillow releases the GIL while it decodes. Shows a progress bar after 5 s.
     """
-    unreadable, mislabelled, first = [], [], {}
+    unreadable, mislabelled, shared, first = [], [], [], {}
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     with (
         concurrent.futures.ThreadPoolExecutor(cores()) as pool,
@@ -72,16 +72,22 @@ def inspect_all(folder, paths):
                 other = first.setdefault(digest, path)
                 if other.split("/")[1] != path.split("/")[1]:
                     mislabelled.append(f"{path}: the same image as {other}, in another class")
+                elif other.split("/")[0] != path.split("/")[0]:
+                    shared.append(f"{path}: the same image as {other}")
             progress.update(len(chunk))
-    return unreadable, mislabelled
+    return unreadable, mislabelled, shared
 
 
 def check_images(folder, paths):
-    """Raises UserError if an image of the tree is unreadable or mislabelled. Returns at once for a recorded tree."""
+    """Raises UserError if an image of the tree is unreadable or mislabelled. Returns how many val shares with train.
+
+    A recorded tree is not read again.
+    """
     found = fingerprint(folder, paths)
-    if _record().get(os.path.abspath(folder)) == found:
-        return
-    unreadable, mislabelled = inspect_all(folder, paths)
+    recorded, n_shared = _entry(_record().get(os.path.abspath(folder)))
+    if recorded == found:
+        return n_shared
+    unreadable, mislabelled, shared = inspect_all(folder, paths)
     wrong = unreadable + mislabelled
     if wrong:
         accept = "" if unreadable else ", and with --accept accepts them"
@@ -89,7 +95,8 @@ def check_images(folder, paths):
             f"{folder}: {len(unreadable)} unreadable and {len(mislabelled)} mislabelled files, the first: {wrong[0]}; "
             f"python dataloader.py --check {folder} lists all of them{accept}"
         )
-    remember(folder, found)
+    remember(folder, found, len(shared))
+    return len(shared)
 
 
 def fingerprint(folder, paths):
@@ -104,13 +111,18 @@ def fingerprint(folder, paths):
     return digest.hexdigest()
 
 
-def remember(folder, found):
-    """Records that a tree with this fingerprint passed; drops trees that no longer exist."""
+def remember(folder, found, n_shared):
+    """Records that a tree with this fingerprint passed, and its shared images; drops trees that no longer exist."""
     kept = {name: value for name, value in _record().items() if os.path.isdir(name)}
     try:
-        write_json(RECORD, kept | {os.path.abspath(folder): found}, indent=1)
+        write_json(RECORD, kept | {os.path.abspath(folder): [found, n_shared]}, indent=1)
     except OSError as error:
         log.warning("%s: can't be written (%s); the images will be checked again next time", RECORD, error.strerror)
+
+
+def _entry(value):
+    """(fingerprint, shared images) of an entry; an older one is the fingerprint alone."""
+    return value if isinstance(value, list) and len(value) == 2 else (value, 0)
 
 
 def _record():

@@ -46,6 +46,7 @@ h1 { font-size: 26px; font-weight: 600; margin: 0 0 4px; letter-spacing: -0.01em
 h2 { font-size: 18px; font-weight: 600; margin: 44px 0 12px; }
 .status, figcaption, .tile small, dt, th { color: var(--grey); }
 .status { margin: 0; }
+.warning { margin: 12px 0 0; color: #8c2d04; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 0 28px; margin: 28px 0 0; }
 .tile { border-top: 2px solid var(--accent); padding: 10px 0 14px; }
 .tile b { display: block; font-size: 27px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
@@ -92,6 +93,7 @@ def page(run, comparison, svgs):
     body = [
         "<h1>Single Path One-Shot: search report</h1>",
         f'<p class="status">{_text(status)}</p>',
+        *(f'<p class="warning">Warning: {_text(text)}</p>' for text in run.warnings()),
         _tiles(run, comparison, best),
         "<h2>How the search went</h2>",
         _figure("generations", svgs, "Best, mean and spread by generation; best so far against random search", f"""

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from engines.search_record import EVOLUTION, Generation, ranked, read_generations, state_path
+from engines.search_record import EVOLUTION, Generation, first_generation_warning, ranked, read_generations, state_path
 from space.search_space import SearchSpace
 from utils import UserError, read_json, settings_difference
 
@@ -49,6 +49,11 @@ class SearchResults:
     @property
     def n_failed(self):
         return len(self.results) - len(self.succeeded)
+
+    def warnings(self):
+        """Lines that speak against trusting the results: of the start of the search, and of its first generation."""
+        first = first_generation_warning(self.generations[0].results, self.space.n_classes)
+        return [*self.state.get("warnings", []), *filter(None, [first])]
 
     def is_random(self):
         return not self.settings["mutation"] and not self.settings["crossover"]

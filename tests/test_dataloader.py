@@ -74,7 +74,7 @@ def test_wrong_folders_are_named(tmp_path, data_args, break_it, message):
     data_args.data_dir = make_tree(tmp_path / "d", 4, 1)
     break_it(data_args.data_dir)
     with pytest.raises(UserError, match=message):
-        Data(data_args, CONFIG)
+        _ = Data(data_args, CONFIG).heldout
 
 
 def test_split_is_disjoint_deterministic_and_per_class(data_args):

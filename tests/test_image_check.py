@@ -81,8 +81,10 @@ def test_check_names_all_that_is_wrong_at_once(tree):
         (line,) = [line for line in lines if line.startswith(f"{tree / path}: ")]
         assert reason in line
     (line,) = [line for line in lines if "'dog' is in only one of train and val" in line]
-    assert len(lines) == len(expected) + 1 and stdout == ""
-    assert "6 unreadable, 2 mislabelled of 22 images, 3 wrong folders" in summary
+    (line,) = [line for line in lines if line.startswith(f"{tree}/val/apple/same_class.jpg: ")]
+    assert "the same image as train/apple/000.jpg" in line
+    assert len(lines) == len(expected) + 2 and stdout == ""
+    assert "6 unreadable, 2 mislabelled, 1 in train and val of 22 images, 3 wrong folders" in summary
     assert "--accept" not in summary
 
 

@@ -160,6 +160,14 @@ def load_network(path, architecture=None, space=None):
     return model, ckpt
 
 
+def unfinished(ckpt):
+    """A line that says that the training of a checkpoint has not ended, or None."""
+    step, iterations = ckpt.content.get("step"), (ckpt.content.get("settings") or {}).get("iterations")
+    if isinstance(step, int) and isinstance(iterations, int) and step < iterations:
+        return f"{ckpt.path}: step {step} of {iterations}: its training has not ended"
+    return None
+
+
 def check_split(ckpt, split):
     """Raises UserError where the supernet was trained on another split, so perhaps on images that are held out now."""
     if ckpt.split is None:

@@ -1,0 +1,94 @@
+"""Results that can't be right: a warning before hours are spent, which the report repeats."""
+
+import json
+import random
+import shutil
+import types
+
+import pytest
+from conftest import make_tree, run
+
+from engines.search_record import SearchRecord, first_generation_warning, prepare_search
+from evolution_tuner import Evolution
+from images import image_check
+from images.dataset import Data, DataConfig
+from reports.page import write_report
+from space.search_space import SearchSpace
+from training import checkpoint
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+    return make_tree(tmp_path / "tree", 4, 2)
+
+
+def warnings(tree):
+    args = types.SimpleNamespace(data_dir=str(tree), loader="torchvision")
+    return Data(args, DataConfig(heldout_per_class=1)).warnings
+
+
+def test_a_single_class(tree):
+    assert warnings(tree) == []
+    for part in ("train", "val"):
+        for name in ("bird", "car"):
+            shutil.rmtree(tree / part / name)
+    (text,) = warnings(tree)
+    assert "a single class, 'apple': every network is right" in text
+
+
+def test_images_in_train_and_val(tree):
+    shutil.copy(tree / "train" / "bird" / "000.jpg", tree / "val" / "bird" / "copy.jpg")
+    for _ in range(2):  # the second time from the record
+        (text,) = warnings(tree)
+        assert "1 images of val are in train too: accuracies on val are too high" in text
+    record = json.loads(image_check.RECORD.read_text())
+    image_check.RECORD.write_text(json.dumps({name: fingerprint for name, (fingerprint, _) in record.items()}))
+    assert warnings(tree) == []  # a record of an earlier version has no count
+    stdout, stderr = run("dataloader.py", "--check", tree)
+    assert "1 in train and val" in stdout and "val/bird/copy.jpg: the same image as train/bird/000.jpg" in stderr
+
+
+@pytest.mark.parametrize(("step", "warns"), [(3, True), (150_000, False), (None, False)])
+def test_a_supernet_whose_training_has_not_ended(step, warns):
+    ckpt = types.SimpleNamespace(path="c.pth", content={"step": step, "settings": {"iterations": 150_000}})
+    text = checkpoint.unfinished(ckpt)
+    assert (text == "c.pth: step 3 of 150000: its training has not ended") == warns and (text is None) != warns
+    assert checkpoint.unfinished(types.SimpleNamespace(path="c.pth", content={"state_dict": {}})) is None
+
+
+def rows(mean, sd, n_images=1000, n=50):
+    rng = random.Random(0)
+    return [{"acc1": min(100, max(0, rng.gauss(mean, sd))), "n_images": n_images} for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("results", "says"),
+    [
+        (rows(10.2, 1), "chance is 10.00%"),
+        (rows(60, 0.5), "1000 images measure each to 1.5"),
+        (rows(60, 0.5, n_images=50_000), None),
+        (rows(60, 4), None),
+        (rows(60, 0, n=1), None),
+        ([{"acc1": None, "n_images": None}] * 5, None),
+    ],
+)
+def test_candidates_of_the_first_generation_that_cannot_be_told_apart(results, says):
+    text = first_generation_warning(results, n_classes=10)
+    if says is None:
+        assert text is None
+    else:
+        assert says in text and "train the supernet longer, search a smaller space, or hold out more images" in text
+
+
+def test_the_report_repeats_the_warnings(tmp_path):
+    space = SearchSpace.for_images(28, 10)
+    settings = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "mutation_prob": 0.1, "generations": 1}
+    settings |= {"seed": 0, "flops_limit": space.flops_quantile(0.59), "space": space.to_dict()}
+    prepare_search(tmp_path, settings, resume=False, warnings=["c.pth: step 3 of 9"])
+    record = SearchRecord(tmp_path, space, Evolution.from_settings(space, settings))
+    for number, candidate in enumerate(record.pending()):
+        record.add({"architecture": candidate, "acc1": 10 + number / 10, "acc5": 50, "n_images": 2000, "seconds": 1})
+    record.pending()
+    page = write_report(tmp_path).read_text()
+    assert "Warning: c.pth: step 3 of 9</p>" in page and "and chance is 10.00%: train the supernet longer" in page

@@ -271,7 +271,8 @@ def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine)
     assert len(results) == len({tuple(r["architecture"]) for r in results}) == 8
 
     best = out / "checkpoints/best.json"
-    stdout, _ = run("scratch.py", "--demo", *TRAIN, "--bn-pass", 2, "--architecture", best, *own, "--out", out)
+    words = ("--demo", "--heldout-per-class", 4, *TRAIN, "--bn-pass", 2, "--architecture", best, *own, "--out", out)
+    stdout, _ = run("scratch.py", *words)
     retrained = json.loads(stdout.splitlines()[-1])
     assert retrained["architecture"] == max(results, key=lambda r: (r["acc1"], r["acc5"]))["architecture"]
     stdout, _ = run("scratch.py", "--demo", "--eval", *own, "--out", out)

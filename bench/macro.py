@@ -6,13 +6,17 @@ networks are distinct. data/make_cifar10.py makes the images.
 
 Trains a supernet of this space with supernet.py for each seed, side by side, a core each; scores every distinct network
 on the held-out images, and 150 of them in the checkpoints on the way; an interrupted study resumes. Reports Kendall's
-tau of scores, FLOPs and parameters with the published accuracy, and what a search by these scores picks. Writes
-bench/results/macro.json, macro.png, and prints the tables of docs/experiments.md.
+tau of scores, FLOPs and parameters with the published accuracy, and what a search by these scores picks. Other scores
+stand beside top-1, for the same supernets: the loss on the same images, the angle by which training turned the
+weights of the path (Hu et al., arXiv 2004.13431), and the mean top-1 of the supernets. Writes bench/results/macro.json,
+macro.png, and prints the tables of docs/experiments.md.
 """
 
 import argparse
+import functools
 import json
 import lzma
+import math
 import pathlib
 import random
 import re
@@ -28,15 +32,19 @@ import utils
 # isort: split
 import matplotlib
 import numpy as np
+import torch
 import yaml
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap, kendalltau
 
 import tester
 from evolution_tuner import Evolution
+from network import ShuffleNetV2OneShot
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
+from space.custom import load_operations
 from training import checkpoint
-from training.evaluation import evaluate, open_evaluation
+from training.evaluation import open_evaluation, recalibrate_bn
+from training.prefix_tree import PrefixTree
 
 SETTINGS = ROOT / "bench" / "macro.yml"
 OPERATIONS = ROOT / "bench" / "macro_operations.py"
@@ -45,7 +53,7 @@ RESULTS = ROOT / "bench" / "results" / "macro.json"
 STAGES = (2, 3, 3)  # blocks
 LIMITS = (35_000_000, 55_000_000, 75_000_000)  # FLOPs
 ON_THE_WAY = 150  # networks scored in every checkpoint but the last
-CHUNK = 150  # networks scored, and saved, together
+CHUNK = 500  # networks scored, and saved, together
 RESAMPLES = 1000
 SEARCHES = 100  # seeds of every search
 # 5 populations of 22, with the official shares of parents and children: 110 evaluations
@@ -96,7 +104,7 @@ def side_by_side(commands):
 
 
 def score(folder, n_networks, every):
-    """Scores networks in every checkpoint of a folder; folder/scores.jsonl keeps what is done.
+    """Scores networks in every checkpoint of a folder; folder/scores.jsonl keeps what is done: top-1 and loss.
 
     The last checkpoint scores `n_networks` of them (None: all). `every` takes each so many-th held-out image.
     """
@@ -118,18 +126,58 @@ def score(folder, n_networks, every):
         supernet, calibration, validation = open_evaluation(args)
         validation = [(images[::every], labels[::every]) for images, labels in validation]
         for chunk in (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)):
-            results = evaluate(supernet, [tuple(map(int, n)) for n in chunk], calibration, validation, args.bn)
+            measured = measure(supernet, chunk, calibration, validation, args.bn)
             with open(path, "a") as lines:
-                lines.writelines(f"{json.dumps([step, n, round(r['acc1'], 3)])}\n" for n, r in zip(chunk, results))
+                lines.writelines(f"{json.dumps([step, *row])}\n" for row in measured)
 
 
-def read_scores(folder):
-    """{step: {network: top-1 in percent}} of what a folder has scored."""
+def measure(supernet, networks, calibration, validation, bn):
+    """Yields (network, top-1 in percent, mean loss), after BN calibration, of all networks as one tree of prefixes."""
+    tree = PrefixTree(supernet, [tuple(map(int, n)) for n in networks])
+    correct, losses, n_images = dict.fromkeys(tree.candidates, 0), dict.fromkeys(tree.candidates, 0.0), 0
+    with torch.inference_mode(), tree.own_statistics():
+        recalibrate_bn(supernet, tree.forward, calibration, bn)
+        for images, labels in validation:
+            n_images += len(labels)
+            for candidate, logits in tree.logits(images):
+                correct[candidate] += (logits.argmax(dim=1) == labels).sum().item()
+                losses[candidate] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    for network, candidate in zip(networks, tree.candidates):
+        yield network, round(100 * correct[candidate] / n_images, 3), round(losses[candidate] / n_images, 5)
+
+
+def read_scores(folder, what=0):
+    """{step: {network: score}} of what a folder has scored: top-1 in percent (`what` 0), or the mean loss (1)."""
     path, scores = folder / "scores.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        step, network, acc1 = json.loads(line)
-        scores.setdefault(step, {})[network] = acc1
+        step, network, *values = json.loads(line)
+        scores.setdefault(step, {})[network] = values[what]
     return scores
+
+
+def angles(folder, networks):
+    """{network: angle between initial and trained weights of its path, in radians}; the classifier, which all have, is
+    left out."""
+    supernet, ckpt = checkpoint.load_supernet(checkpoint.newest(folder / "checkpoints" / "supernet"), None)
+    torch.manual_seed(ckpt.content["settings"]["seed"])
+    initial = ShuffleNetV2OneShot(space=supernet.space)
+
+    @functools.cache
+    def products(key):
+        """(initial weights * trained ones, initial squared, trained squared), summed over a part."""
+        pairs = zip(*(flat_weights(model.module_of(key)) for model in (initial, supernet)))
+        return np.sum([[float(a @ b), float(a @ a), float(b @ b)] for a, b in pairs] or [[0.0] * 3], axis=0)
+
+    def angle(network):
+        keys = ("stem", *enumerate(map(int, network)), "head")
+        both, before, after = np.sum([products(key) for key in keys], axis=0)
+        return math.acos(both / math.sqrt(before * after))
+
+    return {network: angle(network) for network in networks}
+
+
+def flat_weights(module):
+    return [p.detach().double().flatten() for p in module.parameters()]
 
 
 # --- statistics -----------------------------------------------------------------------------------------------
@@ -172,6 +220,23 @@ def rank(networks, scores, truth):
         "parameters": agreement([params], true),
         "minus FLOPs": agreement(rows, true, flops),
         "minus parameters": agreement(rows, true, params),
+    }
+
+
+def other_scores(folders, networks, last, truth):
+    """The agreement of other scores with the truth, each on the half of the networks to choose by and on the other."""
+    acc1 = [read_scores(folder)[last] for folder in folders]
+    loss = [{n: -value for n, value in read_scores(folder, 1)[last].items()} for folder in folders]
+    mean = [{n: statistics.fmean(seed[n] for seed in acc1) for n in networks}]
+    scores = {"top-1": acc1, "loss": loss, "angle": [angles(folder, networks) for folder in folders]}
+    shuffled = random.Random(2).sample(networks, len(networks))
+    halves = {"chosen by": sorted(shuffled[::2]), "reported": sorted(shuffled[1::2])}
+    return {
+        name: {
+            half: agreement([[seed[n] for n in some] for seed in seeds], [truth[n]["mean_acc"] for n in some])
+            for half, some in halves.items()
+        }
+        for name, seeds in (scores | {f"mean top-1 of {len(folders)} supernets": mean}).items()
     }
 
 
@@ -236,6 +301,7 @@ def summarise(args, folders):
         "seconds": [round(json.loads(log[-1])["seconds"]) for log in logs],
         "acc1": [[round(f(seed.values()), 2) for f in (statistics.fmean, statistics.stdev)] for seed in scores],
         "rank": {name: rank(some, scores, truth) for name, some in regions.items()},
+        "other scores": other_scores(folders, networks, last, truth),
         "way": way,
         "picks": {f"{limit // 10**6}M": [picks(limit, seed, truth) for seed in scores] for limit in searched},
         "networks": networks,
@@ -254,6 +320,10 @@ def tables(results):
             "{:.2f} ({:.2f} to {:.2f})".format(*row[k]) for k in ("supernet", "FLOPs", "parameters", "minus FLOPs")
         )
         lines.append(f"| {region} | {' | '.join(cells)} |")
+    lines += ["", "| score | tau, half to choose by | tau, other half |", "|---|---|---|"]
+    for name, halves in results["other scores"].items():
+        cells = ("{:.2f} ({:.2f} to {:.2f})".format(*half) for half in halves.values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     if not results["picks"]:
         return "\n".join(lines)
     lines += ["", f"| picked by | {' | '.join(f'under {name}' for name in results['picks'])} |", "|---|---|---|---|"]
@@ -295,9 +365,8 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each supernet (default: 1)")
     parser.add_argument("--networks", type=int, help="to score in the last checkpoint (default: all 3,969)")
-    parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="score on every Nth held-out image (default: 1)"
-    )
+    every = "score on every Nth held-out image (default: 1)"
+    parser.add_argument("--every", type=int, default=1, metavar="N", help=every)
     parser.add_argument("--score", type=pathlib.Path, metavar="FOLDER", help="only score the supernet in a folder")
     return parser.parse_args(argv)
 
@@ -310,6 +379,7 @@ def main(args):
     side_by_side([[ROOT / "supernet.py", *w, "--seed", seed] for seed, w in enumerate(words)])
     scoring = ["--every", args.every, *(["--networks", args.networks] if args.networks else [])]
     side_by_side([[__file__, "--score", folder, *scoring] for folder in folders])
+    load_operations(OPERATIONS)
     results = summarise(args, folders)
     utils.write_json(args.results, results, indent=None)
     draw(results, args.results.with_suffix(".png"))

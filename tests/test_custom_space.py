@@ -271,12 +271,12 @@ def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine)
     assert len(results) == len({tuple(r["architecture"]) for r in results}) == 8
 
     best = out / "checkpoints/best.json"
-    words = ("--demo", "--heldout-per-class", 4, *TRAIN, "--bn-pass", 2, "--architecture", best, *own, "--out", out)
-    stdout, _ = run("scratch.py", *words)
+    words = ("--demo", "--heldout-per-class", 4, *own, "--out", out)
+    stdout, _ = run("scratch.py", *words, *TRAIN, "--bn-pass", 2, "--architecture", best)
     retrained = json.loads(stdout.splitlines()[-1])
     assert retrained["architecture"] == max(results, key=lambda r: (r["acc1"], r["acc5"]))["architecture"]
-    stdout, _ = run("scratch.py", "--demo", "--eval", *own, "--out", out)
+    stdout, _ = run("scratch.py", *words, "--eval")
     assert json.loads(stdout.splitlines()[-1])["acc1"] == retrained["acc1"]
-    run("scratch.py", "--demo", "--export", tmp_path / "best.pt2", *own, "--out", out)
+    run("scratch.py", *words, "--export", tmp_path / "best.pt2")
     report = (out / "report.html").read_text()
     assert (", width " in report) == (kind != "small") and ("identity" in report) == (kind == "own")

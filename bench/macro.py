@@ -5,7 +5,7 @@ network, trained three times. Two of them are the same network if their stages d
 networks are distinct. data/make_cifar10.py makes the images.
 
 Trains a supernet of this space with supernet.py for each seed, side by side, a core each; scores every distinct network
-on the held-out images, and 150 of them in the checkpoints on the way; an interrupted study resumes. Reports Kendall's
+on the held-out images, and 100 of them in the checkpoints on the way; an interrupted study resumes. Reports Kendall's
 tau of scores, FLOPs and parameters with the published accuracy, and what a search by these scores picks. Other scores
 stand beside top-1, for the same supernets: the loss on the same images, the angle by which training turned the
 weights of the path (Hu et al., arXiv 2004.13431), and the mean top-1 of the supernets. Writes bench/results/macro.json,
@@ -52,7 +52,7 @@ TRUTH = ROOT / "data" / "nas-bench-macro.json.xz"
 RESULTS = ROOT / "bench" / "results" / "macro.json"
 STAGES = (2, 3, 3)  # blocks
 LIMITS = (35_000_000, 55_000_000, 75_000_000)  # FLOPs
-ON_THE_WAY = 150  # networks scored in every checkpoint but the last
+ON_THE_WAY = 100  # networks scored in every checkpoint but the last
 CHUNK = 500  # networks scored, and saved, together
 RESAMPLES = 1000
 SEARCHES = 100  # seeds of every search

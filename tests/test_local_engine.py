@@ -29,7 +29,7 @@ EVOLUTION = {
     "generations": 3,
     "seed": 0,
 }
-SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%")}
+SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%"), "space": SPACE.to_dict()}
 CPU = {"device": "cpu"}
 
 

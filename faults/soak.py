@@ -79,7 +79,7 @@ def through_nni(folder, rounds):
     space = SearchSpace.for_images(28, 10)
     experiment = search.read_experiment(ROOT / "config_search.yml")
     evolution = experiment["tuner"]["classArgs"] | {"generations": rounds, "seed": 0}
-    settings = evolution | {"flops_limit": space.flops_value("59%")}
+    settings = evolution | {"flops_limit": space.flops_value("59%"), "space": space.to_dict()}
     (folder / "trial.py").write_text(TRIAL)
     utils.write_json(folder / "nni_auto_gen_search_space.json", space.nni_search_space())
     prepare_search(folder, settings, resume=False)

@@ -24,7 +24,7 @@ from utils import UserError, read_json
 SPACE = SearchSpace.for_images(28, 10)
 SETTINGS = {
     "population": 4, "select": 2, "mutation": 2, "crossover": 2, "mutation_prob": 0.1, "generations": 2, "seed": 0,
-    "flops_limit": SPACE.flops_value("59%"),
+    "flops_limit": SPACE.flops_value("59%"), "space": SPACE.to_dict(),
 }  # fmt: skip
 
 # A trial as tester.py is one, but for the evaluation. The first to start dies before it has asked for anything.

@@ -17,6 +17,7 @@ Source: paper section 4.1; official `src/Evaluation/train.py`.
 import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -51,7 +52,10 @@ def parse_args(argv=None):
     command_line.add_training_flags(parser, iterations=300_000)
     bn_pass = "training batches of the BN pass (default: 1250)"
     parser.add_argument("--bn-pass", type=command_line.count(0), default=1250, metavar="N", help=bn_pass)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if not (args.eval or args.export or args.predict):
+        parser.refuse("training, which starts from random weights", "checkpoint")
+    return args
 
 
 def open_network(args, folder):
@@ -122,6 +126,8 @@ def retrain(args, folder):
         counts = f"searched for {search['space'].n_classes} classes, the data has {len(data.classes)}"
         raise utils.UserError(f"{args.architecture}: {counts}; use the same --data-dir")
     space = space_from_args(args, config.input_size, len(data.classes))
+    if search and dataclasses.replace(space, architecture=()) != dataclasses.replace(search["space"], architecture=()):
+        raise utils.UserError(f"--space contradicts {search['state']}, which has another space; leave it out")
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     check_batch_size(len(data.train), args.batch_size)
     loader = Loader.from_args(data.train, config, True, args, device)

@@ -161,8 +161,9 @@ def load_network(path, architecture=None, space=None):
 
 
 def unfinished(ckpt):
-    """A line that says that the training of a checkpoint has not ended, or None."""
-    step, iterations = ckpt.content.get("step"), (ckpt.content.get("settings") or {}).get("iterations")
+    """A line that says that the training of a checkpoint has not ended, or None; official files don't say."""
+    content = ckpt.content or {}
+    step, iterations = content.get("step"), (content.get("settings") or {}).get("iterations")
     if isinstance(step, int) and isinstance(iterations, int) and step < iterations:
         return f"{ckpt.path}: step {step} of {iterations}: its training has not ended"
     return None

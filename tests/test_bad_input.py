@@ -201,7 +201,7 @@ NEWCOMER = [
     (
         "supernet --heldout-per-class 4",
         None,
-        "4 held-out images per class leave nothing to train on: class 'apple' has 4",
+        "4 held-out images per class leave nothing to train on: class 'apple'",
     ),
     ("supernet", None, "batches of 1024 images are larger than the data set, 9 images; lower --batch-size"),
     ("supernet --data-dir {}/none", None, "none/train"),

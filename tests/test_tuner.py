@@ -75,7 +75,7 @@ def test_an_extended_search_asks_for_the_generations_that_are_new(tmp_path):
     extended = FakeNNI(tmp_path, resume=True)
     assert not extended.state["done"]
     extended.run()
-    assert set(fewer.evaluated) | set(extended.evaluated) == set(itertools.chain(*plain().history))
+    assert set(fewer.evaluated) | set(extended.evaluated) == set(itertools.chain(*plain()))
     assert len(extended.evaluated) == SETTINGS["population"] and extended.state["generation"] == SETTINGS["generations"]
 
 

@@ -43,7 +43,7 @@ def out(data, tmp_path_factory):
         ("supernet.py", (SUPERNET, "--resume none"), "images.image_check.fingerprint"),
         ("scratch.py", (f"{SCRATCH} 1", "--resume none"), "scratch.recalibrate_bn"),
         ("scratch.py", ("--eval",), "scratch.accuracy"),
-        ("scratch.py", ("--export", "{}/network.pt2"), "training.export.compare"),
+        pytest.param("scratch.py", ("--export", "{}/network.pt2"), "training.export.compare", marks=pytest.mark.slow),
         ("scratch.py", ("--predict", "{}/photo.jpg"), "training.export.inspect"),
         (
             "tester.py",

@@ -1,9 +1,13 @@
 """network.load: a trained network in a line of Python, its feature maps, and torch.fx."""
 
+import os
+import re
+
 import numpy as np
 import pytest
 import reference_spos
 import torch
+from conftest import CLASSES, ROOT
 from PIL import Image
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -12,7 +16,7 @@ from dataloader import Loader
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
 from space.search_space import SearchSpace
-from training import checkpoint
+from training import checkpoint, export
 from utils import UserError
 
 SPACE = SearchSpace(
@@ -31,7 +35,7 @@ def trained(tmp_path_factory):
         path = tmp_path_factory.mktemp("trained") / "network.pth"
         checkpoint.save(
             path, kind="scratch", step=1, model=model.state_dict(), space=SPACE.to_dict(), data=config.to_dict(),
-            split=None, classes=["apple", "bird", "car"], architecture=[1, 0, 3],
+            split=None, classes=["apple", "bird", "car"], architecture=[1, 0, 3], metrics={},
         )  # fmt: skip
         found[name] = path, model, config
     return found
@@ -97,3 +101,50 @@ def test_fx_traces_the_network_for_feature_extraction(mode):
         assert all(torch.equal(a, b) for a, b in zip(found.values(), expected))
     found["logits"].sum().backward()
     assert inputs.grad is not None
+
+
+def snippets(page):
+    """The blocks of Python in a page of docs/."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
+
+
+@pytest.fixture
+def folder(trained, tree, tmp_path, monkeypatch):
+    """What the snippets read, in the current folder."""
+    for name, target in (
+        ("checkpoints/scratch/bnps-checkpoint.pth", trained["spos"][0]), ("data/fashion-mnist", tree),
+        ("photo.jpg", tree / "val" / "bird" / "000.jpg"),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(target, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_snippets_about_the_network_run(folder):
+    first, probe, backbone = (snippet.rstrip().splitlines() for snippet in snippets("python.md"))
+    found = {"images": torch.zeros(2, 50, 40, 3, dtype=torch.uint8)}
+    exec("\n".join(first), found)
+    assert len(found["names"]) == 2 and set(found["names"]) <= set(CLASSES)
+    for lines in (probe, backbone):
+        assert len([line for line in lines if line and not line.startswith(("import ", "from "))]) < 20
+        exec("\n".join(lines), found)
+    x, y, weights = (found[name] for name in ("x", "y", "weights"))
+    assert x.shape == (36, 25) and 0 <= found["accuracy"] <= 100  # 24 channels and a constant; images of noise
+    assert ((x @ weights).argmax(dim=1) == y).double().mean() > 0.7
+    detector = found["detector"].eval()
+    detector.transform.min_size, detector.transform.max_size = (64,), 64
+    with torch.no_grad():
+        (boxes,) = detector([torch.rand(3, 64, 64)])
+    assert boxes["boxes"].shape[1:] == (4,)
+
+
+def test_the_snippet_about_the_exported_file_runs(trained, folder, capsys):
+    path, model, config = trained["spos"]
+    export.export("network.pt2", *network.load_network(path), config)
+    (snippet,) = snippets("training.md")
+    exec(snippet, {})
+    image = torch.from_numpy(np.array(Image.open("photo.jpg").convert("RGB")))[None]
+    with torch.no_grad():
+        probabilities = model(network.load(path).preprocess(image)).softmax(dim=1)[0]
+    assert capsys.readouterr().out == f"{CLASSES[probabilities.argmax()]} {probabilities.max():.1%}\n"

@@ -438,6 +438,27 @@ def test_a_signal_ends_a_validation_too(tmp_path):
         newest(tmp_path).unlink()
 
 
+@pytest.mark.parametrize(("cpu_s", "threads", "warns"), [(0.2, 2, True), (1.5, 2, False), (0.2, 1, False)])
+def test_threads_that_wait_for_each_other_are_said(tmp_path, monkeypatch, caplog, cpu_s, threads, warns):
+    """A step takes a second, in which all threads compute for `cpu_s`; decoding is not counted."""
+    calls = {"perf_counter": 0.0, "process_time": 0.0}
+
+    def step(self, *args):
+        calls["perf_counter"] += 1
+        calls["process_time"] += cpu_s
+        return train_one_step(self, *args)
+
+    train_one_step = Recipe.train_one_step
+    monkeypatch.setattr(Recipe, "train_one_step", step)
+    monkeypatch.setattr(loop.torch, "get_num_threads", lambda: threads)
+    for name in calls:
+        monkeypatch.setattr(loop.time, name, lambda name=name: calls[name])
+    caplog.set_level("INFO", "spos")
+    supernet_run(tmp_path, settings(iterations=6))
+    text = f"{threads} threads computed 20% of the time on average, less than one alone can"
+    assert (text in caplog.text) == ("try --threads 1" in caplog.text) == warns
+
+
 # --- what is written down ------------------------------------------------------------------------------------
 
 

@@ -81,11 +81,14 @@ def train(run, model, loader, validate, candidate_at=None):
                 interruption.end(newest(run.folder), stop)
             save(done)
         for step, (images, labels) in enumerate(loader.batches(plan), done + 1):
-            loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
+            with meter.computing():
+                loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
             meter.add(loss, logits, labels)
             journal.progress.update()
             if step == done + PLAN_AFTER:
                 _log_plan(run, model, step, meter.step_seconds)
+                if run.device.type == "cpu" and (text := slow_threads(torch.get_num_threads(), *meter.computed)):
+                    log.warning("warning: %s", text)
 
             stop = distributed.all_reduce_max(interruption.signal)
             validates = step == iterations or step % args.val_every == 0
@@ -124,6 +127,18 @@ def _log_plan(run, model, step, step_seconds):
         log.warning(text, run.folder, free / 1e9, disk / 1e9)
 
 
+def slow_threads(threads, wall_s, cpu_s):
+    """A line that says that one thread may compute faster than several, or None.
+
+    `cpu_s` is the CPU time of all threads in `wall_s` seconds of computing. Where it is less, one thread that has a
+    core for itself does the same work in less time.
+    """
+    if threads == 1 or cpu_s >= wall_s:
+        return None
+    used = f"{threads} threads computed {cpu_s / wall_s:.0%} of the time on average, less than one alone can"
+    return f"{used}: other programs take the cores, and the threads wait for each other; try --threads 1"
+
+
 def _peak_memory(device):
     """Peak memory in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -144,6 +159,7 @@ class _Meter:
         self.before, self.started, self.pauses = seconds, time.perf_counter(), []
         self.logged = step, self.seconds
         self.first = None
+        self.computed = 0.0, 0.0  # seconds and CPU seconds of the steps after the first one, without loading
 
     @property
     def seconds(self):
@@ -155,6 +171,14 @@ class _Meter:
         self.fetch()
         step, seconds = self.first
         return (self.seconds - seconds) / max(1, self.step - step)
+
+    @contextlib.contextmanager
+    def computing(self):
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        yield
+        if self.first:
+            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+            self.computed = self.computed[0] + wall_s, self.computed[1] + cpu_s
 
     @contextlib.contextmanager
     def paused(self):

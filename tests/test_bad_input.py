@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, make_tree
+from conftest import ROOT, make_tree, run
 
 import command_line
 import dataloader
@@ -108,9 +108,14 @@ def world(tmp_path_factory):
     (folder / "empty.pth").write_bytes(b"")
     (folder / "text.pth").write_text("not weights")
     torch.save({"model": Bomb(folder / "executed")}, folder / "bomb.pth")
-    make_tree(folder / "few", 1, 1)
+    make_tree(folder / "few", 4, 1)
     for part in ("train", "val"):
         shutil.rmtree(folder / "few" / part / "car")
+    shutil.copytree(folder / "few", folder / "one")
+    for part in ("train", "val"):
+        shutil.rmtree(folder / "one" / part / "bird")
+    shutil.copy(folder / "one" / "train" / "apple" / "000.jpg", folder / "one" / "val" / "apple" / "copy.jpg")
+    (folder / "path.json").write_text("[0, 0, 0, 0, 0, 0]")
     (folder / "winner.pt2").write_bytes(b"a program")
     (folder / "file").write_text("a file where a folder should be")
     (folder / "bad.json").write_text("[0, 1")
@@ -239,6 +244,20 @@ def test_a_newcomers_mistake_is_one_line(world, tmp_path, capsys, monkeypatch, c
     data = ("--data-dir", world / "tree", *DATA, "--cache", tmp_path / "cache", "--out", out)
     assert message in refused(script, [*data, *words], capsys)
     assert [p.name for p in files(out)] == ["nni_auto_gen_search_space.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("supernet --val-paths 1 --bn-batches 1 --bn-batch-size 2", "one: a single class, 'apple': every network is"),
+        ("scratch --architecture {}/path.json --bn-pass 0", "one: 1 images of val are in train too: accuracies on val"),
+    ],
+)
+def test_a_newcomers_mistake_is_a_warning_where_it_may_be_meant(world, tmp_path, command, message):
+    script, *words = command.replace("{}", str(world)).split()
+    training = "--space small --iterations 1 --batch-size 2 --device cpu"
+    _, stderr = run(f"{script}.py", *words, training, *DATA, "--data-dir", world / "one", "--out", tmp_path)
+    assert f"warning: {world}/{message}" in stderr and list(tmp_path.rglob("checkpoint-0000001.pth"))
 
 
 def test_settings_that_only_another_script_has_may_stand_in_common(tmp_path, monkeypatch):

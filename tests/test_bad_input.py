@@ -347,6 +347,8 @@ def test_killed_loader_process_is_one_line(world, monkeypatch):
     loader = dataloader.Loader(
         scan(world / "tree" / "train"), DataConfig(32, 37), False, backend="torchvision", workers=1
     )
-    with pytest.raises(utils.UserError, match=r"--workers 1: DataLoader worker .* fewer workers") as error:
+    with pytest.raises(
+        utils.UserError, match=r"one of 1 loader processes ended: DataLoader worker .* fewer --workers"
+    ) as error:
         list(loader.batches(evaluation_plan(12, 4)))
     assert "\n" not in str(error.value)

@@ -215,7 +215,7 @@ def test_a_batch_that_can_not_be_shared_is_refused(monkeypatch):
 def test_what_is_wrong_for_all_processes_is_said_once(tmp_path, data):
     _, stderr = finish(start(2, *SUPERNET, *data, "--batch-size", 15, "--out", tmp_path), code=1)
     (line,) = [line for line in stderr.splitlines() if line.startswith("supernet.py: error:")]
-    assert "--batch-size 15: " in line and "multiple of 2" in line
+    assert "batches of 15 images: " in line and "multiple of 2" in line
 
 
 # --- runs that are killed ------------------------------------------------------------------------------------

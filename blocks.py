@@ -8,6 +8,7 @@ import functools
 import itertools
 
 import torch
+import torch.fx
 from torch import nn
 
 
@@ -33,6 +34,7 @@ class _EvenOdd(torch.autograd.Function):
         return gradient
 
 
+@torch.fx.wrap  # one node of a traced graph, since what it does depends on x
 def channel_shuffle(x):
     """Splits (N, C, H, W) into its even and its odd channels, two views of (N, C/2, H, W).
 

@@ -48,23 +48,24 @@ class Parser(argparse.ArgumentParser):
         """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
 
         `defaults` (attribute -> value, from `check_settings`) take precedence over the flags' own defaults. Afterwards
-        `given` holds the attributes that the command line or the file sets.
+        `given` maps the attributes that the command line or the file sets to their values.
         """
         argv = sys.argv[1:] if argv is None else list(argv)
         args = self.parse_args(argv)
         path = HERE / "demo.yml" if args.demo else args.config
         settings = self._read_settings(path) if path else {}
         unset = argparse.Namespace(**dict.fromkeys(vars(args), self))  # no flag has the parser as its value
-        self.given = {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not self}
-        self.given |= settings.keys() - {"space"}  # a section that serves all scripts
+        given = {name: value for name, value in vars(self.parse_args(argv, unset)).items() if value is not self}
+        self.given = {k: v for k, v in settings.items() if k != "space"} | given  # `space` serves all scripts
         args = self.parse_args(argv, argparse.Namespace(**(defaults or {}) | settings))
         args.config = path and str(path)
         return args
 
     def refuse(self, cause, *flags):
-        """Raises UserError where one of `flags` is given, which `cause` makes void."""
+        """Raises UserError where one of `flags` is given, which `cause` makes void; a default may be repeated."""
         for flag in flags:
-            if flag.replace("-", "_") in self.given:
+            name = flag.replace("-", "_")
+            if self.given.get(name, self.get_default(name)) != self.get_default(name):
                 raise UserError(f"--{flag} has no effect with {cause}: leave one of them out")
 
     def _read_settings(self, path):

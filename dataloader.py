@@ -9,6 +9,9 @@ normalised by ImageNet's mean and standard deviation.
 Source: official `src/Supernet/train.py` (transforms).
 """
 
+import utils  # first, so that Ctrl-C while torch is imported is one line
+
+# isort: split
 import importlib.metadata
 import importlib.util
 import io
@@ -22,7 +25,6 @@ import torch
 from PIL import Image
 
 import command_line
-import utils
 from distributed import local_world_size
 from images import image_check
 from images.dataset import EXTENSIONS, draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
@@ -111,8 +113,8 @@ class Loader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            what = f"--workers {self.workers}: {str(error).splitlines()[0]}"
-            raise UserError(f"{what} (too little memory?); resume with the same command and fewer workers") from None
+            what = f"one of {self.workers} loader processes ended: {str(error).splitlines()[0]}"
+            raise UserError(f"{what} (too little memory?); resume with the same command and fewer --workers") from None
 
     def _dali(self, plan):
         import nvidia.dali

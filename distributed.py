@@ -65,8 +65,8 @@ def per_rank_batch_size(batch_size):
     n = world_size()
     if batch_size % n or batch_size < 2 * n:
         raise UserError(
-            f"--batch-size {batch_size}: not divisible into two or more images for each of {n} ranks; "
-            f"choose a multiple of {n}, at least {2 * n}"
+            f"batches of {batch_size} images: not divisible into two or more for each of {n} ranks; "
+            f"choose a --batch-size that is a multiple of {n}, at least {2 * n}"
         )
     return batch_size // n
 

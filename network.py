@@ -1,16 +1,24 @@
 """The supernet, and one architecture of it as a network of its own.
 
+`load(path)` gives a retrained network, from a file of this project or an official one.
 Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/network.py`.
 """
 
+import argparse
 import copy
+import itertools
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from blocks import Choices, Narrow, build_block, conv_bn, conv_bn_pairs
+from dataloader import network_input
+from images.dataset import DataConfig, validation_geometry
+from space.custom import space_from_args
 from space.search_space import SearchSpace
+from utils import HERE, UserError
+from weights import files
 
 
 class _ShuffleNet(nn.Module):
@@ -33,7 +41,7 @@ class _ShuffleNet(nn.Module):
         """Logits (N, classes) of the last block's output (N, C, H, W)."""
         x = self.conv_last(x)
         pooled = x.mean(dim=(2, 3), dtype=self.classifier[0].weight.dtype)  # the official AvgPool2d(7), for any size
-        if x.dtype != pooled.dtype:  # under autocast, where logits of 8 bits would tie
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):  # logits of 8 bits would tie
             with torch.autocast(x.device.type, enabled=False):
                 return self.classifier(self.dropout(pooled))
         return self.classifier(self.dropout(pooled))
@@ -72,20 +80,88 @@ class ShuffleNetV2OneShot(_ShuffleNet):
 
 
 class ShuffleNetV2(_ShuffleNet):
-    """One architecture as a stand-alone network, with affine BN (official). `architecture` is of any form."""
+    """One architecture as a stand-alone network, with affine BN (official). `architecture` is of any form.
+
+    `preprocess` makes its input of images: BGR in [0, 255] by default, so RGB in [0, 1] gives plausible nonsense.
+    `config` (a DataConfig) says what it does; `classes` are the names of the logits, where `load` found them.
+    """
 
     def __init__(self, architecture, input_size=224, n_classes=1000, affine=True, space=None):
         space = space or SearchSpace.for_images(input_size, n_classes)
         self.architecture = space.from_architecture(architecture)
         chosen = zip(space.chosen(self.architecture), space.blocks)
         super().__init__(space, affine, [build_block(name, shape, width, affine) for (name, width), shape in chosen])
+        self.config, self.classes = DataConfig(space.input_size, round(space.input_size * 256 / 224)), None
 
     def forward(self, x):
         """Logits (N, n_classes) of images (N, 3, H, W)."""
-        x = self.first_conv(x)
-        for block in self.features:
+        return self.head(self.forward_features(x)[-1])
+
+    def forward_features(self, x):
+        """The output of each stage, (N, channels, H / stride, W / stride), for images (N, 3, H, W) of any size.
+
+        In the paper's space these are four, of strides 4, 8, 16, 32 and 64, 160, 320, 640 channels.
+        """
+        x, maps, ends = self.first_conv(x), [], self.stage_ends
+        for number, block in enumerate(self.features):
             x = block(x)
-        return self.head(x)
+            if number in ends:
+                maps.append(x)
+        return maps
+
+    @property
+    def stage_ends(self):
+        """The index in `features` of the last block of each stage."""
+        return [n - 1 for n in itertools.accumulate(self.space.stage_blocks)]
+
+    def preprocess(self, images):
+        """uint8 RGB (N, H, W, 3) -> the network's input (N, 3, input_size, input_size), float, as in validation.
+
+        Resizes the shorter side, crops the centre, and applies the preprocessing that the network was trained with.
+        Raises UserError where the images are of another form.
+        """
+        from torchvision.transforms.v2 import functional as F
+
+        if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.shape[3:] != (3,):
+            found = f"{type(images).__name__} of {images.dtype} {tuple(images.shape)}"
+            raise UserError(f"images are a {found}, not a uint8 tensor (N, H, W, 3), RGB from 0 to 255")
+        shape, corner = validation_geometry(self.config, *images.shape[1:3])
+        images = F.resize(images.permute(0, 3, 1, 2), list(shape), antialias=False)
+        images = F.crop(images, *corner, self.config.input_size, self.config.input_size)
+        return network_input(images.permute(0, 2, 3, 1), self.config.preprocessing)
+
+
+def load(path, architecture=None, operations=None):
+    """The retrained network in a file, a checkpoint of scratch.py or an official one, in eval mode on the CPU.
+
+    An official file carries no architecture: that is read from the file `architecture`, by default the published
+    winner's. `operations` is a file of own operations. Raises UserError where a file is missing or damaged.
+
+        model = network.load("checkpoints/scratch/bnps-checkpoint.pth")
+        logits = model(model.preprocess(images))  # uint8 RGB (N, H, W, 3) -> (N, classes)
+        name = model.classes[logits[0].argmax()]
+    """
+    flags = argparse.Namespace(space=None, architecture=architecture, operations=operations)
+    return load_network(path, architecture, space_from_args(flags, 224, 1000))[0]
+
+
+def load_network(path, architecture=None, space=None):
+    """(the network that `load` returns, its weights.files.Checkpoint); an official file is assumed to be of `space`.
+
+    Raises UserError where `architecture` contradicts the checkpoint.
+    """
+    ckpt = files.load(path, "scratch", space)
+    given = architecture and ckpt.space.load_architecture(architecture)
+    if ckpt.architecture is None:
+        ckpt.architecture = given or ckpt.space.load_architecture(HERE / "architecture_final.json")
+    elif given not in (None, ckpt.architecture):
+        contradiction = f"--architecture {architecture} contradicts {path}, which is of {list(ckpt.architecture)}"
+        raise UserError(f"{contradiction}; leave the flag out")
+    with torch.device("meta"):
+        model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
+    files.load_weights(model, ckpt.weights, path)
+    model.config, model.classes = ckpt.data or model.config, ckpt.class_names
+    return model.eval(), ckpt
 
 
 def initialize(model):

@@ -17,6 +17,7 @@ Source: paper section 4.1; official `src/Evaluation/train.py`.
 import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -28,7 +29,7 @@ import distributed
 from dataloader import Loader
 from images.dataset import Data, DataConfig, check_batch_size, open_data, prepare, training_plan
 from images.image_cache import validation_batches
-from network import ShuffleNetV2
+from network import ShuffleNetV2, load_network
 from space.custom import searched, space_from_args
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
@@ -51,7 +52,10 @@ def parse_args(argv=None):
     command_line.add_training_flags(parser, iterations=300_000)
     bn_pass = "training batches of the BN pass (default: 1250)"
     parser.add_argument("--bn-pass", type=command_line.count(0), default=1250, metavar="N", help=bn_pass)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if not (args.eval or args.export or args.predict):
+        parser.refuse("training, which starts from random weights", "checkpoint")
+    return args
 
 
 def open_network(args, folder):
@@ -60,7 +64,7 @@ def open_network(args, folder):
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
-    model, ckpt = checkpoint.load_network(path, args.architecture, space_from_args(args, args.input_size or 224, 1000))
+    model, ckpt = load_network(path, args.architecture, space_from_args(args, args.input_size or 224, 1000))
     return model, ckpt, DataConfig.from_args(args, ckpt.data, ckpt.path)
 
 
@@ -122,6 +126,8 @@ def retrain(args, folder):
         counts = f"searched for {search['space'].n_classes} classes, the data has {len(data.classes)}"
         raise utils.UserError(f"{args.architecture}: {counts}; use the same --data-dir")
     space = space_from_args(args, config.input_size, len(data.classes))
+    if search and dataclasses.replace(space, architecture=()) != dataclasses.replace(search["space"], architecture=()):
+        raise utils.UserError(f"--space contradicts {search['state']}, which has another space; leave it out")
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     check_batch_size(len(data.train), args.batch_size)
     loader = Loader.from_args(data.train, config, True, args, device)

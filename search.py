@@ -5,6 +5,7 @@
     python search.py --demo                    the bundled images, 5 generations of 16
     python search.py --engine local            without NNI, one process for each GPU
     python search.py --resume                  resumes a search that was interrupted in any way
+    python search.py --resume --generations 30 extends one of 20 generations, finished or not
     python search.py --experiment config_search_remote.yml     on the machines in this file
 
 Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json and the NNI experiment,
@@ -40,9 +41,11 @@ from dataloader import resolve_backend
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
-from engines.search_record import EVOLUTION, prepare_search, ranked, read_results, state_path
+from engines.search_record import EVOLUTION, prepare_search, ranked, read_generations, read_results, state_path
 from evolution_tuner import Evolution, official_shares
+from images.dataset import DataConfig
 from reports.page import write_report
+from space.custom import searched
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.search_space import SearchSpace
 from training import checkpoint
@@ -135,6 +138,8 @@ def parse_args(argv=None):
     args = parser.parse(argv)
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port", "trial-timeout")
+    if args.mutation == 0:
+        parser.refuse("--mutation 0", "mutation-prob")
     defaults = experiment_defaults(parser, args.experiment)
     if "population" in parser.given:  # the experiment's numbers are shares of another population
         defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
@@ -287,7 +292,10 @@ def run(search, args, out):
     except Interrupted as error:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
         again = shlex.join(["python", "search.py", *words, "--resume"])
-        log.warning("stopped by %s; resume with: %s", signal.Signals(error.args[0]).name, again)
+        state = read_json(state_path(out))
+        lost = args.population - sum(map(len, read_generations(out, skip=state["generation"])))
+        text = "stopped by %s: %d candidates are kept, at most %d that were being evaluated start anew; resume with: %s"
+        log.warning(text, signal.Signals(error.args[0]).name, state["evaluated"], lost, again)
         sys.exit(128 + error.args[0])
 
 
@@ -304,8 +312,7 @@ def report(results, space, args, out):
         numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}"
         print(f"{numbers}  {' '.join(map(str, result['architecture']))}")
     if space.n_widths == 1:
-        words = ("--space", "channels", "--architecture", os.path.join(args.out, "checkpoints", "best.json"))
-        print(f"search its channels, with another --out:\n  {command('supernet.py', args, *words)}")
+        print(f"search its channels, with another --out:\n  {channels_command(args)}")
     print(f"retrain the best:\n  {retrain_command(args)}")
     return best[0]
 
@@ -315,16 +322,42 @@ def retrain_command(args):
 
     Where no file gives the settings of training, a second line says so.
     """
-    words = ["--architecture", os.path.join(args.out, "checkpoints", "best.json")]
-    known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
-    if args.data_dir != known.data_dir:
-        words += ["--data-dir", args.data_dir]
-    text = command("scratch.py", args, *words)
-    if args.demo or (
-        args.config and any("iterations" in read_yaml(args.config).get(k, {}) for k in ("common", "scratch"))
-    ):
+    return _training_command("scratch", args, file_args(args))
+
+
+def channels_command(args):
+    """The command that trains a supernet of the best candidate's channels, on images as this search had them."""
+    known, words = file_args(args), ["--space", "channels"]
+    if found := searched(best_path(args)):
+        before = DataConfig.from_args(known).to_dict()
+        for name, value in found["data"].items():
+            if value != before[name]:
+                flag = name.replace("_", "-")
+                values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+                words += [f"--no-{flag}" if value is False else f"--{flag}", *map(str, values)]
+    return _training_command("supernet", args, known, *words)
+
+
+def best_path(args):
+    return os.path.join(args.out, "checkpoints", "best.json")
+
+
+def file_args(args):
+    """The arguments as the file of settings alone gives them."""
+    return parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
+
+
+def _training_command(script, args, known, *words):
+    words = ["--architecture", best_path(args), *words]
+    for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
+        if getattr(args, name) != getattr(known, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    text = command(f"{script}.py", args, *words)
+    sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
+    if any("iterations" in sections.get(name, {}) for name in ("common", script)):
         return text
-    return f"{text}\n  (ImageNet's 300,000 iterations of 1,024 images: choose --iterations, --batch-size and --lr)"
+    default = {"supernet": "150,000", "scratch": "300,000"}[script]
+    return f"{text}\n  (ImageNet's {default} iterations of 1,024 images: choose --iterations, --batch-size and --lr)"
 
 
 def main(args):

@@ -26,8 +26,9 @@ except ImportError:  # Windows, where locks have no effect
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-# flags that take a path
-PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment", "operations")
+PATHS = frozenset(  # flags that take a path
+    "data-dir cache out checkpoint architecture flops-table experiment operations export predict".split()  # noqa: SIM905
+)
 MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
 MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 
@@ -41,6 +42,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 class UserError(Exception):
     """An error that the user can fix: printed as one line that names the cause, its value and the fix; exit code 2."""
+
+
+INTERRUPTED = "interrupted; what it has written is kept, and the same command does the rest"
 
 
 class Interrupted(BaseException):
@@ -88,25 +92,38 @@ def leave_signals_to_parent(*_):
 
 
 def run_script(main, parse_args, may_print=lambda line: True):
-    """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2.
+    """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2, Ctrl-C
+    one line and exit code 130.
 
     The line is printed only if `may_print(line)`.
     """
+    code = 2
     try:
         main(parse_args())
         return
     except UserError as error:
-        line = str(error)
+        line = f"error: {error}"
     except OSError as error:  # above all a full disk
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        line = f"{what}; files written before are intact: fix this, then give the same command again"
+        line = f"error: {what}; files written before are intact: fix this, then give the same command again"
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    line = f"{pathlib.Path(sys.argv[0]).name}: error: {' '.join(line.split())}"
+        code, line = 128 + signal.SIGINT, INTERRUPTED
+    line = f"{pathlib.Path(sys.argv[0]).name}: {' '.join(line.split())}"
     if may_print(line):
         with above_progress_bars():
             print(line, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
+
+
+def _say_interrupted(kind, error, trace):
+    """Ctrl-C outside of `run_script`, above all while torch is imported, is one line too."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{pathlib.Path(sys.argv[0]).name}: {INTERRUPTED}", file=sys.stderr)
+
+
+if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of this project, not a program that imports it
+    sys.excepthook = _say_interrupted
 
 
 def settings_difference(before, now, ignore=()):

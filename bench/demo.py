@@ -65,7 +65,12 @@ def commands(*several):
     processes = [
         subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) for words in several
     ]
-    outputs = [process.communicate()[0] for process in processes]
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    except KeyboardInterrupt:  # as from a terminal, which sends it to the scripts too
+        for process in processes:
+            process.wait()
+        raise
     for words, process, output in zip(several, processes, outputs):
         print(output, flush=True)
         if process.returncode:

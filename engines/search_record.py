@@ -124,7 +124,8 @@ def state_path(out):
 def prepare_search(out, settings, resume, warnings=()):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
-    Raises UserError where it has a search and `resume` is false, or where that search has other settings.
+    A search that is resumed may have more generations than before. Raises UserError where `out` has a search and
+    `resume` is false, or where that search has other settings.
     """
     path, settings = state_path(out), json.loads(json.dumps(settings))
     state = {"settings": settings, "generation": 0, "evaluated": 0, "best": None, "done": False}
@@ -136,6 +137,9 @@ def prepare_search(out, settings, resume, warnings=()):
             is_state = isinstance(found, dict) and state.keys() <= found.keys() and isinstance(found["settings"], dict)
             if not is_state:
                 raise UserError(f"{path}: not the state of a search; name another --out")
+            before, now = found["settings"].get("generations"), settings.get("generations")
+            if isinstance(before, int) and isinstance(now, int) and before < now:
+                found["settings"]["generations"], found["done"] = now, False
             if changes := settings_difference(found["settings"], settings):
                 text = ", ".join(f"{name} {change}" for name, change in changes.items())
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; use them, or another --out")

@@ -217,7 +217,8 @@ class Data:
         per_class, counts = self.config.heldout_per_class, np.bincount(self.train.labels)
         if counts.min() <= per_class:
             smallest = f"class {self.classes[counts.argmin()]!r} has {counts.min()} images"
-            raise UserError(f"--heldout-per-class {per_class} leaves nothing to train on: {smallest}")
+            what = f"{per_class} held-out images per class leave nothing to train on: {smallest}"
+            raise UserError(f"{what}; lower --heldout-per-class")
         order = stratified_order(self.train.labels, self.config.split_seed)
         return np.sort(order[: per_class * len(self.classes)])
 
@@ -245,7 +246,8 @@ class Data:
 def check_batch_size(n_images, batch_size):
     """Raises UserError if the images do not fill a batch."""
     if n_images < batch_size:
-        raise UserError(f"--batch-size {batch_size} is larger than the data set, {n_images} images")
+        what = f"batches of {batch_size} images are larger than the data set, {n_images} images"
+        raise UserError(f"{what}; lower --batch-size")
 
 
 def training_plan(n_images, batch_size, seed, start=0, steps=None, rank=0, world_size=1):

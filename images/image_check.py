@@ -7,6 +7,7 @@ changes. A file may be *unreadable* (empty, truncated, not an image, or in a for
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import os
@@ -57,11 +58,15 @@ def inspect_all(folder, paths):
     """
     unreadable, mislabelled, shared, first = [], [], [], {}
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+
+    def inspect_chunk(chunk):
+        return [inspect(os.path.join(folder, path)) for path in chunk]
+
     with (
         concurrent.futures.ThreadPoolExecutor(cores()) as pool,
         tqdm(total=len(paths), desc="checking images, once", unit=" images", delay=5, mininterval=1) as progress,
+        contextlib.closing(pool.map(inspect_chunk, chunks)) as inspected,  # Ctrl-C cancels the chunks that are left
     ):
-        inspected = pool.map(lambda chunk: [inspect(os.path.join(folder, path)) for path in chunk], chunks)
         for chunk, found in zip(chunks, inspected):
             for path, (digest, reason, suffix) in zip(chunk, found):
                 if reason:

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, make_tree
+from conftest import ROOT, make_tree, run
 
 import command_line
 import dataloader
@@ -108,9 +108,14 @@ def world(tmp_path_factory):
     (folder / "empty.pth").write_bytes(b"")
     (folder / "text.pth").write_text("not weights")
     torch.save({"model": Bomb(folder / "executed")}, folder / "bomb.pth")
-    make_tree(folder / "few", 1, 1)
+    make_tree(folder / "few", 4, 1)
     for part in ("train", "val"):
         shutil.rmtree(folder / "few" / part / "car")
+    shutil.copytree(folder / "few", folder / "one")
+    for part in ("train", "val"):
+        shutil.rmtree(folder / "one" / part / "bird")
+    shutil.copy(folder / "one" / "train" / "apple" / "000.jpg", folder / "one" / "val" / "apple" / "copy.jpg")
+    (folder / "path.json").write_text("[0, 0, 0, 0, 0, 0]")
     (folder / "winner.pt2").write_bytes(b"a program")
     (folder / "file").write_text("a file where a folder should be")
     (folder / "bad.json").write_text("[0, 1")
@@ -143,8 +148,8 @@ CASES = [
     ("scratch", ("--predict", "{}/file", "--checkpoint", "{}/scratch.pth"), "file"),
     ("scratch", ("--architecture", "{}/bad.json"), "bad.json: not JSON"),
     ("scratch", ("--architecture", "{}/deep.json"), "deep.json: over 1000000 bytes"),
-    ("scratch", ("--batch-size", "13"), "--batch-size 13"),
-    ("supernet", ("--batch-size", "10"), "--batch-size 10"),
+    ("scratch", ("--batch-size", "13"), "batches of 13 images are larger than the data set, 12 images; lower"),
+    ("supernet", ("--batch-size", "10"), "batches of 10 images are larger than the data set, 9 images; lower"),
     ("supernet", ("--batch-size", "4", "--flops-range", "1M", "2M"), "--flops-range"),
     ("supernet", ("--batch-size", "4", "--flops-range", "20M", "10M"), "--flops-range"),
     ("supernet", ("--batch-size", "4", "--flops-range", "nan", "10M"), "--flops-range 'nan' is neither"),
@@ -198,8 +203,12 @@ NEWCOMER = [
     ("supernet --space channels", None, "--space channels: needs --architecture FILE"),
     ("supernet --space tiny", None, "tiny: No such file"),
     ("supernet --operations none.py", None, "--operations none.py: No such file"),
-    ("supernet --heldout-per-class 4", None, "--heldout-per-class 4 leaves nothing to train on: class 'apple' has 4"),
-    ("supernet --batch-size 1000", None, "--batch-size 1000 is larger than the data set, 9 images"),
+    (
+        "supernet --heldout-per-class 4",
+        None,
+        "4 held-out images per class leave nothing to train on: class 'apple'",
+    ),
+    ("supernet", None, "batches of 1024 images are larger than the data set, 9 images; lower --batch-size"),
     ("supernet --data-dir {}/none", None, "none/train"),
     ("supernet --data-dir {}/tree/train", None, "tree/train/train"),
     ("supernet --lr 0,1", None, "--lr: '0,1' is not a number"),
@@ -213,6 +222,8 @@ NEWCOMER = [
     ("search --checkpoint {}/supernet.pth --engine local --port 80", None, "--port has no effect with --engine local"),
     ("search --checkpoint {}/supernet.pth --input-size 64", None, "--input-size 64"),
     ("search --checkpoint {}/supernet.pth --population 0", None, "--population: '0' is not a whole number from 1"),
+    ("search --checkpoint {}/supernet.pth --mutation 0 --mutation-prob 0.2", None, "--mutation-prob has no effect"),
+    ("scratch --checkpoint {}/scratch.pth", None, "--checkpoint has no effect with training, which starts from random"),
     ("scratch --eval", None, "no network in"),
     ("scratch --eval --checkpoint {}/winner.pt2", None, "winner.pt2: an exported program, not weights"),
     ("scratch --eval --checkpoint {}/scratch.pth --data-dir {}/few", None, "scratch.pth: has 3 classes, the data 2"),
@@ -233,6 +244,20 @@ def test_a_newcomers_mistake_is_one_line(world, tmp_path, capsys, monkeypatch, c
     data = ("--data-dir", world / "tree", *DATA, "--cache", tmp_path / "cache", "--out", out)
     assert message in refused(script, [*data, *words], capsys)
     assert [p.name for p in files(out)] == ["nni_auto_gen_search_space.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("supernet --val-paths 1 --bn-batches 1 --bn-batch-size 2", "one: a single class, 'apple': every network is"),
+        ("scratch --architecture {}/path.json --bn-pass 0", "one: 1 images of val are in train too: accuracies on val"),
+    ],
+)
+def test_a_newcomers_mistake_is_a_warning_where_it_may_be_meant(world, tmp_path, command, message):
+    script, *words = command.replace("{}", str(world)).split()
+    training = "--space small --iterations 1 --batch-size 2 --device cpu"
+    _, stderr = run(f"{script}.py", *words, training, *DATA, "--data-dir", world / "one", "--out", tmp_path)
+    assert f"warning: {world}/{message}" in stderr and list(tmp_path.rglob("checkpoint-0000001.pth"))
 
 
 def test_settings_that_only_another_script_has_may_stand_in_common(tmp_path, monkeypatch):
@@ -322,6 +347,8 @@ def test_killed_loader_process_is_one_line(world, monkeypatch):
     loader = dataloader.Loader(
         scan(world / "tree" / "train"), DataConfig(32, 37), False, backend="torchvision", workers=1
     )
-    with pytest.raises(utils.UserError, match=r"--workers 1: DataLoader worker .* fewer workers") as error:
+    with pytest.raises(
+        utils.UserError, match=r"one of 1 loader processes ended: DataLoader worker .* fewer --workers"
+    ) as error:
         list(loader.batches(evaluation_plan(12, 4)))
     assert "\n" not in str(error.value)

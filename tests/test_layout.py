@@ -12,12 +12,12 @@ import pytest
 from utils import HERE
 
 COMMANDS = {"supernet", "tester", "search", "scratch", "report"}
-ROOMS = ("space", "images", "training", "engines", "reports")
+ROOMS = ("space", "images", "weights", "training", "engines", "reports")
 # A row may import itself and the rows above it. A name stands for a module at the root, or for all modules of a folder.
 ORDER = (
     {"utils"},
     {"space", "blocks", "command_line", "distributed"},
-    {"images", "dataloader", "network"},
+    {"images", "dataloader", "weights", "network"},
     {"training"},
     {"engines", "evolution_tuner"},
     {"reports"},

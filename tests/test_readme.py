@@ -6,6 +6,7 @@ An HTML comment before a block of commands, invisible on the rendered page, tags
     <!-- commands: run small by a test -->   run by make test-all, in a copy with a smaller demo.yml, whose requirements
                                              are the installed packages
     <!-- commands: need ImageNet -->         not run; the script's own parser accepts the arguments
+    <!-- commands: run in order by a test -->  a page as a whole, by tests/test_own_images.py
     <!-- commands: take long -->             not run; the script exists and defines the flags
 """
 
@@ -27,6 +28,7 @@ from conftest import ROOT
 from test_layout import ORDER, ROOMS
 
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "readme.md", *sorted(ROOT.glob("docs/*.md")))}
+IN_ORDER = "run in order by a test"
 TAGS = ("run by a test", "run small by a test", "need ImageNet", "take long")
 LANGUAGES = ("bibtex", "python", "text", "yaml")  # of blocks without commands
 BLOCK = re.compile(r"(?:^<!-- commands: (.*?) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -74,7 +76,7 @@ def test_every_block_of_commands_is_tagged(page):
     assert len(found) == len(re.findall("^ *```|^ *~~~", PAGES[page], re.M)) / 2
     for tag, language, text in found:
         if language == "sh":
-            assert tag in TAGS, text
+            assert tag in (*TAGS, IN_ORDER), text
         else:
             assert language in LANGUAGES and not tag and not COMMAND.search(text), text
 
@@ -241,7 +243,7 @@ def test_flags_exist(page):
 
 # Files that runs write, and those of others.
 WRITTEN = re.compile(
-    r"checkpoints/|acc/|id2cand/|data/(cache|imagenet)|figures/|DIR/"
+    r"checkpoints/|acc/|id2cand/|data/(cache|imagenet)|figures/|DIR/|own[./]"
     r"|(config\.yml|run\.log|metadata\.json|nni_auto_gen_search_space\.json|report\.html|network\.\w+)$"
 )
 

@@ -45,6 +45,7 @@ def test_retraining_takes_space_and_data_settings_from_the_record(best, tree, tm
     [
         ("--input-size 64", "--input-size 64 contradicts"),
         ("--jitter 0.4", "--jitter 0.4 contradicts"),
+        ("--space small", "--space contradicts"),
         ("--data-dir {}/two", "searched for 3 classes, the data has 2; use the same --data-dir"),
     ],
 )
@@ -57,6 +58,22 @@ def test_a_contradiction_is_one_line(best, tree, tmp_path, flags, message):
     _, stderr = run("scratch.py", *words(tree, *flags), "--architecture", best, "--out", tmp_path, code=2)
     assert message in stderr and len(stderr.splitlines()) == 1
     assert not (tmp_path / "checkpoints" / "scratch").exists()
+
+
+def test_the_command_that_searches_the_channels_has_the_data_settings_of_the_search(best, tmp_path):
+    (tmp_path / "s.yml").write_text("common: {input-size: 32, crop-scale: [0.5, 1]}")
+    for words, expected in (
+        ([], "--input-size 32 --val-resize 36 --crop-scale 0.5 1.0 --jitter 0.0 --heldout-per-class 2"),
+        (["--config", str(tmp_path / "s.yml")], "--val-resize 36 --jitter 0.0 --heldout-per-class 2"),
+    ):
+        text, choose = search.channels_command(search.parse_args(["--out", str(tmp_path), *words])).splitlines()
+        command = ["python", "supernet.py", "--architecture", str(best), "--space", "channels", *expected.split()]
+        assert text.split()[: len(command)] == command and text.split()[len(command) :] == [
+            *words,
+            "--out",
+            str(tmp_path),
+        ]
+        assert "150,000 iterations" in choose
 
 
 def test_a_damaged_record_is_one_line(best, tree, tmp_path):

@@ -386,6 +386,11 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
         (["--data-dir", "tree"], ["--data-dir", "tree"], True),
         (["--demo"], ["--demo"], False),
         (["--demo", "--data-dir", "tree", "--out", "o"], ["--demo", "--data-dir", "tree", "--out", "o"], False),
+        (
+            ["--loader", "torchvision", "--workers", "0", "--seed", "3", "--population", "9"],
+            ["--loader", "torchvision", "--workers", "0", "--seed", "3"],
+            True,
+        ),
         (["--config", "a.yml"], ["--config", "a.yml"], True),
         (["--config", "b.yml"], ["--config", "b.yml"], False),
     ],

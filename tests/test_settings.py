@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
+from utils import write_settings  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
@@ -72,6 +73,18 @@ def test_the_page_of_settings_is_that_of_the_parsers():
 
 def test_command_line_knows_all_settings():
     assert sorted(command_line.SETTINGS) == list(settings())
+
+
+def test_the_settings_that_a_run_wrote_can_be_read(tmp_path):
+    """Where one flag makes others void, their defaults are in the file."""
+    for script, words in (("supernet", ["--sampler", "uniform"]), ("search", ["--engine", "local"])):
+        module = importlib.import_module(script)
+        args, path = module.parse_args(words), tmp_path / f"{script}.yml"
+        write_settings(path, script, vars(args))
+        again = module.parse_args(["--config", str(path)])
+        assert {k: v for k, v in vars(again).items() if k not in ("config", "out")} == {
+            k: v for k, v in vars(args).items() if k not in ("config", "out")
+        }
 
 
 if __name__ == "__main__":

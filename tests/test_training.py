@@ -378,9 +378,41 @@ def test_a_signal_saves_and_ends(tmp_path, number):
     assert_same_end(tmp_path, tmp_path / "straight")
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path):
-    _, metrics = supernet_run(tmp_path, settings(iterations=4), sampler=Stopping(SPACE, 0))
-    assert metrics["val/acc1"] == 1.0 and [row["step"] for row in log_rows(tmp_path)] == [4]
+def test_a_signal_in_the_last_step_leaves_its_validation_to_the_next_run(tmp_path):
+    args = settings(iterations=4)
+    with pytest.raises(SystemExit):
+        supernet_run(tmp_path, args, sampler=Stopping(SPACE, 0))
+    assert newest(tmp_path).name == "checkpoint-0000004.pth" and not log_rows(tmp_path)
+    images = Images()
+    _, metrics = supernet_run(tmp_path, args, images=images)
+    assert images.taken == 0 and metrics["val/acc1"] == 1.0 and [row["step"] for row in log_rows(tmp_path)] == [4]
+    supernet_run(tmp_path / "straight", args)
+    assert_same_end(tmp_path, tmp_path / "straight")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_last_validation_can_be_interrupted_and_loses_no_step(tmp_path, caplog, killed):
+    """By a signal, or by a kill, after which only what is on disk is left."""
+    args, saved = settings(iterations=4, save_every=100), []
+    caplog.set_level("INFO", "spos")
+
+    def validate(step):
+        saved.append(newest(tmp_path))
+        if killed:
+            raise KeyError("killed")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyError if killed else SystemExit):
+        supernet_run(tmp_path, args, validate=validate)
+    assert [path.name for path in saved] == ["checkpoint-0000004.pth"]
+    if not killed:
+        assert "resumes from there; the validation, 0 s so far, is done again" in caplog.text
+    for n_images in (0, 0):  # the second time it is finished
+        images = Images()
+        _, metrics = supernet_run(tmp_path, args, images=images)
+        assert images.taken == n_images and metrics["val/acc1"] == 1.0 and "validation_due" not in metrics
+    supernet_run(tmp_path / "straight", args)
+    assert_same_end(tmp_path, tmp_path / "straight")
 
 
 def test_a_signal_ends_a_validation_too(tmp_path):
@@ -399,11 +431,32 @@ def test_a_signal_ends_a_validation_too(tmp_path):
     assert stopped.value.code == 128 + signal.SIGTERM and not done
     assert newest(tmp_path).name == "checkpoint-0000004.pth" and model.training
     assert not (tmp_path / "log.jsonl").read_text()
-    for expected in ([4, 8], [4, 8, 4, 8]):  # the second time, as after a kill before the next checkpoint
+    for expected in ([4, 8], [4, 8, 8]):  # the second time, as after a kill before the next checkpoint
         supernet_run(tmp_path, args, model, sampler, validate=lambda step: done.append(step) or {"val/acc1": step})
         rows = [(row["step"], row["val/acc1"], "validation_due" in row) for row in log_rows(tmp_path)]
         assert done == expected and rows == [(4, 4, False), (8, 8, False)]
         newest(tmp_path).unlink()
+
+
+@pytest.mark.parametrize(("cpu_s", "threads", "warns"), [(0.2, 2, True), (1.5, 2, False), (0.2, 1, False)])
+def test_threads_that_wait_for_each_other_are_said(tmp_path, monkeypatch, caplog, cpu_s, threads, warns):
+    """A step takes a second, in which all threads compute for `cpu_s`; decoding is not counted."""
+    calls = {"perf_counter": 0.0, "process_time": 0.0}
+
+    def step(self, *args):
+        calls["perf_counter"] += 1
+        calls["process_time"] += cpu_s
+        return train_one_step(self, *args)
+
+    train_one_step = Recipe.train_one_step
+    monkeypatch.setattr(Recipe, "train_one_step", step)
+    monkeypatch.setattr(loop.torch, "get_num_threads", lambda: threads)
+    for name in calls:
+        monkeypatch.setattr(loop.time, name, lambda name=name: calls[name])
+    caplog.set_level("INFO", "spos")
+    supernet_run(tmp_path, settings(iterations=6))
+    text = f"{threads} threads computed 20% of the time on average, less than one alone can"
+    assert (text in caplog.text) == ("try --threads 1" in caplog.text) == warns
 
 
 # --- what is written down ------------------------------------------------------------------------------------

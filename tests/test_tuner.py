@@ -68,6 +68,17 @@ class FakeNNI:
                 self.step(**how)
 
 
+def test_an_extended_search_asks_for_the_generations_that_are_new(tmp_path):
+    fewer = FakeNNI(tmp_path, generations=SETTINGS["generations"] - 1)
+    fewer.run()
+    fewer.tuner.record.lock.close()
+    extended = FakeNNI(tmp_path, resume=True)
+    assert not extended.state["done"]
+    extended.run()
+    assert set(fewer.evaluated) | set(extended.evaluated) == set(itertools.chain(*plain()))
+    assert len(extended.evaluated) == SETTINGS["population"] and extended.state["generation"] == SETTINGS["generations"]
+
+
 @pytest.fixture
 def short_grace(monkeypatch):
     monkeypatch.setattr(evolution_tuner, "GRACE_S", 0.05)

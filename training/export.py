@@ -41,11 +41,6 @@ class Program(nn.Module):
         return self.network(network_input(images, self.preprocessing))
 
 
-def class_names(ckpt):
-    """The names of a checkpoint's classes; official files have none, and get numbers."""
-    return list(ckpt.classes or (f"class {i}" for i in range(ckpt.space.n_classes)))
-
-
 def metadata(model, ckpt, config):
     """All that the file says about itself, by name; plain values."""
     space, candidate = model.space, model.architecture
@@ -60,7 +55,7 @@ def metadata(model, ckpt, config):
         },
         "inside": {"channels": "BGR", "range": [0, 255]} if spos
                   else {"channels": "RGB", "range": [0, 1], "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-        "classes": class_names(ckpt),
+        "classes": list(ckpt.class_names),
         "architecture": list(candidate),
         "operations": [name for name, _ in space.chosen(candidate)],
         "widths": [width for _, width in space.chosen(candidate)],
@@ -161,7 +156,7 @@ def predict(paths, model, ckpt, config, args, device):
         _, reason, _ = inspect(path)
         if reason:
             raise UserError(f"--predict {path}: {reason}")
-    names = class_names(ckpt)
+    names = ckpt.class_names
     images = ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), tuple(names))
     model.to(device, memory_format=torch.channels_last).eval()
     loader = Loader.from_args(images, config, False, args, device)

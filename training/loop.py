@@ -14,6 +14,7 @@ import torch
 
 import distributed
 from images.dataset import training_plan
+from training.checkpoint import newest
 from training.evaluation import correct_counts
 from training.recipe import Recipe
 from training.run import Journal
@@ -33,8 +34,8 @@ def train(run, model, loader, validate, candidate_at=None):
 
     `candidate_at(step)` is the candidate that a supernet trains at a step. `validate(step)` returns
     {"val/...": percent}; it is called every args.val_every steps and at the end. Loss, top-1 and images a second go to
-    the log, to log.jsonl and to TensorBoard. SIGINT and SIGTERM end the process after it has saved the current step.
-    Each rank trains on its share of every batch.
+    the log, to log.jsonl and to TensorBoard. SIGINT and SIGTERM end the process after it has saved the current step;
+    a validation that they end is done again when the run is resumed. Each rank trains on its share of every batch.
     """
     args, iterations = run.args, run.args.iterations
     batch_size = distributed.per_rank_batch_size(args.batch_size)
@@ -42,7 +43,7 @@ def train(run, model, loader, validate, candidate_at=None):
     recipe = Recipe(model, args, run.device)
     done, metrics, rows = run.resume(recipe)
     distributed.broadcast_from_rank0(model.state_dict().values())
-    if done >= iterations:
+    if done >= iterations and "validation_due" not in metrics:
         log.info("%s: finished, nothing to do (another --out or --resume none starts anew)", run.folder)
         return metrics
     epochs = iterations * args.batch_size / len(loader.images)
@@ -55,28 +56,39 @@ def train(run, model, loader, validate, candidate_at=None):
     interruption = _Interruption()
     with Journal(run, done, model.space, validation_due) as journal, signals(interruption.note):
 
+        def save(step):
+            metrics["seconds"] = meter.seconds
+            return run.save(step, recipe, metrics, meter.fetch())
+
         def validated(step):
             """Adds validation metrics and writes all of them. Returns the signal that interrupted it, or 0."""
             try:
-                with meter.paused(), interruption.raised(step < iterations):
+                with meter.paused(), interruption.raised():
                     metrics.update(validate(step))
             except Interrupted as error:
+                interruption.lost = f"; the validation, {duration(meter.pauses[-1])} so far, is done again"
                 return error.args[0]
             finally:
                 model.train()
             left = iterations // args.val_every - step // args.val_every
             log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
+            metrics.pop("validation_due", None)
             journal.write(step, metrics, candidate_at)
             return 0
 
-        if validation_due and (stop := validated(done)):
-            raise SystemExit(128 + stop)
+        if validation_due:
+            if stop := validated(done):
+                interruption.end(newest(run.folder), stop)
+            save(done)
         for step, (images, labels) in enumerate(loader.batches(plan), done + 1):
-            loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
+            with meter.computing():
+                loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
             meter.add(loss, logits, labels)
             journal.progress.update()
             if step == done + PLAN_AFTER:
                 _log_plan(run, model, step, meter.step_seconds)
+                if run.device.type == "cpu" and (text := slow_threads(torch.get_num_threads(), *meter.computed)):
+                    log.warning("warning: %s", text)
 
             stop = distributed.all_reduce_max(interruption.signal)
             validates = step == iterations or step % args.val_every == 0
@@ -86,16 +98,14 @@ def train(run, model, loader, validate, candidate_at=None):
                 if not validates:
                     journal.write(step, metrics, candidate_at)
                 else:
-                    if not stop or step == iterations:
-                        stop = validated(step)
-                    if stop:
-                        metrics["validation_due"] = True
+                    metrics["validation_due"] = True
+                    if step == iterations:
+                        save(step)  # a kill during the last validation loses no step
+                    stop = stop or validated(step)
             if step == iterations or stop or step % args.save_every == 0:
-                metrics["seconds"] = meter.seconds
-                saved = run.save(step, recipe, metrics, meter.fetch())
-            if stop and step < iterations:
-                log.info("interrupted: saved %s; the same command resumes from there", saved)
-                raise SystemExit(128 + stop)
+                saved = save(step)
+            if stop:
+                interruption.end(saved, stop)
     return metrics
 
 
@@ -115,6 +125,18 @@ def _log_plan(run, model, step, step_seconds):
     if disk > free:
         text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
         log.warning(text, run.folder, free / 1e9, disk / 1e9)
+
+
+def slow_threads(threads, wall_s, cpu_s):
+    """A line that says that one thread may compute faster than several, or None.
+
+    `cpu_s` is the CPU time of all threads in `wall_s` seconds of computing. Where it is less, one thread that has a
+    core for itself does the same work in less time.
+    """
+    if threads == 1 or cpu_s >= wall_s:
+        return None
+    used = f"{threads} threads computed {cpu_s / wall_s:.0%} of the time on average, less than one alone can"
+    return f"{used}: other programs take the cores, and the threads wait for each other; try --threads 1"
 
 
 def _peak_memory(device):
@@ -137,6 +159,7 @@ class _Meter:
         self.before, self.started, self.pauses = seconds, time.perf_counter(), []
         self.logged = step, self.seconds
         self.first = None
+        self.computed = 0.0, 0.0  # seconds and CPU seconds of the steps after the first one, without loading
 
     @property
     def seconds(self):
@@ -148,6 +171,14 @@ class _Meter:
         self.fetch()
         step, seconds = self.first
         return (self.seconds - seconds) / max(1, self.step - step)
+
+    @contextlib.contextmanager
+    def computing(self):
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        yield
+        if self.first:
+            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+            self.computed = self.computed[0] + wall_s, self.computed[1] + cpu_s
 
     @contextlib.contextmanager
     def paused(self):
@@ -195,12 +226,15 @@ class _Interruption:
 
     def __init__(self):
         self.noted, self.raises, self.parent_ended = 0, False, watch_parent()
+        self.lost = ""  # what has to be done again, for the log
 
     @contextlib.contextmanager
-    def raised(self, raises):
-        """Within the block a signal is raised as Interrupted too, if `raises`."""
-        self.raises = raises
+    def raised(self):
+        """Within the block a signal is raised as Interrupted too."""
+        self.raises = True
         try:
+            if self.noted:
+                raise Interrupted(self.noted)
             yield
         finally:
             self.raises = False
@@ -214,3 +248,8 @@ class _Interruption:
         self.noted = number
         if self.raises:
             raise Interrupted(number)
+
+    def end(self, saved, number):
+        """Ends the process; `saved` is the checkpoint from which the run is resumed."""
+        log.info("interrupted: saved %s; the same command resumes from there%s", saved, self.lost)
+        raise SystemExit(128 + number)

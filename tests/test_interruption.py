@@ -1,0 +1,112 @@
+"""Ctrl-C ends every command in one line with exit code 130, and a search can be extended.
+
+Interrupted training is in test_training.py and test_distributed.py, interrupted searches are in test_local_engine.py
+and test_search_nni.py, the NNI tuner of an extended search is in test_tuner.py.
+"""
+
+import importlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+import search
+from engines.search_record import read_generations
+from reports.search_results import SearchResults
+
+CALIBRATION = "--bn-batches 1 --bn-batch-size 4"
+SUPERNET = f"--iterations 1 --batch-size 4 --val-paths 1 --space small {CALIBRATION}"
+SEARCH = f"--engine local --population 4 --select 2 --mutation 1 --crossover 1 {CALIBRATION}"
+SCRATCH = "--iterations 1 --batch-size 4 --space small --architecture {}/path.json --bn-pass"
+LINE = "interrupted; what it has written is kept, and the same command does the rest"
+
+
+@pytest.fixture(scope="module")
+def out(data, tmp_path_factory):
+    """A folder with a supernet, its search space, and a retrained network."""
+    out = tmp_path_factory.mktemp("out")
+    run("supernet.py", *data, SUPERNET, "--out", out)
+    run("tester.py", "--mode gen", "--out", out)
+    (out / "path.json").write_text("[0, 1, 2, 3, 0, 1]")
+    run("scratch.py", *data, f"{SCRATCH} 0".format(out), "--out", out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "interrupted"),
+    [
+        ("supernet.py", (SUPERNET, "--resume none"), "images.image_check.fingerprint"),
+        ("scratch.py", (f"{SCRATCH} 1", "--resume none"), "scratch.recalibrate_bn"),
+        ("scratch.py", ("--eval",), "scratch.accuracy"),
+        pytest.param("scratch.py", ("--export", "{}/network.pt2"), "training.export.compare", marks=pytest.mark.slow),
+        ("scratch.py", ("--predict", "{}/photo.jpg"), "training.export.inspect"),
+        (
+            "tester.py",
+            ("--mode test", CALIBRATION, "--architecture {}/path.json"),
+            "training.evaluation.recalibrate_bn",
+        ),
+        ("search.py", (SEARCH,), "search.prepare"),
+        ("search.py", (SEARCH,), "engines.local_engine.chunks"),
+        ("dataloader.py", ("--check", "{}"), "images.image_check.inspect"),
+    ],
+)
+def test_ctrl_c_ends_a_command_in_one_line(data, out, tree, tmp_path, monkeypatch, script, words, interrupted):
+    """The signal comes when the function is called; in image_check.inspect, on a thread that reads images."""
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    module, function = interrupted.rsplit(".", 1)
+    original, calls = getattr(importlib.import_module(module), function), []
+
+    def interrupt(*args, **kwargs):
+        if not calls:
+            calls.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(f"{module}.{function}", interrupt)
+    words = [str(word).replace("{}", str(tree if script == "dataloader.py" else tmp_path)) for word in words]
+    common = () if script == "dataloader.py" else (*data, "--out", tmp_path)
+    stdout, stderr = run(script, *common, *words, code=130)
+    lines = [line for line in re.split("[\n\r]", stderr) if line and not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert stdout == "" and calls
+    if interrupted == "engines.local_engine.chunks":
+        assert not lines and "stopped by SIGINT: 0 candidates are kept, at most 4 that were being" in stderr
+    else:
+        assert [line for line in lines if not re.search(r"\d+%|\dit/s|step/s", line)] == [f"{script}: {LINE}"]
+
+
+@pytest.mark.parametrize("command", ["supernet.py", "report.py", "bench/demo.py"])
+def test_ctrl_c_is_one_line_while_modules_are_imported(command):
+    """A shell reports 130 for a process that SIGINT ended."""
+    program = "import sys; sys.argv = sys.argv[1:]; import utils; raise KeyboardInterrupt"
+    words = [sys.executable, "-c", program, str(ROOT / command)]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == -signal.SIGINT
+    assert result.stderr == f"{os.path.basename(command)}: {LINE}\n"
+
+
+def test_an_extended_search_finds_what_a_longer_one_finds(data, out, tmp_path, forked, monkeypatch):
+    """Finished with one generation, and extended by two."""
+    reports = []
+    monkeypatch.setattr(search, "write_report", reports.append)
+    for name, several in (
+        ("extended", ("--generations 1", "--generations 3 --resume")),
+        ("long", ("--generations 3",)),
+    ):
+        shutil.copytree(out, tmp_path / name)
+        for generations in several:
+            stdout, _ = run("search.py", *data, SEARCH, generations, "--out", tmp_path / name)
+        assert stdout.startswith("12 candidates evaluated")
+    results = SearchResults(tmp_path / "extended")  # what the report shows
+    assert len(reports) == 3 and len(results.generations) == 3 and results.state["done"]
+    found = [
+        [[(r["architecture"], r["acc1"]) for r in generation] for generation in read_generations(tmp_path / name)]
+        for name in ("extended", "long")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 3
+    _, stderr = run("search.py", *data, SEARCH, "--generations 2 --resume", "--out", tmp_path / "long", code=2)
+    assert "has other settings: generations 2 (was 3)" in stderr

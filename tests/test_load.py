@@ -1,0 +1,150 @@
+"""network.load: a trained network in a line of Python, its feature maps, and torch.fx."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import reference_spos
+import torch
+from conftest import CLASSES, ROOT
+from PIL import Image
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import network
+from dataloader import Loader
+from images.dataset import DataConfig, evaluation_plan, scan
+from network import ShuffleNetV2
+from space.search_space import SearchSpace
+from training import checkpoint, export
+from utils import UserError
+
+SPACE = SearchSpace(
+    input_size=32, n_classes=3, stem_channels=8, stage_blocks=(1, 2), stage_channels=(16, 24), stage_strides=(2, 2),
+    last_channels=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{preprocessing: (checkpoint file, the network in it, its DataConfig)}."""
+    found = {}
+    for name in ("spos", "imagenet"):
+        torch.manual_seed(0)
+        model, config = ShuffleNetV2((1, 0, 3), space=SPACE).eval(), DataConfig(32, 36, preprocessing=name)
+        path = tmp_path_factory.mktemp("trained") / "network.pth"
+        checkpoint.save(
+            path, kind="scratch", step=1, model=model.state_dict(), space=SPACE.to_dict(), data=config.to_dict(),
+            split=None, classes=["apple", "bird", "car"], architecture=[1, 0, 3], metrics={},
+        )  # fmt: skip
+        found[name] = path, model, config
+    return found
+
+
+@pytest.mark.parametrize("preprocessing", ["spos", "imagenet"])
+def test_a_checkpoint_is_a_network_and_what_it_needs(trained, tree, preprocessing):
+    """`preprocess` gives the pixels that the validation loader gives."""
+    path, expected, config = trained[preprocessing]
+    model = network.load(path)
+    assert model.classes == ("apple", "bird", "car") and not model.training and model.architecture == (1, 0, 3)
+    images = scan(tree / "val")
+    loader = Loader(images, config, False, backend="torchvision", workers=0)
+    with torch.no_grad():
+        for (x, _), name in zip(loader.batches(evaluation_plan(5, 1)), images.paths):
+            with Image.open(tree / "val" / name) as image:
+                decoded = torch.from_numpy(np.array(image.convert("RGB")))[None]
+            assert torch.equal(model.preprocess(decoded), x) and torch.equal(model(x), expected(x))
+            assert torch.equal(model.preprocess(decoded.repeat(2, 1, 1, 1))[1:], x)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(2, 32, 32, 3), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), np.zeros((2, 9, 9, 3), "uint8")]
+)
+def test_images_of_another_form_are_refused(images):
+    with pytest.raises(UserError, match=r"not a uint8 tensor \(N, H, W, 3\), RGB from 0 to 255"):
+        ShuffleNetV2((1, 0, 3), space=SPACE).preprocess(images)
+
+
+def test_an_official_file_loads_in_one_line(tmp_path):
+    torch.manual_seed(0)
+    reference = reference_spos.Network(reference_spos.WINNER, 1000, True).eval()
+    weights = {f"module.{name}": tensor for name, tensor in reference.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "official.pth.tar")
+    model = network.load(tmp_path / "official.pth.tar")
+    x = model.preprocess(torch.randint(0, 256, (1, 300, 260, 3), dtype=torch.uint8))
+    with torch.no_grad():
+        assert x.shape == (1, 3, 224, 224) and (model(x) - reference(x)).abs().max() < 1e-5
+        shapes = [tuple(x.shape) for x in model.forward_features(x)]
+    assert shapes == [(1, 64, 56, 56), (1, 160, 28, 28), (1, 320, 14, 14), (1, 640, 7, 7)]
+    assert len(model.classes) == 1000 and model.classes[7] == "class 7"
+
+
+def test_a_file_that_is_no_network_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"none\.pth: can't be read"):
+        network.load(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_fx_traces_the_network_for_feature_extraction(mode):
+    """Also where the input needs a gradient, in which channels are split in another way."""
+    torch.manual_seed(0)
+    model = ShuffleNetV2((1, 0, 3), space=SPACE).train(mode == "train")
+    model.dropout.p = 0.0
+    nodes = {f"features.{i}": str(n) for n, i in enumerate(model.stage_ends)} | {"classifier.0": "logits"}
+    extractor = create_feature_extractor(model, nodes)
+    x = torch.rand(2, 3, 48, 40) * 255
+    for inputs in (x, x.clone().requires_grad_()):
+        found, expected = extractor(inputs), [*model.forward_features(inputs), model(inputs)]
+        assert list(found) == ["0", "1", "logits"] and [tuple(v.shape[1:]) for v in found.values()][:2] == [
+            (16, 12, 10), (24, 6, 5),
+        ]  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(found.values(), expected))
+    found["logits"].sum().backward()
+    assert inputs.grad is not None
+
+
+def snippets(page):
+    """The blocks of Python in a page of docs/."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
+
+
+@pytest.fixture
+def folder(trained, tree, tmp_path, monkeypatch):
+    """What the snippets read, in the current folder."""
+    for name, target in (
+        ("checkpoints/scratch/bnps-checkpoint.pth", trained["spos"][0]), ("data/fashion-mnist", tree),
+        ("photo.jpg", tree / "val" / "bird" / "000.jpg"),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(target, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_snippets_about_the_network_run(folder):
+    first, probe, backbone = (snippet.rstrip().splitlines() for snippet in snippets("python.md"))
+    found = {"images": torch.zeros(2, 50, 40, 3, dtype=torch.uint8)}
+    exec("\n".join(first), found)
+    assert len(found["names"]) == 2 and set(found["names"]) <= set(CLASSES)
+    for lines in (probe, backbone):
+        assert len([line for line in lines if line and not line.startswith(("import ", "from "))]) < 20
+        exec("\n".join(lines), found)
+    x, y, weights = (found[name] for name in ("x", "y", "weights"))
+    assert x.shape == (36, 25) and 0 <= found["accuracy"] <= 100  # 24 channels and a constant; images of noise
+    assert ((x @ weights).argmax(dim=1) == y).double().mean() > 0.7
+    detector = found["detector"].eval()
+    detector.transform.min_size, detector.transform.max_size = (64,), 64
+    with torch.no_grad():
+        (boxes,) = detector([torch.rand(3, 64, 64)])
+    assert boxes["boxes"].shape[1:] == (4,)
+
+
+def test_the_snippet_about_the_exported_file_runs(trained, folder, capsys):
+    path, model, config = trained["spos"]
+    export.export("network.pt2", *network.load_network(path), config)
+    (snippet,) = snippets("training.md")
+    exec(snippet, {})
+    image = torch.from_numpy(np.array(Image.open("photo.jpg").convert("RGB")))[None]
+    with torch.no_grad():
+        probabilities = model(network.load(path).preprocess(image)).softmax(dim=1)[0]
+    assert capsys.readouterr().out == f"{CLASSES[probabilities.argmax()]} {probabilities.max():.1%}\n"

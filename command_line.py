@@ -21,7 +21,7 @@ SETTINGS = frozenset(
     flops-limit flops-range flops-table generations heldout-per-class host input-size iterations jitter keep
     label-smoothing loader lr mirror mode momentum mutation mutation-prob operations out population port predict
     preprocessing resume sampler save-every seed select space split split-seed threads trial-timeout val-every val-paths
-    val-resize warmup weight-decay width-warmup workers""".split()  # noqa: SIM905
+    val-resize warmup weight-decay width-warmup workers limit""".split()  # noqa: SIM905
 )  # of all scripts: section `common` may hold those that this script doesn't have
 NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
 
@@ -118,6 +118,14 @@ def _words(path, flag, value, is_switch):
     if is_path(flag, value):
         words = (os.path.join(os.path.dirname(path), os.path.expanduser(word)) for word in words)
     return [f"--{flag}", *words]
+
+
+class Extend(argparse.Action):
+    """Adds the values to those that a file or the same flag gave before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
 
 
 def number(kind, low, high, text):

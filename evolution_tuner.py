@@ -1,4 +1,4 @@
-"""The evolution that searches for the best candidate under a cost limit, and the NNI tuner around it.
+"""The evolution that searches for the best candidate under limits on its cost, and the NNI tuner around it.
 
     Evolution           plain logic with ask and tell
     EvolutionWithFlops  the NNI tuner, which hands the candidates of an evolution to trials
@@ -16,6 +16,7 @@ import threading
 
 from engines import trial
 from engines.search_record import EVOLUTION, SearchRecord
+from space.limits import Limits, bounds_of
 from space.search_space import SearchSpace
 from space.splitting import chunks
 from utils import UserError, log
@@ -56,8 +57,8 @@ class Evolution:
     What is not given of `select`, `mutation` and `crossover` has the official share of the population.
 
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
-    its rewards by candidate, all at once or in parts. `cost` is assumed to be a sum over blocks; otherwise the lowest
-    cost that an error names is an upper bound. Raises UserError where the settings allow no search.
+    its rewards by candidate, all at once or in parts. `restrict` puts Limits in the place of `cost` and `cost_limit`.
+    Raises UserError where the settings allow no search.
     """
 
     def __init__(
@@ -77,14 +78,10 @@ class Evolution:
         self.choices = tuple(choices)
         if not self.choices or min(self.choices) < 1:
             raise UserError(f"search space: {self.choices} choices, each entry needs at least one")
-        self.cost, self.cost_limit = cost, cost_limit
+        self.cost, self.cost_limit, self.limits = cost, cost_limit, None
         self.population_size, self.select = population_size, select
         self.mutation, self.crossover, self.mutation_prob = mutation, crossover, mutation_prob
         self.generations = generations
-        lowest = cost(self._cheapest())
-        if not lowest <= cost_limit:
-            text = f"limit {cost_limit} is below the lowest cost of any candidate, {lowest}; raise --flops-limit"
-            raise UserError(text)
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
         self.population = []  # the open one, empty between generations
@@ -96,7 +93,15 @@ class Evolution:
         """The evolution in a SearchSpace by the settings of a search, which may contain others too."""
         names = {"population": "population_size"}
         own = {names.get(name, name): settings[name] for name in EVOLUTION if name in settings}
-        return cls(space.choices, space.flops, settings["flops_limit"], **own)
+        limits = Limits(space, bounds_of(settings))
+        limits.check()
+        evolution = cls(space.choices, limits.excess, 0, **own)
+        evolution.restrict(limits)
+        return evolution
+
+    def restrict(self, limits):
+        """From now on candidates have to meet these Limits."""
+        self.limits, self.cost, self.cost_limit = limits, limits.excess, 0
 
     @property
     def generation(self):
@@ -163,11 +168,16 @@ class Evolution:
         missing = self.population_size - len(population)
         self._add_new(population, missing, (self.random_candidate() for _ in range(RANDOM_TRIES * missing)))
         missing = self.population_size - len(population)
-        self._add_new(population, missing, (self.repair(self.random_candidate()) for _ in range(TRIES * missing)))
-        missing = self.population_size - len(population)
+        if self.limits:
+            draws = (self.limits.repair(self.random_candidate(), self.rng) for _ in range(TRIES * missing))
+            self._add_new(population, missing, draws)
+            missing = self.population_size - len(population)
         if missing and math.prod(self.choices) <= ENUMERABLE:
             left = [c for c in itertools.product(*map(range, self.choices)) if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))
+        elif missing and self.limits and population:  # there is little room: look beside what there is
+            draws = (self.limits.neighbour(self.rng.choice(population), self.rng) for _ in range(TRIES * missing))
+            self._add_new(population, missing, draws)
 
     def _add_new(self, population, wanted, draws):
         """Adds up to `wanted` new legal candidates from the iterator `draws`, and draws no more than that takes."""
@@ -191,25 +201,6 @@ class Evolution:
     def cross(self, *parents):
         """Takes each block from one of the parents."""
         return tuple(map(self.rng.choice, zip(*parents)))
-
-    def repair(self, candidate):
-        """Moves random blocks to cheaper choices until the candidate is legal."""
-        while (cost := self.cost(candidate)) > self.cost_limit:
-            cheaper = [v for b in range(len(candidate)) for v in self._variants(candidate, b) if self.cost(v) < cost]
-            if not cheaper:  # impossible where the cost is a sum over blocks
-                break
-            candidate = self.rng.choice(cheaper)
-        return candidate
-
-    def _variants(self, candidate, block):
-        """The candidate with each of the block's choices."""
-        return [(*candidate[:block], choice, *candidate[block + 1 :]) for choice in range(self.choices[block])]
-
-    def _cheapest(self):
-        candidate = (0,) * len(self.choices)
-        for block in range(len(candidate)):
-            candidate = min(self._variants(candidate, block), key=self.cost)
-        return candidate
 
 
 def _values(reward):
@@ -237,8 +228,9 @@ class EvolutionWithFlops(Tuner):
     """NNI's tuner: sends the candidates of a SearchRecord to trials in chunks, and records what the trials report.
 
     `out` is an absolute path, `space` a SearchSpace as a dict, `costs` the arguments of SearchSpace.with_costs,
-    `evolution` the settings of the evolution. A generation is split into as many chunks as trials run at a time, or
-    into chunks of `candidates_per_trial`; the candidates of a chunk share first blocks.
+    `flops_limit` and `evolution` the settings of the evolution, with its `limits` if there are others. A generation is
+    split into as many chunks as trials run at a time, or into chunks of `candidates_per_trial`; the candidates of a
+    chunk share first blocks.
 
     Its form follows from how NNI 3.0 behaves:
     - NNI may hand parameters to another trial than it tells the tuner, so only architectures that trials report count.
@@ -256,7 +248,7 @@ class EvolutionWithFlops(Tuner):
     # NNI creates a tuner and an assessor in one process and tells neither about the other: KeepResults finds it here.
     current = None
 
-    def __init__(self, out, space, flops_limit, concurrency=1, candidates_per_trial=None, costs=None, **evolution):
+    def __init__(self, out, space, flops_limit=None, concurrency=1, candidates_per_trial=None, costs=None, **evolution):
         space = SearchSpace.from_dict(space)
         if costs:
             space = space.with_costs(*costs)

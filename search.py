@@ -1,9 +1,10 @@
-"""Searches the supernet for the best candidate under a FLOPs limit, by evolution; trials run with NNI or without it.
+"""Searches the supernet for the best candidate under limits, by evolution; trials run with NNI or without it.
 
     python tester.py --mode gen                writes the search space that this needs
     python search.py                           the official search, 20 generations of 50, of the newest supernet
     python search.py --demo                    the bundled images, 5 generations of 16
     python search.py --engine local            without NNI, one process for each GPU
+    python search.py --limit flops=330M --limit params=3.5M    under several limits
     python search.py --resume                  resumes a search that was interrupted in any way
     python search.py --experiment config_search_remote.yml     on the machines in this file
 
@@ -26,6 +27,7 @@ import signal
 import sys
 
 from command_line import (
+    Extend,
     Parser,
     add_checkpoint_flag,
     add_data_flags,
@@ -44,6 +46,7 @@ from engines.search_record import EVOLUTION, prepare_search, ranked, read_result
 from evolution_tuner import Evolution, official_shares
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
+from space.limits import as_settings, bounds_of, describe, read_limits
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.evaluation import resolve_device
@@ -88,10 +91,14 @@ def parse_args(argv=None):
     group.add_argument("--mutation-prob", type=real(0, 1), default=0.1, help="of redrawing each block (0.1)")
     group.add_argument("--generations", type=count(1, 1_000_000), default=20, help="populations to evaluate (20)")
     group.add_argument(
-        "--flops-limit",
-        metavar="FLOPS",
-        help="330000000, 330M, or a share of all candidates (330M, elsewhere than at 224 px 59%%)",
+        "--limit",
+        nargs="+",
+        action=Extend,
+        metavar="COST=LIMIT",
+        help="flops=330M, params=3.5M, with a lower bound flops=290M:330M, or a share of all candidates flops=59%%; "
+        "any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
     )
+    group.add_argument("--flops-limit", metavar="FLOPS", help="short for --limit flops=FLOPS")
     group.add_argument(
         "--flops-table",
         metavar="FILE",
@@ -185,12 +192,15 @@ def read_experiment(path):
     return experiment
 
 
-def flops_limit(text, space):
-    """The limit in multiply-adds, from the flag's text or the default."""
+def limits(args, space):
+    """The bounds on the costs of candidates, from the flags or the default; see space/limits.py."""
     official, share = OFFICIAL_LIMIT
-    if text is None:
-        text = official if space.is_papers else share
-    return space.flops_value(text, "--flops-limit")
+    bounds = read_limits(space, args.limit or [])
+    if args.flops_limit is not None:
+        if "flops" in bounds:
+            raise UserError("--flops-limit and --limit flops: leave one of them out")
+        bounds["flops"] = None, space.flops_value(args.flops_limit, "--flops-limit")
+    return bounds or {"flops": (None, space.flops_value(official if space.is_papers else share))}
 
 
 def check_space_file(path, space):
@@ -239,7 +249,7 @@ def check(args, out):
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         **{name: getattr(args, name) for name in EVOLUTION},
-        "flops_limit": flops_limit(args.flops_limit, space),
+        **as_settings(limits(args, space)),
         "space": space.to_dict(),
         "checkpoint": weights,
         "data": config.to_dict(),
@@ -265,8 +275,7 @@ def prepare(search, args, out):
         log.info(search.costs)
     for text in search.warnings:
         log.warning("warning: %s", text)
-    limit = search.settings["flops_limit"] / 1e6
-    log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit, state["evaluated"])
+    log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
     return state["done"]
 
 
@@ -299,10 +308,12 @@ def report(results, space, args, out):
         logs = state_path(out).parent
         raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {logs}")
     print(f"{len(best)} candidates evaluated" + (f", {failed} failed" if failed else ""))
-    print("rank  top-1 %  top-5 %  MFLOPs  architecture")
+    more = [(key, head) for key, head in (("params", "params  "), ("latency_ms", "ms       ")) if key in best[0]]
+    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head in more)}architecture")
     for rank, result in enumerate(best[:10], 1):
-        numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}"
-        print(f"{numbers}  {' '.join(map(str, result['architecture']))}")
+        numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}  "
+        numbers += "".join(f"{result[key]:<{len(head)}.{3 * (key != 'params')}f}" for key, head in more)
+        print(f"{numbers}{' '.join(map(str, result['architecture']))}")
     if space.n_widths == 1:
         words = ("--space", "channels", "--architecture", os.path.join(args.out, "checkpoints", "best.json"))
         print(f"search its channels, with another --out:\n  {command('supernet.py', args, *words)}")

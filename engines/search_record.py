@@ -17,8 +17,9 @@ class SearchRecord:
     """An evolution with everything that a search writes below `out`; one process at a time may have it.
 
         acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5,
-                                   n_images, seconds, and error where it failed (acc1 null); in the order of arrival,
-                                   and once the generation is closed, by rank
+                                   n_images, seconds, and error where it failed (acc1 null); params and latency_ms
+                                   where the search limits them; in the order of arrival, and once the generation is
+                                   closed, by rank
         checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
@@ -69,7 +70,7 @@ class SearchRecord:
     def _append(self, candidate, numbers, trial):
         if candidate not in self.evolution.population or candidate in self.results:
             return False
-        result = {"architecture": list(candidate), "flops": self.space.flops(candidate), **numbers}
+        result = {"architecture": list(candidate), **self._costs(candidate), **numbers}
         path = self.out / "acc" / f"{self.evolution.generation:03}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "a") as file:
@@ -79,6 +80,12 @@ class SearchRecord:
         self.results[candidate], self.trials[candidate] = result, trial
         self._write_state()
         return True
+
+    def _costs(self, candidate):
+        """The costs of a candidate that belong into its result, by name."""
+        names = costs_of(self.state["settings"])
+        costs = {name: self.space.cost(name, candidate) for name in names if name != "latency"}
+        return costs | ({"latency_ms": self.space.cost("latency", candidate) / 1e6} if "latency" in names else {})
 
     def _close(self, generation, population):
         """Writes the files of a complete generation by rank, failed candidates last; the state file is the last one."""
@@ -115,6 +122,11 @@ class SearchRecord:
 
 def _reward(result):
     return None if result["acc1"] is None else by_accuracy(result)
+
+
+def costs_of(settings):
+    """The costs that matter in a search with these settings, of search_space.COSTS: FLOPs, and what it limits."""
+    return [name for name in ("flops", "params", "latency") if name == "flops" or name in settings.get("limits", ())]
 
 
 def state_path(out):

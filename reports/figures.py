@@ -210,14 +210,16 @@ def _plane(run):
     x, y = [r["flops"] / 1e6 for r in front], [r["acc1"] for r in front]
     axes.plot(x, y, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
     axes.scatter(x, y, 2.6 * size, "none", edgecolors=INK, linewidths=1, gid="front", label="Pareto front")
-    axes.axvline(
-        run.limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, gid="limit", label=f"limit, {millions(run.limit)}"
-    )
     titles = {
         "candidates": [_describe(run, r) for r in run.succeeded],
         "front": [_describe(run, r) for r in front],
-        "limit": [f"limit: {millions(run.limit)} FLOPs"],
     }
+    low, high = run.bounds.get("flops", (None, None))
+    limits = [(gid, limit) for gid, limit in (("limit", high), ("lower-limit", low)) if limit is not None]
+    for gid, limit in limits:
+        label = f"limit, {millions(limit)}"
+        axes.axvline(limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, gid=gid, label=label)
+        titles[gid] = [f"limit: {millions(limit)} FLOPs"]
     if failed := [r for r in run.results if r["acc1"] is None]:
         axes.scatter(
             [r["flops"] / 1e6 for r in failed],
@@ -232,7 +234,7 @@ def _plane(run):
         )
         titles["failed"] = [_describe(run, r) for r in failed]
     axes.set(xlabel="FLOPs (millions of multiply-adds)", ylabel="top-1 in the supernet (%)")
-    flops = [r["flops"] / 1e6 for r in run.results] + [run.limit / 1e6]
+    flops = [r["flops"] / 1e6 for r in run.results] + [limit / 1e6 for _, limit in limits]
     margin = 0.03 * (max(flops) - min(flops)) or 1
     axes.set_xlim(min(flops) - margin, max(flops) + margin)
     axes.margins(y=0.09)

@@ -9,6 +9,7 @@ import statistics
 from engines.search_record import state_path
 from reports.figures import draw, millions
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
+from space.limits import describe
 from utils import atomic_write, duration
 
 # --- the log -------------------------------------------------------------------------------------------------
@@ -105,7 +106,8 @@ def page(run, comparison, svgs):
         _figure("plane", svgs, "Candidates in the FLOPs-accuracy plane", f"""
             {len(run.succeeded)} candidates by FLOPs and top-1, coloured by generation; circled, the
             {len(run.front())} on the Pareto front: none with at most their FLOPs is more accurate.
-            Dashed, the limit of the search. {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
+            {"Dashed, the limits on FLOPs." * ("flops" in run.bounds)}
+            {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
         "<h2>Which operations the search takes</h2>",
         _figure("operations", svgs, "Share of each operation in each block", f"""
             Top: share of each operation in each block. Below: one map for each operation, a row for each generation.
@@ -157,7 +159,7 @@ def _tiles(run, comparison, best):
     params = millions(run.space.params(best["architecture"]))
     tiles = [
         (f"{best['acc1']:.2f} %", f"best top-1, in the supernet{precision}"),
-        (millions(best["flops"]), f"its FLOPs; the limit is {millions(run.limit)}. {params} parameters"),
+        (millions(best["flops"]), f"its FLOPs; {params} parameters. Limits: {describe(run.bounds)}"),
     ]
     if comparison.at_budget:
         n, value, low, high = comparison.at_budget

@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 
 from engines.search_record import EVOLUTION, Generation, first_generation_warning, ranked, read_generations, state_path
+from space.limits import Limits, bounds_of
 from space.search_space import SearchSpace
 from utils import UserError, read_json, settings_difference
 
@@ -28,7 +29,7 @@ class SearchResults:
         self.state = read_json(state_path(out))
         try:
             self.settings, closed = self.state["settings"], self.state["generation"]
-            self.space, self.limit = SearchSpace.from_dict(self.settings["space"]), self.settings["flops_limit"]
+            self.space, self.bounds = SearchSpace.from_dict(self.settings["space"]), bounds_of(self.settings)
             if counted := self.settings.get("counted"):
                 self.space = self.space.with_costs(*counted)
         except (KeyError, TypeError):
@@ -98,7 +99,7 @@ class RandomSearch:
         source = other or run
         self.other, self.budget = other, len(run.succeeded)
         # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
-        self.uniform = run.limit >= run.space.flops_quantile(0.02)
+        self.uniform = Limits(run.space, run.bounds).share() >= 0.02
         chosen = [r for r in source.results if source.is_random() or r["generation"] == 1]
         sample = [r["acc1"] for r in chosen if r["acc1"] is not None]
         self.size = len(sample)

@@ -80,4 +80,4 @@ def test_the_default_limit_of_a_small_space_can_be_broken(size):
     for n_classes in (10, 1000):
         space = SearchSpace(size, n_classes, **PRESETS["small"])
         low, high = space.flops_range
-        assert low < search.flops_limit(None, space) < high
+        assert low < search.limits(search.parse_args([]), space)["flops"][1] < high

@@ -110,8 +110,8 @@ class Evolution:
 
     @property
     def best(self):
-        """(candidate, reward), None while nothing has succeeded."""
-        ranked = self.ranked()
+        """(candidate, reward), None while nothing legal has succeeded."""
+        ranked = self.legal_ranked()
         return (ranked[0], self.rewards[ranked[0]]) if ranked else None
 
     def ranked(self, candidates=None):
@@ -120,6 +120,10 @@ class Evolution:
             candidates = itertools.chain(*self.history, self.population)
         succeeded = [c for c in candidates if self.rewards.get(c) is not None]
         return sorted(succeeded, key=lambda c: _values(self.rewards[c]), reverse=True)
+
+    def legal_ranked(self):
+        """All candidates that succeeded and are legal, best first; others are there where limits were made stricter."""
+        return [c for c in self.ranked() if self.cost(c) <= self.cost_limit]
 
     def ask(self):
         """The open population, a new one once all rewards of the last are told; empty when the search is finished."""
@@ -146,14 +150,14 @@ class Evolution:
     def _breed(self):
         """The next population: a step of algorithm 1 of the paper.
 
-        1. Parents are the `select` best candidates so far; the first population has none, and starts with step 4.
+        1. Parents are the `select` best legal candidates so far; the first population has none, and starts with step 4.
         2. Mutation: up to `mutation` children of one random parent each.
         3. Crossover: up to `crossover` children of two random parents each, which may be the same one twice.
         4. Random candidates fill up the population.
         Every candidate is new and legal. Steps 2 and 3 end early after TRIES draws for each wanted child.
         """
         population = []
-        if parents := self.ranked()[: self.select]:
+        if parents := self.legal_ranked()[: self.select]:
             parent = functools.partial(self.rng.choice, parents)
             mutants = (self.mutate(parent()) for _ in range(TRIES * self.mutation))
             self._add_new(population, self.mutation, mutants)

@@ -5,6 +5,7 @@
     python search.py --demo                    the bundled images, 5 generations of 16
     python search.py --engine local            without NNI, one process for each GPU
     python search.py --limit flops=330M --limit params=3.5M    under several limits
+    python search.py --limit latency=8ms       within 8 ms on this device, which tester.py --mode latency has measured
     python search.py --resume                  resumes a search that was interrupted in any way
     python search.py --experiment config_search_remote.yml     on the machines in this file
 
@@ -42,8 +43,17 @@ from dataloader import resolve_backend
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
-from engines.search_record import EVOLUTION, prepare_search, ranked, read_results, state_path
+from engines.search_record import (
+    EVOLUTION,
+    confirmations,
+    prepare_search,
+    ranked,
+    read_results,
+    state_path,
+    unconfirmed,
+)
 from evolution_tuner import Evolution, official_shares
+from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import as_settings, bounds_of, describe, read_limits
@@ -95,14 +105,23 @@ def parse_args(argv=None):
         nargs="+",
         action=Extend,
         metavar="COST=LIMIT",
-        help="flops=330M, params=3.5M, with a lower bound flops=290M:330M, or a share of all candidates flops=59%%; "
-        "any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
+        help="flops=330M, params=3.5M, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
+        "flops=59%%; any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
     )
     group.add_argument("--flops-limit", metavar="FLOPS", help="short for --limit flops=FLOPS")
     group.add_argument(
         "--flops-table",
         metavar="FILE",
         help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)",
+    )
+    group.add_argument(
+        "--latency-table", metavar="FILE", help="what tester.py --mode latency has written (OUT/latency.json)"
+    )
+    group.add_argument(
+        "--foreign-latency-table",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="accept a table of another device or setting, without measuring the best candidates (no)",
     )
     group.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=False, help="resume the search in OUT"
@@ -142,6 +161,11 @@ def parse_args(argv=None):
     args = parser.parse(argv)
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port", "trial-timeout")
+    if not wants_latency(args) and (void := {"latency_table", "foreign_latency_table"} & parser.given):
+        flag = min(void).replace("_", "-")
+        raise UserError(
+            f"--{flag} has no effect where latency is not limited: leave it out, or add --limit latency=8ms"
+        )
     defaults = experiment_defaults(parser, args.experiment)
     if "population" in parser.given:  # the experiment's numbers are shares of another population
         defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
@@ -192,6 +216,18 @@ def read_experiment(path):
     return experiment
 
 
+def wants_latency(args):
+    """Whether the flags limit latency."""
+    return any(text.startswith("latency") for text in args.limit or [])
+
+
+def latency_table(args, out, space):
+    """The table of latencies where the flags need one, else None."""
+    if not wants_latency(args):
+        return None
+    return read_table(args.latency_table or out / "latency.json", space, args.foreign_latency_table)
+
+
 def limits(args, space):
     """The bounds on the costs of candidates, from the flags or the default; see space/limits.py."""
     official, share = OFFICIAL_LIMIT
@@ -224,6 +260,7 @@ class Search:
     experiment: dict  # the content of the experiment file
     supernet: str  # path of its checkpoint
     space: SearchSpace  # with the costs of --flops-table
+    latency: dict | None  # the table of latencies, where it is of this device
     costs: str  # a line for the log about the space's FLOPs, or nothing
     warnings: list  # what speaks against trusting the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
@@ -244,6 +281,11 @@ def check(args, out):
     if table:
         space, differences = with_flops_table(space, table, args.flops_table)
         costs = comparison(differences, args.flops_table)
+    latency = latency_table(args, out, space)
+    if latency:
+        space = with_latency(space, latency)
+        if other := difference(latency):
+            warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
     check_space_file(out / experiment["searchSpaceFile"], space)
     with open(supernet.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
@@ -261,14 +303,18 @@ def check(args, out):
         "loader": resolve_backend(args.loader),
         "costs": table and [space.choice_flops, space.fixed_flops],
     }
+    if latency:
+        keys = ("device", "threads", "batch_size", "torch", "spread", "medians", "stem_and_tail")
+        settings["latency"] = {key: latency[key] for key in keys}
     if space.operations_hash:  # for the report, which has no modules to count
         settings["counted"] = space.costs
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
-    return Search(experiment, supernet.path, space, costs, warnings, settings)
+    here = latency if latency and not difference(latency) else None
+    return Search(experiment, supernet.path, space, here, costs, warnings, settings)
 
 
 def prepare(search, args, out):
-    """Writes or checks the state file, and starts the log; returns whether the search is done already."""
+    """Writes or checks the state file, and starts the log."""
     state = prepare_search(out, search.settings, args.resume, search.warnings)
     start_logging(out / "checkpoints" / "search", args, args.device)
     if search.costs:
@@ -276,23 +322,24 @@ def prepare(search, args, out):
     for text in search.warnings:
         log.warning("warning: %s", text)
     log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
-    return state["done"]
 
 
 def run(search, args, out):
-    """Runs the search on its engine to its end; exits with 128 + the signal's number where one interrupts it."""
-    space, settings, experiment = search.space, search.settings, search.experiment
-    trial = trial_settings(args, out, search.supernet)
-    sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
+    """Runs the search to its end; exits with 128 + the signal's number where one interrupts it.
+
+    Where latency is limited, the best candidates are measured after the last generation, and if none of them holds,
+    more generations follow.
+    """
     try:
         with signals(interrupt):
-            if args.engine == "local":
-                search_locally(space, settings, out, trial, **sizes)
-            else:
-                command = trial_command(experiment, out, trial)
-                longest = args.candidates_per_trial or -(-args.population // args.concurrency)
-                hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
-                search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+            while True:
+                state = read_json(state_path(out))
+                if not state["done"]:
+                    run_engine(search, args, out)
+                elif search.latency and unconfirmed(state):
+                    confirm(search.space, search.settings, out, search.latency)
+                else:
+                    return
     except Interrupted as error:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
         again = shlex.join(["python", "search.py", *words, "--resume"])
@@ -300,8 +347,25 @@ def run(search, args, out):
         sys.exit(128 + error.args[0])
 
 
-def report(results, space, args, out):
-    """Prints the ten best and the command that retrains the best one, and returns that one's result."""
+def run_engine(search, args, out):
+    """Runs the generations that are left on the engine of the flags."""
+    space, settings, experiment = search.space, search.settings, search.experiment
+    trial = trial_settings(args, out, search.supernet)
+    sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
+    if args.engine == "local":
+        search_locally(space, settings, out, trial, **sizes)
+    else:
+        command = trial_command(experiment, out, trial)
+        longest = args.candidates_per_trial or -(-args.population // args.concurrency)
+        hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
+        search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+
+
+def report(results, space, args, out, winner=None):
+    """Prints the ten best and the command that retrains the winner, and returns that one's result.
+
+    The winner is the best one, unless its latency was measured, and another one is the best that holds.
+    """
     best = ranked(results)
     failed = len(results) - len(best)
     if not best:
@@ -314,11 +378,14 @@ def report(results, space, args, out):
         numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}  "
         numbers += "".join(f"{result[key]:<{len(head)}.{3 * (key != 'params')}f}" for key, head in more)
         print(f"{numbers}{' '.join(map(str, result['architecture']))}")
+    winner = winner or best[0]
+    if winner != best[0]:
+        print(f"the best that holds, measured: rank {best.index(winner) + 1}")
     if space.n_widths == 1:
         words = ("--space", "channels", "--architecture", os.path.join(args.out, "checkpoints", "best.json"))
         print(f"search its channels, with another --out:\n  {command('supernet.py', args, *words)}")
     print(f"retrain the best:\n  {retrain_command(args)}")
-    return best[0]
+    return winner
 
 
 def retrain_command(args):
@@ -343,10 +410,15 @@ def main(args):
     out = output_folder(args.out).resolve()
     with hold_lock(state_path(out).with_name("search.lock")):
         search = check(args, out)
-        done = prepare(search, args, out)
-        if not done:
-            run(search, args, out)
-        best = report(read_results(out), search.space, args, out)
+        prepare(search, args, out)
+        run(search, args, out)
+        state = read_json(state_path(out))
+        if confirmations(state) and not state["best"]:
+            page = write_report(out)
+            raise UserError(
+                f"none of the best candidates holds the limit on latency when measured: see {page}; raise it"
+            )
+        best = report(read_results(out), search.space, args, out, state["best"])
         log.info("report: %s", write_report(out))
         return best
 

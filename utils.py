@@ -27,7 +27,8 @@ except ImportError:  # Windows, where locks have no effect
 
 HERE = pathlib.Path(__file__).resolve().parent
 # flags that take a path
-PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment", "operations")
+PATHS = ("data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment", "operations",
+         "latency-table")  # fmt: skip
 MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
 MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 

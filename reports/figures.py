@@ -308,7 +308,7 @@ def _operations(run):
 
 def _best(run):
     """The best candidates as paths, a row each: a box for each block, with colour and height by operation."""
-    best, space = run.succeeded[:10], run.space
+    best, space = run.legal[:10], run.space
     gaps = [0.45 * sum(i >= end for end in _stage_ends(space)) for i in range(space.n_blocks)]
     x = [i + gap for i, gap in enumerate(gaps)]
     right = x[-1] + 1

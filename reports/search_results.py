@@ -7,7 +7,15 @@ import statistics
 
 import numpy as np
 
-from engines.search_record import EVOLUTION, Generation, first_generation_warning, ranked, read_generations, state_path
+from engines.search_record import (
+    EVOLUTION,
+    Generation,
+    confirmations,
+    first_generation_warning,
+    ranked,
+    read_generations,
+    state_path,
+)
 from space.limits import Limits, bounds_of
 from space.search_space import SearchSpace
 from utils import UserError, read_json, settings_difference
@@ -19,7 +27,8 @@ SAME = 0.95  # of a budget or more counts as the same budget, since a few candid
 class SearchResults:
     """The results so far of the search in a folder. Raises UserError where there is no search or no accuracy yet.
 
-    `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first.
+    `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first; `legal` those
+    of them that meet the limits after all that was measured (all of them where none does).
     """
 
     def __init__(self, out):
@@ -32,6 +41,9 @@ class SearchResults:
             self.space, self.bounds = SearchSpace.from_dict(self.settings["space"]), bounds_of(self.settings)
             if counted := self.settings.get("counted"):
                 self.space = self.space.with_costs(*counted)
+            if table := self.settings.get("latency"):
+                latency = {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
+                self.space = self.space.with_costs(*self.space.costs._replace(**latency))
         except (KeyError, TypeError):
             raise UserError(f"{state_path(out)}: not the state of a search") from None
         self.generations = [
@@ -46,6 +58,11 @@ class SearchResults:
         if not self.succeeded:
             failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
             raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
+        self.confirmations = confirmations(self.state)
+        limits = Limits(self.space, self.bounds)
+        for row in self.confirmations:
+            limits = limits.after(row)
+        self.legal = [r for r in self.succeeded if not limits.excess(r["architecture"])] or self.succeeded
 
     @property
     def n_failed(self):
@@ -54,7 +71,12 @@ class SearchResults:
     def warnings(self):
         """Lines that speak against trusting the results: of the start of the search, and of its first generation."""
         first = first_generation_warning(self.generations[0].results, self.space.n_classes)
-        return [*self.state.get("warnings", []), *filter(None, [first])]
+        none_holds = None
+        if self.confirmations and not self.state["best"]:
+            none_holds = (
+                "none of the candidates measured holds the limit on latency: raise it, or measure the device again"
+            )
+        return [*self.state.get("warnings", []), *filter(None, [first, none_holds])]
 
     def is_random(self):
         return not self.settings["mutation"] and not self.settings["crossover"]

@@ -93,13 +93,24 @@ class Limits:
         """The standard deviation of the cost of uniform candidates; 1 where all cost the same."""
         return math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0
 
+    def after(self, row):
+        """These limits after a confirmation in the record of a search: measured candidates that don't hold are banned,
+        and where none did, latency is corrected."""
+        broken = {tuple(m["architecture"]) for m in row["measured"] if not m["holds"]}
+        return Limits(self.space, self.bounds, row["correction"] or self.correction, self.banned | broken)
+
     def excess(self, candidate):
         """By how much a candidate breaks the limits; 0 where it meets all of them."""
         choices, over = self.space.block_choices(candidate), 0.0
         for (rows, fixed), low, high, scale in zip(self.costs, self.low, self.high, self.scale):
             cost = fixed + sum(row[choice] for row, choice in zip(rows, choices))
             over += max(low - cost, cost - high, 0) / scale
-        return over or float(candidate in self.banned)
+        return over or float(tuple(candidate) in self.banned)
+
+    def holds(self, name, cost):
+        """Whether a cost that was measured meets its limit."""
+        low, high = self.bounds[name]
+        return (low is None or cost >= low) and (high is None or cost <= high)
 
     def repair(self, candidate, rng):
         """Moves random blocks to choices that break the limits less, until the candidate is legal.

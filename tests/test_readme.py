@@ -242,7 +242,7 @@ def test_flags_exist(page):
 # Files that runs write, and those of others.
 WRITTEN = re.compile(
     r"checkpoints/|acc/|id2cand/|data/(cache|imagenet)|figures/|DIR/"
-    r"|(config\.yml|run\.log|metadata\.json|nni_auto_gen_search_space\.json|report\.html|network\.\w+)$"
+    r"|(OUT/)?(latency|best)\.json$|(config\.yml|run\.log|metadata\.json|nni_auto_gen_search_space\.json|report\.html|network\.\w+)$"
 )
 
 

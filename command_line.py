@@ -22,7 +22,7 @@ SETTINGS = frozenset(
     label-smoothing loader lr mirror mode momentum mutation mutation-prob operations out population port predict
     preprocessing resume sampler save-every seed select space split split-seed threads trial-timeout val-every val-paths
     val-resize warmup weight-decay width-warmup workers limit
-    foreign-latency-table latency-batch-size latency-table""".split()  # noqa: SIM905
+    foreign-latency-table latency-batch-size latency-table strategy""".split()  # noqa: SIM905
 )  # of all scripts: section `common` may hold those that this script doesn't have
 NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
 
@@ -49,15 +49,15 @@ class Parser(argparse.ArgumentParser):
         """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
 
         `defaults` (attribute -> value, from `check_settings`) take precedence over the flags' own defaults. Afterwards
-        `given` holds the attributes that the command line or the file sets.
+        `given` holds the attributes that the command line or the file sets, `typed` those of the command line.
         """
         argv = sys.argv[1:] if argv is None else list(argv)
         args = self.parse_args(argv)
         path = HERE / "demo.yml" if args.demo else args.config
         settings = self._read_settings(path) if path else {}
         unset = argparse.Namespace(**dict.fromkeys(vars(args), self))  # no flag has the parser as its value
-        self.given = {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not self}
-        self.given |= settings.keys() - {"space"}  # a section that serves all scripts
+        self.typed = {name for name, value in vars(self.parse_args(argv, unset)).items() if value is not self}
+        self.given = self.typed | settings.keys() - {"space"}  # a section that serves all scripts
         args = self.parse_args(argv, argparse.Namespace(**(defaults or {}) | settings))
         args.config = path and str(path)
         return args

@@ -4,6 +4,7 @@
     python search.py                           the official search, 20 generations of 50, of the newest supernet
     python search.py --demo                    the bundled images, 5 generations of 16
     python search.py --engine local            without NNI, one process for each GPU
+    python search.py --strategy random         the baseline: as many random candidates
     python search.py --limit flops=330M --limit params=3.5M    under several limits
     python search.py --limit latency=8ms       within 8 ms on this device, which tester.py --mode latency has measured
     python search.py --resume                  resumes a search that was interrupted in any way
@@ -94,6 +95,12 @@ def shared_parser():
 def parse_args(argv=None):
     parser = shared_parser()
     group = parser.add_argument_group("search")
+    group.add_argument(
+        "--strategy",
+        choices=("evolution", "random"),
+        default="evolution",
+        help="random: as many random candidates, to compare with (evolution)",
+    )
     group.add_argument("--population", type=count(1, 100_000), default=50, help="candidates a generation (50)")
     group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (a fifth)")
     group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (half)")
@@ -170,6 +177,11 @@ def parse_args(argv=None):
     if "population" in parser.given:  # the experiment's numbers are shares of another population
         defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
     args = parser.parse(argv, defaults)
+    if args.strategy == "random":  # generations without children, in every other respect the same
+        for flag in ("select", "mutation", "crossover", "mutation_prob"):
+            if flag in parser.typed:
+                parser.refuse("--strategy random", flag.replace("_", "-"))
+        args.mutation = args.crossover = 0
     args.select, args.mutation, args.crossover = official_shares(
         args.population, args.select, args.mutation, args.crossover
     )

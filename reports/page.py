@@ -204,7 +204,7 @@ def _random_caption(comparison):
         text += (
             " Beyond them nothing was measured: the dotted line is an extrapolation by a normal distribution with "
             "their mean and standard deviation. Its 95% bootstrap interval covers these two only, not how normal the "
-            "accuracies are. To measure it: search.py --mutation 0 --crossover 0 into a folder DIR of its own, then "
+            "accuracies are. To measure it: search.py --strategy random into a folder DIR of its own, then "
             "report.py RUN --random DIR."
         )
     elif size < SAME * comparison.budget:

@@ -146,7 +146,7 @@ class RandomSearch:
 def check_comparable(run, other):
     """Raises UserError where `other` is not a random search under the conditions of `run`."""
     if not other.is_random():
-        raise UserError(f"--random {other.out}: no random search; make one with search.py --mutation 0 --crossover 0")
+        raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
     if changes := settings_difference(run.settings, other.settings, ignore=EVOLUTION):
         names = ", ".join(changes)
         raise UserError(f"--random {other.out}: differs from {run.out} in {names}, so accuracies do not compare")

@@ -294,3 +294,20 @@ def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measure
 def test_what_a_user_gets_wrong_is_one_line(world, tmp_path, words, message):
     _, stderr = run("search.py", *world, words, code=2)
     assert message in stderr and len(stderr.splitlines()) == 1 and not state_path(tmp_path).exists()
+
+
+def test_random_search_is_a_search_without_children(world, tmp_path, monkeypatch):
+    """In the same record: as many candidates, none of which descends from another."""
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    run("search.py", *world, "--strategy", "random", "--limit", "params=90%", "--seed", 4)
+    state = read_json(state_path(tmp_path))
+    assert (state["settings"]["mutation"], state["settings"]["crossover"]) == (0, 0)
+    found = {tuple(r["architecture"]) for r in read_results(tmp_path)}
+    high = state["settings"]["limits"]["params"][1]
+    assert len(found) == 18 and all(SPACE.params(c) <= high for c in found)
+    assert SearchResults(tmp_path).is_random()
+    drawn = Evolution.from_settings(SPACE, state["settings"] | {"seed": 4})
+    assert {c for c in found if c in set(drawn.ask())} == set(drawn.population)  # the first population
+    with pytest.raises(UserError, match="--mutation has no effect with --strategy random"):
+        search.parse_args(["--strategy", "random", "--mutation", "5"])
+    assert search.parse_args(["--strategy", "random", "--demo"]).crossover == 0

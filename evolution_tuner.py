@@ -14,9 +14,11 @@ import math
 import random
 import threading
 
+import numpy as np
+
 from engines import trial
 from engines.search_record import EVOLUTION, SearchRecord
-from space.limits import Limits, bounds_of
+from space.limits import Limits, bounds_of, by_fronts, fronts
 from space.search_space import SearchSpace
 from space.splitting import chunks
 from utils import UserError, log
@@ -54,6 +56,9 @@ class Evolution:
     random candidates up to `population_size`. Parents are drawn from the `select` best of all populations so far. No
     candidate occurs twice. The same seed and rewards give the same populations, in whatever order the rewards are told.
 
+    `objectives` are functions of a candidate that are to be low while the reward, or its first number, is high. Parents
+    are then those that no others beat in all of these, and of equally good ones, those with most room around them.
+
     What is not given of `select`, `mutation` and `crossover` has the official share of the population.
 
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
@@ -63,7 +68,7 @@ class Evolution:
 
     def __init__(
         self, choices, cost, cost_limit, population_size=50, select=None, mutation=None, crossover=None,
-        mutation_prob=0.1, generations=20, seed=0,
+        mutation_prob=0.1, generations=20, seed=0, objectives=(),
     ):  # fmt: skip
         select, mutation, crossover = official_shares(population_size, select, mutation, crossover)
         if not 1 <= select <= population_size:
@@ -81,7 +86,7 @@ class Evolution:
         self.cost, self.cost_limit, self.limits = cost, cost_limit, None
         self.population_size, self.select = population_size, select
         self.mutation, self.crossover, self.mutation_prob = mutation, crossover, mutation_prob
-        self.generations = generations
+        self.generations, self.objectives = generations, tuple(objectives)
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
         self.population = []  # the open one, empty between generations
@@ -95,6 +100,8 @@ class Evolution:
         own = {names.get(name, name): settings[name] for name in EVOLUTION if name in settings}
         limits = Limits(space, bounds_of(settings))
         limits.check()
+        costs = [name for name in settings.get("objectives", ()) if name != "acc1"]
+        own["objectives"] = [functools.partial(space.cost, name) for name in costs]
         evolution = cls(space.choices, limits.excess, 0, **own)
         evolution.restrict(limits)
         return evolution
@@ -110,8 +117,8 @@ class Evolution:
 
     @property
     def best(self):
-        """(candidate, reward), None while nothing legal has succeeded."""
-        ranked = self.legal_ranked()
+        """(candidate, reward), None while nothing legal has succeeded; with objectives, the first of the front."""
+        ranked = self.front() if self.objectives else self.legal_ranked()
         return (ranked[0], self.rewards[ranked[0]]) if ranked else None
 
     def ranked(self, candidates=None):
@@ -124,6 +131,23 @@ class Evolution:
     def legal_ranked(self):
         """All candidates that succeeded and are legal, best first; others are there where limits were made stricter."""
         return [c for c in self.ranked() if self.cost(c) <= self.cost_limit]
+
+    def parents(self):
+        """The `select` best legal candidates of all populations so far."""
+        legal = self.legal_ranked()
+        if self.objectives:
+            legal = [legal[i] for i in by_fronts(self._points(legal), self.select)]
+        return legal[: self.select]
+
+    def front(self):
+        """The legal candidates that no other one equals or beats in all objectives, the most accurate first."""
+        legal = self.legal_ranked()
+        return [legal[i] for i in next(fronts(self._points(legal)), [])]
+
+    def _points(self, candidates):
+        """What is to be low of each candidate, as an array (candidates, 1 + objectives)."""
+        costs = [[-_values(self.rewards[c])[0], *(cost(c) for cost in self.objectives)] for c in candidates]
+        return np.array(costs, dtype=float).reshape(len(candidates), 1 + len(self.objectives))
 
     def ask(self):
         """The open population, a new one once all rewards of the last are told; empty when the search is finished."""
@@ -157,7 +181,7 @@ class Evolution:
         Every candidate is new and legal. Steps 2 and 3 end early after TRIES draws for each wanted child.
         """
         population = []
-        if parents := self.legal_ranked()[: self.select]:
+        if parents := self.parents():
             parent = functools.partial(self.rng.choice, parents)
             mutants = (self.mutate(parent()) for _ in range(TRIES * self.mutation))
             self._add_new(population, self.mutation, mutants)

@@ -4,6 +4,7 @@
     python search.py                           the official search, 20 generations of 50, of the newest supernet
     python search.py --demo                    the bundled images, 5 generations of 16
     python search.py --engine local            without NNI, one process for each GPU
+    python search.py --objectives acc1,flops   the front of accuracy and FLOPs
     python search.py --strategy random         the baseline: as many random candidates
     python search.py --limit flops=330M --limit params=3.5M    under several limits
     python search.py --limit latency=8ms       within 8 ms on this device, which tester.py --mode latency has measured
@@ -27,6 +28,7 @@ import reprlib
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from command_line import (
     Extend,
@@ -58,7 +60,7 @@ from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import as_settings, bounds_of, describe, read_limits
-from space.search_space import SearchSpace
+from space.search_space import COSTS, SearchSpace
 from training import checkpoint
 from training.evaluation import resolve_device
 from utils import (
@@ -81,6 +83,9 @@ from utils import (
 OFFICIAL_LIMIT = "330M", "59%"
 
 
+OBJECTIVES = {"acc1", *COSTS}
+
+
 def shared_parser():
     """The flags that a trial has too."""
     parser = Parser(__doc__, "search")
@@ -92,6 +97,14 @@ def shared_parser():
     return parser
 
 
+def objectives(text):
+    """An argparse type: names by commas, accuracy and one or two costs."""
+    names = text.split(",")
+    if "acc1" not in names or len(names) not in (2, 3) or len(set(names)) < len(names) or not set(names) <= OBJECTIVES:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not acc1 and one or two of {', '.join(COSTS)}, by commas")
+    return text
+
+
 def parse_args(argv=None):
     parser = shared_parser()
     group = parser.add_argument_group("search")
@@ -100,6 +113,12 @@ def parse_args(argv=None):
         choices=("evolution", "random"),
         default="evolution",
         help="random: as many random candidates, to compare with (evolution)",
+    )
+    group.add_argument(
+        "--objectives",
+        type=objectives,
+        metavar="LIST",
+        help="acc1,flops: the front of accuracy and costs (flops, params, latency), instead of the most accurate",
     )
     group.add_argument("--population", type=count(1, 100_000), default=50, help="candidates a generation (50)")
     group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (a fifth)")
@@ -170,9 +189,7 @@ def parse_args(argv=None):
         parser.refuse("--engine local", "host", "port", "trial-timeout")
     if not wants_latency(args) and (void := {"latency_table", "foreign_latency_table"} & parser.given):
         flag = min(void).replace("_", "-")
-        raise UserError(
-            f"--{flag} has no effect where latency is not limited: leave it out, or add --limit latency=8ms"
-        )
+        raise UserError(f"--{flag} has no effect without a limit on latency: leave it out, or say --limit latency")
     defaults = experiment_defaults(parser, args.experiment)
     if "population" in parser.given:  # the experiment's numbers are shares of another population
         defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
@@ -229,8 +246,8 @@ def read_experiment(path):
 
 
 def wants_latency(args):
-    """Whether the flags limit latency."""
-    return any(text.startswith("latency") for text in args.limit or [])
+    """Whether the flags limit latency, or make it an objective."""
+    return any(text.startswith("latency") for text in [*(args.limit or []), *(args.objectives or "").split(",")])
 
 
 def latency_table(args, out, space):
@@ -318,6 +335,8 @@ def check(args, out):
     if latency:
         keys = ("device", "threads", "batch_size", "torch", "spread", "medians", "stem_and_tail")
         settings["latency"] = {key: latency[key] for key in keys}
+    if args.objectives:
+        settings["objectives"] = args.objectives.split(",")
     if space.operations_hash:  # for the report, which has no modules to count
         settings["counted"] = space.costs
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
@@ -393,6 +412,8 @@ def report(results, space, args, out, winner=None):
     winner = winner or best[0]
     if winner != best[0]:
         print(f"the best that holds, measured: rank {best.index(winner) + 1}")
+    if front := sorted(Path(out, "checkpoints", "front").glob("*.json")):
+        print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
     if space.n_widths == 1:
         words = ("--space", "channels", "--architecture", os.path.join(args.out, "checkpoints", "best.json"))
         print(f"search its channels, with another --out:\n  {command('supernet.py', args, *words)}")

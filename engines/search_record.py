@@ -23,6 +23,7 @@ class SearchRecord:
                                    where the search limits them; in the order of arrival, and once the generation is
                                    closed, by rank
         checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
+        checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
                                    pid (of the writer), and where latency is limited, confirmations: for each time
@@ -86,6 +87,7 @@ class SearchRecord:
             write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best["architecture"]))
         else:
             (self.out / "checkpoints" / "best.json").unlink(missing_ok=True)
+        self._write_front()
         self._write_state(confirmations=[*earlier, row], best=best, done=not row["generations"])
         return row
 
@@ -146,8 +148,17 @@ class SearchRecord:
         if best := self.evolution.best:
             write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best[0]))
             self.state["best"] = self.results[best[0]]
+        self._write_front()
         self.state["generation"] = generation + 1
         self._write_state()
+
+    def _write_front(self):
+        front = self.evolution.front() if self.evolution.objectives else []
+        paths = [self.out / "checkpoints" / "front" / f"{i:03}.json" for i in range(len(front))]
+        for path, candidate in zip(paths, front):
+            write_json(path, self.space.to_architecture(candidate))
+        for path in set((self.out / "checkpoints" / "front").glob("*.json")) - set(paths):
+            path.unlink()
 
     def _write_state(self, **changes):
         self.state |= {"evaluated": len(self.results), **changes}
@@ -179,8 +190,9 @@ def unconfirmed(state):
 
 
 def costs_of(settings):
-    """The costs that matter in a search with these settings, of search_space.COSTS: FLOPs, and what it limits."""
-    return [name for name in ("flops", "params", "latency") if name == "flops" or name in settings.get("limits", ())]
+    """The costs that matter in a search with these settings: FLOPs, what it limits, and what it makes low."""
+    named = {"flops", *settings.get("limits", ()), *settings.get("objectives", ())}
+    return [name for name in ("flops", "params", "latency") if name in named]
 
 
 def state_path(out):

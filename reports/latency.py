@@ -194,7 +194,7 @@ def confirm(space, settings, out, table):
     """
     record = SearchRecord(out, space, Evolution.from_settings(space, settings))
     record.pending()  # replays the search
-    best = record.evolution.legal_ranked()[:10]
+    best = (record.evolution.front() if record.evolution.objectives else record.evolution.legal_ranked())[:10]
     log.info("measuring the %d best candidates as whole networks", len(best))
     before = torch.get_num_threads()
     torch.set_num_threads(table["threads"])

@@ -108,7 +108,8 @@ def page(run, comparison, svgs):
             {len(run.front())} on the Pareto front: none with at most their FLOPs is more accurate.
             {"Dashed, the limits on FLOPs." * ("flops" in run.bounds)}
             {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
-        *([f"<h2>Latency</h2>{_latency(run)}"] if "latency" in run.bounds else []),
+        *([f"<h2>The front of {', '.join(run.objectives)}</h2>{_family(run, svgs)}"] if run.objectives else []),
+        *([f"<h2>Latency</h2>{_latency(run)}"] if "latency" in run.settings else []),
         "<h2>Which operations the search takes</h2>",
         _figure("operations", svgs, "Share of each operation in each block", f"""
             Top: share of each operation in each block. Below: one map for each operation, a row for each generation.
@@ -140,8 +141,12 @@ def page(run, comparison, svgs):
 """
 
 
+class _Html(str):
+    """What is HTML already."""
+
+
 def _text(text):
-    return html.escape(str(text), quote=True)
+    return text if isinstance(text, _Html) else html.escape(str(text), quote=True)
 
 
 def _unfinished(run):
@@ -239,6 +244,24 @@ def _best_table(run):
         rows.append([rank, f"{r['acc1']:.2f}", f"{r['acc5']:.2f}", *costs, r["generation"], r["architecture"]])
     head = ["rank", "top-1 %", "top-5 %", "FLOPs", "parameters", "generation", "architecture"]
     return f"<details><summary>Numbers and architectures</summary>{_table(head, rows, left={6})}</details>"
+
+
+def _family(run, svgs):
+    """The front against each of its costs, and a table whose rows link the files of its members."""
+    members, rows, timed = run.family(), [], "latency" in run.settings
+    figures = [
+        _figure(f"front-{cost}", svgs, f"The front in the plane of {cost} and accuracy", f"""
+            Circled, the {len(members)} candidates of the front: no other one is at least as good in all of
+            {", ".join(run.objectives)} and better in one.""")
+        for cost in run.objectives if cost != "acc1"
+    ]  # fmt: skip
+    for path, r in members:
+        ms = [f"{r['latency_ms']:.3f}"] * timed
+        costs = f"{r['flops']:,}", f"{run.space.params(r['architecture']):,}", *ms
+        rows.append([_Html(f'<a href="{path}">{path}</a>'), f"{r['acc1']:.2f}", *costs, r["generation"]])
+        rows[-1].append(r["architecture"])
+    head = ["file", "top-1 %", "FLOPs", "parameters", *["predicted ms"] * timed, "generation", "architecture"]
+    return "".join(figures) + _table(head, rows, left={0, len(head) - 1})
 
 
 def _latency(run):

@@ -58,6 +58,7 @@ class SearchResults:
         if not self.succeeded:
             failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
             raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
+        self.objectives = self.settings.get("objectives", [])
         self.confirmations = confirmations(self.state)
         limits = Limits(self.space, self.bounds)
         for row in self.confirmations:
@@ -97,6 +98,15 @@ class SearchResults:
             if not front or result["acc1"] > front[-1]["acc1"]:
                 front.append(result)
         return front
+
+    def family(self):
+        """(path below the folder, result) of each member of the front of a search with objectives."""
+        by_architecture = {tuple(r["architecture"]): r for r in self.succeeded}
+        found = []
+        for path in sorted(self.out.glob("checkpoints/front/*.json")):
+            if result := by_architecture.get(self.space.load_architecture(path)):
+                found.append((path.relative_to(self.out).as_posix(), result))
+        return found
 
     def shares(self, results, operation):
         """The share of the results that choose an operation (an index), for each block."""

@@ -1,4 +1,5 @@
 """Limits on what a candidate may cost: which candidates meet them, how one that doesn't is changed, what is possible.
+At the end, fronts of several objectives.
 
     bounds    {cost: (low, high)} of costs in search_space.COSTS; None where there is no bound
     excess    by how much a candidate breaks the limits, in standard deviations of uniform candidates; 0: it is legal
@@ -263,3 +264,42 @@ class Limits:
         if low is None:
             return f"limit {text(high)} is below the lowest cost of any candidate{where}, {text(nearest)}; raise {flag}"
         return f"limit {text(low)} is above the highest cost of any candidate{where}, {text(nearest)}; lower {flag}"
+
+
+# --- several objectives (Deb et al., 2002: NSGA-II) ----------------------------------------------------------
+
+
+def fronts(points):
+    """Yields the fronts of points (n, objectives), each a list of indices, rising: the points that no other one is at
+    most as high as in all objectives and lower in one, then those of the rest, and so on."""
+    at_most = (points[:, None] <= points[None, :]).all(axis=2)
+    beats = at_most & ~at_most.T
+    left = np.ones(len(points), bool)
+    while left.any():
+        front = left & ~beats[left].any(axis=0)
+        yield np.flatnonzero(front).tolist()
+        left &= ~front
+
+
+def crowding(points):
+    """How much room each point (n, objectives) of a front has: the sum over the objectives of the distance between its
+    two neighbours, as a share of the range; infinite at the ends."""
+    room = np.zeros(len(points))
+    for values in points.T:
+        order = np.argsort(values, kind="stable")
+        span = values[order[-1]] - values[order[0]]
+        room[order[[0, -1]]] = np.inf
+        if span:
+            room[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
+    return room
+
+
+def by_fronts(points, n):
+    """Indices of at least `n` points, or of all: front by front, in each those with more room first."""
+    order = []
+    for front in fronts(points):
+        room = crowding(points[front])
+        order += [front[i] for i in np.argsort(-room, kind="stable")]
+        if len(order) >= n:
+            break
+    return order

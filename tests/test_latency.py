@@ -3,11 +3,12 @@
 The clock of these tests counts parameters: an operation takes ten times its parameters in ns, at a network's own speed.
 """
 
+import argparse
 import itertools
 
 import pytest
 import torch
-from conftest import run
+from conftest import load, run
 from test_evolution import reward
 
 import search
@@ -312,3 +313,48 @@ def test_random_search_is_a_search_without_children(world, tmp_path, monkeypatch
     with pytest.raises(UserError, match="--mutation has no effect with --strategy random"):
         search.parse_args(["--strategy", "random", "--mutation", "5"])
     assert search.parse_args(["--strategy", "random", "--demo"]).crossover == 0
+
+
+# --- the bench -----------------------------------------------------------------------------------------------
+
+bench = load("bench/latency.py")
+
+
+def test_spearman_is_that_of_ranks_with_ties_shared():
+    assert bench.ranks([3, 1, 3, 0]).tolist() == [2.5, 1, 2.5, 0]
+    assert bench.spearman([1, 2, 3, 4], [10, 20, 25, 99]) == pytest.approx(1)
+    assert bench.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(1 - 6 * 4 / (4 * 15))
+
+
+def test_errors_are_beside_those_of_predicting_the_mean():
+    row = bench.errors([100, 200, 310], [110, 190, 300], [90, 210, 300])
+    assert row["mean_absolute_error"] == pytest.approx(10 / 3 / 200)
+    assert row["share"] == pytest.approx(10 / 200) and row["of_predicting_the_mean"] == pytest.approx(200 / 3 / 200)
+    assert row["spearman"] == row["spearman_of_two_measurements"] == pytest.approx(1)
+
+
+def test_the_bench_predicts_searches_and_measures_again(clock, monkeypatch, tmp_path, capsys):
+    """By the clock of these tests, which is additive, all predictions are right, and winners use the limit."""
+
+    class Here:
+        """Measures in this process instead of in another one, where the clock would be the real one."""
+
+        def __init__(self, processes):
+            pass
+
+        __enter__, __exit__ = (lambda self: self), (lambda *_: None)
+
+        def apply(self, function, arguments):
+            return function(*arguments)
+
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: argparse.Namespace(Pool=Here))
+    monkeypatch.setattr(bench, "SPACES", {"small": SPACE})
+    monkeypatch.setattr(bench, "EVOLUTION", bench.EVOLUTION | {"population": 20, "select": 4, "mutation": 10,
+                                                               "crossover": 10, "generations": 3})  # fmt: skip
+    words = ["--spaces", "small", "--networks", "4", "--searches", "2", "--batch-sizes", "1"]
+    bench.main([*words, "--results", str(tmp_path / "r.json")])
+    written = read_json(tmp_path / "r.json")
+    assert written["predictions"]["small, 1"]["share"] < 0.01
+    assert [row["share"] for row in written["searches"]] == [0.2, 0.8]
+    assert all(row["holds"] and 0.9 < row["used"] <= 1.001 for row in written["searches"])
+    assert capsys.readouterr().out.count("| yes |") == 2

@@ -59,7 +59,7 @@ from evolution_tuner import Evolution, official_shares
 from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
-from space.limits import as_settings, bounds_of, describe, read_limits
+from space.limits import as_settings, bounds_of, describe, limits_from_args
 from space.search_space import COSTS, SearchSpace
 from training import checkpoint
 from training.evaluation import resolve_device
@@ -78,10 +78,6 @@ from utils import (
     signals,
     start_logging,
 )
-
-# At 224 px and 1000 classes, and the share of candidates that it admits there: the limit in all other search spaces.
-OFFICIAL_LIMIT = "330M", "59%"
-
 
 OBJECTIVES = {"acc1", *COSTS}
 
@@ -205,6 +201,11 @@ def parse_args(argv=None):
     return args
 
 
+def wants_latency(args):
+    """Whether the flags limit latency, or make it an objective."""
+    return any(text.startswith("latency") for text in [*(args.limit or []), *(args.objectives or "").split(",")])
+
+
 def experiment_defaults(parser, path):
     """The flags that the experiment file sets: classArgs and trialConcurrency."""
     experiment = read_experiment(path)
@@ -243,29 +244,6 @@ def read_experiment(path):
         allowed = "platform: local alone, nor platform: remote with machineList alone"
         raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not {allowed}")
     return experiment
-
-
-def wants_latency(args):
-    """Whether the flags limit latency, or make it an objective."""
-    return any(text.startswith("latency") for text in [*(args.limit or []), *(args.objectives or "").split(",")])
-
-
-def latency_table(args, out, space):
-    """The table of latencies where the flags need one, else None."""
-    if not wants_latency(args):
-        return None
-    return read_table(args.latency_table or out / "latency.json", space, args.foreign_latency_table)
-
-
-def limits(args, space):
-    """The bounds on the costs of candidates, from the flags or the default; see space/limits.py."""
-    official, share = OFFICIAL_LIMIT
-    bounds = read_limits(space, args.limit or [])
-    if args.flops_limit is not None:
-        if "flops" in bounds:
-            raise UserError("--flops-limit and --limit flops: leave one of them out")
-        bounds["flops"] = None, space.flops_value(args.flops_limit, "--flops-limit")
-    return bounds or {"flops": (None, space.flops_value(official if space.is_papers else share))}
 
 
 def check_space_file(path, space):
@@ -310,8 +288,9 @@ def check(args, out):
     if table:
         space, differences = with_flops_table(space, table, args.flops_table)
         costs = comparison(differences, args.flops_table)
-    latency = latency_table(args, out, space)
-    if latency:
+    latency = None
+    if wants_latency(args):
+        latency = read_table(args.latency_table or out / "latency.json", space, args.foreign_latency_table)
         space = with_latency(space, latency)
         if other := difference(latency):
             warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
@@ -320,7 +299,7 @@ def check(args, out):
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         **{name: getattr(args, name) for name in EVOLUTION},
-        **as_settings(limits(args, space)),
+        **as_settings(limits_from_args(args, space)),
         "space": space.to_dict(),
         "checkpoint": weights,
         "data": config.to_dict(),

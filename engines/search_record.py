@@ -77,12 +77,12 @@ class SearchRecord:
             found.append({"architecture": list(candidate), "predicted_ms": predicted / 1e6, "measured_ms": ns / 1e6})
             found[-1]["holds"] = holds
         row = {"after": self.evolution.generation, "measured": found, "correction": None, "generations": 0}
-        none_holds = not any(m["holds"] for m in found)
+        none_holds = bool(found) and not any(m["holds"] for m in found)
         if none_holds and sum(e["correction"] is not None for e in earlier) < MAX_CORRECTIONS:
             row["correction"] = statistics.median(m["measured_ms"] / m["predicted_ms"] for m in found)
             row["generations"] = max(1, settings["generations"] // 4)
         self.evolution.restrict(limits.after(row))
-        best = None if none_holds else self.results[self.evolution.best[0]]
+        best = self.results[self.evolution.best[0]] if self.evolution.best and not none_holds else None
         if best:
             write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best["architecture"]))
         else:

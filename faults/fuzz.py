@@ -44,6 +44,7 @@ import search
 from images.dataset import DataConfig
 from network import ShuffleNetV2OneShot
 from space.flops_table import read_flops_table
+from space.limits import limits_from_args
 from space.search_space import OPERATIONS, SearchSpace
 from training import checkpoint
 
@@ -249,7 +250,7 @@ class CommandLine:
         config = DataConfig.from_args(args)
         space = SearchSpace.for_images(config.input_size, 10)
         if name == "search":
-            search.limits(args, space)
+            limits_from_args(args, space)
         if name == "supernet" and args.flops_range:
             [space.flops_value(v) for v in args.flops_range]
 

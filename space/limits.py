@@ -20,6 +20,8 @@ from utils import UserError
 ENUMERABLE = 1_000_000  # candidates of a space that is looked through as a whole
 STARTS = 20  # random candidates from which a legal one is looked for in other spaces
 KICKS = 3  # times that a repair which is stuck redraws some blocks
+# At 224 px and 1000 classes, and the share of candidates that it admits there: the limit in all other search spaces.
+OFFICIAL_LIMIT = "330M", "59%"
 EXAMPLES = "flops=330M, params=3.5M, latency=8ms, flops=290M:330M, flops=59%"
 
 
@@ -44,6 +46,17 @@ def read_limits(space, texts):
             raise UserError(f"--limit {reprlib.repr(text)}: the first bound is above the second one")
         bounds[name] = low, high
     return bounds
+
+
+def limits_from_args(args, space):
+    """The bounds on the costs of candidates, from --limit and --flops-limit, or the official one."""
+    official, share = OFFICIAL_LIMIT
+    bounds = read_limits(space, args.limit or [])
+    if args.flops_limit is not None:
+        if "flops" in bounds:
+            raise UserError("--flops-limit and --limit flops: leave one of them out")
+        bounds["flops"] = None, space.flops_value(args.flops_limit, "--flops-limit")
+    return bounds or {"flops": (None, space.flops_value(official if space.is_papers else share))}
 
 
 def bounds_of(settings):

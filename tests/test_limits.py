@@ -11,7 +11,7 @@ import pytest
 import search
 from evolution_tuner import Evolution
 from space.custom import PRESETS
-from space.limits import Limits, as_settings, bounds_of, describe, read_limits
+from space.limits import Limits, as_settings, bounds_of, describe, limits_from_args, read_limits
 from space.search_space import COSTS, SearchSpace
 from utils import UserError
 
@@ -196,12 +196,12 @@ def test_limits_of_the_command_line_join_those_of_a_file(tmp_path):
     config = tmp_path / "c.yml"
     config.write_text("search: {limit: [flops=300M, params=3M]}")
     args = search.parse_args(["--config", str(config), "--limit", "params=4M", "--limit", "params=3.5M"])
-    assert search.limits(args, SPACES["blocks"]) == {"flops": (None, 300_000_000), "params": (None, 3_500_000)}
+    assert limits_from_args(args, SPACES["blocks"]) == {"flops": (None, 300_000_000), "params": (None, 3_500_000)}
     args = search.parse_args(["--flops-limit", "310M", "--limit", "params=3.5M"])
-    assert search.limits(args, SPACES["blocks"]) == {"flops": (None, 310_000_000), "params": (None, 3_500_000)}
+    assert limits_from_args(args, SPACES["blocks"]) == {"flops": (None, 310_000_000), "params": (None, 3_500_000)}
     args.limit.append("flops=300M")
     with pytest.raises(UserError, match="--flops-limit and --limit flops: leave one of them out"):
-        search.limits(args, SPACES["blocks"])
+        limits_from_args(args, SPACES["blocks"])
 
 
 # --- what is impossible --------------------------------------------------------------------------------------

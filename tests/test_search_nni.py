@@ -18,6 +18,7 @@ import search
 from engines import nni_engine
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
+from space.limits import limits_from_args
 from space.search_space import SearchSpace
 from utils import UserError, read_json
 
@@ -291,7 +292,7 @@ def test_missing_nni_is_an_error(tmp_path, monkeypatch):
 
 def test_limit_is_official_at_imagenets_size_and_its_share_elsewhere():
     def limits(space, *words):
-        return search.limits(search.parse_args(words), space)
+        return limits_from_args(search.parse_args(words), space)
 
     assert limits(SearchSpace()) == {"flops": (None, 330_000_000)}
     assert limits(SPACE) == {"flops": (None, SPACE.flops_quantile(0.59))}

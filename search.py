@@ -317,7 +317,7 @@ def check(args, out):
     if args.objectives:
         settings["objectives"] = args.objectives.split(",")
     if space.operations_hash:  # for the report, which has no modules to count
-        settings["counted"] = space.costs
+        settings["counted"] = space.costs[:5]  # latency has a setting of its own
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
     here = latency if latency and not difference(latency) else None
     return Search(experiment, supernet.path, space, here, costs, warnings, settings)

@@ -9,8 +9,8 @@ mean of the measurements for all, and Spearman's correlation of predictions and 
 measurements.
 
 Then searches run in `small` with limits from the 20th to the 80th percentile of latency, on made-up accuracies that
-grow with FLOPs; winners are confirmed as in any search, and measured again by another process. Reported are measured
-latencies as a share of the limit.
+grow with the predicted latency, so that the best are at the limit; winners are confirmed as in any search, and measured
+again by another process. Reported are measured latencies as a share of the limit.
 
 Prints Markdown and writes bench/results/latency.json. The numbers hold for the machine, and only if it is idle.
 """
@@ -83,10 +83,11 @@ def study_predictions(space, batch_size, n, device):
 
 
 def accuracy(space, candidate, seed):
-    """Made up: grows with FLOPs, with an error of its own for each seed and candidate."""
-    low, high = space.flops_range
+    """Made up: grows with the predicted latency, with an error of its own for each seed and candidate."""
+    rows, fixed = space.cost_rows("latency")
+    low, high = (fixed + sum(map(pick, rows)) for pick in (min, max))
     error = random.Random(f"{seed} {candidate}").gauss(0, 1)
-    return 40 + 40 * (space.flops(candidate) - low) / (high - low) + error
+    return 40 + 40 * (space.cost("latency", candidate) - low) / (high - low) + error
 
 
 def search(space, table, high, seed, out):

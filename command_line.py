@@ -21,7 +21,8 @@ SETTINGS = frozenset(
     flops-limit flops-range flops-table generations heldout-per-class host input-size iterations jitter keep
     label-smoothing loader lr mirror mode momentum mutation mutation-prob operations out population port predict
     preprocessing resume sampler save-every seed select space split split-seed threads trial-timeout val-every val-paths
-    val-resize warmup weight-decay width-warmup workers""".split()  # noqa: SIM905
+    val-resize warmup weight-decay width-warmup workers limit
+    foreign-latency-table latency-batch-size latency-table objectives strategy""".split()  # noqa: SIM905
 )  # of all scripts: section `common` may hold those that this script doesn't have
 NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
 
@@ -48,7 +49,8 @@ class Parser(argparse.ArgumentParser):
         """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
 
         `defaults` (attribute -> value, from `check_settings`) take precedence over the flags' own defaults. Afterwards
-        `given` maps the attributes that the command line or the file sets to their values.
+        `given` maps the attributes that the command line or the file sets to their values; `typed` holds those that the
+        command line sets.
         """
         argv = sys.argv[1:] if argv is None else list(argv)
         args = self.parse_args(argv)
@@ -56,6 +58,7 @@ class Parser(argparse.ArgumentParser):
         settings = self._read_settings(path) if path else {}
         unset = argparse.Namespace(**dict.fromkeys(vars(args), self))  # no flag has the parser as its value
         given = {name: value for name, value in vars(self.parse_args(argv, unset)).items() if value is not self}
+        self.typed = given.keys()
         self.given = {k: v for k, v in settings.items() if k != "space"} | given  # `space` serves all scripts
         args = self.parse_args(argv, argparse.Namespace(**(defaults or {}) | settings))
         args.config = path and str(path)
@@ -119,6 +122,14 @@ def _words(path, flag, value, is_switch):
     if is_path(flag, value):
         words = (os.path.join(os.path.dirname(path), os.path.expanduser(word)) for word in words)
     return [f"--{flag}", *words]
+
+
+class Extend(argparse.Action):
+    """Adds the values to those that a file or the same flag gave before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
 
 
 def number(kind, low, high, text):

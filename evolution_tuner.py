@@ -1,4 +1,4 @@
-"""The evolution that searches for the best candidate under a cost limit, and the NNI tuner around it.
+"""The evolution that searches for the best candidate under limits on its cost, and the NNI tuner around it.
 
     Evolution           plain logic with ask and tell
     EvolutionWithFlops  the NNI tuner, which hands the candidates of an evolution to trials
@@ -14,8 +14,11 @@ import math
 import random
 import threading
 
+import numpy as np
+
 from engines import trial
 from engines.search_record import EVOLUTION, SearchRecord
+from space.limits import Limits, bounds_of, by_fronts, fronts
 from space.search_space import SearchSpace
 from space.splitting import chunks
 from utils import UserError, log
@@ -53,16 +56,19 @@ class Evolution:
     random candidates up to `population_size`. Parents are drawn from the `select` best of all populations so far. No
     candidate occurs twice. The same seed and rewards give the same populations, in whatever order the rewards are told.
 
+    `objectives` are functions of a candidate that are to be low while the reward, or its first number, is high. Parents
+    are then those that no others beat in all of these, and of equally good ones, those with most room around them.
+
     What is not given of `select`, `mutation` and `crossover` has the official share of the population.
 
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
-    its rewards by candidate, all at once or in parts. `cost` is assumed to be a sum over blocks; otherwise the lowest
-    cost that an error names is an upper bound. Raises UserError where the settings allow no search.
+    its rewards by candidate, all at once or in parts. `restrict` puts Limits in the place of `cost` and `cost_limit`.
+    Raises UserError where the settings allow no search.
     """
 
     def __init__(
         self, choices, cost, cost_limit, population_size=50, select=None, mutation=None, crossover=None,
-        mutation_prob=0.1, generations=20, seed=0,
+        mutation_prob=0.1, generations=20, seed=0, objectives=(),
     ):  # fmt: skip
         select, mutation, crossover = official_shares(population_size, select, mutation, crossover)
         if not 1 <= select <= population_size:
@@ -77,14 +83,10 @@ class Evolution:
         self.choices = tuple(choices)
         if not self.choices or min(self.choices) < 1:
             raise UserError(f"search space: {self.choices} choices, each entry needs at least one")
-        self.cost, self.cost_limit = cost, cost_limit
+        self.cost, self.cost_limit, self.limits = cost, cost_limit, None
         self.population_size, self.select = population_size, select
         self.mutation, self.crossover, self.mutation_prob = mutation, crossover, mutation_prob
-        self.generations = generations
-        lowest = cost(self._cheapest())
-        if not lowest <= cost_limit:
-            text = f"limit {cost_limit} is below the lowest cost of any candidate, {lowest}; raise --flops-limit"
-            raise UserError(text)
+        self.generations, self.objectives = generations, tuple(objectives)
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
         self.population = []  # the open one, empty between generations
@@ -96,7 +98,17 @@ class Evolution:
         """The evolution in a SearchSpace by the settings of a search, which may contain others too."""
         names = {"population": "population_size"}
         own = {names.get(name, name): settings[name] for name in EVOLUTION if name in settings}
-        return cls(space.choices, space.flops, settings["flops_limit"], **own)
+        limits = Limits(space, bounds_of(settings))
+        limits.check()
+        costs = [name for name in settings.get("objectives", ()) if name != "acc1"]
+        own["objectives"] = [functools.partial(space.cost, name) for name in costs]
+        evolution = cls(space.choices, limits.excess, 0, **own)
+        evolution.restrict(limits)
+        return evolution
+
+    def restrict(self, limits):
+        """From now on candidates have to meet these Limits."""
+        self.limits, self.cost, self.cost_limit = limits, limits.excess, 0
 
     @property
     def generation(self):
@@ -105,8 +117,8 @@ class Evolution:
 
     @property
     def best(self):
-        """(candidate, reward), None while nothing has succeeded."""
-        ranked = self.ranked()
+        """(candidate, reward), None while nothing legal has succeeded; with objectives, the first of the front."""
+        ranked = self.front() if self.objectives else self.legal_ranked()
         return (ranked[0], self.rewards[ranked[0]]) if ranked else None
 
     def ranked(self, candidates=None):
@@ -115,6 +127,27 @@ class Evolution:
             candidates = itertools.chain(*self.history, self.population)
         succeeded = [c for c in candidates if self.rewards.get(c) is not None]
         return sorted(succeeded, key=lambda c: _values(self.rewards[c]), reverse=True)
+
+    def legal_ranked(self):
+        """All candidates that succeeded and are legal, best first; others are there where limits were made stricter."""
+        return [c for c in self.ranked() if self.cost(c) <= self.cost_limit]
+
+    def parents(self):
+        """The `select` best legal candidates of all populations so far."""
+        legal = self.legal_ranked()
+        if self.objectives:
+            legal = [legal[i] for i in by_fronts(self._points(legal), self.select)]
+        return legal[: self.select]
+
+    def front(self):
+        """The legal candidates that no other one equals or beats in all objectives, the most accurate first."""
+        legal = self.legal_ranked()
+        return [legal[i] for i in next(fronts(self._points(legal)), [])]
+
+    def _points(self, candidates):
+        """What is to be low of each candidate, as an array (candidates, 1 + objectives)."""
+        costs = [[-_values(self.rewards[c])[0], *(cost(c) for cost in self.objectives)] for c in candidates]
+        return np.array(costs, dtype=float).reshape(len(candidates), 1 + len(self.objectives))
 
     def ask(self):
         """The open population, a new one once all rewards of the last are told; empty when the search is finished."""
@@ -141,14 +174,14 @@ class Evolution:
     def _breed(self):
         """The next population: a step of algorithm 1 of the paper.
 
-        1. Parents are the `select` best candidates so far; the first population has none, and starts with step 4.
+        1. Parents are the `select` best legal candidates so far; the first population has none, and starts with step 4.
         2. Mutation: up to `mutation` children of one random parent each.
         3. Crossover: up to `crossover` children of two random parents each, which may be the same one twice.
         4. Random candidates fill up the population.
         Every candidate is new and legal. Steps 2 and 3 end early after TRIES draws for each wanted child.
         """
         population = []
-        if parents := self.ranked()[: self.select]:
+        if parents := self.parents():
             parent = functools.partial(self.rng.choice, parents)
             mutants = (self.mutate(parent()) for _ in range(TRIES * self.mutation))
             self._add_new(population, self.mutation, mutants)
@@ -163,11 +196,16 @@ class Evolution:
         missing = self.population_size - len(population)
         self._add_new(population, missing, (self.random_candidate() for _ in range(RANDOM_TRIES * missing)))
         missing = self.population_size - len(population)
-        self._add_new(population, missing, (self.repair(self.random_candidate()) for _ in range(TRIES * missing)))
-        missing = self.population_size - len(population)
+        if self.limits:
+            draws = (self.limits.repair(self.random_candidate(), self.rng) for _ in range(TRIES * missing))
+            self._add_new(population, missing, draws)
+            missing = self.population_size - len(population)
         if missing and math.prod(self.choices) <= ENUMERABLE:
             left = [c for c in itertools.product(*map(range, self.choices)) if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))
+        elif missing and self.limits and population:  # there is little room: look beside what there is
+            draws = (self.limits.neighbour(self.rng.choice(population), self.rng) for _ in range(TRIES * missing))
+            self._add_new(population, missing, draws)
 
     def _add_new(self, population, wanted, draws):
         """Adds up to `wanted` new legal candidates from the iterator `draws`, and draws no more than that takes."""
@@ -191,25 +229,6 @@ class Evolution:
     def cross(self, *parents):
         """Takes each block from one of the parents."""
         return tuple(map(self.rng.choice, zip(*parents)))
-
-    def repair(self, candidate):
-        """Moves random blocks to cheaper choices until the candidate is legal."""
-        while (cost := self.cost(candidate)) > self.cost_limit:
-            cheaper = [v for b in range(len(candidate)) for v in self._variants(candidate, b) if self.cost(v) < cost]
-            if not cheaper:  # impossible where the cost is a sum over blocks
-                break
-            candidate = self.rng.choice(cheaper)
-        return candidate
-
-    def _variants(self, candidate, block):
-        """The candidate with each of the block's choices."""
-        return [(*candidate[:block], choice, *candidate[block + 1 :]) for choice in range(self.choices[block])]
-
-    def _cheapest(self):
-        candidate = (0,) * len(self.choices)
-        for block in range(len(candidate)):
-            candidate = min(self._variants(candidate, block), key=self.cost)
-        return candidate
 
 
 def _values(reward):
@@ -237,8 +256,9 @@ class EvolutionWithFlops(Tuner):
     """NNI's tuner: sends the candidates of a SearchRecord to trials in chunks, and records what the trials report.
 
     `out` is an absolute path, `space` a SearchSpace as a dict, `costs` the arguments of SearchSpace.with_costs,
-    `evolution` the settings of the evolution. A generation is split into as many chunks as trials run at a time, or
-    into chunks of `candidates_per_trial`; the candidates of a chunk share first blocks.
+    `flops_limit` and `evolution` the settings of the evolution, with its `limits` if there are others. A generation is
+    split into as many chunks as trials run at a time, or into chunks of `candidates_per_trial`; the candidates of a
+    chunk share first blocks.
 
     Its form follows from how NNI 3.0 behaves:
     - NNI may hand parameters to another trial than it tells the tuner, so only architectures that trials report count.
@@ -256,7 +276,7 @@ class EvolutionWithFlops(Tuner):
     # NNI creates a tuner and an assessor in one process and tells neither about the other: KeepResults finds it here.
     current = None
 
-    def __init__(self, out, space, flops_limit, concurrency=1, candidates_per_trial=None, costs=None, **evolution):
+    def __init__(self, out, space, flops_limit=None, concurrency=1, candidates_per_trial=None, costs=None, **evolution):
         space = SearchSpace.from_dict(space)
         if costs:
             space = space.with_costs(*costs)

@@ -4,8 +4,8 @@
     python report.py RUN --random OTHER   against the random search in OTHER, instead of this one's first generation
 
 Reads RUN/acc/ and RUN/checkpoints/search/; writes RUN/report.html, one file that needs no network, and its figures as
-RUN/figures/*.svg and *.png. search.py does the same when it ends. For a random search run search.py --mutation 0
---crossover 0.
+RUN/figures/*.svg and *.png. search.py does the same when it ends. For a random search run search.py --strategy
+random.
 """
 
 import pathlib

@@ -1,9 +1,13 @@
-"""Searches the supernet for the best candidate under a FLOPs limit, by evolution; trials run with NNI or without it.
+"""Searches the supernet for the best candidate under limits, by evolution; trials run with NNI or without it.
 
     python tester.py --mode gen                writes the search space that this needs
     python search.py                           the official search, 20 generations of 50, of the newest supernet
     python search.py --demo                    the bundled images, 5 generations of 16
     python search.py --engine local            without NNI, one process for each GPU
+    python search.py --objectives acc1,flops   the front of accuracy and FLOPs
+    python search.py --strategy random         the baseline: as many random candidates
+    python search.py --limit flops=330M --limit params=3.5M    under several limits
+    python search.py --limit latency=8ms       within 8 ms on this device, which tester.py --mode latency has measured
     python search.py --resume                  resumes a search that was interrupted in any way
     python search.py --resume --generations 30 extends one of 20 generations, finished or not
     python search.py --experiment config_search_remote.yml     on the machines in this file
@@ -25,8 +29,10 @@ import reprlib
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from command_line import (
+    Extend,
     Parser,
     add_checkpoint_flag,
     add_data_flags,
@@ -41,13 +47,24 @@ from dataloader import resolve_backend
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
-from engines.search_record import EVOLUTION, prepare_search, ranked, read_generations, read_results, state_path
+from engines.search_record import (
+    EVOLUTION,
+    confirmations,
+    prepare_search,
+    ranked,
+    read_generations,
+    read_results,
+    state_path,
+    unconfirmed,
+)
 from evolution_tuner import Evolution, official_shares
 from images.dataset import DataConfig
+from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
 from space.custom import searched
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
-from space.search_space import SearchSpace
+from space.limits import as_settings, bounds_of, describe, limits_from_args
+from space.search_space import COSTS, SearchSpace
 from training import checkpoint
 from training.evaluation import resolve_device
 from utils import (
@@ -66,8 +83,7 @@ from utils import (
     start_logging,
 )
 
-# At 224 px and 1000 classes, and the share of candidates that it admits there: the limit in all other search spaces.
-OFFICIAL_LIMIT = "330M", "59%"
+OBJECTIVES = {"acc1", *COSTS}
 
 
 def shared_parser():
@@ -81,9 +97,29 @@ def shared_parser():
     return parser
 
 
+def objectives(text):
+    """An argparse type: names by commas, accuracy and one or two costs."""
+    names = text.split(",")
+    if "acc1" not in names or len(names) not in (2, 3) or len(set(names)) < len(names) or not set(names) <= OBJECTIVES:
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not acc1 and one or two of {', '.join(COSTS)}, by commas")
+    return text
+
+
 def parse_args(argv=None):
     parser = shared_parser()
     group = parser.add_argument_group("search")
+    group.add_argument(
+        "--strategy",
+        choices=("evolution", "random"),
+        default="evolution",
+        help="random: as many random candidates, to compare with (evolution)",
+    )
+    group.add_argument(
+        "--objectives",
+        type=objectives,
+        metavar="LIST",
+        help="acc1,flops: the front of accuracy and costs (flops, params, latency), instead of the most accurate",
+    )
     group.add_argument("--population", type=count(1, 100_000), default=50, help="candidates a generation (50)")
     group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (a fifth)")
     group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (half)")
@@ -91,14 +127,27 @@ def parse_args(argv=None):
     group.add_argument("--mutation-prob", type=real(0, 1), default=0.1, help="of redrawing each block (0.1)")
     group.add_argument("--generations", type=count(1, 1_000_000), default=20, help="populations to evaluate (20)")
     group.add_argument(
-        "--flops-limit",
-        metavar="FLOPS",
-        help="330000000, 330M, or a share of all candidates (330M, elsewhere than at 224 px 59%%)",
+        "--limit",
+        nargs="+",
+        action=Extend,
+        metavar="COST=LIMIT",
+        help="flops=330M, params=3.5M, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
+        "flops=59%%; any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
     )
+    group.add_argument("--flops-limit", metavar="FLOPS", help="short for --limit flops=FLOPS")
     group.add_argument(
         "--flops-table",
         metavar="FILE",
         help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)",
+    )
+    group.add_argument(
+        "--latency-table", metavar="FILE", help="what tester.py --mode latency has written (OUT/latency.json)"
+    )
+    group.add_argument(
+        "--foreign-latency-table",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="accept a table of another device or setting, without measuring the best candidates (no)",
     )
     group.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=False, help="resume the search in OUT"
@@ -140,14 +189,27 @@ def parse_args(argv=None):
         parser.refuse("--engine local", "host", "port", "trial-timeout")
     if args.mutation == 0:
         parser.refuse("--mutation 0", "mutation-prob")
+    if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
+        flag = "--latency-table" if args.latency_table else "--foreign-latency-table"
+        raise UserError(f"{flag} has no effect without a limit on latency: leave it out, or say --limit latency")
     defaults = experiment_defaults(parser, args.experiment)
     if "population" in parser.given:  # the experiment's numbers are shares of another population
         defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
     args = parser.parse(argv, defaults)
+    if args.strategy == "random":  # generations without children, in every other respect the same
+        for flag in ("select", "mutation", "crossover", "mutation_prob"):
+            if flag in parser.typed:
+                parser.refuse("--strategy random", flag.replace("_", "-"))
+        args.mutation = args.crossover = 0
     args.select, args.mutation, args.crossover = official_shares(
         args.population, args.select, args.mutation, args.crossover
     )
     return args
+
+
+def wants_latency(args):
+    """Whether the flags limit latency, or make it an objective."""
+    return any(text.startswith("latency") for text in [*(args.limit or []), *(args.objectives or "").split(",")])
 
 
 def experiment_defaults(parser, path):
@@ -190,14 +252,6 @@ def read_experiment(path):
     return experiment
 
 
-def flops_limit(text, space):
-    """The limit in multiply-adds, from the flag's text or the default."""
-    official, share = OFFICIAL_LIMIT
-    if text is None:
-        text = official if space.is_papers else share
-    return space.flops_value(text, "--flops-limit")
-
-
 def check_space_file(path, space):
     """Raises UserError where the generated search space is missing or not the supernet's."""
     if not path.exists() or read_json(path) != space.nni_search_space():
@@ -219,6 +273,7 @@ class Search:
     experiment: dict  # the content of the experiment file
     supernet: str  # path of its checkpoint
     space: SearchSpace  # with the costs of --flops-table
+    latency: dict | None  # the table of latencies, where it is of this device
     costs: str  # a line for the log about the space's FLOPs, or nothing
     warnings: list  # what speaks against trusting the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
@@ -239,12 +294,18 @@ def check(args, out):
     if table:
         space, differences = with_flops_table(space, table, args.flops_table)
         costs = comparison(differences, args.flops_table)
+    latency = None
+    if wants_latency(args):
+        latency = read_table(args.latency_table or out / "latency.json", space, args.foreign_latency_table)
+        space = with_latency(space, latency)
+        if other := difference(latency):
+            warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
     check_space_file(out / experiment["searchSpaceFile"], space)
     with open(supernet.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         **{name: getattr(args, name) for name in EVOLUTION},
-        "flops_limit": flops_limit(args.flops_limit, space),
+        **as_settings(limits_from_args(args, space)),
         "space": space.to_dict(),
         "checkpoint": weights,
         "data": config.to_dict(),
@@ -256,39 +317,45 @@ def check(args, out):
         "loader": resolve_backend(args.loader),
         "costs": table and [space.choice_flops, space.fixed_flops],
     }
+    if latency:
+        keys = ("device", "threads", "batch_size", "torch", "spread", "medians", "stem_and_tail")
+        settings["latency"] = {key: latency[key] for key in keys}
+    if args.objectives:
+        settings["objectives"] = args.objectives.split(",")
     if space.operations_hash:  # for the report, which has no modules to count
-        settings["counted"] = space.costs
+        settings["counted"] = space.costs[:5]  # latency has a setting of its own
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
-    return Search(experiment, supernet.path, space, costs, warnings, settings)
+    here = latency if latency and not difference(latency) else None
+    return Search(experiment, supernet.path, space, here, costs, warnings, settings)
 
 
 def prepare(search, args, out):
-    """Writes or checks the state file, and starts the log; returns whether the search is done already."""
+    """Writes or checks the state file, and starts the log."""
     state = prepare_search(out, search.settings, args.resume, search.warnings)
     start_logging(out / "checkpoints" / "search", args, args.device)
     if search.costs:
         log.info(search.costs)
     for text in search.warnings:
         log.warning("warning: %s", text)
-    limit = search.settings["flops_limit"] / 1e6
-    log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit, state["evaluated"])
-    return state["done"]
+    log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
 
 
 def run(search, args, out):
-    """Runs the search on its engine to its end; exits with 128 + the signal's number where one interrupts it."""
-    space, settings, experiment = search.space, search.settings, search.experiment
-    trial = trial_settings(args, out, search.supernet)
-    sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
+    """Runs the search to its end; exits with 128 + the signal's number where one interrupts it.
+
+    Where latency is limited, the best candidates are measured after the last generation, and if none of them holds,
+    more generations follow.
+    """
     try:
         with signals(interrupt):
-            if args.engine == "local":
-                search_locally(space, settings, out, trial, **sizes)
-            else:
-                command = trial_command(experiment, out, trial)
-                longest = args.candidates_per_trial or -(-args.population // args.concurrency)
-                hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
-                search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+            while True:
+                state = read_json(state_path(out))
+                if not state["done"]:
+                    run_engine(search, args, out)
+                elif search.latency and unconfirmed(state):
+                    confirm(search.space, search.settings, out, search.latency)
+                else:
+                    return
     except Interrupted as error:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
         again = shlex.join(["python", "search.py", *words, "--resume"])
@@ -299,22 +366,46 @@ def run(search, args, out):
         sys.exit(128 + error.args[0])
 
 
-def report(results, space, args, out):
-    """Prints the ten best and the command that retrains the best one, and returns that one's result."""
+def run_engine(search, args, out):
+    """Runs the generations that are left on the engine of the flags."""
+    space, settings, experiment = search.space, search.settings, search.experiment
+    trial = trial_settings(args, out, search.supernet)
+    sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
+    if args.engine == "local":
+        search_locally(space, settings, out, trial, **sizes)
+    else:
+        command = trial_command(experiment, out, trial)
+        longest = args.candidates_per_trial or -(-args.population // args.concurrency)
+        hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
+        search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+
+
+def report(results, space, args, out, winner=None):
+    """Prints the ten best and the command that retrains the winner, and returns that one's result.
+
+    The winner is the best one, unless its latency was measured, and another one is the best that holds.
+    """
     best = ranked(results)
     failed = len(results) - len(best)
     if not best:
         logs = state_path(out).parent
         raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {logs}")
     print(f"{len(best)} candidates evaluated" + (f", {failed} failed" if failed else ""))
-    print("rank  top-1 %  top-5 %  MFLOPs  architecture")
+    more = [(key, head) for key, head in (("params", "params  "), ("latency_ms", "ms       ")) if key in best[0]]
+    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head in more)}architecture")
     for rank, result in enumerate(best[:10], 1):
-        numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}"
-        print(f"{numbers}  {' '.join(map(str, result['architecture']))}")
+        numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}  "
+        numbers += "".join(f"{result[key]:<{len(head)}.{3 * (key != 'params')}f}" for key, head in more)
+        print(f"{numbers}{' '.join(map(str, result['architecture']))}")
+    winner = winner or best[0]
+    if winner != best[0]:
+        print(f"the best that holds, measured: rank {best.index(winner) + 1}")
+    if front := sorted(Path(out, "checkpoints", "front").glob("*.json")):
+        print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
     if space.n_widths == 1:
         print(f"search its channels, with another --out:\n  {channels_command(args)}")
     print(f"retrain the best:\n  {retrain_command(args)}")
-    return best[0]
+    return winner
 
 
 def retrain_command(args):
@@ -365,10 +456,15 @@ def main(args):
     out = output_folder(args.out).resolve()
     with hold_lock(state_path(out).with_name("search.lock")):
         search = check(args, out)
-        done = prepare(search, args, out)
-        if not done:
-            run(search, args, out)
-        best = report(read_results(out), search.space, args, out)
+        prepare(search, args, out)
+        run(search, args, out)
+        state = read_json(state_path(out))
+        if confirmations(state) and not state["best"]:
+            page = write_report(out)
+            raise UserError(
+                f"none of the best candidates holds the limit on latency when measured: see {page}; raise it"
+            )
+        best = report(read_results(out), search.space, args, out, state["best"])
         log.info("report: %s", write_report(out))
         return best
 

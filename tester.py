@@ -1,6 +1,7 @@
-"""Generates the search space, and evaluates candidates in the supernet.
+"""Generates the search space, evaluates candidates in the supernet, and measures the latency of this device.
 
     python tester.py --mode gen                          writes OUT/nni_auto_gen_search_space.json
+    python tester.py --mode latency                      measures this device, for search.py: OUT/latency.json
     python tester.py --mode test --architecture FILE     evaluates one candidate; the last line printed is JSON
     python tester.py --mode test                         as an NNI trial: receives its candidates from NNI
 
@@ -20,16 +21,17 @@ import sys
 
 import command_line
 from engines import trial
+from reports.latency import measure_table
 from space.custom import space_from_args
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
 from training import checkpoint
-from training.evaluation import evaluate, open_evaluation
+from training.evaluation import evaluate, open_evaluation, resolve_device
 
 
 def parse_args(argv=None):
     parser = command_line.Parser(__doc__, "tester")
-    parser.add_argument("--mode", choices=("gen", "test"), default="test", help="default: test")
+    parser.add_argument("--mode", choices=("gen", "test", "latency"), default="test", help="default: test")
     command_line.add_architecture_flag(parser, default="what NNI asks for")
     command_line.add_checkpoint_flag(parser, "supernet")
     command_line.add_space_flags(parser)
@@ -39,28 +41,51 @@ def parse_args(argv=None):
         default="search",
         help="held-out training images, or val (default: search)",
     )
+    parser.add_argument(
+        "--latency-batch-size", type=command_line.count(1, 100_000), default=1, metavar="N", help="images a run (1)"
+    )
     command_line.add_run_flags(parser)
     command_line.add_data_flags(parser)
     command_line.add_evaluation_flags(parser)
     args = parser.parse(argv)
     if args.mode == "test":
         parser.refuse("--mode test, which takes the space of the supernet", "space")
+    if args.mode != "latency":
+        parser.refuse(f"--mode {args.mode}", "latency-batch-size")
     return args
 
 
-def generate(args):
-    """Writes the search space in NNI's form: that of --space, or else of the supernet, or else the paper's."""
-    path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
+def open_space(args):
+    """The search space of --space, or else of the supernet, or else the paper's."""
     supernet = args.checkpoint or checkpoint.newest(pathlib.Path(args.out) / "checkpoints" / "supernet")
     space = space_from_args(args, args.input_size or 224, 1000)
     if supernet and not args.space:
         space = checkpoint.load(supernet, "supernet", space).space
+    return space
+
+
+def generate(args):
+    """Writes the search space in NNI's form."""
+    path, space = pathlib.Path(args.out) / "nni_auto_gen_search_space.json", open_space(args)
     utils.write_json(path, space.nni_search_space(), indent=1)
     operations, widths = len(space.block_operations[0]), f" at {space.n_widths} widths" * (space.n_widths > 1)
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
     if line := official_comparison(SearchSpace()):
         print(line)
     print(f"next: {command_line.command('search.py', args)}")
+
+
+def measure(args):
+    """Writes the latencies of the search space on this device."""
+    path, space, device = pathlib.Path(args.out) / "latency.json", open_space(args), resolve_device(args)
+    utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, device)
+    table = measure_table(space, args.latency_batch_size, device)
+    utils.write_json(path, table)
+    low, high = (sum(map(pick, table["medians"])) + table["stem_and_tail"] for pick in (min, max))
+    setting = f"{table['device']}, {table['threads']} threads, batch size {table['batch_size']}"
+    print(f"{path}: {low / 1e6:.3f} to {high / 1e6:.3f} ms on {setting}; spread {table['spread']:.1%}")
+    if table["spread"] > 0.05:
+        print("warning: the spread is above 5%: something else runs on this machine; measure again when it is idle")
 
 
 def run_trial(args):
@@ -75,6 +100,8 @@ def run_trial(args):
 def main(args):
     if args.mode == "gen":
         generate(args)
+    elif args.mode == "latency":
+        measure(args)
     elif args.architecture:
         supernet, calibration, validation = open_evaluation(args)
         candidate = supernet.space.load_architecture(args.architecture)

@@ -69,7 +69,7 @@ def _nni_config(space, command, settings, out, experiment, concurrency, candidat
     class_args = {
         "out": str(out),
         "space": space.to_dict(),
-        "flops_limit": settings["flops_limit"],
+        **{name: settings[name] for name in ("flops_limit", "limits", "objectives") if name in settings},
         "concurrency": concurrency,
         "costs": json.loads(json.dumps(space.costs)),  # NNI takes plain lists
         **{name: settings[name] for name in EVOLUTION},

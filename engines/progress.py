@@ -6,7 +6,14 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from engines.search_record import Generation, by_accuracy, first_generation_warning, read_generations, state_path
+from engines.search_record import (
+    Generation,
+    by_accuracy,
+    first_generation_warning,
+    n_generations,
+    read_generations,
+    state_path,
+)
 from utils import UserError, duration, log, read_json
 
 LINE_S = 30  # between lines in the log within a generation
@@ -51,7 +58,7 @@ class Progress:
         self.generations = closed + [Generation(number, results, number <= n_closed) for number, results in opened]
 
     def _show(self, state):
-        total, population = state["settings"]["generations"], state["settings"]["population"]
+        total, population = n_generations(state), state["settings"]["population"]
         best = max((g.best for g in self.generations if g.best), key=by_accuracy, default=None)
         so_far = f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M" if best else "none yet"
         current = min(state["generation"] + 1, total)

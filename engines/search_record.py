@@ -12,17 +12,22 @@ from utils import UserError, atomic_write, hold_lock, read_json, settings_differ
 # The settings of the evolution among those of a search: the names of flags, of classArgs and in state.json.
 EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")
 
+MAX_CORRECTIONS = 3  # of the limit on latency in a search
+
 
 class SearchRecord:
     """An evolution with everything that a search writes below `out`; one process at a time may have it.
 
         acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5,
-                                   n_images, seconds, and error where it failed (acc1 null); in the order of arrival,
-                                   and once the generation is closed, by rank
+                                   n_images, seconds, and error where it failed (acc1 null); params and latency_ms
+                                   where the search limits them; in the order of arrival, and once the generation is
+                                   closed, by rank
         checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
+        checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer)
+                                   pid (of the writer), and where latency is limited, confirmations: for each time
+                                   that the best were measured as whole networks, what was found and what followed
 
     A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
@@ -32,6 +37,8 @@ class SearchRecord:
         self.out, self.space, self.evolution = pathlib.Path(out), space, evolution
         self.lock = _hold_writer_lock(out)
         self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
+        self.confirmations = list(confirmations(self.state))  # those to replay
+        self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         for result in read_results(out, repair=True):
             candidate = space.check(result["architecture"])
@@ -41,7 +48,7 @@ class SearchRecord:
 
     def pending(self):
         """The candidates to evaluate now, none when the search is done. Closes the generations that are complete."""
-        while population := self.evolution.ask():
+        while population := self._ask():
             if waiting := [c for c in population if c not in self.results]:
                 self._write_state()
                 return waiting
@@ -49,6 +56,40 @@ class SearchRecord:
             self._close(self.evolution.generation - 1, population)
         self._write_state(done=True)
         return []
+
+    def _ask(self):
+        """The open population; before one is bred, limits become what confirmations made of them at this point."""
+        while self.confirmations and self.confirmations[0]["after"] == self.evolution.generation:
+            self.evolution.restrict(self.evolution.limits.after(self.confirmations.pop(0)))
+        return self.evolution.ask()
+
+    def confirm(self, measured):
+        """Takes the latencies of the best candidates, measured as whole networks in ns, after the last generation.
+
+        The best one that holds is the winner. Where none does, the median ratio of measured to predicted latencies
+        corrects the limit, and a quarter of the generations follows, MAX_CORRECTIONS times; then there is no winner.
+        Returns the row of the record.
+        """
+        limits, settings, earlier = self.evolution.limits, self.state["settings"], confirmations(self.state)
+        found = []
+        for candidate, ns in measured.items():
+            predicted, holds = self.space.cost("latency", candidate), limits.holds("latency", ns)
+            found.append({"architecture": list(candidate), "predicted_ms": predicted / 1e6, "measured_ms": ns / 1e6})
+            found[-1]["holds"] = holds
+        row = {"after": self.evolution.generation, "measured": found, "correction": None, "generations": 0}
+        none_holds = bool(found) and not any(m["holds"] for m in found)
+        if none_holds and sum(e["correction"] is not None for e in earlier) < MAX_CORRECTIONS:
+            row["correction"] = statistics.median(m["measured_ms"] / m["predicted_ms"] for m in found)
+            row["generations"] = max(1, settings["generations"] // 4)
+        self.evolution.restrict(limits.after(row))
+        best = self.results[self.evolution.best[0]] if self.evolution.best and not none_holds else None
+        if best:
+            write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best["architecture"]))
+        else:
+            (self.out / "checkpoints" / "best.json").unlink(missing_ok=True)
+        self._write_front()
+        self._write_state(confirmations=[*earlier, row], best=best, done=not row["generations"])
+        return row
 
     def add(self, result, trial=None):
         """Records a result and returns True; returns False for a candidate that is not pending.
@@ -69,7 +110,7 @@ class SearchRecord:
     def _append(self, candidate, numbers, trial):
         if candidate not in self.evolution.population or candidate in self.results:
             return False
-        result = {"architecture": list(candidate), "flops": self.space.flops(candidate), **numbers}
+        result = {"architecture": list(candidate), **self._costs(candidate), **numbers}
         path = self.out / "acc" / f"{self.evolution.generation:03}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "a") as file:
@@ -79,6 +120,12 @@ class SearchRecord:
         self.results[candidate], self.trials[candidate] = result, trial
         self._write_state()
         return True
+
+    def _costs(self, candidate):
+        """The costs of a candidate that belong into its result, by name."""
+        names = costs_of(self.state["settings"])
+        costs = {name: self.space.cost(name, candidate) for name in names if name != "latency"}
+        return costs | ({"latency_ms": self.space.cost("latency", candidate) / 1e6} if "latency" in names else {})
 
     def _close(self, generation, population):
         """Writes the files of a complete generation by rank, failed candidates last; the state file is the last one."""
@@ -101,8 +148,17 @@ class SearchRecord:
         if best := self.evolution.best:
             write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best[0]))
             self.state["best"] = self.results[best[0]]
+        self._write_front()
         self.state["generation"] = generation + 1
         self._write_state()
+
+    def _write_front(self):
+        front = self.evolution.front() if self.evolution.objectives else []
+        paths = [self.out / "checkpoints" / "front" / f"{i:03}.json" for i in range(len(front))]
+        for path, candidate in zip(paths, front):
+            write_json(path, self.space.to_architecture(candidate))
+        for path in set((self.out / "checkpoints" / "front").glob("*.json")) - set(paths):
+            path.unlink()
 
     def _write_state(self, **changes):
         self.state |= {"evaluated": len(self.results), **changes}
@@ -115,6 +171,28 @@ class SearchRecord:
 
 def _reward(result):
     return None if result["acc1"] is None else by_accuracy(result)
+
+
+def confirmations(state):
+    """The rows about candidates that were measured as whole networks, in the state of a search."""
+    return state.get("confirmations", [])
+
+
+def n_generations(state):
+    """How many generations a search has in all, with those that confirmations added."""
+    return state["settings"]["generations"] + sum(row["generations"] for row in confirmations(state))
+
+
+def unconfirmed(state):
+    """Whether a search whose generations are complete limits latency, and its best candidates are to be measured."""
+    rows = confirmations(state)
+    return "latency" in state["settings"].get("limits", ()) and not (rows and rows[-1]["after"] == state["generation"])
+
+
+def costs_of(settings):
+    """The costs that matter in a search with these settings: FLOPs, what it limits, and what it makes low."""
+    named = {"flops", *settings.get("limits", ()), *settings.get("objectives", ())}
+    return [name for name in ("flops", "params", "latency") if name in named]
 
 
 def state_path(out):

@@ -44,6 +44,7 @@ import search
 from images.dataset import DataConfig
 from network import ShuffleNetV2OneShot
 from space.flops_table import read_flops_table
+from space.limits import limits_from_args
 from space.search_space import OPERATIONS, SearchSpace
 from training import checkpoint
 
@@ -227,7 +228,7 @@ class CommandLine:
         for action in rng.choices(self.actions[name], k=rng.randint(1, 6)):
             words.append(rng.choice(action.option_strings))
             if action.nargs != 0:
-                values = list(map(str, action.choices or ("1", "0.5", "64", "x.yml", "290M")))
+                values = list(map(str, action.choices or ("1", "0.5", "64", "x.yml", "290M", "flops=290M:59%")))
                 words += [rng.choice(values) for _ in range(action.nargs if isinstance(action.nargs, int) else 1)]
         for _ in range(rng.randint(0, 2)):
             at = rng.randrange(len(words))
@@ -249,7 +250,7 @@ class CommandLine:
         config = DataConfig.from_args(args)
         space = SearchSpace.for_images(config.input_size, 10)
         if name == "search":
-            search.flops_limit(args.flops_limit, space)
+            limits_from_args(args, space)
         if name == "supernet" and args.flops_range:
             [space.flops_value(v) for v in args.flops_range]
 

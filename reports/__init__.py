@@ -1,1 +1,1 @@
-"""What report.py needs: the results of a search in numbers, and their figures."""
+"""What is told of results: a search in numbers and figures, and the latency of its networks on a device."""

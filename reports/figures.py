@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from space.limits import shown
 from utils import atomic_write
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -66,6 +67,7 @@ def draw(run, random, folder):
             "plane": _plane(run),
             "operations": _operations(run),
             "best": _best(run),
+            **{f"front-{cost}": _front(run, cost) for cost in run.objectives if cost != "acc1"},
         }
         return {name: save_figure(name, *figure, folder) for name, figure in figures.items()}
 
@@ -210,14 +212,16 @@ def _plane(run):
     x, y = [r["flops"] / 1e6 for r in front], [r["acc1"] for r in front]
     axes.plot(x, y, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
     axes.scatter(x, y, 2.6 * size, "none", edgecolors=INK, linewidths=1, gid="front", label="Pareto front")
-    axes.axvline(
-        run.limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, gid="limit", label=f"limit, {millions(run.limit)}"
-    )
     titles = {
         "candidates": [_describe(run, r) for r in run.succeeded],
         "front": [_describe(run, r) for r in front],
-        "limit": [f"limit: {millions(run.limit)} FLOPs"],
     }
+    low, high = run.bounds.get("flops", (None, None))
+    limits = [(gid, limit) for gid, limit in (("limit", high), ("lower-limit", low)) if limit is not None]
+    for gid, limit in limits:
+        label = f"limit, {millions(limit)}"
+        axes.axvline(limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, gid=gid, label=label)
+        titles[gid] = [f"limit: {millions(limit)} FLOPs"]
     if failed := [r for r in run.results if r["acc1"] is None]:
         axes.scatter(
             [r["flops"] / 1e6 for r in failed],
@@ -232,7 +236,7 @@ def _plane(run):
         )
         titles["failed"] = [_describe(run, r) for r in failed]
     axes.set(xlabel="FLOPs (millions of multiply-adds)", ylabel="top-1 in the supernet (%)")
-    flops = [r["flops"] / 1e6 for r in run.results] + [run.limit / 1e6]
+    flops = [r["flops"] / 1e6 for r in run.results] + [limit / 1e6 for _, limit in limits]
     margin = 0.03 * (max(flops) - min(flops)) or 1
     axes.set_xlim(min(flops) - margin, max(flops) + margin)
     axes.margins(y=0.09)
@@ -241,6 +245,30 @@ def _plane(run):
     bar.locator = MaxNLocator(integer=True, min_n_ticks=1)
     bar.outline.set_visible(False)
     return figure, titles
+
+
+AXES = {  # of costs: label, and value of a result
+    "flops": ("FLOPs (millions of multiply-adds)", lambda r: r["flops"] / 1e6),
+    "params": ("parameters (millions)", lambda r: r["params"] / 1e6),
+    "latency": ("predicted latency (ms)", lambda r: r["latency_ms"]),
+}
+
+
+def _front(run, cost):
+    """Every candidate by a cost and top-1; those of the front of all objectives circled, and joined by that cost."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes, (label, value) = figure.subplots(), AXES[cost]
+    members = sorted((r for _, r in run.family()), key=value)
+    x, y = [value(r) for r in members], [r["acc1"] for r in members]
+    others = [value(r) for r in run.succeeded]
+    axes.scatter(others, [r["acc1"] for r in run.succeeded], 14, PALE, linewidths=0, label="a candidate")
+    axes.plot(x, y, color=BEST, linewidth=1, zorder=1.5)
+    axes.scatter(x, y, 34, "none", edgecolors=BEST, linewidths=1.2, gid="members", label="the front")
+    for limit in filter(None, run.bounds.get(cost, ())):
+        axes.axvline(limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, label=f"limit, {shown(cost, limit)}")
+    axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
+    axes.legend(loc="upper left", ncols=4, bbox_to_anchor=(0, 1.13), borderaxespad=0)
+    return figure, {"members": [_describe(run, r) for r in members]}
 
 
 def _look(space, name):
@@ -306,7 +334,7 @@ def _operations(run):
 
 def _best(run):
     """The best candidates as paths, a row each: a box for each block, with colour and height by operation."""
-    best, space = run.succeeded[:10], run.space
+    best, space = run.legal[:10], run.space
     gaps = [0.45 * sum(i >= end for end in _stage_ends(space)) for i in range(space.n_blocks)]
     x = [i + gap for i, gap in enumerate(gaps)]
     right = x[-1] + 1

@@ -6,9 +6,10 @@ import math
 import re
 import statistics
 
-from engines.search_record import state_path
+from engines.search_record import n_generations, state_path
 from reports.figures import draw, millions
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
+from space.limits import describe
 from utils import atomic_write, duration
 
 # --- the log -------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def write_report(out, other=None):
 
 def page(run, comparison, svgs):
     """The HTML of the report. Its policy lets a browser load nothing at all."""
-    best = run.succeeded[0]
+    best = run.legal[0]
     status = f"{len(run.generations)} generations, finished" if run.state.get("done") else _unfinished(run)
     body = [
         "<h1>Single Path One-Shot: search report</h1>",
@@ -105,7 +106,10 @@ def page(run, comparison, svgs):
         _figure("plane", svgs, "Candidates in the FLOPs-accuracy plane", f"""
             {len(run.succeeded)} candidates by FLOPs and top-1, coloured by generation; circled, the
             {len(run.front())} on the Pareto front: none with at most their FLOPs is more accurate.
-            Dashed, the limit of the search. {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
+            {"Dashed, the limits on FLOPs." * ("flops" in run.bounds)}
+            {"Crosses, candidates that failed." * bool(run.n_failed)}"""),
+        *([f"<h2>The front of {', '.join(run.objectives)}</h2>{_family(run, svgs)}"] if run.objectives else []),
+        *([f"<h2>Latency</h2>{_latency(run)}"] if "latency" in run.settings else []),
         "<h2>Which operations the search takes</h2>",
         _figure("operations", svgs, "Share of each operation in each block", f"""
             Top: share of each operation in each block. Below: one map for each operation, a row for each generation.
@@ -137,15 +141,19 @@ def page(run, comparison, svgs):
 """
 
 
+class _Html(str):
+    """What is HTML already."""
+
+
 def _text(text):
-    return html.escape(str(text), quote=True)
+    return text if isinstance(text, _Html) else html.escape(str(text), quote=True)
 
 
 def _unfinished(run):
     last, settings = run.generations[-1], run.settings
-    total = settings["population"] * settings["generations"]
-    text = f"Not finished: {len(run.results)} of {total} candidates"
-    text += f", in generation {last.number} of {settings['generations']}"
+    generations = n_generations(run.state)
+    text = f"Not finished: {len(run.results)} of {settings['population'] * generations} candidates"
+    text += f", in generation {last.number} of {generations}"
     return f"{text}. It stopped: {run.state['error']}" if run.state.get("error") else text
 
 
@@ -155,9 +163,12 @@ def _tiles(run, comparison, best):
     if n := best["n_images"]:
         precision = f"; ±\u00a0{math.sqrt(best['acc1'] * (100 - best['acc1']) / n):.2f} standard error on {n:,} images"
     params = millions(run.space.params(best["architecture"]))
+    latency = f", {best['latency_ms']:.2f} ms predicted" if "latency_ms" in best else ""
+    for m in (m for row in run.confirmations for m in row["measured"]):
+        latency += f", {m['measured_ms']:.2f} ms measured" * (m["architecture"] == best["architecture"])
     tiles = [
         (f"{best['acc1']:.2f} %", f"best top-1, in the supernet{precision}"),
-        (millions(best["flops"]), f"its FLOPs; the limit is {millions(run.limit)}. {params} parameters"),
+        (millions(best["flops"]), f"its FLOPs; {params} parameters{latency}. Limits: {describe(run.bounds)}"),
     ]
     if comparison.at_budget:
         n, value, low, high = comparison.at_budget
@@ -198,7 +209,7 @@ def _random_caption(comparison):
         text += (
             " Beyond them nothing was measured: the dotted line is an extrapolation by a normal distribution with "
             "their mean and standard deviation. Its 95% bootstrap interval covers these two only, not how normal the "
-            "accuracies are. To measure it: search.py --mutation 0 --crossover 0 into a folder DIR of its own, then "
+            "accuracies are. To measure it: search.py --strategy random into a folder DIR of its own, then "
             "report.py RUN --random DIR."
         )
     elif size < SAME * comparison.budget:
@@ -228,11 +239,47 @@ def _generation_table(run):
 
 def _best_table(run):
     rows = []
-    for rank, r in enumerate(run.succeeded[:10], 1):
+    for rank, r in enumerate(run.legal[:10], 1):
         costs = f"{r['flops']:,}", f"{run.space.params(r['architecture']):,}"
         rows.append([rank, f"{r['acc1']:.2f}", f"{r['acc5']:.2f}", *costs, r["generation"], r["architecture"]])
     head = ["rank", "top-1 %", "top-5 %", "FLOPs", "parameters", "generation", "architecture"]
     return f"<details><summary>Numbers and architectures</summary>{_table(head, rows, left={6})}</details>"
+
+
+def _family(run, svgs):
+    """The front against each of its costs, and a table whose rows link the files of its members."""
+    members, rows, timed = run.family(), [], "latency" in run.settings
+    figures = [
+        _figure(f"front-{cost}", svgs, f"The front in the plane of {cost} and accuracy", f"""
+            Circled, the {len(members)} candidates of the front: no other one is at least as good in all of
+            {", ".join(run.objectives)} and better in one.""")
+        for cost in run.objectives if cost != "acc1"
+    ]  # fmt: skip
+    for path, r in members:
+        ms = [f"{r['latency_ms']:.3f}"] * timed
+        costs = f"{r['flops']:,}", f"{run.space.params(r['architecture']):,}", *ms
+        rows.append([_Html(f'<a href="{path}">{path}</a>'), f"{r['acc1']:.2f}", *costs, r["generation"]])
+        rows[-1].append(r["architecture"])
+    head = ["file", "top-1 %", "FLOPs", "parameters", *["predicted ms"] * timed, "generation", "architecture"]
+    return "".join(figures) + _table(head, rows, left={0, len(head) - 1})
+
+
+def _latency(run):
+    """What the table of the device predicts, beside whole networks measured after the last generation."""
+    table, rows = run.settings["latency"], []
+    setting = f"{table['device']}, {table['threads']} threads, batch size {table['batch_size']}, torch {table['torch']}"
+    text = f"Predicted from a table of {setting}. Two measurements of a network differ by up to {table['spread']:.1%}."
+    if not run.confirmations:
+        return f"<p>{_text(text)} No network has been measured as a whole.</p>"
+    for row in run.confirmations:
+        for m in row["measured"]:
+            numbers = [f"{m['predicted_ms']:.3f}", f"{m['measured_ms']:.3f}", "yes" if m["holds"] else "no"]
+            rows.append([row["after"], *numbers, m["architecture"]])
+        if row["correction"]:
+            text += f" After generation {row['after']} none of the best held: {row['generations']} generations followed"
+            text += f", with latencies times {row['correction']:.3f}."
+    head = ["after generation", "predicted ms", "measured ms", "holds", "architecture"]
+    return f"<p>{_text(text)}</p>{_table(head, rows, left={4})}"
 
 
 def _cost(run):
@@ -256,7 +303,10 @@ def _settings(run):
         "versions": "\n".join(dict.fromkeys(versions)) or "not recorded",
     }
     pairs["seed"] = run.settings["seed"]
-    return _list(pairs | {k: v for k, v in run.settings.items() if k not in pairs})
+    settings = dict(run.settings)
+    if "latency" in settings:
+        settings["latency"] = {k: v for k, v in settings["latency"].items() if k != "medians"}
+    return _list(pairs | {k: v for k, v in settings.items() if k not in pairs})
 
 
 def _list(pairs):

@@ -7,7 +7,16 @@ import statistics
 
 import numpy as np
 
-from engines.search_record import EVOLUTION, Generation, first_generation_warning, ranked, read_generations, state_path
+from engines.search_record import (
+    EVOLUTION,
+    Generation,
+    confirmations,
+    first_generation_warning,
+    ranked,
+    read_generations,
+    state_path,
+)
+from space.limits import Limits, bounds_of
 from space.search_space import SearchSpace
 from utils import UserError, read_json, settings_difference
 
@@ -18,7 +27,8 @@ SAME = 0.95  # of a budget or more counts as the same budget, since a few candid
 class SearchResults:
     """The results so far of the search in a folder. Raises UserError where there is no search or no accuracy yet.
 
-    `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first.
+    `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first; `legal` those
+    of them that meet the limits after all that was measured (all of them where none does).
     """
 
     def __init__(self, out):
@@ -28,9 +38,12 @@ class SearchResults:
         self.state = read_json(state_path(out))
         try:
             self.settings, closed = self.state["settings"], self.state["generation"]
-            self.space, self.limit = SearchSpace.from_dict(self.settings["space"]), self.settings["flops_limit"]
+            self.space, self.bounds = SearchSpace.from_dict(self.settings["space"]), bounds_of(self.settings)
             if counted := self.settings.get("counted"):
                 self.space = self.space.with_costs(*counted)
+            if table := self.settings.get("latency"):
+                latency = {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
+                self.space = self.space.with_costs(*self.space.costs._replace(**latency))
         except (KeyError, TypeError):
             raise UserError(f"{state_path(out)}: not the state of a search") from None
         self.generations = [
@@ -45,6 +58,12 @@ class SearchResults:
         if not self.succeeded:
             failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
             raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
+        self.objectives = self.settings.get("objectives", [])
+        self.confirmations = confirmations(self.state)
+        limits = Limits(self.space, self.bounds)
+        for row in self.confirmations:
+            limits = limits.after(row)
+        self.legal = [r for r in self.succeeded if not limits.excess(r["architecture"])] or self.succeeded
 
     @property
     def n_failed(self):
@@ -53,7 +72,12 @@ class SearchResults:
     def warnings(self):
         """Lines that speak against trusting the results: of the start of the search, and of its first generation."""
         first = first_generation_warning(self.generations[0].results, self.space.n_classes)
-        return [*self.state.get("warnings", []), *filter(None, [first])]
+        none_holds = None
+        if self.confirmations and not self.state["best"]:
+            none_holds = (
+                "none of the candidates measured holds the limit on latency: raise it, or measure the device again"
+            )
+        return [*self.state.get("warnings", []), *filter(None, [first, none_holds])]
 
     def is_random(self):
         return not self.settings["mutation"] and not self.settings["crossover"]
@@ -74,6 +98,15 @@ class SearchResults:
             if not front or result["acc1"] > front[-1]["acc1"]:
                 front.append(result)
         return front
+
+    def family(self):
+        """(path below the folder, result) of each member of the front of a search with objectives."""
+        by_architecture = {tuple(r["architecture"]): r for r in self.succeeded}
+        found = []
+        for path in sorted(self.out.glob("checkpoints/front/*.json")):
+            if result := by_architecture.get(self.space.load_architecture(path)):
+                found.append((path.relative_to(self.out).as_posix(), result))
+        return found
 
     def shares(self, results, operation):
         """The share of the results that choose an operation (an index), for each block."""
@@ -98,7 +131,7 @@ class RandomSearch:
         source = other or run
         self.other, self.budget = other, len(run.succeeded)
         # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
-        self.uniform = run.limit >= run.space.flops_quantile(0.02)
+        self.uniform = Limits(run.space, run.bounds).share() >= 0.02
         chosen = [r for r in source.results if source.is_random() or r["generation"] == 1]
         sample = [r["acc1"] for r in chosen if r["acc1"] is not None]
         self.size = len(sample)
@@ -123,7 +156,7 @@ class RandomSearch:
 def check_comparable(run, other):
     """Raises UserError where `other` is not a random search under the conditions of `run`."""
     if not other.is_random():
-        raise UserError(f"--random {other.out}: no random search; make one with search.py --mutation 0 --crossover 0")
+        raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
     if changes := settings_difference(run.settings, other.settings, ignore=EVOLUTION):
         names = ", ".join(changes)
         raise UserError(f"--random {other.out}: differs from {run.out} in {names}, so accuracies do not compare")

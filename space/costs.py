@@ -10,13 +10,18 @@ from utils import UserError
 
 
 class Costs(NamedTuple):
-    """Multiply-adds and parameters: of every choice at every block, of the stem, of last convolution and classifier."""
+    """Multiply-adds and parameters: of every choice at every block, of the stem, of last convolution and classifier.
+
+    The latency of both, in ns, where a table of a device was given; `fixed_latency` is that of stem and tail.
+    """
 
     flops: tuple
     stem_flops: int
     tail_flops: int
     params: tuple
     fixed_params: int
+    latency: tuple = ()
+    fixed_latency: int = 0
 
 
 def count_costs(space):

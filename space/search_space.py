@@ -26,6 +26,12 @@ from space.costs import Costs, count_costs
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
+COSTS = ("flops", "params", "latency")  # multiply-adds, parameters, ns
+UNITS = {  # of the costs: their forms in words, and factors by unit
+    "flops": ("multiply-adds (330000000, 330M)", {"": 1, "M": 1e6}),
+    "params": ("parameters (3500000, 3.5M)", {"": 1, "M": 1e6}),
+    "latency": ("milliseconds (8ms)", {"ms": 1e6}),
+}
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
 
 
@@ -259,43 +265,68 @@ class SearchSpace:
         rows = self.choice_flops
         return self.fixed_flops + sum(map(min, rows)), self.fixed_flops + sum(map(max, rows))
 
-    @functools.cached_property
-    def _flops_distribution(self):
-        """(upper FLOPs, share of uniform candidates at or under it), rising; costs are rounded to a grid.
+    def cost_rows(self, name):
+        """(cost of every choice at every block, cost of what every candidate has), whole numbers, of one of COSTS."""
+        costs = self.costs
+        return {
+            "flops": (costs.flops, self.fixed_flops),
+            "params": (costs.params, costs.fixed_params),
+            "latency": (costs.latency, costs.fixed_latency),
+        }[name]
+
+    def cost(self, name, candidate):
+        """What a candidate costs of one of COSTS: multiply-adds, parameters, or ns."""
+        rows, fixed = self.cost_rows(name)
+        return fixed + _total(rows, self.block_choices(candidate))
+
+    def _distribution(self, name):
+        """(upper cost, share of uniform candidates at or under it), rising; costs are rounded to a grid.
 
         Adds the blocks up one by one on a grid of 1/8192 of the range, which is off by some 1e-4 of it: exact
         enumeration of 4^20 candidates is out of reach and sampling would need a seed.
         """
-        low, high = self.flops_range
-        step = max((high - low) / 8192, 1)
-        counts = {0: 1}
-        for row in self.choice_flops:
-            offsets = [round((cost - min(row)) / step) for cost in row]
-            following = {}
-            for cell, n in counts.items():
-                for offset in offsets:
-                    following[cell + offset] = following.get(cell + offset, 0) + n
-            counts = following
-        total, below, distribution = sum(counts.values()), 0, []
-        for cell in sorted(counts):
-            below += counts[cell]
-            distribution.append((min(low + cell * step, high), below / total))
-        return distribution
+        known = vars(self).setdefault("_distributions", {})
+        if name not in known:
+            rows, fixed = self.cost_rows(name)
+            low, high = (fixed + sum(map(pick, rows)) for pick in (min, max))
+            step = max((high - low) / 8192, 1)
+            counts = {0: 1}
+            for row in rows:
+                offsets = [round((cost - min(row)) / step) for cost in row]
+                following = {}
+                for cell, n in counts.items():
+                    for offset in offsets:
+                        following[cell + offset] = following.get(cell + offset, 0) + n
+                counts = following
+            total, below, known[name] = sum(counts.values()), 0, []
+            for cell in sorted(counts):
+                below += counts[cell]
+                known[name].append((min(low + cell * step, high), below / total))
+        return known[name]
+
+    def quantile(self, name, share):
+        """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
+        distribution = self._distribution(name)
+        return next((int(cost) for cost, below in distribution if below >= share), int(distribution[-1][0]))
 
     def flops_quantile(self, share):
         """The FLOPs at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
-        return next((int(cost) for cost, below in self._flops_distribution if below >= share), self.flops_range[1])
+        return self.quantile("flops", share)
 
     def flops_value(self, text, flag="FLOPs"):
         """Multiply-adds from a number ("330000000"), millions ("330M") or a quantile of uniform candidates ("59%")."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([M%]?)", str(text).strip())
+        return self.cost_value("flops", text, flag)
+
+    def cost_value(self, name, text, flag):
+        """A cost of one of COSTS from a text: a number with one of its units, or a quantile of uniform candidates."""
+        what, units = UNITS[name]
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([a-zA-Z%]*)", str(text).strip())
         value = float(match[1]) if match else 0
-        if not match or not 0 < value < 1e15 or (match[2] == "%" and value > 100):
-            forms = "neither multiply-adds (330000000, 330M) nor a share of candidates (59%)"
-            raise UserError(f"{flag} {reprlib.repr(text)} is {forms}")
+        if not match or match[2] not in (*units, "%") or not 0 < value < 1e15 or (match[2] == "%" and value > 100):
+            raise UserError(f"{flag} {reprlib.repr(text)} is neither {what} nor a share of candidates (59%)")
         if match[2] == "%":
-            return self.flops_quantile(value / 100)
-        return int(value * (1e6 if match[2] == "M" else 1))
+            return self.quantile(name, value / 100)
+        return int(value * units[match[2]])
 
     # --- written form ------------------------------------------------------------------------------------
 

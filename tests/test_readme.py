@@ -243,7 +243,7 @@ def test_flags_exist(page):
 
 # Files that runs write, and those of others.
 WRITTEN = re.compile(
-    r"checkpoints/|acc/|id2cand/|data/(cache|imagenet)|figures/|DIR/|own[./]"
+    r"checkpoints/|acc/|id2cand/|data/(cache|imagenet)|figures/|DIR/|own[./]|(OUT/)?(latency|best)\.json$"
     r"|(config\.yml|run\.log|metadata\.json|nni_auto_gen_search_space\.json|report\.html|network\.\w+)$"
 )
 

@@ -18,6 +18,7 @@ import search
 from engines import nni_engine
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
+from space.limits import limits_from_args
 from space.search_space import SearchSpace
 from utils import UserError, read_json
 
@@ -290,9 +291,12 @@ def test_missing_nni_is_an_error(tmp_path, monkeypatch):
 
 
 def test_limit_is_official_at_imagenets_size_and_its_share_elsewhere():
-    assert search.flops_limit(None, SearchSpace()) == 330_000_000
-    assert search.flops_limit(None, SPACE) == SPACE.flops_quantile(0.59)
-    assert search.flops_limit("25M", SPACE) == 25_000_000
+    def limits(space, *words):
+        return limits_from_args(search.parse_args(words), space)
+
+    assert limits(SearchSpace()) == {"flops": (None, 330_000_000)}
+    assert limits(SPACE) == {"flops": (None, SPACE.flops_quantile(0.59))}
+    assert limits(SPACE, "--flops-limit", "25M") == {"flops": (None, 25_000_000)}
 
 
 def test_generated_search_space_is_needed(tmp_path):

@@ -1,0 +1,175 @@
+"""Measures how well tables of latencies predict whole networks, and whether the winners of searches hold their limits.
+
+    python bench/latency.py                               everything, on an idle machine: some 40 minutes on one core
+    python bench/latency.py --spaces small --networks 8 --searches 2 --batch-sizes 1        a try, minutes
+
+For each space and batch size, a table is measured as `tester.py --mode latency` does, then random networks are measured
+as a whole, twice, each time built anew. Reported are the mean absolute error of the predictions, that of predicting the
+mean of the measurements for all, and Spearman's correlation of predictions and measurements, beside that of the two
+measurements.
+
+Then searches run in `small` with limits from the 20th to the 80th percentile of latency, on made-up accuracies that
+grow with the predicted latency, so that the best are at the limit; winners are confirmed as in any search, and measured
+again by another process. Reported are measured latencies as a share of the limit.
+
+Prints Markdown and writes bench/results/latency.json. The numbers hold for the machine, and only if it is idle.
+"""
+
+import argparse
+import multiprocessing
+import pathlib
+import random
+import statistics
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from command_line import count
+from engines.search_record import SearchRecord, prepare_search, unconfirmed
+from evolution_tuner import Evolution
+from reports.latency import confirm, device_name, measure_networks, measure_table, with_latency
+from space.custom import PRESETS
+from space.search_space import SearchSpace
+from utils import commit, read_json, versions, write_json
+
+SPACES = {"small": SearchSpace(28, 10, stem_stride=1, **PRESETS["small"]), "paper": SearchSpace()}
+NETWORKS = {"small": 60, "paper": 30}
+EVOLUTION = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": 8}
+
+
+def ranks(values):
+    """Ranks from 0, equal values share their mean rank."""
+    values = np.asarray(values, float)
+    return ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1) - 1) / 2
+
+
+def spearman(a, b):
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def errors(predicted, first, second):
+    """How well predictions fit two measurements of the same networks; all in ns."""
+    measured = [(a + b) / 2 for a, b in zip(first, second)]
+    mean = statistics.fmean(measured)
+    error = statistics.fmean(abs(p - m) for p, m in zip(predicted, measured))
+    of_mean = statistics.fmean(abs(mean - m) for m in measured)
+    return {
+        "mean_ms": mean / 1e6,
+        "mean_absolute_error": error / mean,
+        "of_predicting_the_mean": of_mean / mean,
+        "share": error / of_mean,
+        "spearman": statistics.fmean((spearman(predicted, first), spearman(predicted, second))),
+        "spearman_of_two_measurements": spearman(first, second),
+    }
+
+
+def study_predictions(space, batch_size, n, device):
+    """(the table, its errors on n random networks)."""
+    table = measure_table(space, batch_size, device)
+    rng = random.Random(1)
+    candidates = [space.random_candidate(rng) for _ in range(n)]
+    first, second = (measure_networks(space, candidates, batch_size, device) for _ in range(2))
+    timed = with_latency(space, table)
+    row = errors([timed.cost("latency", c) for c in candidates], first, second)
+    return table, {**row, "seconds": table["seconds"], "spread": table["spread"], "correction": table["correction"]}
+
+
+# --- searches ------------------------------------------------------------------------------------------------
+
+
+def accuracy(space, candidate, seed):
+    """Made up: grows with the predicted latency, with an error of its own for each seed and candidate."""
+    rows, fixed = space.cost_rows("latency")
+    low, high = (fixed + sum(map(pick, rows)) for pick in (min, max))
+    error = random.Random(f"{seed} {candidate}").gauss(0, 1)
+    return 40 + 40 * (space.cost("latency", candidate) - low) / (high - low) + error
+
+
+def search(space, table, high, seed, out):
+    """The state of a search with a limit on latency in ns, confirmed as search.py does."""
+    settings = {**EVOLUTION, "seed": seed, "limits": {"latency": [None, high]}, "space": space.to_dict()}
+    prepare_search(out, settings, resume=False)
+    while True:
+        record = SearchRecord(out, space, Evolution.from_settings(space, settings))
+        while waiting := record.pending():
+            for c in waiting:
+                acc1 = accuracy(space, c, seed)
+                record.add({"architecture": c, "acc1": acc1, "acc5": 99, "n_images": 1, "seconds": 0})
+        record.lock.close()
+        state = read_json(out / "checkpoints" / "search" / "state.json")
+        if state["done"] and not unconfirmed(state):
+            return state
+        confirm(space, settings, out, table)
+
+
+def measure_again(space, candidates, table):
+    """Runs in another process: the latencies of candidates as whole networks, in ns."""
+    torch.set_num_threads(table["threads"])
+    return measure_networks(SearchSpace.from_dict(space), candidates, table["batch_size"], torch.device(table["kind"]))
+
+
+def study_searches(space, table, n):
+    """A row for each of n searches: its limit, and what its winner takes, as shares of the limit."""
+    timed, rows, winners = with_latency(space, table), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(n):
+            share = 0.2 + 0.6 * i / max(1, n - 1)
+            high = timed.quantile("latency", share)
+            state = search(timed, table, high, i, pathlib.Path(folder) / str(i))
+            corrections = sum(row["correction"] is not None for row in state["confirmations"])
+            rows.append({"share": share, "limit_ms": high / 1e6, "corrections": corrections})
+            winners.append(tuple(state["best"]["architecture"]) if state["best"] else None)
+    found = [c for c in winners if c]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        again = dict(zip(found, pool.apply(measure_again, (space.to_dict(), found, table))))
+    for row, winner in zip(rows, winners):
+        used = again[winner] / 1e6 / row["limit_ms"] if winner else None
+        row |= {"used": used, "holds": winner is not None and used <= 1 + table["spread"]}
+    return rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spaces", nargs="+", choices=SPACES, default=list(SPACES))
+    parser.add_argument("--batch-sizes", nargs="+", type=count(), default=[1, 16], metavar="N", help="default: 1 16")
+    parser.add_argument("--networks", type=count(2), metavar="N", help="of each space (default: 60 of small, 30)")
+    parser.add_argument("--searches", type=count(0), default=20, metavar="N", help="default: 20")
+    parser.add_argument("--threads", type=count(), default=1, metavar="N", help="default: 1")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "latency.json", metavar="FILE"
+    )
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    device, predictions, tables = torch.device(options.device), {}, {}
+    print("| space, batch size | mean ms | table, s | spread | error, % | of the mean, % | Spearman | of two |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.spaces:
+        for batch_size in options.batch_sizes:
+            n = options.networks or NETWORKS[name]
+            tables[name, batch_size], row = study_predictions(SPACES[name], batch_size, n, device)
+            predictions[f"{name}, {batch_size}"] = row
+            cells = [f"{name}, {batch_size}", f"{row['mean_ms']:.3f}", f"{row['seconds']:.0f}"]
+            keys = ("spread", "mean_absolute_error", "of_predicting_the_mean")
+            cells += [f"{100 * row[key]:.1f}" for key in keys]
+            cells += [f"{row['spearman']:.3f}", f"{row['spearman_of_two_measurements']:.3f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    table = tables.get(("small", options.batch_sizes[0]))
+    rows = study_searches(SPACES["small"], table, options.searches) if table and options.searches else []
+    print("| limit at | limit, ms | winner measured again, % of the limit | within the spread | corrections |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        used = f"{100 * row['used']:.1f}" if row["used"] else "no winner"
+        cells = [f"{row['share']:.0%}", f"{row['limit_ms']:.3f}", used, "yes" if row["holds"] else "no"]
+        print(f"| {' | '.join([*cells, str(row['corrections'])])} |")
+    setting = {"device": device_name(device), "threads": options.threads, "commit": commit(), "versions": versions()}
+    write_json(options.results, {"setting": setting, "predictions": predictions, "searches": rows}, indent=1)
+
+
+if __name__ == "__main__":
+    main()

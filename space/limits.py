@@ -1,0 +1,318 @@
+"""Limits on what a candidate may cost: which candidates meet them, how one that doesn't is changed, what is possible.
+At the end, fronts of several objectives.
+
+    bounds    {cost: (low, high)} of costs in search_space.COSTS; None where there is no bound
+    excess    by how much a candidate breaks the limits, in standard deviations of uniform candidates; 0: it is legal
+
+The official search knows one limit, on FLOPs.
+"""
+
+import functools
+import math
+import random
+import reprlib
+
+import numpy as np
+
+from space.search_space import COSTS
+from utils import UserError
+
+ENUMERABLE = 1_000_000  # candidates of a space that is looked through as a whole
+STARTS = 20  # random candidates from which a legal one is looked for in other spaces
+KICKS = 3  # times that a repair which is stuck redraws some blocks
+# At 224 px and 1000 classes, and the share of candidates that it admits there: the limit in all other search spaces.
+OFFICIAL_LIMIT = "330M", "59%"
+EXAMPLES = "flops=330M, params=3.5M, latency=8ms, flops=290M:330M, flops=59%"
+
+
+def read_limits(space, texts):
+    """The bounds in texts such as "flops=290M:330M"; of two texts for one cost the last one counts.
+
+    Raises UserError that names the text.
+    """
+    bounds = {}
+    for text in texts:
+        name, _, value = str(text).partition("=")
+        if name not in COSTS or not value:
+            raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}")
+        if name == "latency" and not space.costs.latency:
+            raise UserError("--limit latency: no table of latencies")
+        ends = value.split(":")
+        if len(ends) > 2 or not any(ends):
+            raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}")
+        flag = f"--limit {name}"
+        low, high = (space.cost_value(name, end, flag) if end else None for end in (ends if ends[1:] else ("", value)))
+        if None not in (low, high) and low > high:
+            raise UserError(f"--limit {reprlib.repr(text)}: the first bound is above the second one")
+        bounds[name] = low, high
+    return bounds
+
+
+def limits_from_args(args, space):
+    """The bounds on the costs of candidates, from --limit and --flops-limit, or the official one."""
+    official, share = OFFICIAL_LIMIT
+    bounds = read_limits(space, args.limit or [])
+    if args.flops_limit is not None:
+        if "flops" in bounds:
+            raise UserError("--flops-limit and --limit flops: leave one of them out")
+        bounds["flops"] = None, space.flops_value(args.flops_limit, "--flops-limit")
+    return bounds or {"flops": (None, space.flops_value(official if space.is_papers else share))}
+
+
+def bounds_of(settings):
+    """The bounds in the settings of a search; those of a search with one limit on FLOPs are `flops_limit` alone."""
+    if "limits" in settings:
+        return {name: tuple(ends) for name, ends in settings["limits"].items()}
+    return {"flops": (None, settings["flops_limit"])}
+
+
+def as_settings(bounds):
+    """The settings that `bounds_of` reads."""
+    if bounds.keys() == {"flops"} and bounds["flops"][0] is None:
+        return {"flops_limit": bounds["flops"][1]}
+    return {"limits": {name: list(bounds[name]) for name in COSTS if name in bounds}}
+
+
+def shown(name, cost):
+    """A cost with its unit: "329.87M", "8.12 ms"."""
+    return f"{cost / 1e6:.3f} ms" if name == "latency" else f"{cost / 1e6:.{1 if cost >= 1e8 else 3}f}M"
+
+
+def describe(bounds):
+    """The bounds in words: "flops 290.0M to 330.0M, latency up to 8.000 ms"."""
+    words = []
+    for name, (low, high) in bounds.items():
+        ends = [shown(name, end) if end is not None else None for end in (low, high)]
+        between = f"{ends[0]} to {ends[1]}" if all(ends) else f"up to {ends[1]}" if ends[1] else f"from {ends[0]}"
+        words.append(f"{name} {between}")
+    return ", ".join(words)
+
+
+class Limits:
+    """What the candidates of a space must cost. `banned` candidates meet no limit.
+
+    `correction` is the ratio of real to predicted latency, by which the bounds on the latter are divided.
+    """
+
+    def __init__(self, space, bounds, correction=1.0, banned=()):
+        self.space, self.bounds, self.correction, self.banned = space, bounds, correction, frozenset(banned)
+        self.costs = [space.cost_rows(name) for name in bounds]
+        factors = [correction if name == "latency" else 1 for name in bounds]
+        self.low = [-math.inf if low is None else low / f for (low, _), f in zip(bounds.values(), factors)]
+        self.high = [math.inf if high is None else high / f for (_, high), f in zip(bounds.values(), factors)]
+        self.scale = [self._spread(rows) for rows, _ in self.costs]
+
+    @staticmethod
+    def _spread(rows):
+        """The standard deviation of the cost of uniform candidates; 1 where all cost the same."""
+        return math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0
+
+    def after(self, row):
+        """These limits after a confirmation in the record of a search: measured candidates that don't hold are banned,
+        and where none did, latency is corrected."""
+        broken = {tuple(m["architecture"]) for m in row["measured"] if not m["holds"]}
+        return Limits(self.space, self.bounds, row["correction"] or self.correction, self.banned | broken)
+
+    def excess(self, candidate):
+        """By how much a candidate breaks the limits; 0 where it meets all of them."""
+        choices, over = self.space.block_choices(candidate), 0.0
+        for (rows, fixed), low, high, scale in zip(self.costs, self.low, self.high, self.scale):
+            cost = fixed + sum(row[choice] for row, choice in zip(rows, choices))
+            over += max(low - cost, cost - high, 0) / scale
+        return over or float(tuple(candidate) in self.banned)
+
+    def holds(self, name, cost):
+        """Whether a cost that was measured meets its limit."""
+        low, high = self.bounds[name]
+        return (low is None or cost >= low) and (high is None or cost <= high)
+
+    def repair(self, candidate, rng):
+        """Moves random blocks to choices that break the limits less, until the candidate is legal.
+
+        Where no single block helps, two are moved together, and where these don't help, some are drawn again, KICKS
+        times. Returns what it has then, which may be illegal.
+        """
+        kicks = 0
+        while over := self.excess(candidate):
+            moves, totals = self._moves(candidate)
+            better = np.flatnonzero(self._over(totals) < over).tolist()
+            if better:
+                candidate = self._moved(candidate, moves[rng.choice(better)])
+            elif pair := self._pair(candidate, moves, totals, over, rng):
+                candidate = pair
+            elif kicks < KICKS:
+                kicks += 1
+                drawn = rng.sample(range(len(candidate)), min(3, len(candidate)))
+                candidate = tuple(
+                    rng.randrange(n) if i in drawn else choice
+                    for i, (choice, n) in enumerate(zip(candidate, self.space.choices))
+                )
+            else:
+                break
+        return candidate
+
+    @functools.cached_property
+    def _tables(self):
+        """All (entry, value) of candidates with their blocks; the costs of each block's choices as arrays."""
+        choices, n_blocks = self.space.choices, self.space.n_blocks
+        moves = [(entry, value) for entry, n in enumerate(choices) for value in range(n)]
+        entries, values = np.array(moves).T
+        of_width = (entries >= n_blocks) | bool(self.space.architecture)
+        arrays = [np.array(rows, dtype=np.int64) for rows, _ in self.costs]
+        return moves, entries % n_blocks, values, of_width & (self.space.n_widths > 1), arrays
+
+    def _moves(self, candidate):
+        """(every change of one entry, what the candidate costs after it: an array (costs, changes))."""
+        moves, block, value, of_width, arrays = self._tables
+        n_widths, now = self.space.n_widths, np.array(self.space.block_choices(candidate))
+        operation, width = now[block] // n_widths, now[block] % n_widths
+        then = np.where(of_width, operation * n_widths + value, value * n_widths + width)
+        at = np.arange(len(now))
+        totals = [
+            fixed + array[at, now].sum() + array[block, then] - array[block, now[block]]
+            for array, (_, fixed) in zip(arrays, self.costs)
+        ]
+        return moves, np.array(totals)
+
+    def _over(self, totals):
+        """The excess of costs: (costs, ...) -> (...)."""
+        over = 0.0
+        for total, low, high, scale in zip(totals, self.low, self.high, self.scale):
+            over = over + np.maximum(np.maximum(low - total, total - high), 0) / scale
+        return over
+
+    def _pair(self, candidate, moves, totals, over, rng):
+        """The candidate after two changes in different blocks, drawn from those that make it legal, else from those
+        that break the limits by less than `over`; None where there are none."""
+        _, block, *_ = self._tables
+        current = np.array([self.space.cost(name, candidate) for name in self.bounds])
+        pairs = self._over(totals[:, :, None] + totals[:, None, :] - current[:, None, None])
+        pairs[block[:, None] >= block[None, :]] = np.inf
+        found = np.flatnonzero(pairs == 0)
+        if not len(found):
+            found = np.flatnonzero(pairs < over)
+        if not len(found):
+            return None
+        first, second = divmod(int(found[rng.randrange(len(found))]), len(moves))
+        return self._moved(self._moved(candidate, moves[first]), moves[second])
+
+    def neighbour(self, candidate, rng):
+        """A random legal candidate that differs from a legal one in at most two blocks."""
+        return self._pair(candidate, *self._moves(candidate), 0, rng) or candidate
+
+    @staticmethod
+    def _moved(candidate, move):
+        entry, value = move
+        return (*candidate[:entry], value, *candidate[entry + 1 :])
+
+    def share(self, n=2000):
+        """The share of uniform candidates that are legal, estimated from `n` of them."""
+        rng = random.Random(0)
+        return sum(not self.excess(self.space.random_candidate(rng)) for _ in range(n)) / n
+
+    # --- what is possible ------------------------------------------------------------------------------------
+
+    def check(self):
+        """Raises UserError where no candidate meets all limits, which names the tightest one and what can be reached.
+
+        In spaces of up to ENUMERABLE candidates this is exact; in larger ones it is what STARTS repairs find.
+        """
+        if self._nearest({}, self.bounds) is None:
+            return
+        within = {}
+        for name in sorted(self.bounds, key=self._tightness):
+            if (nearest := self._nearest(within, {name: self.bounds[name]})) is not None:
+                raise UserError(self._impossible(name, within, nearest))
+            within[name] = self.bounds[name]
+
+    def _tightness(self, name):
+        """How many standard deviations a bound lies from the mean of uniform candidates, on the side it excludes."""
+        i = list(self.bounds).index(name)
+        rows, fixed = self.costs[i]
+        mean = fixed + sum(float(np.mean(row)) for row in rows)
+        return max(self.low[i] - mean, mean - self.high[i]) / self.scale[i]
+
+    def _nearest(self, within, bounds):
+        """None where a candidate meets `within` and `bounds`, else the cost nearest to the one bound in `bounds` that
+        one which meets `within` has."""
+        limits = Limits(self.space, {**within, **bounds}, self.correction)
+        inner = len(within)
+        if math.prod(self.space.choices) <= ENUMERABLE:
+            totals = limits._all()
+            over = limits._over(totals)
+            if not over.all():
+                return None
+            if inner:
+                outside = Limits(self.space, within, self.correction)._over(totals[:inner]) > 0
+                over = np.where(outside, np.inf, over)
+            return totals[inner].flat[int(np.argmin(over))]
+        rng, found = random.Random(0), []
+        limits.scale = [s / 1000 if i < inner else s for i, s in enumerate(limits.scale)]  # `within` goes first
+        for _ in range(STARTS):
+            candidate = limits.repair(self.space.random_candidate(rng), rng)
+            if not (over := limits.excess(candidate)):
+                return None
+            found.append((over, candidate))
+        return self.space.cost(next(iter(bounds)), min(found)[1])
+
+    def _all(self):
+        """The costs of all candidates of the space, in one order for all costs: (costs, candidates)."""
+        totals = []
+        for rows, fixed in self.costs:
+            total = np.array([fixed])
+            for row in rows:
+                total = (total[:, None] + np.array(row)).ravel()
+            totals.append(total)
+        return np.array(totals)
+
+    def _impossible(self, name, within, nearest):
+        """The line that says so."""
+        low, high = self.bounds[name]
+        where = f" with {describe(within)}" if within else ""
+        flag = "--flops-limit" if self.bounds.keys() == {"flops"} else f"--limit {name}"
+        text = functools.partial(shown, name) if name == "latency" else str
+        if None not in (low, high):
+            between = f"{text(low)} to {text(high)}"
+            return f"limit {between}: no candidate{where} costs that, next is {text(nearest)}; change {flag}"
+        if low is None:
+            return f"limit {text(high)} is below the lowest cost of any candidate{where}, {text(nearest)}; raise {flag}"
+        return f"limit {text(low)} is above the highest cost of any candidate{where}, {text(nearest)}; lower {flag}"
+
+
+# --- several objectives (Deb et al., 2002: NSGA-II) ----------------------------------------------------------
+
+
+def fronts(points):
+    """Yields the fronts of points (n, objectives), each a list of indices, rising: the points that no other one is at
+    most as high as in all objectives and lower in one, then those of the rest, and so on."""
+    at_most = (points[:, None] <= points[None, :]).all(axis=2)
+    beats = at_most & ~at_most.T
+    left = np.ones(len(points), bool)
+    while left.any():
+        front = left & ~beats[left].any(axis=0)
+        yield np.flatnonzero(front).tolist()
+        left &= ~front
+
+
+def crowding(points):
+    """How much room each point (n, objectives) of a front has: the sum over the objectives of the distance between its
+    two neighbours, as a share of the range; infinite at the ends."""
+    room = np.zeros(len(points))
+    for values in points.T:
+        order = np.argsort(values, kind="stable")
+        span = values[order[-1]] - values[order[0]]
+        room[order[[0, -1]]] = np.inf
+        if span:
+            room[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
+    return room
+
+
+def by_fronts(points, n):
+    """Indices of at least `n` points, or of all: front by front, in each those with more room first."""
+    order = []
+    for front in fronts(points):
+        room = crowding(points[front])
+        order += [front[i] for i in np.argsort(-room, kind="stable")]
+        if len(order) >= n:
+            break
+    return order

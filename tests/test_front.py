@@ -1,0 +1,159 @@
+"""Several objectives: fronts and crowding by their definitions, and a search that keeps a family."""
+
+import itertools
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from conftest import run
+from test_latency import SPACE, clock, table, timed, world  # noqa: F401
+
+import search
+from engines.search_record import SearchRecord, prepare_search, read_results, state_path
+from evolution_tuner import Evolution, EvolutionWithFlops
+from reports.search_results import SearchResults
+from space.limits import by_fronts, crowding, fronts
+from space.search_space import COSTS
+from utils import UserError, read_json
+
+
+def beats(one, other):
+    """Whether a point is as low as another one everywhere, and lower somewhere."""
+    return all(a <= b for a, b in zip(one, other)) and one != other
+
+
+@pytest.mark.parametrize("objectives", [2, 3])
+def test_fronts_are_those_of_the_definition(objectives):
+    """Points of few values, so that many are equal in one objective or in all."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        points = [tuple(rng.randrange(6) for _ in range(objectives)) for _ in range(rng.randint(0, 40))]
+        left, found = set(range(len(points))), list(fronts(np.array(points).reshape(-1, objectives)))
+        for front in found:
+            assert front == sorted(i for i in left if not any(beats(points[j], points[i]) for j in left))
+            left -= set(front)
+        assert not left
+
+
+def test_room_is_the_distance_between_neighbours():
+    points = np.array([[0.0, 10], [1, 6], [4, 5], [10, 0]])
+    assert crowding(points).tolist() == [np.inf, pytest.approx(0.4 + 0.5), pytest.approx(0.9 + 0.6), np.inf]
+    assert crowding(np.array([[1.0, 1], [1, 1], [1, 1]])).tolist() == [np.inf, 0, np.inf]
+    ranked = by_fronts(np.array([[1.0, 6], [0, 10], [4, 5], [10, 0], [11, 11]]), 4)
+    assert ranked == [1, 3, 2, 0] and by_fronts(np.array([[1.0, 1], [0, 0]]), 2) == [1, 0]
+
+
+def two(**changes):
+    """An evolution whose reward grows with the cost, so that no candidate wins; few of the best would be cheap."""
+    settings = {"population_size": 20, "select": 4, "mutation": 10, "crossover": 10, "generations": 6, "seed": 1}
+    return Evolution((4,) * 8, lambda c: 0, 0, **settings | {"objectives": [sum]} | changes)
+
+
+def value(candidate):
+    return sum(c * (1 + i % 3) for i, c in enumerate(candidate)), 0.0
+
+
+def test_parents_are_of_the_first_front_with_most_room_and_the_rest_is_as_without_objectives(monkeypatch):
+    evolution, plain = two(), two(objectives=())
+    assert evolution.ask() == plain.ask()
+    evolution.tell({c: value(c) for c in evolution.ask()})
+    points = {c: (sum(c), -value(c)[0]) for c in evolution.history[0]}
+    front = [c for c, point in points.items() if not any(beats(other, point) for other in points.values())]
+    parents = evolution.parents()
+    assert len(parents) == 4 and set(parents) <= set(front) and len(front) > 4
+    ends = {min(front, key=sum), max(front, key=lambda c: value(c)[0])}
+    assert {points[c] for c in ends} <= {points[c] for c in parents}
+    drawn = set()
+    monkeypatch.setattr(evolution, "mutate", lambda parent: drawn.add(parent) or Evolution.mutate(evolution, parent))
+    assert len(evolution.ask()) == 20 and drawn <= set(parents)
+
+
+def test_the_best_is_the_most_accurate_of_the_front_where_accuracies_are_equal():
+    evolution = Evolution((2, 2), lambda c: 0, 0, 4, 1, 0, 0, generations=1, objectives=[sum])
+    evolution.tell({c: (50.0, 90.0 + sum(c)) for c in evolution.ask()})
+    assert evolution.best == ((0, 0), (50.0, 90.0))
+
+
+# --- in the record -------------------------------------------------------------------------------------------
+
+
+def accuracy(candidate):
+    return 30 + sum(candidate) * 2 + random.Random(str(candidate)).random()
+
+
+def settings(*objectives):
+    evolution = {"population": 8, "select": 3, "mutation": 4, "crossover": 4, "mutation_prob": 0.1, "generations": 4}
+    return evolution | {"seed": 2, "flops_limit": SPACE.flops_range[1], "objectives": ["acc1", *objectives]}
+
+
+def fill(out, own, stop_after=10**9):
+    prepare_search(out, own, resume=True)
+    record, n = SearchRecord(out, SPACE, Evolution.from_settings(SPACE, own)), 0
+    while waiting := record.pending():
+        for candidate in waiting:
+            if n == stop_after:
+                return
+            result = {"architecture": candidate, "acc1": accuracy(candidate), "acc5": 99, "n_images": 9, "seconds": 1}
+            n += record.add(result, "t")
+
+
+def members(out):
+    return {p.name: json.loads(p.read_text()) for p in (out / "checkpoints" / "front").glob("*")}
+
+
+def test_the_family_is_on_disk_and_resumes_to_the_same_one(tmp_path):
+    own = settings("flops", "params")
+    fill(tmp_path / "whole", own)
+    results = read_results(tmp_path / "whole")
+    points = {tuple(r["architecture"]): (-r["acc1"], r["flops"], r["params"]) for r in results}
+    front = {c for c, p in points.items() if not any(beats(q, p) for q in points.values())}
+    paths = sorted((tmp_path / "whole" / "checkpoints" / "front").iterdir())
+    found = [SPACE.load_architecture(path) for path in paths]
+    assert set(found) == front and [points[c] for c in found] == sorted(points[c] for c in found)
+    assert SPACE.load_architecture(tmp_path / "whole" / "checkpoints" / "best.json") == found[0]
+    for n in (8, 21):
+        fill(tmp_path / str(n), own, stop_after=n)
+        fill(tmp_path / str(n), own)
+        assert members(tmp_path / str(n)) == members(tmp_path / "whole")
+
+
+def test_nnis_tuner_keeps_the_same_family(tmp_path):
+    own = settings("params")
+    fill(tmp_path / "a", own)
+    prepare_search(tmp_path / "b", own, resume=False)
+    named = {name: own[name] for name in own if name != "flops_limit"}
+    tuner = EvolutionWithFlops(str(tmp_path / "b"), SPACE.to_dict(), own["flops_limit"], **named)
+    while population := tuner.record.evolution.ask():
+        tuner.keep("t", [{"architecture": list(c), "acc1": accuracy(c), "acc5": 99, "n_images": 9, "seconds": 1}
+                         for c in population])  # fmt: skip
+    assert members(tmp_path / "b") == members(tmp_path / "a") and len(members(tmp_path / "a")) > 1
+
+
+def test_search_for_a_front_as_a_user_types_it(world, tmp_path):  # noqa: F811
+    stdout, _ = run("search.py", *world, "--objectives", "acc1,flops,latency", "--limit", "flops=100%")
+    files = sorted((tmp_path / "checkpoints" / "front").glob("*.json"))
+    assert f"the front: {len(files)} candidates, " in stdout and len(files) > 1
+    state = read_json(state_path(tmp_path))
+    assert state["settings"]["objectives"] == ["acc1", "flops", "latency"] and "confirmations" not in state
+    family = SearchResults(tmp_path).family()
+    assert [path for path, _ in family] == [f"checkpoints/front/{i:03}.json" for i in range(len(files))]
+    for (_, one), (_, other) in itertools.permutations(family, 2):
+        assert not beats((-one["acc1"], one["flops"], one["latency_ms"]),
+                         (-other["acc1"], other["flops"], other["latency_ms"]))  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<a href="([^"]+)">', page) == [path for path, _ in family]
+    for cost in ("flops", "latency"):
+        svg = (tmp_path / "figures" / f"front-{cost}.svg").read_text()
+        assert svg.count('class="datum"') == len(files)
+    assert not (tmp_path / "figures" / "front-params.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["acc1", "flops,params", "acc1,speed", "acc1,flops,flops", "acc1,flops,params,latency"]
+)
+def test_wrong_objectives_are_one_line(text):
+    with pytest.raises(UserError, match="is not acc1 and one or two of flops, params, latency, by commas"):
+        search.parse_args(["--objectives", text])
+    assert set(COSTS) < search.OBJECTIVES

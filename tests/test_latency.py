@@ -1,0 +1,360 @@
+"""Latency: the table, its use by a search, and the measurement of the best as whole networks, with a made-up clock.
+
+The clock of these tests counts parameters: an operation takes ten times its parameters in ns, at a network's own speed.
+"""
+
+import argparse
+import itertools
+
+import pytest
+import torch
+from conftest import load, run
+from test_evolution import reward
+
+import search
+import tester
+from engines import local_engine
+from engines.search_record import SearchRecord, prepare_search, read_results, state_path
+from evolution_tuner import Evolution
+from images.dataset import Data, DataConfig
+from network import ShuffleNetV2OneShot
+from reports import latency, page
+from reports.search_results import RandomSearch, SearchResults
+from space.search_space import SearchSpace
+from utils import UserError, read_json, write_json
+
+SPACE = SearchSpace(
+    input_size=16, n_classes=3, stem_channels=8, stem_stride=1, stage_blocks=(2, 3), stage_channels=(16, 24),
+    stage_strides=(2, 2), last_channels=32,
+)  # fmt: skip
+CPU = torch.device("cpu")
+REAL = latency.run_timed, latency.rounds
+
+
+def ns_of(part):
+    modules = [part] if isinstance(part, torch.nn.Module) else [part.__self__.conv_last, part.__self__.classifier]
+    return 10 * sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.fixture(scope="module")
+def clock():
+    """Times parts by their parameters; whole networks take 1.25 times as long, which the correction has to find."""
+
+    def run_timed(parts, x):
+        whole = len(parts) == 1
+        return [int(1.25 * ns_of(parts[0]))] if whole else [ns_of(part) for part in parts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "run_timed", run_timed)
+        patch.setattr(latency, "rounds", lambda most, seconds: range(1))
+        yield REAL
+
+
+@pytest.fixture(scope="module")
+def table(clock):
+    return latency.measure_table(SPACE, 1, CPU)
+
+
+def true_ns(candidate, space=SPACE):
+    return int(1.25 * ns_of(latency.build(space, candidate, CPU)))
+
+
+# --- the table -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_choice_and_predicts_whole_networks(table):
+    assert table["correction"] == pytest.approx(1.25, rel=1e-3) and table["spread"] == 0
+    assert [len(row) for row in table["medians"]] == [4] * 5
+    timed = latency.with_latency(SPACE, table)
+    for candidate in [(0, 1, 2, 3, 0), (3, 3, 3, 3, 3), (2, 0, 1, 0, 2)]:
+        assert timed.cost("latency", candidate) == pytest.approx(true_ns(candidate), rel=1e-3)
+    assert table["device"] == latency.device_name(CPU) and table["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        SearchSpace(**{**vars(SPACE), "widths": (0.5, 1.0)}),
+        SearchSpace(**{**vars(SPACE), "widths": (0.5, 1.0), "architecture": (0, 1, 2, 3, 0)}),
+    ],
+    ids=["joint", "channels"],
+)
+def test_widths_are_in_the_table(clock, space):
+    timed = latency.with_latency(space, latency.measure_table(space, 1, CPU))
+    for candidate in (tuple(n - 1 for n in space.choices), (0,) * len(space.choices)):
+        assert timed.cost("latency", candidate) == pytest.approx(true_ns(candidate, space), rel=1e-2)
+
+
+def test_parts_are_those_of_stand_alone_networks_with_bn_folded():
+    network = latency.build(SPACE, (0, 1, 2, 3, 0), CPU)
+    assert not [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    x = latency.images(SPACE, 2, CPU)
+    parts = [network.first_conv, *network.features, network.head]
+    with torch.inference_mode():
+        y = x
+        for part in parts:
+            y = part(y)
+        assert torch.equal(y, network(x)) and y.isfinite().all() and y.shape == (2, 3)
+
+
+def test_the_real_clock_measures_and_the_command_writes_its_file(tmp_path, monkeypatch, clock):
+    """Each time is that of its own part."""
+    ticks = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(latency.time, "perf_counter_ns", lambda: next(ticks) ** 2)
+        assert clock[0]([lambda x: x, lambda x: x], torch.zeros(1)) == [1, 3]
+    monkeypatch.setattr(latency, "run_timed", clock[0])
+    monkeypatch.setattr(tester, "open_space", lambda args: SPACE)
+    words = ("--mode", "latency", "--latency-batch-size", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path)
+    stdout, _ = run("tester.py", *words)
+    found = read_json(tmp_path / "latency.json")
+    assert found["threads"] == 1 and found["batch_size"] == 2 and found["versions"].startswith("python ")
+    assert str(tmp_path / "latency.json") in stdout and "ms on " in stdout
+    assert latency.read_table(tmp_path / "latency.json", SPACE) == found
+
+
+def test_rounds_end_by_number_or_by_time(clock):
+    assert list(clock[1](7, 1000)) == list(range(7))
+    assert list(clock[1](100, -1)) == list(range(latency.FEWEST))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"medians": [[1.5] * 4] * 5}, "not a table of latencies"),
+        ({"medians": 3}, "not a table of latencies"),
+        ({"medians": [[10] * 4] * 4}, "another search space"),
+        ({"space": SearchSpace().to_dict()}, "another search space than the supernet's"),
+        ({"device": "Cray-1"}, "measured on 'Cray-1', this is"),
+        ({"threads": 1000}, "measured with 1000 threads, this process has"),
+        ({"torch": "1.0"}, "measured with torch 1.0, this is"),
+    ],
+)
+def test_a_table_of_something_else_is_refused_unless_asked_for(table, tmp_path, change, message):
+    path = tmp_path / "latency.json"
+    write_json(path, table | change)
+    with pytest.raises(UserError, match=message):
+        latency.read_table(path, SPACE)
+    if "measured" in message:
+        assert latency.read_table(path, SPACE, foreign=True)["spread"] == 0
+
+
+# --- the record of a search ----------------------------------------------------------------------------------
+
+
+def settings(high, **changes):
+    evolution = {"population": 6, "select": 3, "mutation": 3, "crossover": 3, "mutation_prob": 0.1, "generations": 4}
+    return evolution | {"seed": 2, "limits": {"latency": [None, high]}, "space": SPACE.to_dict()} | changes
+
+
+def run_search(out, timed, own, measure, stop_after=10**9):
+    """A search with its confirmations, `measure(candidate)` in ns, started or resumed; returns the state."""
+    prepare_search(out, own, resume=True)
+    n = 0
+    while True:
+        record = SearchRecord(out, timed, Evolution.from_settings(timed, own))
+        while waiting := record.pending():
+            for candidate in waiting:
+                if n == stop_after:
+                    return None
+                result = {"architecture": candidate, "acc1": reward(candidate), "acc5": 99, "n_images": 9, "seconds": 1}
+                record.add(result, "t")
+                n += 1
+        if not search.unconfirmed(record.state):
+            return record.state
+        best = record.evolution.legal_ranked()[:10]
+        record.confirm({c: measure(c) for c in best})
+        record.lock.close()
+
+
+@pytest.fixture(scope="module")
+def timed(table):
+    return latency.with_latency(SPACE, table)
+
+
+def test_the_next_one_that_holds_wins(timed, tmp_path):
+    high = timed.quantile("latency", 0.5)
+    slow = set()
+
+    def measure(candidate):
+        """The two that are measured first are slower than predicted."""
+        if len(slow) < 2:
+            slow.add(candidate)
+        return high + 1 if candidate in slow else high
+
+    state = run_search(tmp_path, timed, settings(high), measure)
+    (row,) = state["confirmations"]
+    assert row["after"] == 4 and row["correction"] is None and row["generations"] == 0 and state["done"]
+    assert [m["holds"] for m in row["measured"]] == [False, False] + [True] * 8
+    assert state["best"]["architecture"] == row["measured"][2]["architecture"]
+    assert timed.load_architecture(tmp_path / "checkpoints" / "best.json") == tuple(state["best"]["architecture"])
+    assert state["best"]["latency_ms"] == row["measured"][2]["predicted_ms"] and "params" not in state["best"]
+    assert SearchResults(tmp_path).legal[0]["architecture"] == state["best"]["architecture"]
+
+
+def by_latency(timed):
+    return lambda candidate: timed.cost("latency", candidate) / 1e5
+
+
+def test_a_search_that_stops_anywhere_replays_its_confirmations(timed, tmp_path, monkeypatch):
+    """The best are the slowest, so the first ten break the limit, and the generations after the correction too."""
+    monkeypatch.setattr(f"{__name__}.reward", by_latency(timed))
+    high, own = timed.quantile("latency", 0.6), None
+    own = settings(high)
+
+    def measure(candidate):
+        return int(1.2 * timed.cost("latency", candidate)) + sum(candidate) % 3 * 100
+
+    whole = run_search(tmp_path / "whole", timed, own, measure)
+    rows = whole["confirmations"]
+    assert len(rows) > 1 and rows[0]["correction"] == pytest.approx(1.2, abs=0.01) and rows[0]["after"] == 4
+    assert whole["generation"] == 4 + sum(row["generations"] for row in rows)
+    assert measure(tuple(whole["best"]["architecture"])) <= high
+    results = read_results(tmp_path / "whole")
+    assert len(results) == 6 * whole["generation"]
+    later = [r for r in results[24:] if r["latency_ms"] * rows[0]["correction"] > high / 1e6]
+    assert not later  # what follows the correction meets the corrected limit
+    for n in (1, 23, 24, 25, 29, 30):
+        out = tmp_path / str(n)
+        assert run_search(out, timed, own, measure, stop_after=n) is None or n >= len(results)
+        again = run_search(out, timed, own, measure)
+        assert again["confirmations"] == rows and again["best"] == whole["best"]
+        assert read_results(out) == results
+
+
+def test_after_three_corrections_there_is_no_winner(timed, tmp_path):
+    high = timed.quantile("latency", 0.6)
+    state = run_search(tmp_path, timed, settings(high), lambda candidate: high + 1 + sum(candidate))
+    assert [row["correction"] is None for row in state["confirmations"]] == [False, False, False, True]
+    assert state["done"] and state["best"] is None and not (tmp_path / "checkpoints" / "best.json").exists()
+
+
+# --- as a user types it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(tree, data_args, tmp_path, table, monkeypatch, forked):
+    """The words of a search in a folder with a supernet, its space and a table; evaluations are made up."""
+    config = DataConfig(input_size=16, val_resize=18, heldout_per_class=3)
+    content = {"version": 1, "kind": "supernet", "step": 1, "space": SPACE.to_dict(), "data": config.to_dict()}
+    content |= {"split": Data(data_args, config).split, "classes": ["apple", "bird", "car"], "architecture": None}
+    torch.save(content | {"model": ShuffleNetV2OneShot(space=SPACE).state_dict()}, tmp_path / "s.pth")
+    write_json(tmp_path / "nni_auto_gen_search_space.json", SPACE.nni_search_space())
+    write_json(tmp_path / "latency.json", table)
+    monkeypatch.setattr(local_engine, "_evaluate", evaluate)
+    small = "--population 6 --generations 3 --engine local --concurrency 1 --device cpu --loader torchvision"
+    return ("--data-dir", tree, "--checkpoint", tmp_path / "s.pth", small, "--out", tmp_path)
+
+
+def evaluate(trial, candidates):
+    return [
+        {"architecture": list(c), "acc1": reward(c), "acc5": 99.0, "n_images": 9, "seconds": 0.1} for c in candidates
+    ]
+
+
+def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
+    limit = f"latency={timed.quantile('latency', 0.5) / 1e6:.4f}ms"
+    monkeypatch.setattr(search, "write_report", lambda out: out)  # test_front.py draws one
+    stdout, stderr = run("search.py", *world, "--limit", limit, "--limit", "params=90%")
+    state = read_json(state_path(tmp_path))
+    assert "measuring the 10 best candidates as whole networks" in stderr and "rank 1: predicted" in stderr
+    assert len(state["confirmations"]) == 1 and state["settings"]["latency"]["medians"]
+    best = timed.load_architecture(tmp_path / "checkpoints" / "best.json")
+    assert true_ns(best) <= timed.quantile("latency", 0.5) * 1.001
+    assert state["best"]["latency_ms"] == pytest.approx(true_ns(best) / 1e6, rel=1e-3)
+    assert state["best"]["params"] == SPACE.params(best) and "params" in stdout.splitlines()[1]
+    found = SearchResults(tmp_path)
+    text = page._latency(found) + page._tiles(found, RandomSearch(found), found.legal[0])
+    assert "measured ms" in text and "ms measured" in text and "No network has been measured" not in text
+    again, _ = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume")
+    assert again == stdout and read_json(state_path(tmp_path))["confirmations"] == state["confirmations"]
+
+
+def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measured(
+    world, timed, tmp_path, table, monkeypatch
+):
+    write_json(tmp_path / "other.json", table | {"device": "Cray-1"})
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    words = (*world, "--limit", "latency=50%", "--latency-table", tmp_path / "other.json")
+    _, stderr = run("search.py", *words, code=2)
+    assert "measured on 'Cray-1', this is" in stderr and "--foreign-latency-table" in stderr
+    assert len(stderr.splitlines()) == 1 and not state_path(tmp_path).exists()
+    _, stderr = run("search.py", *words, "--foreign-latency-table")
+    assert "the winner's latency is not checked" in stderr
+    assert "confirmations" not in read_json(state_path(tmp_path))
+    assert "No network has been measured as a whole" in page._latency(SearchResults(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--limit latency=1ms --latency-table none.json", "none.json: No such file"),
+        ("--limit latency=0.0001ms", "is below the lowest cost of any candidate"),
+        ("--latency-table latency.json", "--latency-table has no effect without a limit on latency"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(world, tmp_path, words, message):
+    _, stderr = run("search.py", *world, words, code=2)
+    assert message in stderr and len(stderr.splitlines()) == 1 and not state_path(tmp_path).exists()
+
+
+def test_random_search_is_a_search_without_children(world, tmp_path, monkeypatch):
+    """In the same record: as many candidates, none of which descends from another."""
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    run("search.py", *world, "--strategy", "random", "--limit", "params=90%", "--seed", 4)
+    state = read_json(state_path(tmp_path))
+    assert (state["settings"]["mutation"], state["settings"]["crossover"]) == (0, 0)
+    found = {tuple(r["architecture"]) for r in read_results(tmp_path)}
+    high = state["settings"]["limits"]["params"][1]
+    assert len(found) == 18 and all(SPACE.params(c) <= high for c in found)
+    assert SearchResults(tmp_path).is_random()
+    drawn = Evolution.from_settings(SPACE, state["settings"] | {"seed": 4})
+    assert {c for c in found if c in set(drawn.ask())} == set(drawn.population)  # the first population
+    with pytest.raises(UserError, match="--mutation has no effect with --strategy random"):
+        search.parse_args(["--strategy", "random", "--mutation", "5"])
+    assert search.parse_args(["--strategy", "random", "--demo"]).crossover == 0
+
+
+# --- the bench -----------------------------------------------------------------------------------------------
+
+bench = load("bench/latency.py")
+
+
+def test_spearman_is_that_of_ranks_with_ties_shared():
+    assert bench.ranks([3, 1, 3, 0]).tolist() == [2.5, 1, 2.5, 0]
+    assert bench.spearman([1, 2, 3, 4], [10, 20, 25, 99]) == pytest.approx(1)
+    assert bench.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(1 - 6 * 4 / (4 * 15))
+
+
+def test_errors_are_beside_those_of_predicting_the_mean():
+    row = bench.errors([100, 200, 310], [110, 190, 300], [90, 210, 300])
+    assert row["mean_absolute_error"] == pytest.approx(10 / 3 / 200)
+    assert row["share"] == pytest.approx(10 / 200) and row["of_predicting_the_mean"] == pytest.approx(200 / 3 / 200)
+    assert row["spearman"] == row["spearman_of_two_measurements"] == pytest.approx(1)
+
+
+def test_the_bench_predicts_searches_and_measures_again(clock, monkeypatch, tmp_path, capsys):
+    """By the clock of these tests, which is additive, all predictions are right, and winners use the limit."""
+
+    class Here:
+        """Measures in this process instead of in another one, where the clock would be the real one."""
+
+        def __init__(self, processes):
+            pass
+
+        __enter__, __exit__ = (lambda self: self), (lambda *_: None)
+
+        def apply(self, function, arguments):
+            return function(*arguments)
+
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: argparse.Namespace(Pool=Here))
+    monkeypatch.setattr(bench, "SPACES", {"small": SPACE})
+    monkeypatch.setattr(bench, "EVOLUTION", bench.EVOLUTION | {"population": 20, "select": 4, "mutation": 10,
+                                                               "crossover": 10, "generations": 3})  # fmt: skip
+    words = ["--spaces", "small", "--networks", "4", "--searches", "2", "--batch-sizes", "1"]
+    bench.main([*words, "--results", str(tmp_path / "r.json")])
+    written = read_json(tmp_path / "r.json")
+    assert written["predictions"]["small, 1"]["share"] < 0.01
+    assert [row["share"] for row in written["searches"]] == [0.2, 0.8]
+    assert all(row["holds"] and 0.9 < row["used"] <= 1.001 for row in written["searches"])
+    assert capsys.readouterr().out.count("| yes |") == 2

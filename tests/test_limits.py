@@ -1,0 +1,259 @@
+"""Limits on several costs: their forms, first populations under random sets of them, refusals that are right."""
+
+import collections
+import itertools
+import random
+import time
+
+import numpy as np
+import pytest
+
+import search
+from evolution_tuner import Evolution
+from space.custom import PRESETS
+from space.limits import Limits, as_settings, bounds_of, describe, limits_from_args, read_limits
+from space.search_space import COSTS, SearchSpace
+from utils import UserError
+
+POPULATION = 50
+
+
+def with_latency(space, seed=0):
+    """The space with latencies that follow the FLOPs loosely."""
+    rng = random.Random(seed)
+    rows = tuple(tuple(int(c * 0.02 * rng.uniform(0.7, 1.3)) + 20_000 for c in row) for row in space.choice_flops)
+    return space.with_costs(*space.costs._replace(latency=rows, fixed_latency=400_000))
+
+
+SPACES = {
+    "small": with_latency(SearchSpace(28, 10, stem_stride=1, **PRESETS["small"])),
+    "blocks": with_latency(SearchSpace()),
+    "joint": with_latency(SearchSpace(**PRESETS["joint"])),
+}
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """All candidates of `small`, and what each costs: {cost: (4096,)}, summed here."""
+    space = SPACES["small"]
+    candidates = list(itertools.product(range(4), repeat=6))
+    costs = {name: np.array([_cost(space, name, c) for c in candidates]) for name in COSTS}
+    return candidates, costs
+
+
+def _cost(space, name, candidate):
+    rows, fixed = space.cost_rows(name)
+    return fixed + sum(rows[block][choice] for block, choice in enumerate(candidate))
+
+
+def meets(costs, bounds):
+    """Which of many candidates meet the bounds."""
+    ok = np.ones(len(costs["flops"]), bool)
+    for name, (low, high) in bounds.items():
+        ok &= (costs[name] >= (low if low is not None else 0)) & (costs[name] <= (high if high is not None else 1e18))
+    return ok
+
+
+def drawn(name, number):
+    """A random set of one to three limits of any form, some impossible alone, some only together."""
+    space, rng, bounds = SPACES[name], random.Random(f"{name} {number}"), {}
+    for cost in rng.sample(COSTS, rng.randint(1, 3)):
+        rows, fixed = space.cost_rows(cost)
+        low, high = (fixed + sum(map(pick, rows)) for pick in (min, max))
+        mean, sd = fixed + sum(map(np.mean, rows)), sum(map(np.var, rows)) ** 0.5
+
+        def end(low=low, high=high, mean=mean, sd=sd):
+            beyond = 0.05 * (high - low)
+            return int(rng.uniform(low - beyond, high + beyond) if rng.random() < 0.3 else rng.gauss(mean, 2 * sd))
+
+        one, other = sorted((end(), end()))
+        near = int(one + abs(rng.gauss(0, 0.2 * sd)))
+        bounds[cost] = rng.choice([(one, None), (None, one), (one, other), (one, near)])
+    return bounds
+
+
+def fill(name, number):
+    """(bounds, first population, None where the bounds are refused) of a random set of limits."""
+    bounds, population = drawn(name, number), None
+    try:
+        settings = {**as_settings(bounds), "population": POPULATION, "seed": number}
+        population = Evolution.from_settings(SPACES[name], settings).ask()
+    except UserError as error:
+        assert "\n" not in str(error) and 20 < len(str(error)) < 250
+    return bounds, population
+
+
+def check_enumerated(number, candidates, costs):
+    bounds, population = fill("small", number)
+    legal = {c for c, ok in zip(candidates, meets(costs, bounds)) if ok}
+    assert (population is None) == (not legal), bounds
+    assert population is None or (set(population) <= legal and len(set(population)) == min(POPULATION, len(legal)))
+
+
+def check_large(name, number):
+    bounds, population = fill(name, number)
+    if population is not None:
+        space = SPACES[name]
+        costs = {cost: np.array([space.cost(cost, c) for c in population]) for cost in COSTS}
+        assert meets(costs, bounds).all() and len(set(population)) == len(population), bounds
+        if len(population) < POPULATION:
+            assert count_legal(space, bounds) == len(population), bounds
+    return population is not None
+
+
+def count_legal(space, bounds, most=400_000):
+    """How many candidates meet the bounds, block by block over the costs that occur; None beyond `most` of them."""
+    rows = [space.cost_rows(name)[0] for name in bounds]
+    ends = [(-1 if low is None else low, 1e18 if high is None else high) for low, high in bounds.values()]
+    counts = {tuple(space.cost_rows(name)[1] for name in bounds): 1}
+    for block in range(space.n_blocks):
+        rest = [[sum(pick(r) for r in row[block + 1 :]) for pick in (min, max)] for row in rows]
+        following = collections.Counter()
+        for costs, n in counts.items():
+            for choice in range(len(rows[0][block])):
+                then = tuple(cost + row[block][choice] for cost, row in zip(costs, rows))
+                if all(c + r[0] <= e[1] and c + r[1] >= e[0] for c, r, e in zip(then, rest, ends)):
+                    following[then] += n
+        counts = following
+        if len(counts) > most:
+            return None
+    return sum(counts.values())
+
+
+def test_sets_of_limits_fill_the_first_population_or_are_refused_rightly(everything):
+    for number in range(16):
+        check_enumerated(number, *everything)
+
+
+def test_sets_of_limits_in_large_spaces():
+    assert {check_large("blocks", number) for number in (0, 1, 17)} == {True, False}
+    assert check_large("joint", 0)
+
+
+@pytest.mark.slow
+def test_a_thousand_sets_of_limits(everything):
+    """Each is answered within five CPU-seconds; refusals in `blocks` are right too, as far as they can be counted."""
+    outcomes = collections.Counter()
+    for name, n in (("small", 400), ("blocks", 400), ("joint", 200)):
+        for number in range(n):
+            start = time.process_time()
+            bounds, population = fill(name, number)
+            assert time.process_time() - start < 5, (name, bounds)
+            if name == "small":
+                check_enumerated(number, *everything)
+            else:
+                check_large(name, number)
+            if name == "blocks" and population is None:
+                assert not count_legal(SPACES[name], bounds), bounds
+            outcomes[name, population is not None] += 1
+    assert min(outcomes.values()) > 10
+
+
+# --- forms ---------------------------------------------------------------------------------------------------
+
+
+def test_forms_of_limits():
+    space = SPACES["blocks"]
+    share = space.flops_value("59%")
+    found = read_limits(space, ["flops=290M:59%", "params=:3.5M", "latency=8ms", "latency=6.5ms:"])
+    assert found == {"flops": (290_000_000, share), "params": (None, 3_500_000), "latency": (6_500_000, None)}
+    assert describe(found).startswith("flops 290.0M to 33") and describe(found).endswith("latency from 6.500 ms")
+    assert bounds_of(as_settings(found)) == found
+    assert as_settings({"flops": (None, 7)}) == {"flops_limit": 7}
+    assert bounds_of({"flops_limit": 7}) == {"flops": (None, 7)}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_share_is_that_of_uniform_candidates(everything, cost):
+    space, costs = SPACES["small"], everything[1][cost]
+    for share in (0.2, 0.59, 1):
+        (_, high), *_ = read_limits(space, [f"{cost}={100 * share}%"]).values()
+        assert (costs <= high).mean() == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flops", "not of a form such as flops=330M"),
+        ("speed=3", "not of a form"),
+        ("flops=", "not of a form"),
+        ("flops=:", "not of a form"),
+        ("flops=1M:2M:3M", "not of a form"),
+        ("flops=8ms", "neither multiply-adds"),
+        ("params=many", "--limit params 'many' is neither parameters"),
+        ("latency=8", "--limit latency '8' is neither milliseconds"),
+        ("params=101%", "a share of candidates"),
+        ("flops=330M:290M", "the first bound is above"),
+    ],
+)
+def test_wrong_forms(text, message):
+    with pytest.raises(UserError, match=message):
+        read_limits(SPACES["blocks"], [text])
+
+
+def test_limits_of_the_command_line_join_those_of_a_file(tmp_path):
+    """The command line wins, cost by cost."""
+    config = tmp_path / "c.yml"
+    config.write_text("search: {limit: [flops=300M, params=3M]}")
+    args = search.parse_args(["--config", str(config), "--limit", "params=4M", "--limit", "params=3.5M"])
+    assert limits_from_args(args, SPACES["blocks"]) == {"flops": (None, 300_000_000), "params": (None, 3_500_000)}
+    args = search.parse_args(["--flops-limit", "310M", "--limit", "params=3.5M"])
+    assert limits_from_args(args, SPACES["blocks"]) == {"flops": (None, 310_000_000), "params": (None, 3_500_000)}
+    args.limit.append("flops=300M")
+    with pytest.raises(UserError, match="--flops-limit and --limit flops: leave one of them out"):
+        limits_from_args(args, SPACES["blocks"])
+
+
+# --- what is impossible --------------------------------------------------------------------------------------
+
+
+def test_one_impossible_limit_names_what_can_be_reached(everything):
+    space, costs = SPACES["small"], everything[1]
+    low, high = costs["params"].min(), costs["params"].max()
+    for bounds, message in (
+        ({"params": (None, low - 1)}, f"limit {low - 1} is below the lowest .*, {low}; raise --limit params"),
+        ({"params": (high + 1, None)}, f"limit {high + 1} is above the highest .*, {high}; lower --limit params"),
+        ({"flops": (None, 5)}, f"below .*, {costs['flops'].min()}; raise --flops-limit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Limits(space, bounds).check()
+    Limits(space, {"params": (None, int(low))}).check()
+
+
+@pytest.mark.parametrize(("name", "slow", "lean"), [("small", 0.97, 0.001), ("blocks", 0.99, 1e-9)])
+def test_impossible_together_names_the_tightest_and_what_the_others_leave(name, slow, lean, everything):
+    """Each is possible alone: few parameters, and a latency that only costlier candidates have."""
+    space = SPACES[name]
+    bounds = {"latency": (space.quantile("latency", slow), None), "params": (None, space.quantile("params", lean))}
+    for cost in bounds:
+        Limits(space, {cost: bounds[cost]}).check()
+    with pytest.raises(UserError) as refused:
+        Limits(space, bounds).check()
+    line = str(refused.value)
+    assert line.startswith(f"limit {bounds['params'][1]} is below the lowest cost of any candidate with latency from")
+    reached = int(line.split(", ")[-1].split(";")[0])
+    if name == "small":
+        costs = everything[1]
+        assert reached == costs["params"][costs["latency"] >= bounds["latency"][0]].min()
+    Limits(space, bounds | {"params": (None, reached)}).check()
+
+
+def test_a_correction_and_banned_candidates_narrow_the_limits(everything):
+    space, (candidates, costs) = SPACES["small"], everything
+    high = space.quantile("latency", 0.5)
+    limits = Limits(space, {"latency": (None, high)}, correction=1.1, banned=[candidates[0]])
+    for candidate, cost in zip(candidates[::7], costs["latency"][::7]):
+        assert (limits.excess(candidate) == 0) == (cost * 1.1 <= high and candidate != candidates[0])
+
+
+def test_repair_meets_narrow_limits_on_three_costs():
+    """Boxes of a twentieth of a standard deviation around random candidates: uniform draws never fall into one."""
+    space, rng = SPACES["blocks"], random.Random(1)
+    for _ in range(5):
+        centre, bounds = space.random_candidate(rng), {}
+        for name in COSTS:
+            margin = sum(map(np.var, space.cost_rows(name)[0])) ** 0.5 / 40
+            cost = space.cost(name, centre)
+            bounds[name] = int(cost - margin), int(cost + margin)
+        population = Evolution.from_settings(space, {"limits": bounds, "seed": 0, "population": 20}).ask()
+        assert len(set(population)) == 20 and all(not Limits(space, bounds).excess(c) for c in population)

@@ -30,6 +30,7 @@ from images.image_check import UNDECODABLE
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_WORKERS = 8  # by default
 SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
 
 
@@ -54,7 +55,7 @@ class Loader:
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
         self.device = torch.device(device)
         self.backend = resolve_backend(backend)
-        self.workers = min(8, max(1, cores() // local_world_size())) if workers is None else workers
+        self.workers = min(MAX_WORKERS, max(1, cores() // local_world_size())) if workers is None else workers
 
     @classmethod
     def from_args(cls, images, config, augment, args, device):
@@ -306,6 +307,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
+    command_line.add_cache_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -332,7 +334,7 @@ def main(args):
     if problems or unreadable or (mislabelled and not args.accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
-    image_check.remember(folder, found, len(shared))
+    image_check.remember(folder, found, len(shared), args.cache)
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
     print(f"{folder}: {sizes}, {counts}; recorded")
 

@@ -9,8 +9,13 @@ rank. A script started without torchrun is a single process, for which every fun
 Source: paper section 3.3 (one path a step); the official code uses nn.DataParallel in one process.
 """
 
+import ctypes
 import datetime
 import os
+import shlex
+import socket
+import subprocess
+import sys
 
 import torch
 import torch.distributed as dist
@@ -58,6 +63,52 @@ def world_size():
 def local_world_size():
     """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def gpu_count():
+    """How many GPUs this process may use. Leaves CUDA uninitialised, so that CUDA_VISIBLE_DEVICES can still be set.
+
+    NVML counts them; where a driver comes without it, another process asks CUDA.
+    """
+    if torch.cuda._device_count_nvml() >= 0:
+        return torch.cuda.device_count()
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return 0  # no driver
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(asked, capture_output=True, text=True).stdout or 0)
+
+
+def unused_gpus(device):
+    """A line that says how to use all GPUs of this machine, or None where none is left unused."""
+    if device.type != "cuda" or world_size() > 1 or (n := gpu_count()) < 2:
+        return None
+    return f"one of {n} GPUs is used; all of them: torchrun --nproc-per-node {n} {shlex.join(sys.argv)}"
+
+
+def check_same(values):
+    """Raises UserError, on all ranks, where `values` (name -> value) of a rank differ from those of rank 0."""
+    if world_size() == 1:
+        return
+    all_values = [None] * world_size()
+    _collective(dist.all_gather_object, all_values, (socket.gethostname(), values))
+    (_, first), *others = all_values
+    for number, (host, other) in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                here, there = _difference(other[name], value)
+                raise UserError(
+                    f"process {number} (on {host}) has {name} {here}, process 0 {there}; "
+                    "start all processes with the same settings, images and code"
+                )
+
+
+def _difference(a, b):
+    """Two values as texts; of two lists, the first entries that differ."""
+    if isinstance(a, list) and isinstance(b, list):
+        a, b = next(((x, y) for x, y in zip(a, b) if x != y), (f"({len(a)} of them)", f"({len(b)} of them)"))
+    return a, b
 
 
 def per_rank_batch_size(batch_size):

@@ -130,7 +130,7 @@ def retrain(args, folder):
         "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
         "architecture": list(candidate),
     })  # fmt: skip
-    run.start()
+    run.start(data)
     for text in data.warnings:
         utils.log.warning("warning: %s", text)
     if args.architecture and not search:

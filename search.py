@@ -3,7 +3,7 @@
     python tester.py --mode gen                writes the search space that this needs
     python search.py                           the official search, 20 generations of 50, of the newest supernet
     python search.py --demo                    the bundled images, 5 generations of 16
-    python search.py --engine local            without NNI, one process for each GPU
+    python search.py --engine local            without NNI
     python search.py --resume                  resumes a search that was interrupted in any way
     python search.py --experiment config_search_remote.yml     on the machines in this file
 
@@ -36,7 +36,8 @@ from command_line import (
     count,
     real,
 )
-from dataloader import resolve_backend
+from dataloader import MAX_WORKERS, resolve_backend
+from distributed import gpu_count
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
@@ -46,7 +47,7 @@ from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.search_space import SearchSpace
 from training import checkpoint
-from training.evaluation import resolve_device
+from training.evaluation import NO_GPU
 from utils import (
     HERE,
     Interrupted,
@@ -106,7 +107,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--concurrency",
         type=count(1, 1000),
-        help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)",
+        help="trials at a time (that of the experiment file, else one a GPU, or one a remote machine)",
     )
     group.add_argument(
         "--candidates-per-trial",
@@ -139,16 +140,25 @@ def parse_args(argv=None):
     if "population" in parser.given:  # the experiment's numbers are shares of another population
         defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
     args = parser.parse(argv, defaults)
+    args.concurrency = args.concurrency or default_concurrency(args)
     args.select, args.mutation, args.crossover = official_shares(
         args.population, args.select, args.mutation, args.crossover
     )
     return args
 
 
+def default_concurrency(args):
+    """A trial a GPU of this machine, or a trial a remote machine, whose GPUs are not known here."""
+    machines = read_experiment(args.experiment)["trainingService"].get("machineList") if args.engine == "nni" else None
+    return len(machines) if machines else max(1, gpu_count() if args.device != "cpu" else 0)
+
+
 def experiment_defaults(parser, path):
     """The flags that the experiment file sets: classArgs and trialConcurrency."""
     experiment = read_experiment(path)
-    settings = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
+    settings = experiment["tuner"].get("classArgs", {})
+    if "trialConcurrency" in experiment:
+        settings = {"concurrency": experiment["trialConcurrency"], **settings}
     return parser.check_settings(path, "classArgs", {key.replace("_", "-"): value for key, value in settings.items()})
 
 
@@ -169,7 +179,7 @@ def read_experiment(path):
     for key in itertools.chain(forms, experiment):
         if key not in forms:
             raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
-        if not isinstance(experiment.get(key), forms[key]):
+        if not isinstance(experiment.get(key), forms[key]) and (key in experiment or key != "trialConcurrency"):
             value = reprlib.repr(experiment.get(key))
             raise UserError(f"{path}: {key} is {value}, not of type {forms[key].__name__}")
     keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
@@ -201,10 +211,12 @@ def check_space_file(path, space):
 
 
 def trial_settings(args, out, supernet_path):
-    """The flags of a trial: those of this search, with a share of the CPU threads."""
+    """The flags of a trial: those of this search, with a share of the cores."""
     settings = {name: getattr(args, name) for name in vars(shared_parser().parse_args([]))}
-    threads = args.threads or max(1, cores() // args.concurrency)
-    return settings | {"checkpoint": str(supernet_path), "out": str(out), "threads": threads}
+    share = max(1, cores() // args.concurrency)
+    workers = min(MAX_WORKERS, share) if args.workers is None else args.workers
+    settings |= {"threads": args.threads or share, "workers": workers}
+    return settings | {"checkpoint": str(supernet_path), "out": str(out)}
 
 
 @dataclasses.dataclass
@@ -225,8 +237,8 @@ def check(args, out):
     machines = experiment["trainingService"].get("machineList", [])
     if args.engine == "nni":
         check_keys(args.experiment, machines)
-    if args.engine == "local" or not machines:
-        resolve_device(args)  # raises where this machine has no such device
+    if args.device == "cuda" and (args.engine == "local" or not machines) and not gpu_count():
+        raise UserError(NO_GPU)  # trials initialise CUDA, this process does not
     table = args.flops_table and read_flops_table(args.flops_table)
     _, supernet, config, data = checkpoint.open_supernet(args)
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))

@@ -83,7 +83,7 @@ def main(args):
         "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
         "flops_range": flops_range,
     })  # fmt: skip
-    run.start()
+    run.start(data)
     for text in data.warnings:
         utils.log.warning("warning: %s", text)
     if flops_range:

@@ -5,6 +5,7 @@ Scripts import this module before torch, because it sets GOMP_SPINCOUNT.
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -319,6 +320,15 @@ def versions():
     names = ("torch", "torchvision", "nvidia.dali", "nni", "numpy")
     found = [f"{n} {sys.modules[n].__version__}" for n in names if hasattr(sys.modules.get(n), "__version__")]
     return ", ".join([f"python {platform.python_version()}", *found])
+
+
+def code_version():
+    """A hash of the code that trains and evaluates, as it is on this machine."""
+    digest = hashlib.sha256()
+    for pattern in ("*.py", "space/*.py", "images/*.py", "training/*.py"):
+        for path in sorted(HERE.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def commit():

@@ -1,4 +1,4 @@
-"""The search without NNI: the same evolution and files, with one worker process for each GPU, or some on the CPU."""
+"""The search without NNI: the same evolution and files, with worker processes, each on a GPU of its own or a CPU."""
 
 import argparse
 import concurrent.futures
@@ -8,7 +8,7 @@ import multiprocessing
 
 from engines.progress import Progress
 from engines.search_record import SearchRecord
-from engines.trial import take_gpu
+from engines.trial import gpu_names, take_gpu
 from evolution_tuner import Evolution
 from space.splitting import chunks
 from utils import UserError, leave_signals_to_parent, log
@@ -52,13 +52,11 @@ def _give_up(record, candidates, error):
 
 
 class Workers:
-    """Processes that evaluate lists of candidates: one a GPU, or `concurrency` of them on the CPU."""
+    """Processes that evaluate lists of candidates: `concurrency` of them, at most one a GPU."""
 
     def __init__(self, trial, concurrency):
-        import torch
-
-        gpus = torch.cuda.device_count() if trial["device"] != "cpu" else 0
-        self.trial, self.n, self.pool = json.dumps(trial), gpus or concurrency, None
+        n_gpus = len(gpu_names()) if trial["device"] != "cpu" else 0
+        self.trial, self.n, self.pool = json.dumps(trial), min(concurrency, n_gpus or concurrency), None
 
     def __enter__(self):
         return self

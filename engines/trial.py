@@ -78,9 +78,9 @@ def take_gpu(device):
 
 def gpu_names():
     """The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES: numbers or UUIDs."""
-    import torch
+    from distributed import gpu_count
 
-    n = torch.cuda.device_count()  # by NVML where it is installed, which leaves CUDA uninitialised
+    n = gpu_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(i) for i in range(n)] if visible is None else [name.strip() for name in visible.split(",")][:n]
 

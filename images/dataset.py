@@ -205,7 +205,7 @@ class Data:
         if len(self.classes) == 1:
             self.warnings.append(f"{args.data_dir}: a single class, {self.classes[0]!r}: every network is right")
         if args.loader != "synthetic":
-            n_shared = image_check.check_images(args.data_dir, tree_paths(self.train, self.val))
+            n_shared = image_check.check_images(args.data_dir, tree_paths(self.train, self.val), args.cache)
             if n_shared:
                 text = f"{args.data_dir}: {n_shared} images of val are in train too: accuracies on val are too high"
                 self.warnings.append(text)
@@ -229,6 +229,12 @@ class Data:
             "heldout_per_class": self.config.heldout_per_class,
             "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
         }
+
+    @property
+    def names_hash(self):
+        """A hash of the names of all images, and so of their labels."""
+        names = "\n".join(tree_paths(self.train, self.val))
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
     def images(self, part):
         if part in ("train", "val"):

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import pickle
 import sys
@@ -138,7 +139,7 @@ def test_what_scratch_measures_can_be_measured_again(typed, data, tmp_path):
 @pytest.fixture(scope="module")
 def parts(tree):
     """The files of train that are not held out and those that are, of all of train, and of val; sorted."""
-    args = argparse.Namespace(data_dir=str(tree), loader="torchvision", demo=False)
+    args = argparse.Namespace(data_dir=str(tree), loader="torchvision", demo=False, cache=os.environ["TEST_CACHE"])
     images = Data(args, DataConfig(16, 18, heldout_per_class=3))
     found = {part: images.images(part) for part in ("supernet", "search", "train", "val")}
     assert [len(part) for part in found.values()] == [27, 9, 36, 21]

@@ -88,12 +88,11 @@ def test_split_is_disjoint_deterministic_and_per_class(data_args):
     assert other.split["hash"] != data.split["hash"]
 
 
-def test_a_split_of_names_that_are_no_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+def test_a_split_of_names_that_are_no_text(tmp_path):
     folder = make_tree(tmp_path / "tree") / "train" / "car"
     for path in folder.iterdir():
         os.rename(path, os.fsencode(folder) + b"/caf\xe9" + os.fsencode(path.name))
-    args = argparse.Namespace(data_dir=str(tmp_path / "tree"), loader="auto", demo=False)
+    args = argparse.Namespace(data_dir=str(tmp_path / "tree"), loader="auto", demo=False, cache=str(tmp_path))
     assert len(Data(args, CONFIG).split["hash"]) == 16
 
 

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from engines import trial
+import distributed
+import search
+from engines import local_engine, trial
 from utils import HERE, UserError
 
 TAKE = """
@@ -66,13 +68,13 @@ def test_devices_are_those_that_are_visible(monkeypatch, visible, n, names):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: n)
+    monkeypatch.setattr("distributed.gpu_count", lambda: n)
     assert trial.gpu_names() == names
 
 
 def test_a_process_sees_the_device_it_took_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("distributed.gpu_count", lambda: 2)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(trial, "held", [])
     trial.take_gpu("cpu")
@@ -93,3 +95,57 @@ def test_locks_are_private(monkeypatch, tmp_path):
     folder.symlink_to(tmp_path)
     with pytest.raises(UserError, match="not a folder"):
         trial.lock_folder()
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """NVML counts three GPUs, and whoever asks CUDA itself fails."""
+
+    def initialises():
+        raise AssertionError("CUDA is initialised")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda._is_compiled", lambda: True)
+    monkeypatch.setattr("torch.cuda._device_count_nvml", lambda: 3)
+    monkeypatch.setattr("torch._C._cuda_getDeviceCount", initialises, raising=False)
+    monkeypatch.setattr("torch.cuda.init", initialises)
+
+
+def test_gpus_are_counted_and_told_apart_without_cuda(three_gpus):
+    assert distributed.gpu_count() == 3 and trial.gpu_names() == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("loads, counted", [(False, 0), (True, 2)])
+def test_without_nvml_another_process_counts(monkeypatch, loads, counted):
+    def load(name):
+        if not loads:
+            raise OSError(name)
+
+    answer = subprocess.CompletedProcess([], 0, stdout="2\n")
+    monkeypatch.setattr("torch.cuda._device_count_nvml", lambda: -1)
+    monkeypatch.setattr("ctypes.CDLL", load)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: answer)
+    assert distributed.gpu_count() == counted
+
+
+@pytest.mark.parametrize(
+    ("words", "concurrency"),
+    [([], 3), (["--engine", "local"], 3), (["--device", "cpu"], 1), (["--concurrency", "2"], 2)],
+)
+def test_by_default_a_search_runs_a_trial_a_gpu(three_gpus, words, concurrency):
+    args = search.parse_args(words)
+    assert args.concurrency == concurrency
+    with local_engine.Workers({"device": args.device}, args.concurrency) as workers:
+        assert workers.n == concurrency
+    with local_engine.Workers({"device": args.device}, 9) as workers:
+        assert workers.n == (9 if args.device == "cpu" else 3)
+
+
+def test_trials_share_the_cores(three_gpus, monkeypatch):
+    monkeypatch.setattr(search, "cores", lambda: 24)
+    given = search.trial_settings(search.parse_args(["--threads", "5", "--workers", "0"]), "out", "net.pth")
+    settings = search.trial_settings(search.parse_args([]), "out", "net.pth")
+    assert (settings["threads"], settings["workers"], given["threads"], given["workers"]) == (8, 8, 5, 0)
+    monkeypatch.setattr(search, "cores", lambda: 7)
+    settings = search.trial_settings(search.parse_args([]), "out", "net.pth")
+    assert (settings["threads"], settings["workers"]) == (2, 2)

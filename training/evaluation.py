@@ -14,6 +14,8 @@ from training import checkpoint
 from training.prefix_tree import PrefixTree
 from utils import UserError
 
+NO_GPU = "--device cuda: no GPU that torch can use; leave the flag out or say cpu"
+
 
 def open_evaluation(args):
     """(supernet, calibration batches, validation batches), the images that `args.split` names, of the flags."""
@@ -122,5 +124,5 @@ def resolve_device(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU that torch can use; leave the flag out or say cpu")
+        raise UserError(NO_GPU)
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")

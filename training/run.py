@@ -13,7 +13,7 @@ from tqdm import tqdm
 import distributed
 from dataloader import resolve_backend
 from training import checkpoint
-from utils import UserError, atomic_write, hold_lock, log, output_folder, start_logging
+from utils import UserError, atomic_write, code_version, hold_lock, log, output_folder, start_logging
 
 STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs
 
@@ -35,12 +35,22 @@ class TrainingRun:
         settings["loader"] = resolve_backend(self.args.loader)
         return settings | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {})
 
-    def start(self):
+    def start(self, data=None):
         """Locks the folder and starts its log; with --resume none, an earlier run in it is renamed.
 
-        Raises UserError where another run holds the lock.
+        Raises UserError where another run holds the lock, or where the ranks do not agree on settings, images (those of
+        `data`) or code.
         """
+        distributed.check_same(self._identity(data))
         distributed.on_rank0(self._start)
+
+    def _identity(self, data):
+        """What must be the same on all ranks, by the names that an error gives it."""
+        if distributed.world_size() == 1:
+            return {}
+        flags = {f"--{name.replace('_', '-')}": value for name, value in self.settings.items()}
+        images = {"images": data.names_hash} if data else {}
+        return {**flags, **self.contents, **images, "code of version": code_version()}
 
     def _start(self):
         output_folder(self.folder.parent)
@@ -53,6 +63,8 @@ class TrainingRun:
         start_logging(self.folder, self.args, self.device)
         if aside:
             log.info("the run before is in %s", aside)
+        if text := distributed.unused_gpus(self.device):
+            log.info(text)
 
     def resume(self, recipe):
         """Loads the newest whole checkpoint, if there is one; returns its (step, metrics, rows of the log)."""

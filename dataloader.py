@@ -80,6 +80,7 @@ class Loader:
         """Like `batches`, with images as uint8 RGB (N, H, W, 3)."""
         backends = {"dali": self._dali, "torchvision": self._torchvision, "synthetic": self._synthetic}
         for images, samples in backends[self.backend](iter(plan)):
+            utils.sign_of_life()
             labels = torch.from_numpy(self.images.labels[samples[:, 1]])
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 

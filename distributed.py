@@ -16,14 +16,18 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 
 import torch
 import torch.distributed as dist
 
-from utils import UserError, run_script
+from utils import UserError, heard_by, run_script
 
-TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may check a whole data set while the others wait
-LOST_RANK = "another rank of this run ended; the same command resumes from the last checkpoint"
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of a rank that is silent in `together`
+POLL_S = 0.2
+LOST_RANK = "another rank of this run ended or hangs; the same command resumes from the last checkpoint"
+
+_store = None  # of this run's ranks
 
 
 def run(main, parse_args):
@@ -33,6 +37,8 @@ def run(main, parse_args):
     store, rank, world_size = next(dist.rendezvous("env://"))
 
     def run_rank(args):
+        global _store
+        _store = store
         on_gpus = args.device != "cpu" and torch.cuda.is_available()
         if on_gpus:
             if local_world_size() > torch.cuda.device_count():
@@ -122,12 +128,35 @@ def per_rank_batch_size(batch_size):
     return batch_size // n
 
 
+def together(function):
+    """Returns `function()`, when it has returned on every rank.
+
+    For what may take longer than a collective, as reading a data set for the first time: a rank waits as long as any
+    rank gives signs of life.
+    """
+    if world_size() == 1:
+        return function()
+    try:
+        call = f"call {_store.add(f'calls of {rank()}', 1)}"
+        with heard_by(lambda: _store.add("signs", 1), every_s=POLL_S):
+            result = function()
+        ready, signs, changed = _store.add(call, 1), 0, time.monotonic()
+        while ready < world_size():
+            time.sleep(POLL_S)
+            ready, before, signs = _store.add(call, 0), signs, _store.add("signs", 0)
+            if signs != before:
+                changed = time.monotonic()
+            elif time.monotonic() - changed > TIMEOUT.total_seconds():
+                raise UserError(f"{LOST_RANK} (no sign of life for {TIMEOUT.total_seconds():.0f} s)")
+        return result
+    except RuntimeError as error:  # the store is gone
+        raise UserError(f"{LOST_RANK} ({str(error).splitlines()[0][:100]})") from None
+
+
 def local_rank0_first(function):
     """Returns `function()`, called on local rank 0 of each machine first, whose files the other ranks then find."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = function() if first else None
-    if world_size() > 1:
-        _collective(dist.barrier)
+    result = together(function if first else lambda: None)
     return result if first else function()
 
 

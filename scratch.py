@@ -143,6 +143,7 @@ def retrain(args, folder):
     utils.log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), *costs)
 
     def validate(step):
+        distributed.together(validation.prepare)
         distributed.broadcast_from_rank0(model.buffers())  # each rank has BN statistics of its own
         acc1, acc5, n_images = accuracy(model.eval(), validation)
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)

@@ -41,8 +41,9 @@ from distributed import gpu_count
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
-from engines.search_record import EVOLUTION, prepare_search, ranked, read_results, state_path
+from engines.search_record import EVOLUTION, images_path, prepare_search, ranked, read_results, state_path
 from evolution_tuner import Evolution, official_shares
+from images.dataset import Data
 from reports.page import write_report
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.search_space import SearchSpace
@@ -125,9 +126,9 @@ def parse_args(argv=None):
     group.add_argument(
         "--trial-timeout",
         type=count(1),
-        default=1800,
+        default=300,
         metavar="S",
-        help="limit for each candidate of a trial (1800)",
+        help="seconds without a sign of life after which a trial is ended (300)",
     )
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
     group.add_argument(
@@ -135,7 +136,7 @@ def parse_args(argv=None):
     )
     args = parser.parse(argv)
     if args.engine == "local":
-        parser.refuse("--engine local", "host", "port", "trial-timeout")
+        parser.refuse("--engine local", "host", "port")
     defaults = experiment_defaults(parser, args.experiment)
     if "population" in parser.given:  # the experiment's numbers are shares of another population
         defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
@@ -229,6 +230,7 @@ class Search:
     costs: str  # a line for the log about the space's FLOPs, or nothing
     warnings: list  # what speaks against trusting the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
+    data: Data  # the images
 
 
 def check(args, out):
@@ -266,7 +268,7 @@ def check(args, out):
     if space.operations_hash:  # for the report, which has no modules to count
         settings["counted"] = space.costs
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
-    return Search(experiment, supernet.path, space, costs, warnings, settings)
+    return Search(experiment, supernet.path, space, costs, warnings, settings, data)
 
 
 def prepare(search, args, out):
@@ -277,6 +279,8 @@ def prepare(search, args, out):
         log.info(search.costs)
     for text in search.warnings:
         log.warning("warning: %s", text)
+    if args.loader != "synthetic":
+        search.data.write_list(images_path(out))
     limit = search.settings["flops_limit"] / 1e6
     log.info("FLOPs limit %.2fM; %d candidates evaluated already", limit, state["evaluated"])
     return state["done"]
@@ -287,14 +291,14 @@ def run(search, args, out):
     space, settings, experiment = search.space, search.settings, search.experiment
     trial = trial_settings(args, out, search.supernet)
     sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
+    sizes["trial_timeout"] = args.trial_timeout
     try:
         with signals(interrupt):
             if args.engine == "local":
                 search_locally(space, settings, out, trial, **sizes)
             else:
                 command = trial_command(experiment, out, trial)
-                longest = args.candidates_per_trial or -(-args.population // args.concurrency)
-                hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
+                hosting = {"host": args.host, "port": args.port}
                 search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
     except Interrupted as error:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]

@@ -19,7 +19,7 @@ import torch
 import distributed
 from dataloader import Loader
 from images.dataset import calibration_plan, evaluation_plan
-from utils import atomic_write, log, try_lock
+from utils import atomic_write, log, sign_of_life, try_lock
 
 VERSION = 1
 HEADER_BYTES = 4096
@@ -38,6 +38,10 @@ class FixedBatches:
 
     def __len__(self):
         return len(self.plan)
+
+    def prepare(self):
+        """Decodes the images into the folder `cache`, unless they are there."""
+        return self._decoded
 
     def __iter__(self):
         if self._decoded is None:
@@ -151,6 +155,7 @@ def _lock(path):
         if not waiting:
             log.info("%s: another process is decoding these images; waiting for it", path)
         waiting = True
+        sign_of_life()
         time.sleep(0.2)
     with file:
         yield

@@ -1,6 +1,7 @@
 """Training on two processes, and runs that are killed: as on one process, and as if nothing had been."""
 
 import argparse
+import datetime
 import itertools
 import json
 import os
@@ -227,10 +228,9 @@ def test_what_is_wrong_for_all_processes_is_said_once(tmp_path, data):
 
 
 def outcomes(main, n=2):
-    """(exit code, standard error) of `main(rank)` on each of `n` ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    """(exit code, standard error) of `main(rank)` on each of `n` ranks; this process has the store, as torchrun."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(n):
@@ -298,6 +298,39 @@ def test_processes_that_differ_are_told_before_the_first_step(tmp_path, monkeypa
         assert [code for code, _ in found] == [2, 2] and len(lines) == 1, found
         assert f"process 1 (on {socket.gethostname()}) {message}" in lines[0]
         assert not (tmp_path / "run").exists()
+
+
+def test_a_collective_that_hangs_ends_the_run(monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=1))
+
+    def main(rank):
+        if rank == 1:
+            time.sleep(4)
+        else:
+            distributed.all_reduce_max(1)
+
+    (code, stderr), _ = outcomes(main)
+    assert code == 2 and "another rank of this run ended or hangs" in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_long_first_image_check_is_no_hang(monkeypatch, lives):
+    """The data set is read by local rank 0, for longer than a collective may take, while the other waits."""
+    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=1))
+
+    def check():
+        for _ in range(25 if os.environ["RANK"] == "0" else 0):
+            time.sleep(0.1)
+            if lives:
+                utils.sign_of_life()
+        return "data"
+
+    def main(rank):
+        assert distributed.local_rank0_first(check) == "data"
+        distributed.all_reduce_max(1)
+
+    (_, _), (code, stderr) = outcomes(main)
+    assert code == 0 if lives else (code == 2 and "no sign of life for 1 s" in stderr), stderr
 
 
 def test_the_code_has_a_version(tmp_path, monkeypatch):

@@ -380,7 +380,7 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, undisturb
             for room in (".", "space", "images", "training", "engines")
             for path in ROOT.glob(f"{room}/*.py")
         }
-        assert brought == modules | {"engines/preload.js", "data/cache/checked.json"}
+        assert brought == modules | {"engines/preload.js"}
         print(f"stopped after {time.monotonic() - start:.0f} s")
         children = psutil.Process(process.pid).children(recursive=True)
         listening = {c.laddr.ip for p in children for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 import distributed
 import search
+import utils
 from engines import local_engine, trial
 from utils import HERE, UserError
 
@@ -149,3 +151,66 @@ def test_trials_share_the_cores(three_gpus, monkeypatch):
     monkeypatch.setattr(search, "cores", lambda: 7)
     settings = search.trial_settings(search.parse_args([]), "out", "net.pth")
     assert (settings["threads"], settings["workers"]) == (2, 2)
+
+
+class FakeNNI(types.ModuleType):
+    """Plays the module nni in a trial; `messages` are those that it sent."""
+
+    def __init__(self, *received):
+        super().__init__("nni")
+        self.received, self.messages = list(received), []
+
+    def get_next_parameter(self):
+        return self.received.pop(0)
+
+    def get_sequence_id(self):
+        return 3
+
+    def get_trial_id(self):
+        return "abc"
+
+    def report_intermediate_result(self, message):
+        self.messages.append(message)
+
+    def report_final_result(self, message):
+        self.messages.append(("final", message))
+
+
+def test_a_trial_reports_each_result_as_it_comes_and_lives_meanwhile(monkeypatch):
+    nni = FakeNNI(trial.parameters([(1,)], 3, 1), trial.parameters([(2,), (0,)], 4, 5))
+    monkeypatch.setitem(sys.modules, "nni", nni)
+    monkeypatch.setattr(trial, "ALIVE_S", 0)
+    candidates, at_once = trial.receive_candidates()
+    assert (candidates, at_once) == ([[2], [0]], 5)  # the first was meant for another trial
+
+    def results():
+        for c in candidates:
+            utils.sign_of_life()
+            yield {"architecture": c, "acc1": 50.0}
+            assert nni.messages[-1]["result"]["architecture"] == c
+
+    with trial.heard():
+        trial.report(results())
+    utils.sign_of_life()  # nobody hears it
+    *messages, (_, final) = nni.messages
+    assert len(messages) == 4 and trial.read_intermediate(messages) == final["results"] == trial.read_final(final)[1]
+    assert [r["architecture"] for r in final["results"]] == candidates
+
+
+def test_signs_of_life_are_passed_on_now_and_then(monkeypatch):
+    clock, heard = [100.0], []
+    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
+    with utils.heard_by(lambda: heard.append(clock[0]), every_s=5):
+        for clock[0] in (100.0, 101.0, 104.9, 105.0, 109.0, 117.0):
+            utils.sign_of_life()
+    assert heard == [100.0, 105.0, 117.0]
+
+
+def test_who_waits_for_a_device_lives(monkeypatch, tmp_path):
+    signs = []
+    holder = utils.try_lock(tmp_path / "0.lock")
+    monkeypatch.setattr(trial, "POLL_S", 0.01)
+    with utils.heard_by(lambda: signs.append(holder.close()) if len(signs) == 2 else signs.append(None)):
+        trial.take_device(["0"], tmp_path)
+    assert len(signs) == 3
+    trial.held.pop().close()

@@ -100,7 +100,8 @@ class Bench:
         self.calibration = fixed(train, True, calibration_plan(train.labels, CALIBRATION, 128, 0))
         self.validation = fixed(val, False, evaluation_plan(VALIDATION, 200))
         start = time.perf_counter()
-        len(self.calibration._decoded), len(self.validation._decoded)
+        self.calibration.prepare()
+        self.validation.prepare()
         self.decoding = time.perf_counter() - start
 
     def evaluate(self, candidates, last_change):

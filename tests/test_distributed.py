@@ -364,7 +364,8 @@ def outcome(out, kind):
     contents = [checkpoint.load_file(path) for path in files]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return contents, [
-        {k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second")} for line in lines
+        {k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second", "train/wait_percent")}
+        for line in lines
     ]
 
 

@@ -151,8 +151,9 @@ class Journal:
 
     def log(self, step, metrics):
         """A line of the log."""
-        log.info("step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s", step, self.total, metrics["train/loss"],
-                 metrics["train/acc1"], metrics["train/lr"], metrics["train/images_per_second"])  # fmt: skip
+        text = "step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s, waited for %.0f%% of the time"
+        names = ("loss", "acc1", "lr", "images_per_second", "wait_percent")
+        log.info(text, step, self.total, *(metrics[f"train/{name}"] for name in names))
 
     def write(self, step, metrics, candidate_at):
         """Writes the metrics of a step and, to TensorBoard, the FLOPs of the paths since the last one."""

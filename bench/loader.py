@@ -1,4 +1,4 @@
-"""Measures the loaders on JPEG files of 500 x 375 px: `python bench/loader.py` (minutes), small: `--images 64 --rounds 1`.
+"""Measures the loaders on JPEG files of 500 x 375 px: `python bench/loader.py`; small: `--images 192 --rounds 1`.
 
     slow reads   every read sleeps 50 ms: images a second with 8 workers, and with 1
     warm cache   training batches, images a second: this project's DALI and torchvision loaders, DALI's external source
@@ -42,10 +42,8 @@ NAMES = ("encoded", "shape", "corner", "brightness", "contrast", "saturation", "
 
 def draw_mosaics(folder, n):
     """`n` JPEG files of 500 x 375 px and about 100 kB as a tree of one class, each colour channel of other images."""
-    rng, files = (
-        np.random.default_rng(0),
-        sorted((bundled.unpack(ROOT / "data" / "fashion-mnist") / "train").glob("*/*")),
-    )
+    rng = np.random.default_rng(0)
+    files = sorted((bundled.unpack(ROOT / "data" / "fashion-mnist") / "train").glob("*/*"))
     (folder / "c").mkdir(parents=True)
     for i in range(min(n, DIFFERENT)):
         pixels = np.empty((378, 504, 3), np.uint8)
@@ -176,18 +174,16 @@ def warm_cache(images, config, options):
 
 
 def official_jitter(images, factors, orders):
-    """torchvision's ColorJitter on a batch: uint8 RGB (N, H, W, 3), factors and orders (N, 3) of brightness (0), contrast
-    (1) and saturation (2)."""
+    """torchvision's ColorJitter on a batch, uint8 RGB (N, H, W, 3); factors and orders (N, 3) of brightness (0),
+    contrast (1) and saturation (2)."""
     luma = torch.tensor([0.299, 0.587, 0.114], device=images.device)
     x = images.float()
     for turn in range(3):
         operation = orders[:, turn]
         factor = factors.gather(1, operation[:, None]).view(-1, 1, 1, 1)
         grey = (x @ luma)[..., None]
-        operation = operation.view(-1, 1, 1, 1)
-        base = torch.where(
-            operation == 2, grey, torch.where(operation == 1, grey.mean((1, 2), keepdim=True).round(), 0)
-        )
+        contrast, saturation = ((operation == n).view(-1, 1, 1, 1) for n in (1, 2))
+        base = saturation * grey + contrast * grey.mean((1, 2, 3), keepdim=True).round()
         x = (factor * x + (1 - factor) * base).clamp_(0, 255).floor_()
     return x.to(torch.uint8)
 

@@ -127,9 +127,13 @@ class Loader:
 
         size, gpu = self.config.input_size, self.device.type == "cuda"
         sent = []  # batches in the pipeline, in order
+        batches = self._made_by_workers(_EncodedImages, plan)
+        first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
+        if first is None:
+            return
 
         def source():
-            for inputs, samples in inputs_of_batches:
+            for inputs, samples in itertools.chain([first], batches):
                 sent.append(samples)
                 files = np.split(inputs["encoded"].numpy(), inputs["ends"][:-1])
                 yield files, *(inputs[name] for name in names[1:])
@@ -162,18 +166,14 @@ class Loader:
                 images = fn.color_twist(images, **others)
             return images if flip is None else fn.flip(images, horizontal=flip)
 
-        first = next(plan, None)
-        if first is None:
-            return
-        inputs_of_batches = self._made_by_workers(_EncodedImages, itertools.chain([first], plan))
         pipeline = pipeline_def(operators)(
-            batch_size=len(first),
+            batch_size=len(first[1]),
             num_threads=max(1, self.workers),
             device_id=torch.cuda.current_device() if gpu else None,
             prefetch_queue_depth=2,
         )
         pipeline.build()
-        with contextlib.closing(inputs_of_batches):
+        with contextlib.closing(batches):
             while True:
                 try:
                     (output,) = pipeline.run()

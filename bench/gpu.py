@@ -155,11 +155,11 @@ def loading(options):
 def demo(options):
     """{command: seconds, or None where there was no time for it}."""
     small = options.device.type == "cpu" and not options.full
-    bn = ["--bn-batches", "2"] if small else []
+    bn, heldout = (["--bn-batches", "2"], ["--heldout-per-class", "4"]) if small else ([], [])
     short = ["--iterations", "8", "--batch-size", "16", "--warmup", "2", "--val-every", "8"] if small else []
     few = ["--population", "4", "--select", "2", "--mutation", "1", "--crossover", "1", "--generations", "2"]
     commands = {
-        "supernet.py": [*short, *bn, *(["--val-paths", "1"] if small else [])],
+        "supernet.py": [*short, *bn, *heldout, *(["--val-paths", "1"] if small else [])],
         "tester.py": ["--mode", "gen"],
         "search.py": [*bn, *(few if small else [])],
         "scratch.py": ["--architecture", "checkpoints/best.json", *short, *(["--bn-pass", "2"] if small else [])],
@@ -230,7 +230,8 @@ def main():
     print("\n| demo | s |\n|---|---|")
     for row, v in result["demo"].items():
         print(f"| {row} | {'no time' if v is None else f'{v:.0f}'} |")
-    print("\nfor docs/scaling.md:", *scaling_rows(result), sep="\n")
+    if options.device.type == "cuda":
+        print("\nfor docs/scaling.md:", *scaling_rows(result), sep="\n")
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     utils.write_json(options.results, results | {name: result}, indent=1)
 

@@ -246,13 +246,17 @@ def add_data_flags(parser):
         metavar="N",
         help="batch size of validation (default: 200)",
     )
-    group.add_argument(
+    add_cache_flag(group)
+    group.add_argument("--workers", type=count(0, 256), help="loader processes or threads (default: up to 8)")
+
+
+def add_cache_flag(parser):
+    parser.add_argument(
         "--cache",
         default=str(HERE / "data" / "cache"),
         metavar="DIR",
-        help="folder of decoded calibration and validation images (data/cache)",
+        help="folder of decoded calibration and validation images, and of the record of checked trees (data/cache)",
     )
-    group.add_argument("--workers", type=count(0, 256), help="loader processes or threads (default: up to 8)")
 
 
 def add_training_flags(parser, iterations):

@@ -12,6 +12,7 @@ Source: official `src/Supernet/train.py` (transforms).
 import utils  # first, so that Ctrl-C while torch is imported is one line
 
 # isort: split
+import contextlib
 import importlib.metadata
 import importlib.util
 import io
@@ -32,6 +33,8 @@ from images.image_check import UNDECODABLE
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_WORKERS = 8  # by default
+AHEAD = 2  # batches that each worker makes ahead
 SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
 
 
@@ -56,7 +59,7 @@ class Loader:
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
         self.device = torch.device(device)
         self.backend = resolve_backend(backend)
-        self.workers = min(8, max(1, cores() // local_world_size())) if workers is None else workers
+        self.workers = min(MAX_WORKERS, max(1, cores() // local_world_size())) if workers is None else workers
 
     @classmethod
     def from_args(cls, images, config, augment, args, device):
@@ -81,6 +84,7 @@ class Loader:
         """Like `batches`, with images as uint8 RGB (N, H, W, 3)."""
         backends = {"dali": self._dali, "torchvision": self._torchvision, "synthetic": self._synthetic}
         for images, samples in backends[self.backend](iter(plan)):
+            utils.sign_of_life()
             labels = torch.from_numpy(self.images.labels[samples[:, 1]])
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
@@ -95,21 +99,24 @@ class Loader:
             yield torch.from_numpy(rng.integers(0, 256, (len(samples), *shape), np.uint8)), samples
 
     def _torchvision(self, plan):
-        dataset = _TorchvisionImages(self.images, self.config, self.augment, self.seed)
+        return self._made_by_workers(_TorchvisionImages, plan, pin_memory=self.device.type == "cuda")
+
+    def _made_by_workers(self, dataset, plan, pin_memory=False):
+        """Yields (what `dataset` makes of a batch, samples), made by worker processes, in the order of the plan."""
         batches = torch.utils.data.DataLoader(
-            dataset,
+            dataset(self.images, self.config, self.augment, self.seed),
             batch_sampler=plan,
-            collate_fn=lambda batch: batch,
+            collate_fn=_as_it_is,
             num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if self.workers else None,
+            pin_memory=pin_memory,
+            prefetch_factor=AHEAD if self.workers else None,
             worker_init_fn=utils.leave_signals_to_parent,
         )
         try:
-            for images, samples, error in batches:
+            for made, samples, error in batches:
                 if error:
                     raise UserError(error)
-                yield images, samples
+                yield made, samples
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -122,12 +129,16 @@ class Loader:
 
         size, gpu = self.config.input_size, self.device.type == "cuda"
         sent = []  # batches in the pipeline, in order
+        batches = self._made_by_workers(_EncodedImages, plan)
+        first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
+        if first is None:
+            return
 
         def source():
-            for samples in plan:
+            for inputs, samples in itertools.chain([first], batches):
                 sent.append(samples)
-                inputs = self._dali_inputs(samples)
-                yield tuple(inputs[name] for name in names)
+                files = np.split(inputs["encoded"].numpy(), inputs["ends"][:-1])
+                yield files, *(inputs[name] for name in names[1:])
 
         names = ["encoded", "shape", "corner"]
         if self.augment and self.config.jitter:
@@ -157,52 +168,23 @@ class Loader:
                 images = fn.color_twist(images, **others)
             return images if flip is None else fn.flip(images, horizontal=flip)
 
-        first = next(plan, None)
-        if first is None:
-            return
-        plan = itertools.chain([first], plan)
         pipeline = pipeline_def(operators)(
-            batch_size=len(first),
+            batch_size=len(first[1]),
             num_threads=max(1, self.workers),
             device_id=torch.cuda.current_device() if gpu else None,
             prefetch_queue_depth=2,
         )
         pipeline.build()
-        while True:
-            try:
-                (output,) = pipeline.run()
-            except StopIteration:
-                return
-            except RuntimeError as error:  # DALI does not name the file
-                raise UserError(self._undecodable(sent) or f"DALI: {str(error).splitlines()[0]}") from None
-            samples = sent.pop(0)
-            yield self._dali_tensor(output, len(samples)), samples
-
-    def _dali_inputs(self, samples):
-        """A batch of DALI's external source, name -> values of each image: encoded file and transform parameters."""
-        columns = {}
-        for epoch, index in samples:
-            path = os.path.join(self.images.root, self.images.paths[index])
-            encoded = _read_file(path)
-            height, width = _image_size(path, encoded)
-            if self.augment:
-                a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
-                row = {
-                    "corner": np.array(a.window[:2], np.int32),
-                    "shape": np.array(a.window[2:], np.int32),
-                    "brightness": np.float32(a.brightness),
-                    "contrast": np.float32(a.contrast),
-                    "saturation": np.float32(a.saturation),
-                    "horizontal_flip": np.int32(a.horizontal_flip),
-                }
-            else:
-                shape, corner = validation_geometry(self.config, height, width)
-                size = self.config.input_size  # DALI takes the corner as a share of the margin
-                share = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
-                row = {"corner": np.array(share, np.float32), "shape": np.array(shape, np.float32)}
-            for name, value in {"encoded": encoded, **row}.items():
-                columns.setdefault(name, []).append(value)
-        return columns
+        with contextlib.closing(batches):
+            while True:
+                try:
+                    (output,) = pipeline.run()
+                except StopIteration:
+                    return
+                except RuntimeError as error:  # DALI does not name the file
+                    raise UserError(self._undecodable(sent) or f"DALI: {str(error).splitlines()[0]}") from None
+                samples = sent.pop(0)
+                yield self._dali_tensor(output, len(samples)), samples
 
     def _dali_tensor(self, output, n):
         shape = (n, self.config.input_size, self.config.input_size, 3)
@@ -264,8 +246,12 @@ def _decode(path):
         raise UserError(f"{path}: can't be decoded ({error}); remove or replace it") from None
 
 
-class _TorchvisionImages:
-    """The dataset of the torchvision loader: a batch of a plan -> (uint8 (N, H, W, 3), samples, error or None)."""
+def _as_it_is(batch):
+    return batch
+
+
+class _Images:
+    """A dataset for worker processes: a batch of a plan -> (what `_make` makes of it, samples, error or None)."""
 
     def __init__(self, images, config, augment, seed):
         self.images, self.config, self.augment, self.seed = images, config, augment, seed
@@ -273,12 +259,51 @@ class _TorchvisionImages:
     def __getitems__(self, samples):
         samples = np.asarray(samples)
         try:
-            images = np.stack([self._image(epoch, index) for epoch, index in samples])
-        except (
-            UserError
-        ) as error:  # returned, because DataLoader would raise a worker's error as the text of a traceback
+            return self._make(samples), samples, None
+        except UserError as error:  # DataLoader would raise a worker's error as the text of a traceback
             return None, samples, str(error)
-        return torch.from_numpy(images), samples, None
+
+
+class _EncodedImages(_Images):
+    """Makes the inputs of DALI: name -> values of the images: their transforms, and their files in one tensor."""
+
+    def _make(self, samples):
+        columns = {}
+        for epoch, index in samples:
+            for name, value in self._row(epoch, index).items():
+                columns.setdefault(name, []).append(value)
+        files = columns["encoded"]
+        return columns | {
+            "encoded": torch.from_numpy(np.concatenate(files)),
+            "ends": np.cumsum([len(f) for f in files]),
+        }
+
+    def _row(self, epoch, index):
+        path = os.path.join(self.images.root, self.images.paths[index])
+        encoded = _read_file(path)
+        height, width = _image_size(path, encoded)
+        if not self.augment:
+            shape, corner = validation_geometry(self.config, height, width)
+            size = self.config.input_size  # DALI takes the corner as a share of the margin
+            share = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
+            return {"encoded": encoded, "corner": np.array(share, np.float32), "shape": np.array(shape, np.float32)}
+        a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
+        return {
+            "encoded": encoded,
+            "corner": np.array(a.window[:2], np.int32),
+            "shape": np.array(a.window[2:], np.int32),
+            "brightness": np.float32(a.brightness),
+            "contrast": np.float32(a.contrast),
+            "saturation": np.float32(a.saturation),
+            "horizontal_flip": np.int32(a.horizontal_flip),
+        }
+
+
+class _TorchvisionImages(_Images):
+    """Makes decoded and transformed images, uint8 (N, H, W, 3)."""
+
+    def _make(self, samples):
+        return torch.from_numpy(np.stack([self._image(epoch, index) for epoch, index in samples]))
 
     def _image(self, epoch, index):
         from torchvision.transforms.v2 import InterpolationMode
@@ -308,6 +333,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
+    command_line.add_cache_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -334,7 +360,7 @@ def main(args):
     if problems or unreadable or (mislabelled and not args.accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
-    image_check.remember(folder, found, len(shared))
+    image_check.remember(folder, found, len(shared), args.cache)
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
     print(f"{folder}: {sizes}, {counts}; recorded")
 

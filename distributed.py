@@ -9,16 +9,25 @@ rank. A script started without torchrun is a single process, for which every fun
 Source: paper section 3.3 (one path a step); the official code uses nn.DataParallel in one process.
 """
 
+import ctypes
 import datetime
 import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
 
 import torch
 import torch.distributed as dist
 
-from utils import UserError, run_script
+from utils import UserError, heard_by, run_script
 
-TIMEOUT = datetime.timedelta(hours=12)  # rank 0 may check a whole data set while the others wait
-LOST_RANK = "another rank of this run ended; the same command resumes from the last checkpoint"
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of a rank that is silent in `together`
+POLL_S = 0.2
+LOST_RANK = "another rank of this run ended or hangs; the same command resumes from the last checkpoint"
+
+_store = None  # of this run's ranks
 
 
 def run(main, parse_args):
@@ -28,6 +37,8 @@ def run(main, parse_args):
     store, rank, world_size = next(dist.rendezvous("env://"))
 
     def run_rank(args):
+        global _store
+        _store = store
         on_gpus = args.device != "cpu" and torch.cuda.is_available()
         if on_gpus:
             if local_world_size() > torch.cuda.device_count():
@@ -60,6 +71,52 @@ def local_world_size():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def gpu_count():
+    """How many GPUs this process may use. Leaves CUDA uninitialised, so that CUDA_VISIBLE_DEVICES can still be set.
+
+    NVML counts them; where a driver comes without it, another process asks CUDA.
+    """
+    if torch.cuda._device_count_nvml() >= 0:
+        return torch.cuda.device_count()
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return 0  # no driver
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(asked, capture_output=True, text=True).stdout or 0)
+
+
+def unused_gpus(device):
+    """A line that says how to use all GPUs of this machine, or None where none is left unused."""
+    if device.type != "cuda" or world_size() > 1 or (n := gpu_count()) < 2:
+        return None
+    return f"one of {n} GPUs is used; all of them: torchrun --nproc-per-node {n} {shlex.join(sys.argv)}"
+
+
+def check_same(values):
+    """Raises UserError, on all ranks, where `values` (name -> value) of a rank differ from those of rank 0."""
+    if world_size() == 1:
+        return
+    all_values = [None] * world_size()
+    _collective(dist.all_gather_object, all_values, (socket.gethostname(), values))
+    (_, first), *others = all_values
+    for number, (host, other) in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                here, there = _difference(other[name], value)
+                raise UserError(
+                    f"process {number} (on {host}) has {name} {here}, process 0 {there}; "
+                    "start all processes with the same settings, images and code"
+                )
+
+
+def _difference(a, b):
+    """Two values as texts; of two lists, the first entries that differ."""
+    if isinstance(a, list) and isinstance(b, list):
+        a, b = next(((x, y) for x, y in zip(a, b) if x != y), (f"({len(a)} of them)", f"({len(b)} of them)"))
+    return a, b
+
+
 def per_rank_batch_size(batch_size):
     """Returns a rank's share of the batch. Raises UserError unless shares are equal and at least 2, as BN needs."""
     n = world_size()
@@ -71,12 +128,35 @@ def per_rank_batch_size(batch_size):
     return batch_size // n
 
 
+def together(function):
+    """Returns `function()`, when it has returned on every rank.
+
+    For what may take longer than a collective, as reading a data set for the first time: a rank waits as long as any
+    rank gives signs of life.
+    """
+    if world_size() == 1:
+        return function()
+    try:
+        call = f"call {_store.add(f'calls of {rank()}', 1)}"
+        with heard_by(lambda: _store.add("signs", 1), every_s=POLL_S):
+            result = function()
+        ready, signs, changed = _store.add(call, 1), 0, time.monotonic()
+        while ready < world_size():
+            time.sleep(POLL_S)
+            ready, before, signs = _store.add(call, 0), signs, _store.add("signs", 0)
+            if signs != before:
+                changed = time.monotonic()
+            elif time.monotonic() - changed > TIMEOUT.total_seconds():
+                raise UserError(f"{LOST_RANK} (no sign of life for {TIMEOUT.total_seconds():.0f} s)")
+        return result
+    except RuntimeError as error:  # the store is gone
+        raise UserError(f"{LOST_RANK} ({str(error).splitlines()[0][:100]})") from None
+
+
 def local_rank0_first(function):
     """Returns `function()`, called on local rank 0 of each machine first, whose files the other ranks then find."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = function() if first else None
-    if world_size() > 1:
-        _collective(dist.barrier)
+    result = together(function if first else lambda: None)
     return result if first else function()
 
 

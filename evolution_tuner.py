@@ -20,7 +20,7 @@ from engines import trial
 from engines.search_record import EVOLUTION, SearchRecord
 from space.limits import Limits, bounds_of, by_fronts, fronts
 from space.search_space import SearchSpace
-from space.splitting import chunks
+from space.splitting import at_once, chunks
 from utils import UserError, log
 
 try:
@@ -318,6 +318,13 @@ class EvolutionWithFlops(Tuner):
         self._plan_and_send()
 
     @_stops_search_on_error
+    def hear(self, trial_id, results):
+        """Notes that a trial lives, and keeps its results so far."""
+        self.record.hear(trial_id)
+        if results:
+            self.keep(trial_id, results)
+
+    @_stops_search_on_error
     def _queue(self, ids, callback):
         self.callback = callback
         self.ids.extend(ids)
@@ -369,12 +376,13 @@ class EvolutionWithFlops(Tuner):
             if chunk := [c for c in self.chunks.popleft() if c not in self.record.results]:
                 self.times_sent.update(chunk)
                 self.sent += 1
-                self.callback(self.ids.popleft(), trial.parameters(chunk, until=self.sent + len(self.chunks)))
+                size = at_once(self.record.evolution.population_size, self.concurrency, self.sent)
+                self.callback(self.ids.popleft(), trial.parameters(chunk, self.sent + len(self.chunks), size))
 
 
 class KeepResults(Assessor):
-    """NNI's assessor: passes intermediate results, which only assessors receive, to the tuner; ends no trial early."""
+    """NNI's assessor: passes intermediate messages, which only assessors receive, to the tuner; ends no trial early."""
 
     def assess_trial(self, trial_job_id, trial_history):
-        EvolutionWithFlops.current.keep(trial_job_id, [trial.read_intermediate(message) for message in trial_history])
+        EvolutionWithFlops.current.hear(trial_job_id, trial.read_intermediate(trial_history))
         return AssessResult.Good

@@ -136,7 +136,7 @@ def retrain(args, folder):
         "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
         "architecture": list(candidate),
     })  # fmt: skip
-    run.start()
+    run.start(data)
     for text in data.warnings:
         utils.log.warning("warning: %s", text)
     if args.architecture and not search:
@@ -149,6 +149,7 @@ def retrain(args, folder):
     utils.log.info("%s: %.1fM multiply-adds, %.2fM parameters", list(candidate), *costs)
 
     def validate(step):
+        distributed.together(validation.prepare)
         distributed.broadcast_from_rank0(model.buffers())  # each rank has BN statistics of its own
         acc1, acc5, n_images = accuracy(model.eval(), validation)
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)

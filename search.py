@@ -3,7 +3,7 @@
     python tester.py --mode gen                writes the search space that this needs
     python search.py                           the official search, 20 generations of 50, of the newest supernet
     python search.py --demo                    the bundled images, 5 generations of 16
-    python search.py --engine local            without NNI, one process for each GPU
+    python search.py --engine local            without NNI
     python search.py --objectives acc1,flops   the front of accuracy and FLOPs
     python search.py --strategy random         the baseline: as many random candidates
     python search.py --limit flops=330M --limit params=3.5M    under several limits
@@ -43,13 +43,15 @@ from command_line import (
     count,
     real,
 )
-from dataloader import resolve_backend
+from dataloader import MAX_WORKERS, resolve_backend
+from distributed import gpu_count
 from engines.local_engine import search_locally
 from engines.machines import check_keys, check_machines
 from engines.nni_engine import search_with_nni, trial_command
 from engines.search_record import (
     EVOLUTION,
     confirmations,
+    images_path,
     prepare_search,
     ranked,
     read_generations,
@@ -58,7 +60,7 @@ from engines.search_record import (
     unconfirmed,
 )
 from evolution_tuner import Evolution, official_shares
-from images.dataset import DataConfig
+from images.dataset import Data, DataConfig
 from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
 from space.custom import searched
@@ -66,7 +68,7 @@ from space.flops_table import comparison, official_comparison, read_flops_table,
 from space.limits import as_settings, bounds_of, describe, limits_from_args
 from space.search_space import COSTS, SearchSpace
 from training import checkpoint
-from training.evaluation import resolve_device
+from training.evaluation import NO_GPU
 from utils import (
     HERE,
     Interrupted,
@@ -158,7 +160,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--concurrency",
         type=count(1, 1000),
-        help="trials at a time; with --engine local and GPUs, one a GPU (config_search.yml)",
+        help="trials at a time (that of the experiment file, else one a GPU, or one a remote machine)",
     )
     group.add_argument(
         "--candidates-per-trial",
@@ -176,9 +178,9 @@ def parse_args(argv=None):
     group.add_argument(
         "--trial-timeout",
         type=count(1),
-        default=1800,
+        default=300,
         metavar="S",
-        help="limit for each candidate of a trial (1800)",
+        help="seconds without a sign of life after which a trial is ended (300)",
     )
     group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
     group.add_argument(
@@ -186,7 +188,7 @@ def parse_args(argv=None):
     )
     args = parser.parse(argv)
     if args.engine == "local":
-        parser.refuse("--engine local", "host", "port", "trial-timeout")
+        parser.refuse("--engine local", "host", "port")
     if args.mutation == 0:
         parser.refuse("--mutation 0", "mutation-prob")
     if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
@@ -201,6 +203,7 @@ def parse_args(argv=None):
             if flag in parser.typed:
                 parser.refuse("--strategy random", flag.replace("_", "-"))
         args.mutation = args.crossover = 0
+    args.concurrency = args.concurrency or default_concurrency(args)
     args.select, args.mutation, args.crossover = official_shares(
         args.population, args.select, args.mutation, args.crossover
     )
@@ -212,10 +215,18 @@ def wants_latency(args):
     return any(text.startswith("latency") for text in [*(args.limit or []), *(args.objectives or "").split(",")])
 
 
+def default_concurrency(args):
+    """A trial a GPU of this machine, or a trial a remote machine, whose GPUs are not known here."""
+    machines = read_experiment(args.experiment)["trainingService"].get("machineList") if args.engine == "nni" else None
+    return len(machines) if machines else max(1, gpu_count() if args.device != "cpu" else 0)
+
+
 def experiment_defaults(parser, path):
     """The flags that the experiment file sets: classArgs and trialConcurrency."""
     experiment = read_experiment(path)
-    settings = {"concurrency": experiment["trialConcurrency"], **experiment["tuner"].get("classArgs", {})}
+    settings = experiment["tuner"].get("classArgs", {})
+    if "trialConcurrency" in experiment:
+        settings = {"concurrency": experiment["trialConcurrency"], **settings}
     return parser.check_settings(path, "classArgs", {key.replace("_", "-"): value for key, value in settings.items()})
 
 
@@ -236,7 +247,7 @@ def read_experiment(path):
     for key in itertools.chain(forms, experiment):
         if key not in forms:
             raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
-        if not isinstance(experiment.get(key), forms[key]):
+        if not isinstance(experiment.get(key), forms[key]) and (key in experiment or key != "trialConcurrency"):
             value = reprlib.repr(experiment.get(key))
             raise UserError(f"{path}: {key} is {value}, not of type {forms[key].__name__}")
     keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
@@ -260,10 +271,12 @@ def check_space_file(path, space):
 
 
 def trial_settings(args, out, supernet_path):
-    """The flags of a trial: those of this search, with a share of the CPU threads."""
+    """The flags of a trial: those of this search, with a share of the cores."""
     settings = {name: getattr(args, name) for name in vars(shared_parser().parse_args([]))}
-    threads = args.threads or max(1, cores() // args.concurrency)
-    return settings | {"checkpoint": str(supernet_path), "out": str(out), "threads": threads}
+    share = max(1, cores() // args.concurrency)
+    workers = min(MAX_WORKERS, share) if args.workers is None else args.workers
+    settings |= {"threads": args.threads or share, "workers": workers}
+    return settings | {"checkpoint": str(supernet_path), "out": str(out)}
 
 
 @dataclasses.dataclass
@@ -277,6 +290,7 @@ class Search:
     costs: str  # a line for the log about the space's FLOPs, or nothing
     warnings: list  # what speaks against trusting the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
+    data: Data  # the images
 
 
 def check(args, out):
@@ -285,8 +299,8 @@ def check(args, out):
     machines = experiment["trainingService"].get("machineList", [])
     if args.engine == "nni":
         check_keys(args.experiment, machines)
-    if args.engine == "local" or not machines:
-        resolve_device(args)  # raises where this machine has no such device
+    if args.device == "cuda" and (args.engine == "local" or not machines) and not gpu_count():
+        raise UserError(NO_GPU)  # trials initialise CUDA, this process does not
     table = args.flops_table and read_flops_table(args.flops_table)
     _, supernet, config, data = checkpoint.open_supernet(args)
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
@@ -326,7 +340,7 @@ def check(args, out):
         settings["counted"] = space.costs[:5]  # latency has a setting of its own
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
     here = latency if latency and not difference(latency) else None
-    return Search(experiment, supernet.path, space, here, costs, warnings, settings)
+    return Search(experiment, supernet.path, space, here, costs, warnings, settings, data)
 
 
 def prepare(search, args, out):
@@ -337,6 +351,8 @@ def prepare(search, args, out):
         log.info(search.costs)
     for text in search.warnings:
         log.warning("warning: %s", text)
+    if args.loader != "synthetic":
+        search.data.write_list(images_path(out))
     log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
 
 
@@ -371,12 +387,12 @@ def run_engine(search, args, out):
     space, settings, experiment = search.space, search.settings, search.experiment
     trial = trial_settings(args, out, search.supernet)
     sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
+    sizes["trial_timeout"] = args.trial_timeout
     if args.engine == "local":
         search_locally(space, settings, out, trial, **sizes)
     else:
         command = trial_command(experiment, out, trial)
-        longest = args.candidates_per_trial or -(-args.population // args.concurrency)
-        hosting = {"host": args.host, "port": args.port, "trial_timeout": args.trial_timeout * longest}
+        hosting = {"host": args.host, "port": args.port}
         search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
 
 

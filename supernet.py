@@ -83,7 +83,7 @@ def main(args):
         "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
         "flops_range": flops_range,
     })  # fmt: skip
-    run.start()
+    run.start(data)
     for text in data.warnings:
         utils.log.warning("warning: %s", text)
     if flops_range:
@@ -96,6 +96,7 @@ def main(args):
     model = ShuffleNetV2OneShot(space=space)
 
     def validate(step):
+        distributed.together(lambda: [calibration.prepare(), validation.prepare()])
         results = evaluate(copy.deepcopy(model), fixed_paths, calibration, validation, args.bn, amp=args.eval_amp)
         acc1, acc5 = (sum(r[k] for r in results) / len(results) for k in ("acc1", "acc5"))
         text = "step %d  search images: top-1 %.2f%%, top-5 %.2f%%, mean of %d fixed paths"

@@ -21,12 +21,13 @@ import sys
 
 import command_line
 from engines import trial
+from engines.search_record import listed_images
 from reports.latency import measure_table
 from space.custom import space_from_args
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
 from training import checkpoint
-from training.evaluation import evaluate, open_evaluation, resolve_device
+from training.evaluation import evaluate, evaluate_in_lists, open_evaluation, resolve_device
 
 
 def parse_args(argv=None):
@@ -91,10 +92,11 @@ def measure(args):
 def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
-    trial.take_gpu(args.device)
-    candidates = trial.receive_candidates()
-    supernet, calibration, validation = open_evaluation(args)
-    trial.report(evaluate(supernet, candidates, calibration, validation, args.bn, amp=args.eval_amp))
+    candidates, at_once = trial.receive_candidates()
+    with trial.heard():
+        trial.take_gpu(args.device)
+        supernet, *batches = open_evaluation(args, listed_images(args.out))
+        trial.report(evaluate_in_lists(supernet, candidates, at_once, *batches, args.bn, amp=args.eval_amp))
 
 
 def main(args):

@@ -5,8 +5,10 @@ Scripts import this module before torch, because it sets GOMP_SPINCOUNT.
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pathlib
@@ -90,6 +92,28 @@ def leave_signals_to_parent(*_):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
+
+
+_hearing = []  # (listener, every_s, [time of its last call])
+
+
+@contextlib.contextmanager
+def heard_by(listener, every_s=0.0):
+    """Within the block, `listener()` hears the signs of life of this process, at most one in `every_s` seconds."""
+    entry = listener, every_s, [-math.inf]
+    _hearing.append(entry)
+    try:
+        yield
+    finally:
+        _hearing.remove(entry)
+
+
+def sign_of_life():
+    """Says that this process makes progress: called for every batch or file of what takes long, and while it waits."""
+    for listener, every_s, last in _hearing:
+        if (now := time.monotonic()) - last[0] >= every_s:
+            last[0] = now
+            listener()
 
 
 def run_script(main, parse_args, may_print=lambda line: True):
@@ -337,6 +361,15 @@ def versions():
     names = ("torch", "torchvision", "nvidia.dali", "nni", "numpy")
     found = [f"{n} {sys.modules[n].__version__}" for n in names if hasattr(sys.modules.get(n), "__version__")]
     return ", ".join([f"python {platform.python_version()}", *found])
+
+
+def code_version():
+    """A hash of the code that trains and evaluates, as it is on this machine."""
+    digest = hashlib.sha256()
+    for pattern in ("*.py", "space/*.py", "images/*.py", "training/*.py"):
+        for path in sorted(HERE.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def commit():

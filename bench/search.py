@@ -2,6 +2,8 @@
 
     demo    the bundled images at 28 px, in the trained supernet --supernet; also differences in predictions and ranking
     jpeg    generated files of ImageNet's size at 224 px, 1,000 classes; an untrained supernet, which costs the same
+    lists   the bundled images: a generation as one tree, and cut into lists as the search cuts it so that a killed one
+            loses little; CPU seconds of this process, since both run the same operations
     nni     real searches of the bundled images with and without NNI: the share of time that NNI and process starts take
 
 Each candidate is evaluated on 2,560 calibration and 2,000 validation images. The rows are the baseline
@@ -41,7 +43,7 @@ from images.dataset import DataConfig, calibration_plan, evaluation_plan, scan, 
 from images.image_cache import FixedBatches
 from network import ShuffleNetV2OneShot
 from space.search_space import SearchSpace
-from space.splitting import tree_flops
+from space.splitting import at_once, cut, split, tree_flops
 from training import checkpoint
 from training.evaluation import evaluate, recalibrate_bn, resolve_device
 from training.prefix_tree import PrefixTree
@@ -100,7 +102,8 @@ class Bench:
         self.calibration = fixed(train, True, calibration_plan(train.labels, CALIBRATION, 128, 0))
         self.validation = fixed(val, False, evaluation_plan(VALIDATION, 200))
         start = time.perf_counter()
-        len(self.calibration._decoded), len(self.validation._decoded)
+        self.calibration.prepare()
+        self.validation.prepare()
         self.decoding = time.perf_counter() - start
 
     def evaluate(self, candidates, last_change):
@@ -288,6 +291,32 @@ def exactness(bench, candidates):
     return result
 
 
+def run_lists(options):
+    """{workers: {"lists", "ratio" of seconds, by FLOPs}} of a generation in lists to one as whole trees."""
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, stored = checkpoint.load_supernet(options.supernet, None)
+        bench = Bench(ROOT / "data" / "fashion-mnist", stored.data, model, options, pathlib.Path(folder) / "cache")
+        candidates, space = generation(model.space, options.population or 50), model.space
+
+        def seconds(lists):
+            start = time.process_time()
+            for part in lists:
+                bench.evaluate(part, "prefix tree")
+            return time.process_time() - start
+
+        print("| workers | candidates a list | seconds, times whole trees | by FLOPs |\n|---|---|---|---|")
+        for n in (1, 2, 8):
+            trees = split(space, candidates, n)
+            sizes = [at_once(len(candidates), n, number) for number in range(len(trees))]
+            lists = [part for tree, size in zip(trees, sizes) for part in cut(space, tree, size)]
+            flops = sum(tree_flops(space, part) for part in lists) / sum(tree_flops(space, tree) for tree in trees)
+            ratio = statistics.median(seconds(lists) / seconds(trees) for _ in range(options.rounds))
+            result[n] = {"lists": [len(part) for part in lists], "ratio": ratio, "by_flops": flops}
+            print(f"| {n} | {len(candidates) / len(lists):.1f} | {ratio:.3f} | {flops:.3f} |", flush=True)
+    return result
+
+
 def run_nni(options):
     """Seconds of real searches, and the share in which no candidate is evaluated."""
     result = {}
@@ -316,8 +345,8 @@ def run_nni(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("demo", "jpeg", "nni"))
-    parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, nni)")
+    parser.add_argument("case", choices=("demo", "jpeg", "lists", "nni"))
+    parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, lists, nni)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--population", type=int, help="default: 50 (demo), 10 (jpeg)")
     parser.add_argument(
@@ -335,7 +364,7 @@ def main():
     options = parser.parse_args()
     if options.case != "jpeg" and not options.supernet:
         parser.error("--supernet: name a checkpoint of supernet.py --demo")
-    result = run_nni(options) if options.case == "nni" else run_case(options)
+    result = {"nni": run_nni, "lists": run_lists}.get(options.case, run_case)(options)
     result |= {
         "commit": utils.commit(),
         "versions": utils.versions(),

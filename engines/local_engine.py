@@ -1,32 +1,36 @@
-"""The search without NNI: the same evolution and files, with one worker process for each GPU, or some on the CPU."""
+"""The search without NNI: the same evolution and files, with worker processes, each on a GPU of its own or a CPU."""
 
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import multiprocessing
+import time
 
 from engines.progress import Progress
-from engines.search_record import SearchRecord
-from engines.trial import take_gpu
+from engines.search_record import SearchRecord, listed_images
+from engines.trial import gpu_names, take_gpu
 from evolution_tuner import Evolution
-from space.splitting import chunks
-from utils import UserError, leave_signals_to_parent, log
+from space.splitting import at_once, chunks, cut
+from utils import UserError, heard_by, leave_signals_to_parent, log, sign_of_life
 
+POLL_S = 1.0  # between looks at the workers' signs of life
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 
 
-def search_locally(space, settings, out, trial, concurrency=1, candidates_per_trial=None):
+def search_locally(space, settings, out, trial, concurrency=1, candidates_per_trial=None, trial_timeout=300):
     """Runs the search for which `prepare_search` made `out` ready, to its end.
 
-    `trial` has the flags of a trial. Candidates whose evaluation fails or whose worker dies are evaluated again; those
-    that fail again on their own have failed. Raises UserError where no candidate can be evaluated.
+    `trial` has the flags of a trial. Candidates whose evaluation fails, or whose worker dies or is ended because it
+    gave no sign of life for `trial_timeout` seconds, are evaluated again; those that fail again on their own have
+    failed. Raises UserError where no candidate can be evaluated.
     """
     record, progress = SearchRecord(out, space, Evolution.from_settings(space, settings)), Progress(out)
-    with Workers(trial, concurrency) as workers:
+    with Workers(trial, concurrency, trial_timeout) as workers:
         while waiting := record.pending():
             progress.read()
-            lists = chunks(space, waiting, workers.n, candidates_per_trial)
+            lists = _lists(space, waiting, workers.n, settings["population"], candidates_per_trial)
             generation = record.evolution.generation
             names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
             # First in lists; then those that failed, each on its own; then one at a time, since the death of a worker
@@ -44,6 +48,13 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
         progress.read()
 
 
+def _lists(space, candidates, n, population, size):
+    """The lists that `n` workers evaluate in turn: those of NNI's trials, each cut as a trial cuts its own."""
+    parts = enumerate(chunks(space, candidates, n, size))
+    cuts = [cut(space, part, at_once(population, n, number)) for number, part in parts]
+    return [part for turn in itertools.zip_longest(*cuts) for part in turn if part]
+
+
 def _give_up(record, candidates, error):
     if not any(result["acc1"] is not None for result in record.results.values()):
         raise UserError(f"no candidate can be evaluated; the last one: {error}")
@@ -52,13 +63,12 @@ def _give_up(record, candidates, error):
 
 
 class Workers:
-    """Processes that evaluate lists of candidates: one a GPU, or `concurrency` of them on the CPU."""
+    """Processes that evaluate lists of candidates: `concurrency` of them, at most one a GPU."""
 
-    def __init__(self, trial, concurrency):
-        import torch
-
-        gpus = torch.cuda.device_count() if trial["device"] != "cpu" else 0
-        self.trial, self.n, self.pool = json.dumps(trial), gpus or concurrency, None
+    def __init__(self, trial, concurrency, trial_timeout=300):
+        self.trial_timeout = trial_timeout
+        n_gpus = len(gpu_names()) if trial["device"] != "cpu" else 0
+        self.trial, self.n, self.pool = json.dumps(trial), min(concurrency, n_gpus or concurrency), None
 
     def __enter__(self):
         return self
@@ -70,7 +80,10 @@ class Workers:
         """Yields (list, results, error) as lists finish, in parallel or one by one; error is one line, or None."""
         for group in [lists] if together else [[one] for one in lists]:
             futures = {self._submit(candidates): candidates for candidates in group}
-            for future in concurrent.futures.as_completed(futures):
+            for future, hung in self._finished(futures):
+                if hung:
+                    yield futures[future], [], f"a worker gave no sign of life for {self.trial_timeout} s"
+                    continue
                 try:
                     yield futures[future], future.result(), None
                 except UserError:
@@ -81,16 +94,31 @@ class Workers:
                 except Exception as error:
                     yield futures[future], [], f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
+    def _finished(self, futures):
+        """Yields (future, False) as they finish; where a worker hangs, ends all workers and yields (future, True)."""
+        left, changed = set(futures), time.monotonic()
+        while left:
+            done, left = concurrent.futures.wait(left, POLL_S, concurrent.futures.FIRST_COMPLETED)
+            changed = time.monotonic() if done else changed
+            yield from ((future, False) for future in done)
+            if left and time.monotonic() - min(filter(None, self.signs), default=changed) > self.trial_timeout:
+                self._end()
+                yield from ((future, True) for future in left)
+                return
+
     def _submit(self, candidates):
         try:
-            return self._workers().submit(_evaluate, self.trial, candidates)
+            return self._workers().submit(_work, _evaluate, self.trial, candidates)
         except concurrent.futures.process.BrokenProcessPool:  # a worker died while it was idle
             self._end()
-            return self._workers().submit(_evaluate, self.trial, candidates)
+            return self._workers().submit(_work, _evaluate, self.trial, candidates)
 
     def _workers(self):
         if self.pool is None:
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, leave_signals_to_parent)
+            # A worker's last sign of life, 0 while it has nothing to do; and how many workers have started.
+            self.signs, started = SPAWN.Array("d", self.n, lock=False), SPAWN.Value("i")
+            arguments = self.n, SPAWN, _start, (self.signs, started)
+            self.pool = concurrent.futures.ProcessPoolExecutor(*arguments)
         return self.pool
 
     def _end(self):
@@ -103,6 +131,27 @@ class Workers:
 
 
 # --- in a worker ---------------------------------------------------------------------------------------------
+
+_sign = None  # of this worker, writes the time of a sign of life
+
+
+def _start(signs, started):
+    global _sign
+    leave_signals_to_parent()
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    _sign = functools.partial(signs.__setitem__, number)
+
+
+def _work(evaluation, trial, candidates):
+    """`evaluation(trial, candidates)`, whose signs of life the search hears."""
+    with heard_by(lambda: _sign(time.monotonic())):
+        try:
+            sign_of_life()
+            return evaluation(trial, candidates)
+        finally:
+            _sign(0.0)
 
 
 def _evaluate(trial, candidates):
@@ -122,4 +171,4 @@ def _opened(trial):
 
     flags = argparse.Namespace(**json.loads(trial), split="search")
     take_gpu(flags.device)
-    return flags, *open_evaluation(flags)
+    return flags, *open_evaluation(flags, listed_images(flags.out))

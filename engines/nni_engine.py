@@ -18,6 +18,7 @@ from utils import HERE, UserError, log, signals, write_settings
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 POLL_S = 0.5
+LISTEN_S = 5  # between looks at the running trials
 START_S = 60  # for NNI's manager and for the tuner to start; NNI's own 3 s and 10 s are too few on a busy machine
 # NNI's daemon on a machine waits 15 s for a manager that it lost, and would mistake the next one for it.
 FORGET_S = 20
@@ -56,8 +57,6 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
                 raise UserError(f"{lost}; no machine is left; resume the search with --resume") from None
             log.warning("%s; continuing with the other machines, %d", lost, len(left))
         time.sleep(FORGET_S)
-        # The time limit of a trial was set for chunks of this size.
-        candidates_per_trial = candidates_per_trial or -(-settings["population"] // concurrency)
         concurrency = max(1, concurrency * len(left) // len(machines))
         experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
         prepare_search(out, settings, resume=True)
@@ -89,7 +88,7 @@ def _nni_config(space, command, settings, out, experiment, concurrency, candidat
     }
 
 
-def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=21_600):
+def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300):
     """Starts NNI, waits until the search in `out` is done, and stops all of NNI's processes, however it ends.
 
     Raises UserError where the search or NNI fails, MachinesLost, and Interrupted. With a tuner of one's own NNI reports
@@ -126,14 +125,16 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=21_6
                     logs = folder / experiment.id / "log"
                     raise UserError(f"NNI did not start ({error}); its logs are in {logs}") from None
             log.info("NNI experiment %s, web UI at http://%s:%d", experiment.id, host, port)
+            listener = _Listener(trial_timeout)
             (manager,) = set(me.children()) - earlier
             while not progress.read()["done"]:
                 time.sleep(POLL_S)
                 started |= set(me.children(recursive=True)) - earlier
                 connections.check()
                 _check_alive(progress, manager, folder / experiment.id)
-                if progress.idle_s > trial_timeout:
-                    _end_trials(experiment, progress, trial_timeout)
+                for job in listener.silent(experiment, progress.state["heard"]):
+                    log.warning("trial %s gave no sign of life for %d s: ending it", job, trial_timeout)
+                    experiment.kill_trial_job(job)
         except UserError as error:
             connections.check(NOTICE_S)  # a machine that stopped may be the cause, and is noticed some seconds later
             logs = f"; trials' logs are on the machines, in ~/nni-experiments/{experiment.id}"
@@ -200,13 +201,28 @@ def _last_line(folder):
     return ""
 
 
-def _end_trials(experiment, progress, trial_timeout):
-    """Ends trials that hang; the tuner sends their candidates to other ones."""
-    running = [job.trialJobId for job in experiment.list_trial_jobs() if job.status == "RUNNING"]
-    log.warning("no result for %d s: ending the running trials, %s", trial_timeout, ", ".join(running) or "none")
-    for job in running:
-        experiment.kill_trial_job(job)
-    progress.changed = time.monotonic()
+class _Listener:
+    """Finds trials that hang: those that give no sign of life for `trial_timeout` seconds.
+
+    The tuner sends the candidates of a trial that was ended for it to other ones.
+    """
+
+    def __init__(self, trial_timeout):
+        self.trial_timeout, self.next_look = trial_timeout, 0.0
+        self.heard = {}  # running trial -> (its signs of life so far, time of the last one)
+
+    def silent(self, experiment, signs):
+        """The running trials that hang; `signs` counts the signs of life of each."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return []
+        self.next_look = now + min(LISTEN_S, self.trial_timeout / 4)
+        running = [job.trialJobId for job in experiment.list_trial_jobs() if job.status == "RUNNING"]
+        before, self.heard = self.heard, {}
+        for job in running:
+            n, since = before.get(job, (None, now))
+            self.heard[job] = (n, since) if n == signs.get(job, 0) else (signs.get(job, 0), now)
+        return [job for job, (_, since) in self.heard.items() if now - since > self.trial_timeout]
 
 
 def _end_processes(processes):

@@ -26,8 +26,9 @@ class SearchRecord:
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer), and where latency is limited, confirmations: for each time
-                                   that the best were measured as whole networks, what was found and what followed
+                                   pid (of the writer), heard (signs of life of each NNI trial), and where latency is
+                                   limited, confirmations: for each time that the best were measured as whole networks,
+                                   what was found and what followed
 
     A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
@@ -106,6 +107,12 @@ class SearchRecord:
         """Records that a candidate has failed for good; returns as `add`."""
         numbers = dict.fromkeys(("acc1", "acc5", "n_images", "seconds"))
         return self._append(candidate, {**numbers, "error": error}, trial)
+
+    def hear(self, trial):
+        """Counts a sign of life of a trial, for nni_engine.py, which ends a silent one."""
+        heard = self.state["heard"]
+        heard[trial] = heard.get(trial, 0) + 1
+        self._write_state()
 
     def _append(self, candidate, numbers, trial):
         if candidate not in self.evolution.population or candidate in self.results:
@@ -199,6 +206,17 @@ def state_path(out):
     return pathlib.Path(out) / "checkpoints" / "search" / "state.json"
 
 
+def images_path(out):
+    """The list of the images, which search.py writes for its trials."""
+    return state_path(out).with_name("images.json")
+
+
+def listed_images(out):
+    """`images_path`, or None where there is no such list: of synthetic images, or on a machine that does not see it."""
+    path = images_path(out)
+    return path if path.exists() else None
+
+
 def prepare_search(out, settings, resume, warnings=()):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
@@ -222,7 +240,7 @@ def prepare_search(out, settings, resume, warnings=()):
                 text = ", ".join(f"{name} {change}" for name, change in changes.items())
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; use them, or another --out")
             state = found
-        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings)}
+        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "heard": {}}
         write_json(path, state, indent=1)
     return state
 

@@ -1,35 +1,40 @@
 """What a trial, a process that evaluates candidates, needs beside the evaluation: messages, and a GPU of its own."""
 
+import contextlib
 import os
 import pathlib
 import stat
 import tempfile
 import time
 
-from utils import UserError, log, try_lock
+from utils import UserError, heard_by, log, sign_of_life, try_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
 # NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
-# `final` one. A result is a dict with the architecture that was evaluated: NNI may swap the
-# parameters of concurrent trials, so only what a trial reports counts. "default" is the number that NNI's web UI shows.
+# `final` one; between results, intermediate messages without one say that it lives. A result is a dict with the
+# architecture that was evaluated: NNI may swap the parameters of concurrent trials, so only what a trial reports
+# counts. "default" is the number that NNI's web UI shows.
+
+ALIVE_S = 5  # between signs of life
 
 
-def parameters(candidates, until):
-    """The parameters of a trial: the candidates to evaluate, for trials with a sequence number below `until`."""
-    return {"candidates": [list(candidate) for candidate in candidates], "until": until}
+def parameters(candidates, until, at_once):
+    """The parameters of a trial: the candidates to evaluate, `at_once` as one tree, for trials with a sequence number
+    below `until`."""
+    return {"candidates": [list(candidate) for candidate in candidates], "until": until, "at_once": at_once}
 
 
-def intermediate(result):
-    return {"default": result["acc1"], "result": result}
+def intermediate(result=None):
+    return {"default": result["acc1"], "result": result} if result else {"default": 0.0}
 
 
 def final(trial_id, results):
     return {"default": max(result["acc1"] for result in results), "trial": trial_id, "results": results}
 
 
-def read_intermediate(message):
-    """The result in an `intermediate` message."""
-    return message["result"]
+def read_intermediate(messages):
+    """The results in `intermediate` messages."""
+    return [message["result"] for message in messages if "result" in message]
 
 
 def read_final(message):
@@ -37,14 +42,23 @@ def read_final(message):
     return message["trial"], message["results"]
 
 
+@contextlib.contextmanager
+def heard():
+    """In a trial: within the block, NNI hears its signs of life."""
+    import nni
+
+    with heard_by(lambda: nni.report_intermediate_result(intermediate()), ALIVE_S):
+        yield
+
+
 def receive_candidates():
-    """In a trial: the candidates that NNI asks for."""
+    """In a trial: the candidates that NNI asks for, and how many of them are evaluated at once."""
     import nni
 
     received = nni.get_next_parameter()
     while received["until"] <= nni.get_sequence_id():  # meant for an earlier trial, which died before it asked
         received = nni.get_next_parameter()
-    return received["candidates"]
+    return received["candidates"], received["at_once"]
 
 
 def report(results):
@@ -78,9 +92,9 @@ def take_gpu(device):
 
 def gpu_names():
     """The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES: numbers or UUIDs."""
-    import torch
+    from distributed import gpu_count
 
-    n = torch.cuda.device_count()  # by NVML where it is installed, which leaves CUDA uninitialised
+    n = gpu_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(i) for i in range(n)] if visible is None else [name.strip() for name in visible.split(",")][:n]
 
@@ -96,6 +110,7 @@ def take_device(names, folder):
         if not waiting:
             log.warning("all of %d GPUs are taken by other processes; waiting for one", len(names))
         waiting = True
+        sign_of_life()
         time.sleep(POLL_S)
 
 

@@ -305,7 +305,7 @@ def nni_manager_killed(arena, _script):
 
 def nni_trial_hangs(arena, _script):
     out = arena.new()
-    process, trials = _nni(arena, out, "--trial-timeout", 12)
+    process, trials = _nni(arena, out, "--trial-timeout", 60)
     for trial in trials:
         trial.suspend()
     process.wait(300)

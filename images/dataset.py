@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -18,7 +19,7 @@ import pathlib
 import numpy as np
 
 from images import bundled, image_check
-from utils import UserError
+from utils import UserError, sign_of_life, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in image_check.SUFFIXES.values() for suffix in suffixes)
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
@@ -129,6 +130,7 @@ def scan(folder, problems=None):
         report(f"{folder}: has no class folders; images belong in {folder}/<class>/")
     paths, labels = [], []
     for label, name in enumerate(classes):
+        sign_of_life()
         entries = [e for e in os.scandir(folder / name) if not e.name.startswith(".")]
         for nested in sorted(e.name for e in entries if e.is_dir()):
             report(f"{folder / name / nested}: a folder inside a class folder; images belong in {folder}/<class>/")
@@ -190,10 +192,14 @@ class Data:
     """The images of a run; `split` identifies the held-out images in checkpoints.
 
     `images(part)` returns part "supernet" (train without held-out images), "search" (held-out images), "train" or
-    "val".
+    "val". `listed` is a file of `write_list`, made of these images and this split: then the tree is not looked at.
     """
 
-    def __init__(self, args, config):
+    def __init__(self, args, config, listed=None):
+        self.config, self.warnings = config, []  # what makes results meaningless or too good, a line each
+        if listed:
+            self._read_list(listed, args.data_dir)
+            return
         if args.loader == "synthetic":
             self.train = self.val = synthetic_set()
         else:
@@ -201,15 +207,30 @@ class Data:
         for problem in unmatched_classes(args.data_dir, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
-        self.warnings = []  # what makes results meaningless or too good, a line each
         if len(self.classes) == 1:
             self.warnings.append(f"{args.data_dir}: a single class, {self.classes[0]!r}: every network is right")
         if args.loader != "synthetic":
-            n_shared = image_check.check_images(args.data_dir, tree_paths(self.train, self.val))
+            n_shared = image_check.check_images(args.data_dir, tree_paths(self.train, self.val), args.cache)
             if n_shared:
                 text = f"{args.data_dir}: {n_shared} images of val are in train too: accuracies on val are too high"
                 self.warnings.append(text)
-        self.config = config
+
+    def write_list(self, path):
+        """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""
+        parts = {part: {"per_class": np.bincount(images.labels).tolist(), "paths": images.paths}
+                 for part, images in (("train", self.train), ("val", self.val))}  # fmt: skip
+        write_json(path, {"classes": self.classes, "heldout": self.heldout.tolist(), **parts})
+
+    def _read_list(self, path, folder):
+        with open(path) as file:
+            content = json.load(file)
+        self.classes = tuple(content["classes"])
+        labels = np.arange(len(self.classes))
+        self.train, self.val = (
+            ImageSet(f"{folder}/{part}", tuple(images["paths"]), np.repeat(labels, images["per_class"]), self.classes)
+            for part, images in (("train", content["train"]), ("val", content["val"]))
+        )
+        self.heldout = np.array(content["heldout"])
 
     @functools.cached_property
     def heldout(self):
@@ -230,6 +251,12 @@ class Data:
             "heldout_per_class": self.config.heldout_per_class,
             "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
         }
+
+    @property
+    def names_hash(self):
+        """A hash of the names of all images, and so of their labels."""
+        names = "\n".join(tree_paths(self.train, self.val))
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
     def images(self, part):
         if part in ("train", "val"):

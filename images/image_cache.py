@@ -19,7 +19,7 @@ import torch
 import distributed
 from dataloader import Loader
 from images.dataset import calibration_plan, evaluation_plan
-from utils import atomic_write, log, try_lock
+from utils import atomic_write, log, sign_of_life, try_lock
 
 VERSION = 1
 HEADER_BYTES = 4096
@@ -29,7 +29,8 @@ class FixedBatches:
     """The same batches at every iteration: images (N, 3, H, W) float, labels (N,) int64, on the device of the loader.
 
     Decodes the plan once, into a file in the folder `cache`, or at every iteration if `cache` is None or can't be
-    written. If `sharded`, each rank iterates over its own share of the batches.
+    written. If `sharded`, each rank iterates over its own share of the batches. Between iterations nothing is held, and
+    within one a batch at a time: the file is mapped, and its pages are the system's.
     """
 
     def __init__(self, loader, plan, cache=None, sharded=False):
@@ -39,8 +40,13 @@ class FixedBatches:
     def __len__(self):
         return len(self.plan)
 
+    def prepare(self):
+        """Decodes the images into the folder `cache`, unless they are there."""
+        self._mapped()
+
     def __iter__(self):
-        if self._decoded is None:
+        decoded = self._mapped()
+        if decoded is None:
             yield from self.loader.batches(self.plan[self.rank :: self.world_size])
             return
         first = 0
@@ -48,22 +54,25 @@ class FixedBatches:
             if number % self.world_size != self.rank:
                 first += len(samples)
                 continue
-            images = self._decoded[first : first + len(samples)]
-            if not isinstance(images, torch.Tensor):
-                images = torch.from_numpy(np.array(images))
-                images = images.pin_memory() if self.loader.device.type == "cuda" else images
+            images = torch.from_numpy(np.array(decoded[first : first + len(samples)]))
+            if self.loader.device.type == "cuda":
+                images = images.pin_memory()
             labels = torch.from_numpy(self.loader.images.labels[samples[:, 1]])
             yield self.loader.finish(images), labels.to(self.loader.device, non_blocking=True)
             first += len(samples)
 
-    @functools.cached_property
-    def _decoded(self):
-        """The decoded images (N, H, W, 3), or None: on the GPU if they fit in half of its free memory, else mapped."""
-        images = None if self.cache is None else open_images(self.loader, self.plan, pathlib.Path(self.cache))
-        on_gpu = images is not None and self.loader.device.type == "cuda"
-        if on_gpu and images.nbytes < torch.cuda.mem_get_info(self.loader.device)[0] / 2:
-            return torch.from_numpy(np.ascontiguousarray(images)).to(self.loader.device)
+    def _mapped(self):
+        """The decoded images (N, H, W, 3), mapped from their file, or None."""
+        if self.cache is None:
+            return None
+        images = open_images(self.loader, self.plan, pathlib.Path(self.cache), self._header)
+        if images is None:
+            self.cache = None
         return images
+
+    @functools.cached_property
+    def _header(self):
+        return _header(self.loader, self.plan)
 
 
 def calibration_batches(images, config, args, device):
@@ -81,12 +90,12 @@ def validation_batches(images, config, args, device):
 # --- the file ------------------------------------------------------------------------------------------------
 
 
-def open_images(loader, plan, folder):
+def open_images(loader, plan, folder, header):
     """Returns the decoded images of a plan, a read-only array (N, H, W, 3) mapped from a file in `folder`.
 
-    Writes the file if it is missing, stale or damaged. Returns None, with a warning, if it can't be written.
+    Writes the file if it is missing, damaged or has another header. Returns None, with a warning, if it can't be
+    written.
     """
-    header = _header(loader, plan)
     shape = (sum(map(len, plan)), loader.config.input_size, loader.config.input_size, 3)
     path = folder / f"{hashlib.sha256(header).hexdigest()[:20]}.images"
     try:
@@ -151,6 +160,7 @@ def _lock(path):
         if not waiting:
             log.info("%s: another process is decoding these images; waiting for it", path)
         waiting = True
+        sign_of_life()
         time.sleep(0.2)
     with file:
         yield

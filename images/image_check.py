@@ -16,14 +16,14 @@ import pathlib
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils import HERE, UserError, cores, log, read_json, write_json
+from utils import UserError, cores, log, read_json, sign_of_life, write_json
 
 SUFFIXES = {  # of the formats that both DALI and Pillow decode, by Pillow's names; MPO is JPEG with several images
     "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "PPM": (".ppm", ".pgm"),
     "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
 }  # fmt: skip
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
-RECORD = HERE / "data" / "cache" / "checked.json"  # {folder: [fingerprint, shared images]} of the trees that passed
+RECORD = "checked.json"  # in the folder of --cache: {folder: [fingerprint, shared images]} of the trees that passed
 CHUNK = 64  # files a task of a thread
 
 
@@ -80,16 +80,17 @@ def inspect_all(folder, paths):
                 elif other.split("/")[0] != path.split("/")[0]:
                     shared.append(f"{path}: the same image as {other}")
             progress.update(len(chunk))
+            sign_of_life()
     return unreadable, mislabelled, shared
 
 
-def check_images(folder, paths):
+def check_images(folder, paths, cache):
     """Raises UserError if an image of the tree is unreadable or mislabelled. Returns how many val shares with train.
 
-    A recorded tree is not read again.
+    A tree that is recorded in the folder `cache` is not read again.
     """
     found = fingerprint(folder, paths)
-    recorded, n_shared = _entry(_record().get(os.path.abspath(folder)))
+    recorded, n_shared = _entry(_record(cache).get(os.path.abspath(folder)))
     if recorded == found:
         return n_shared
     unreadable, mislabelled, shared = inspect_all(folder, paths)
@@ -98,9 +99,9 @@ def check_images(folder, paths):
         accept = "" if unreadable else ", and with --accept accepts them"
         raise UserError(
             f"{folder}: {len(unreadable)} unreadable and {len(mislabelled)} mislabelled files, the first: {wrong[0]}; "
-            f"python dataloader.py --check {folder} lists all of them{accept}"
+            f"python dataloader.py --check {folder} --cache {cache} lists all of them{accept}"
         )
-    remember(folder, found, len(shared))
+    remember(folder, found, len(shared), cache)
     return len(shared)
 
 
@@ -108,6 +109,7 @@ def fingerprint(folder, paths):
     """A hash of the names, sizes and modification times of the files."""
     digest = hashlib.sha256()
     for path in paths:
+        sign_of_life()
         try:
             status = os.stat(os.path.join(folder, path))
             digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
@@ -116,13 +118,14 @@ def fingerprint(folder, paths):
     return digest.hexdigest()
 
 
-def remember(folder, found, n_shared):
+def remember(folder, found, n_shared, cache):
     """Records that a tree with this fingerprint passed, and its shared images; drops trees that no longer exist."""
-    kept = {name: value for name, value in _record().items() if os.path.isdir(name)}
+    kept = {name: value for name, value in _record(cache).items() if os.path.isdir(name)}
+    path = pathlib.Path(cache, RECORD)
     try:
-        write_json(RECORD, kept | {os.path.abspath(folder): [found, n_shared]}, indent=1)
+        write_json(path, kept | {os.path.abspath(folder): [found, n_shared]}, indent=1)
     except OSError as error:
-        log.warning("%s: can't be written (%s); the images will be checked again next time", RECORD, error.strerror)
+        log.warning("%s: can't be written (%s); the images will be checked again next time", path, error.strerror)
 
 
 def _entry(value):
@@ -130,9 +133,9 @@ def _entry(value):
     return value if isinstance(value, list) and len(value) == 2 else (value, 0)
 
 
-def _record():
+def _record(cache):
     try:
-        record = read_json(RECORD)
+        record = read_json(pathlib.Path(cache, RECORD))
     except UserError:  # missing or damaged
         return {}
     return record if isinstance(record, dict) else {}

@@ -18,6 +18,48 @@ def chunks(space, candidates, n, size=None):
     return [candidates[i : i + size] for i in range(0, len(candidates), size)]
 
 
+KEPT = 0.1  # the share of a generation that may be lost when a search is killed, as the trees in work are
+MORE = 1.1  # but lists are not cut so small that computing grows by more than this factor
+
+
+def at_once(population, n, number):
+    """How many candidates worker `number` of `n` evaluates as one tree, so that all of them have KEPT in work."""
+    total = max(1, int(KEPT * population))
+    number %= n
+    return max(1, total // n + (number < total % n))
+
+
+def cut(space, candidates, size):
+    """Lists of at most `size` candidates that share as much as such lists can.
+
+    Lists are larger where those would cost more than MORE times the tree of all.
+    """
+    costs = _marginal_costs(space, candidates)
+    whole = sum(more for _, _, more in costs)
+    while True:
+        total, lists = _cheapest_cut(costs, size)
+        if total <= MORE * whole or len(lists) == 1:
+            return lists
+        size += 1
+
+
+def _cheapest_cut(costs, size):
+    """(multiply-adds, lists) of the cheapest way to cut neighbours into lists of at most `size`."""
+    best = [(0, 0)]  # (multiply-adds of the first i candidates, where their last list begins)
+    for end in range(1, len(costs) + 1):
+        options, shared = [], 0
+        for start in range(end - 1, max(0, end - size) - 1, -1):
+            options.append((best[start][0] + costs[start][1] + shared, start))
+            shared += costs[start][2]
+        best.append(min(options))
+    lists, end = [], len(costs)
+    while end:
+        start = best[end][1]
+        lists.append([candidate for candidate, _, _ in costs[start:end]])
+        end = start
+    return best[-1][0], lists[::-1]
+
+
 def split(space, candidates, n):
     """At most `n` lists of the candidates, such that the most expensive tree is as cheap as possible.
 

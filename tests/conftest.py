@@ -21,7 +21,7 @@ from PIL import Image
 import utils
 from dataloader import Loader
 from engines import local_engine
-from images import bundled, image_check
+from images import bundled
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
@@ -86,7 +86,7 @@ def data(tree):
 
 @pytest.fixture
 def data_args(tree):
-    return argparse.Namespace(data_dir=str(tree), loader="auto", demo=False)
+    return argparse.Namespace(data_dir=str(tree), loader="auto", demo=False, cache=os.environ["TEST_CACHE"])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -96,7 +96,6 @@ def folders(tmp_path_factory):
     temporary = tmp_path_factory.mktemp("tmp")
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     os.environ["TEST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    image_check.RECORD = pathlib.Path(os.environ["TEST_CACHE"]) / "checked.json"
     yield
     os.environ["TMPDIR"] = tempfile.tempdir = before
 
@@ -122,6 +121,42 @@ def used(monkeypatch):
     return batches
 
 
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_watching = []  # lists of (what, path), to which the audit hook adds; a hook can't be removed
+
+
+def _note(event, arguments):
+    if not _watching or event not in ("open", "os.listdir", "os.scandir"):
+        return
+    path, *_, flags = arguments if event == "open" else (*arguments, 0)
+    if isinstance(path, (str, bytes, os.PathLike)):
+        _watching[-1].append(("write" if (flags or 0) & WRITES else event, os.fsdecode(path)))
+
+
+@functools.cache
+def _audit():
+    sys.addaudithook(_note)
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """What this process opens, lists and asks the state of: a list of (what, path)."""
+    found = []
+    _audit()
+    for name in ("stat", "lstat"):
+        call = getattr(os, name)
+
+        def noted(path, *args, call=call, **kwargs):
+            if isinstance(path, (str, os.PathLike)):
+                found.append(("stat", os.fspath(path)))
+            return call(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, name, noted)
+    _watching.append(found)
+    yield found
+    _watching.remove(found)
+
+
 def run(script, *words, code=0, cwd=None):
     """Runs a script in this process, as `launch` does in another; returns (standard output, standard error)."""
     module = load(script) if "/" in script else importlib.import_module(script.removesuffix(".py"))
@@ -141,7 +176,7 @@ def run(script, *words, code=0, cwd=None):
 
 def _words(script, words):
     """The arguments one by one, with "--a 1 --b" split; decoded images go to the session's folder by default."""
-    cache = ["--cache", os.environ["TEST_CACHE"]] if script in SCRIPTS else []
+    cache = ["--cache", os.environ["TEST_CACHE"]] if script in (*SCRIPTS, "dataloader.py") else []
     return cache + [part for word in map(str, words) for part in (word.split() if word[:2] == "--" else [word])]
 
 

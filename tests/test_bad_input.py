@@ -15,7 +15,6 @@ from conftest import ROOT, make_tree, run
 import command_line
 import dataloader
 import utils
-from images import image_check
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.search_space import SearchSpace
@@ -172,7 +171,6 @@ CASES = [
 @pytest.mark.parametrize("script, words, message", CASES, ids=lambda value: str(value)[-40:])
 def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, monkeypatch, script, words, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
     out = tmp_path / "out"
     out.mkdir()
     (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
@@ -233,7 +231,6 @@ NEWCOMER = [
 
 @pytest.mark.parametrize("command, settings, message", NEWCOMER, ids=lambda value: str(value)[:50])
 def test_a_newcomers_mistake_is_one_line(world, tmp_path, capsys, monkeypatch, command, settings, message):
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
     out = tmp_path / "out"
     out.mkdir()
     (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
@@ -276,7 +273,6 @@ def test_settings_that_only_another_script_has_may_stand_in_common(tmp_path, mon
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_file_where_the_output_folder_should_be(world, tmp_path, capsys, monkeypatch, script):
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
     words = {"tester": ("--mode", "gen"), "search": ("--checkpoint", world / "supernet.pth")}
     words = [
         *words.get(script, ("--batch-size", "4")),
@@ -293,7 +289,6 @@ def test_a_file_where_the_output_folder_should_be(world, tmp_path, capsys, monke
 
 
 def test_dali_that_is_asked_for_and_missing(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
     monkeypatch.setattr(dataloader.importlib.util, "find_spec", lambda name: None)
     words = [
         "--data-dir",
@@ -305,6 +300,8 @@ def test_dali_that_is_asked_for_and_missing(world, tmp_path, capsys, monkeypatch
         "4",
         "--out",
         tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
         "--sampler",
         "uniform",
     ]

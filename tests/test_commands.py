@@ -1,9 +1,11 @@
 """The four commands as a user types them, and in this process: what they leave, which images they use, their errors."""
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import pickle
 import sys
@@ -13,7 +15,9 @@ import torch
 from conftest import ROOT, launch, run
 
 import search
+import tester
 from dataloader import Loader
+from engines import local_engine
 from images.dataset import Data, DataConfig, scan, training_plan
 from network import ShuffleNetV2
 from space.search_space import SearchSpace
@@ -134,13 +138,39 @@ def test_what_scratch_measures_can_be_measured_again(typed, data, tmp_path):
     assert "contradicts" in stderr and len(stderr.splitlines()) == 1
 
 
+def test_a_trial_looks_at_its_own_images_alone(typed, data, tmp_path, monkeypatch, touched, tree):
+    """Not at the folders, nor at the other files: a data set may have a million. With both engines."""
+    out, reported = typed[0], []
+    settings = out / "checkpoints" / "search" / "trial.yml"
+    monkeypatch.setattr("engines.trial.receive_candidates", lambda: ([[0] * 20, [1] * 20], 1))
+    monkeypatch.setattr("engines.trial.heard", contextlib.nullcontext)
+    monkeypatch.setattr("engines.trial.report", lambda results: reported.extend(results))
+    monkeypatch.setattr("utils.end_with_parent", lambda: None)
+    args = tester.parse_args(["--config", str(settings), "--cache", str(tmp_path / "cache")])
+    touched.clear()
+    tester.run_trial(args)
+    images = {path for what, path in touched if path.startswith(str(tree)) and what == "open"}
+    looked_at = {path for _, path in touched if path.startswith(str(tree))}
+    assert len(images) == 18 + 9 and looked_at == images
+    assert [r["architecture"] for r in reported] == [[0] * 20, [1] * 20]
+
+    trial = {name: value for name, value in vars(args).items() if name != "split"} | {
+        "cache": str(tmp_path / "another")
+    }
+    touched.clear()
+    results = local_engine._evaluate(json.dumps(trial), [[0] * 20, [1] * 20])
+    local_engine._opened.cache_clear()
+    assert {path for _, path in touched if path.startswith(str(tree))} == images
+    assert [r | {"seconds": 0} for r in results] == [r | {"seconds": 0} for r in reported]
+
+
 # --- which images --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def parts(tree):
     """The files of train that are not held out and those that are, of all of train, and of val; sorted."""
-    args = argparse.Namespace(data_dir=str(tree), loader="torchvision", demo=False)
+    args = argparse.Namespace(data_dir=str(tree), loader="torchvision", demo=False, cache=os.environ["TEST_CACHE"])
     images = Data(args, DataConfig(16, 18, heldout_per_class=3))
     found = {part: images.images(part) for part in ("supernet", "search", "train", "val")}
     assert [len(part) for part in found.values()] == [27, 9, 36, 21]

@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
+import pickle
 import shutil
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -88,12 +91,11 @@ def test_split_is_disjoint_deterministic_and_per_class(data_args):
     assert other.split["hash"] != data.split["hash"]
 
 
-def test_a_split_of_names_that_are_no_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+def test_a_split_of_names_that_are_no_text(tmp_path):
     folder = make_tree(tmp_path / "tree") / "train" / "car"
     for path in folder.iterdir():
         os.rename(path, os.fsencode(folder) + b"/caf\xe9" + os.fsencode(path.name))
-    args = argparse.Namespace(data_dir=str(tmp_path / "tree"), loader="auto", demo=False)
+    args = argparse.Namespace(data_dir=str(tmp_path / "tree"), loader="auto", demo=False, cache=str(tmp_path))
     assert len(Data(args, CONFIG).split["hash"]) == 16
 
 
@@ -314,6 +316,41 @@ def test_workers_and_ragged_batches_change_nothing(tree, backend):
     )
     assert [len(x) for x, _ in a] == [8, 8, 5] and [len(x) for x, _ in b] == [5, 5, 5, 5, 1]
     assert torch.equal(torch.cat([x for x, _ in a]), torch.cat([x for x, _ in b]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_workers_run_can_be_sent_to_them(tree, backend, monkeypatch):
+    """As spawn and forkserver do, the only ways on Windows and macOS."""
+    given = {}
+
+    def loader(dataset, **how):
+        given.update(dataset=dataset, **how)
+        raise StopAsyncIteration
+
+    monkeypatch.setattr("torch.utils.data.DataLoader", loader)
+    images = scan(tree / "val")
+    with pytest.raises(StopAsyncIteration):
+        next(Loader(images, CONFIG, True, backend=backend, workers=1).decode(evaluation_plan(21, 8)))
+    parts = [given[name] for name in ("dataset", "collate_fn", "worker_init_fn")]
+    dataset, collate, _ = pickle.loads(ForkingPickler.dumps(parts))
+    (a, *_), (b, *_) = (d.__getitems__(evaluation_plan(21, 8)[0]) for d in (dataset, given["dataset"]))
+    encoded = (lambda made: made) if backend == "torchvision" else (lambda made: made["encoded"])
+    assert torch.equal(encoded(collate(a)), encoded(b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_workers_start_in_every_way(tree, backend, method):
+    before = multiprocessing.get_start_method()
+    images, plan = scan(tree / "val"), evaluation_plan(21, 8)
+    expected = [x for x, _ in Loader(images, CONFIG, True, backend=backend, workers=0).decode(plan)]
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        found = [x for x, _ in Loader(images, CONFIG, True, backend=backend, workers=2).decode(plan)]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert len(found) == 3 and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

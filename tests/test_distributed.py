@@ -1,5 +1,7 @@
 """Training on two processes, and runs that are killed: as on one process, and as if nothing had been."""
 
+import argparse
+import datetime
 import itertools
 import json
 import os
@@ -7,8 +9,10 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
@@ -16,15 +20,18 @@ import pytest
 import torch
 import two_processes
 from conftest import ROOT, run
-from test_training import SPACE, Images
+from test_training import SPACE, Images, settings
 from torch import nn
 
+import distributed
+import utils
 from distributed import per_rank_batch_size
 from images.dataset import training_plan
 from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler
 from training import checkpoint
 from training.recipe import dropout_seed
+from training.run import TrainingRun
 from utils import UserError
 from weights import files
 
@@ -218,6 +225,136 @@ def test_what_is_wrong_for_all_processes_is_said_once(tmp_path, data):
     assert "batches of 15 images: " in line and "multiple of 2" in line
 
 
+# --- two processes that are forks of this one ----------------------------------------------------------------
+
+
+def outcomes(main, n=2):
+    """(exit code, standard error) of `main(rank)` on each of `n` ranks; this process has the store, as torchrun."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(n):
+            ranks.append(os.fork())
+            if not ranks[-1]:
+                code = 1
+                try:
+                    local = {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(n),
+                        "LOCAL_WORLD_SIZE": str(n),
+                    }
+                    os.environ.update({**address, **local})
+                    os.dup2(os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT), 2)
+                    sys.stderr = os.fdopen(2, "w")
+                    distributed.run(lambda args, rank=rank: main(rank), lambda: argparse.Namespace(device="cpu"))
+                    code = 0
+                except SystemExit as end:
+                    code = end.code
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+        return [(code, pathlib.Path(folder, str(rank)).read_text()) for rank, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"lr": 0.4}, "has --lr 0.4, process 0 0.5;"),
+        ({"classes": ["a", "cow", "c"]}, "has classes cow, process 0 b;"),
+        ({"split": {"hash": "1"}}, "has split {'hash': '1'}, process 0 {'hash': '0'};"),
+        ({"images": "1"}, "has images 1, process 0 0;"),
+        ({"code": "1"}, "has code of version 1, process 0 0;"),
+        ({"workers": 3, "keep": 9}, None),
+    ],
+)
+def test_processes_that_differ_are_told_before_the_first_step(tmp_path, monkeypatch, change, message):
+    def main(rank):
+        own = {
+            "lr": 0.5,
+            "classes": ["a", "b", "c"],
+            "split": {"hash": "0"},
+            "images": "0",
+            "code": "0",
+            "workers": 1,
+            "keep": 3,
+        }
+        own |= change if rank else {}
+        monkeypatch.setattr("training.run.code_version", lambda: own["code"])
+        args = settings(**{name: own[name] for name in ("lr", "workers", "keep")})
+        contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"]}
+        run = TrainingRun(args, tmp_path / "run", torch.device("cpu"), "supernet", contents)
+        run.start(argparse.Namespace(names_hash=own["images"]))
+
+    found = outcomes(main)
+    if message is None:
+        assert [code for code, _ in found] == [0, 0], found
+    else:
+        lines = "".join(stderr for _, stderr in found).splitlines()
+        assert [code for code, _ in found] == [2, 2] and len(lines) == 1, found
+        assert f"process 1 (on {socket.gethostname()}) {message}" in lines[0]
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_collective_that_hangs_ends_the_run(monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=1))
+
+    def main(rank):
+        if rank == 1:
+            time.sleep(4)
+        else:
+            distributed.all_reduce_max(1)
+
+    (code, stderr), _ = outcomes(main)
+    assert code == 2 and "another rank of this run ended or hangs" in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_long_first_image_check_is_no_hang(monkeypatch, lives):
+    """The data set is read by local rank 0, for longer than a collective may take, while the other waits."""
+    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=1))
+
+    def check():
+        for _ in range(25 if os.environ["RANK"] == "0" else 0):
+            time.sleep(0.1)
+            if lives:
+                utils.sign_of_life()
+        return "data"
+
+    def main(rank):
+        assert distributed.local_rank0_first(check) == "data"
+        distributed.all_reduce_max(1)
+
+    (_, _), (code, stderr) = outcomes(main)
+    assert code == 0 if lives else (code == 2 and "no sign of life for 1 s" in stderr), stderr
+
+
+def test_the_code_has_a_version(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.py").write_text("a = 1")
+    monkeypatch.setattr(utils, "HERE", tmp_path)
+    before = utils.code_version()
+    (tmp_path / "images" / "a.py").write_text("a = 2")
+    assert before != utils.code_version()
+
+
+def test_one_process_on_several_gpus_says_how_to_use_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "gpu_count", lambda: 8)
+    monkeypatch.setattr(sys, "argv", ["supernet.py", "--out", "my run"])
+    run = TrainingRun(settings(), tmp_path / "run", torch.device("cuda"), "supernet", {})
+    run.start()
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "one of 8 GPUs is used; all of them: torchrun --nproc-per-node 8 supernet.py --out 'my run'" in log
+    assert distributed.unused_gpus(torch.device("cpu")) is None
+    monkeypatch.setattr(distributed, "gpu_count", lambda: 1)
+    assert distributed.unused_gpus(torch.device("cuda")) is None
+
+
 # --- runs that are killed ------------------------------------------------------------------------------------
 
 
@@ -228,7 +365,8 @@ def outcome(out, kind):
     contents = [files.load_file(path) for path in files]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return contents, [
-        {k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second")} for line in lines
+        {k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second", "train/wait_percent")}
+        for line in lines
     ]
 
 

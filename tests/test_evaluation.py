@@ -9,7 +9,7 @@ import torch
 
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import accuracy, evaluate, recalibrate_bn
+from training.evaluation import accuracy, evaluate, evaluate_in_lists, recalibrate_bn
 from training.prefix_tree import PrefixTree
 
 SPACE = SearchSpace(
@@ -198,6 +198,27 @@ def test_a_result_does_not_depend_on_what_was_evaluated_before(supernet):
 
     both = results(PATHS)
     assert both == results(PATHS[::-1]) == results(PATHS[:1]) | results(PATHS[1:])
+
+
+def test_a_few_at_a_time_have_the_results_of_all_at_once(supernet, monkeypatch):
+    """And come as soon as they exist: each list has a pass over the images of its own."""
+    monkeypatch.setattr("space.splitting.MORE", 10)
+    passes, candidates, validation = [], list(map(list, relatives(8))), batches(2, 16, 1, ragged=3)
+
+    class Calibration:
+        def __iter__(self):
+            passes.append(1)
+            return iter(batches(3, 8))
+
+    results = evaluate_in_lists(supernet, candidates, 3, Calibration(), validation)
+    found, n_passes = [], []
+    for result in results:
+        found.append((result["architecture"], result["acc1"], result["acc5"]))
+        n_passes.append(len(passes))
+    whole = evaluate(supernet, candidates, batches(3, 8), validation)
+    whole = {tuple(r["architecture"]): (r["acc1"], r["acc5"]) for r in whole}
+    assert sorted(found) == sorted((list(c), *accuracies) for c, accuracies in whole.items())
+    assert n_passes[0] == 1 and n_passes[-1] > 1
 
 
 def test_a_result_says_what_was_measured(supernet):

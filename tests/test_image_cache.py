@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dataloader import Loader
+from images import image_cache
 from images.dataset import DataConfig, evaluation_plan, scan
 from images.image_cache import HEADER_BYTES, FixedBatches
 from utils import UserError
@@ -71,6 +72,31 @@ def test_the_file_is_laid_out_as_its_size_says(images, tmp_path):
     list(fixed(images, tmp_path))
     (path,) = files(tmp_path)
     assert path.stat().st_size == HEADER_BYTES + N_IMAGES * IMAGE_BYTES
+
+
+class Recording:
+    """The mapped images, and the rows of them that are read."""
+
+    def __init__(self, array):
+        self.array, self.rows = array, []
+
+    def __getitem__(self, rows):
+        self.rows += range(*rows.indices(len(self.array)))
+        return self.array[rows]
+
+
+def test_a_process_reads_its_share_and_keeps_nothing(images, tmp_path, monkeypatch):
+    """Of batches of 8, 8 and 5 images the second of two ranks has the second."""
+    opened, real = [], image_cache.open_images
+    monkeypatch.setattr(image_cache, "open_images", lambda *args: opened.append(Recording(real(*args))) or opened[-1])
+    monkeypatch.setattr("distributed.rank", lambda: 1)
+    monkeypatch.setattr("distributed.world_size", lambda: 2)
+    batches = FixedBatches(loader_of(images), evaluation_plan(N_IMAGES, 8), tmp_path, sharded=True)
+    for n in (1, 2):
+        ((x, _),) = batches
+        assert len(x) == 8 and opened[n - 1].rows == list(range(8, 16)) and len(opened) == n
+    held = [value for value in vars(batches).values() if hasattr(value, "__array__") or isinstance(value, Recording)]
+    assert not held
 
 
 @pytest.mark.parametrize(
@@ -167,8 +193,8 @@ def test_two_processes_that_start_together_decode_once(images, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_images_are_kept_on_the_gpu(images, tmp_path):
+def test_images_come_on_the_gpu(images, tmp_path):
     loader = Loader(images, CONFIG, True, device="cuda", backend="torchvision", workers=0)
     batches = FixedBatches(loader, evaluation_plan(N_IMAGES, 8), tmp_path)
     assert same(((x.cpu(), y.cpu()) for x, y in batches), fixed(images, tmp_path))
-    assert batches._decoded.device.type == "cuda"
+    assert torch.cuda.memory_allocated() == 0

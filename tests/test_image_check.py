@@ -5,11 +5,11 @@ import os
 import shutil
 
 import pytest
-from conftest import make_tree, run
+from conftest import ROOT, make_tree, run
 from PIL import Image
 
 from images import image_check
-from images.dataset import scan, tree_paths
+from images.dataset import Data, DataConfig, scan, tree_paths
 from utils import UserError
 
 SCRATCH = (
@@ -34,10 +34,9 @@ def tree(tmp_path):
 
 
 @pytest.fixture
-def record(tmp_path, monkeypatch):
-    """Where this process remembers trees that passed: not with those of the machine's user."""
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "cache" / "checked.json")
-    return image_check.RECORD
+def record(tmp_path):
+    """Where trees that passed are remembered."""
+    return tmp_path / "cache" / "checked.json"
 
 
 def paths(tree):
@@ -125,41 +124,54 @@ def test_accepted_files_may_be_trained_on(tree, tmp_path):
 
 
 def test_a_tree_that_passed_is_not_decoded_again_until_it_changes(tree, record, monkeypatch):
-    image_check.check_images(tree, paths(tree))
+    image_check.check_images(tree, paths(tree), record.parent)
     assert list(json.loads(record.read_text())) == [str(tree)]
     with monkeypatch.context() as context:
         context.setattr(image_check, "inspect", None)
-        image_check.check_images(tree, paths(tree))
+        image_check.check_images(tree, paths(tree), record.parent)
     image = tree / "train" / "bird" / "002.jpg"
     content, times = image.read_bytes(), image.stat()
     image.write_bytes(bytes(len(content)))  # of the same size
     with pytest.raises(UserError, match=r"train/bird/002\.jpg: not an image"):
-        image_check.check_images(tree, paths(tree))
+        image_check.check_images(tree, paths(tree), record.parent)
     image.write_bytes(content)
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
     monkeypatch.setattr(image_check, "inspect", None)
-    image_check.check_images(tree, paths(tree))
+    image_check.check_images(tree, paths(tree), record.parent)
 
 
 def test_a_new_image_is_checked(tree, record):
-    image_check.check_images(tree, paths(tree))
+    image_check.check_images(tree, paths(tree), record.parent)
     (tree / "val" / "car" / "new.jpg").write_text("text")
     with pytest.raises(UserError, match=r"val/car/new\.jpg"):
-        image_check.check_images(tree, paths(tree))
+        image_check.check_images(tree, paths(tree), record.parent)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"other": 1}'])
 def test_a_damaged_record_is_made_anew(tree, record, content):
     record.parent.mkdir()
     record.write_text(content)
-    image_check.check_images(tree, paths(tree))
+    image_check.check_images(tree, paths(tree), record.parent)
     assert list(json.loads(record.read_text())) == [str(tree)]
 
 
 def test_a_record_that_cannot_be_written_does_no_harm(tree, record, caplog):
     record.parent.write_text("a file where the folder should be")
-    image_check.check_images(tree, paths(tree))
+    image_check.check_images(tree, paths(tree), record.parent)
     assert "checked again next time" in caplog.text
+
+
+def test_records_are_kept_in_the_folder_of_cache(tree, tmp_path, data_args, touched):
+    """And nothing in the checkout, which may be read-only."""
+    record = tmp_path / "cache" / "checked.json"
+    run("dataloader.py", "--check", tree, "--cache", record.parent)
+    assert list(json.loads(record.read_text())) == [str(tree)]
+    record.unlink()
+    data_args.data_dir, data_args.cache = str(tree), str(record.parent)
+    Data(data_args, DataConfig(heldout_per_class=1))
+    assert list(json.loads(record.read_text())) == [str(tree)]
+    written = [path for what, path in touched if what == "write"]
+    assert written and not [path for path in written if path.startswith(str(ROOT)) and "__pycache__" not in path]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.99])

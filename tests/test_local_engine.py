@@ -17,7 +17,7 @@ from engines.local_engine import search_locally
 from engines.search_record import prepare_search, read_results
 from evolution_tuner import Evolution
 from space.search_space import SearchSpace
-from utils import Interrupted, UserError, interrupt, signals
+from utils import Interrupted, UserError, interrupt, sign_of_life, signals
 
 SPACE = SearchSpace.for_images(28, 10)
 EVOLUTION = {
@@ -120,6 +120,57 @@ def test_a_worker_that_dies_while_it_waits_is_replaced(fake):
             worker.kill()
             worker.join()
             time.sleep(0.3)  # the pool sees it
+
+
+def evaluate_and_hang(trial, candidates):
+    """A candidate whose choices add up to a multiple of 5 hangs; the others take longer than a hung one may."""
+    for candidate in candidates:
+        if sum(candidate) % 5 == 0:
+            time.sleep(600)
+        for _ in range(4):
+            sign_of_life()
+            time.sleep(0.1)
+    return evaluate(trial, candidates)
+
+
+def test_a_worker_that_hangs_is_noticed_by_its_silence(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(local_engine, "POLL_S", 0.05)
+    fake(evaluate_and_hang)
+    candidates = list(itertools.chain(*generations()))
+    hangs = next(c for c in candidates if sum(c) % 5 == 0)
+    healthy = next(c for c in candidates if sum(c) % 5)
+    with local_engine.Workers(CPU, 2, trial_timeout=0.3) as workers:
+        found = {tuple(c): (results, error) for (c,), results, error in workers.evaluate([[healthy], [hangs]], False)}
+        assert found[hangs] == ([], "a worker gave no sign of life for 0.3 s")
+        assert found[healthy] == ([result(healthy)], None)  # by a new worker
+        assert all(error is None for _, _, error in workers.evaluate([[healthy]] * 2))
+        time.sleep(0.5)  # silence of workers that have nothing to do
+        ((_, results, error),) = workers.evaluate([[healthy]])
+        assert (results, error) == ([result(healthy)], None)
+
+
+def never_start(*_):
+    time.sleep(600)
+
+
+def test_a_worker_that_never_starts_is_noticed(fake, monkeypatch):
+    monkeypatch.setattr(local_engine, "POLL_S", 0.05)
+    monkeypatch.setattr(local_engine, "_start", never_start)
+    with local_engine.Workers(CPU, 1, trial_timeout=0.3) as workers:
+        ((_, results, error),) = workers.evaluate([[generations()[0][0]]])
+        assert (results, error) == ([], "a worker gave no sign of life for 0.3 s")
+
+
+@pytest.mark.parametrize("concurrency, size", [(1, 3), (2, 2), (9, 1)])
+def test_lists_are_so_small_that_little_is_lost(tmp_path, fake, monkeypatch, concurrency, size):
+    """Of 30 candidates three may be in work, unless there are more workers; all results of a list are kept at once."""
+    monkeypatch.setattr("space.splitting.MORE", 10)
+    fake(evaluate)
+    settings = SETTINGS | {"population": 30, "generations": 1}
+    prepare_search(tmp_path, settings, False)
+    search_locally(SPACE, settings, tmp_path, CPU, concurrency=concurrency)
+    lists = json.loads((tmp_path / "id2cand" / "000.json").read_text())
+    assert sum(map(len, lists.values())) == 30 and max(map(len, lists.values())) == size
 
 
 def evaluate_with_a_user_error(trial, candidates):

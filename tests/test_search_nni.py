@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -51,7 +52,8 @@ def evaluate(candidate):
     return {{"architecture": candidate, "flops": 0, "n_images": 10, "seconds": seconds, **accuracies}}
 
 
-trial.report(map(evaluate, trial.receive_candidates()))
+candidates, _ = trial.receive_candidates()
+trial.report(map(evaluate, candidates))
 """
 
 HOST = """
@@ -211,6 +213,31 @@ def test_killed_search_takes_nni_with_it(tmp_path):
         for survivor in left:
             survivor.kill()
         assert not left
+
+
+class FakeExperiment:
+    def __init__(self, **jobs):
+        self.jobs = jobs
+
+    def list_trial_jobs(self):
+        return [types.SimpleNamespace(trialJobId=name, status=status) for name, status in self.jobs.items()]
+
+
+def test_a_trial_that_hangs_is_noticed_by_its_silence(monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(nni_engine.time, "monotonic", lambda: clock[0])
+    experiment, listener, signs = FakeExperiment(a="RUNNING", b="RUNNING", w="WAITING"), nni_engine._Listener(300), {}
+    ended = {}
+    for clock[0] in range(1000, 2000):
+        if clock[0] == 1100:
+            experiment.jobs["late"] = "RUNNING"
+        if clock[0] < 1600:
+            signs["a"] = signs.get("a", 0) + 1  # b gives none at all
+        for job in listener.silent(experiment, signs):
+            ended[job] = clock[0]
+            del experiment.jobs[job]
+    assert ended.keys() == {"a", "b", "late"}
+    assert 1300 < ended["b"] <= 1310 and 1400 < ended["late"] <= 1410 and 1899 <= ended["a"] <= 1910
 
 
 # --- before NNI starts ---------------------------------------------------------------------------------------

@@ -55,9 +55,8 @@ def test_the_committed_file_differs_in_its_machines_alone(tmp_path):
     )
     service = remote["trainingService"]
     assert service["platform"] == "remote" and len(service["machineList"]) == 2
-    assert (
-        remote | {"trainingService": plain["trainingService"], "trialConcurrency": plain["trialConcurrency"]} == plain
-    )
+    assert remote.pop("trialConcurrency") == 2 and "trialConcurrency" not in plain
+    assert remote | {"trainingService": plain["trainingService"]} == plain
     (tmp_path / "key").write_text("a key")
     check_machines(tmp_path / "remote.yml", [machine | {"sshKeyFile": "key"} for machine in service["machineList"]])
 
@@ -131,6 +130,10 @@ def test_the_file_sets_the_defaults(tmp_path, experiment):
     assert search.parse_args(["--experiment", str(path)]).concurrency == 2
     assert search.parse_args(["--experiment", str(path), "--concurrency", "5"]).concurrency == 5
     assert search.parse_args([]).concurrency == 1
+    content = yaml.safe_load(path.read_text())
+    content["trainingService"]["machineList"].append(MACHINE | {"host": "192.0.2.2"})
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if k != "trialConcurrency"}))
+    assert search.parse_args(["--experiment", str(path)]).concurrency == 2
 
 
 def test_trials_elsewhere_run_the_code_that_is_brought_there(tmp_path, experiment):
@@ -377,7 +380,7 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, undisturb
             for room in (".", "space", "images", "weights", "training", "engines")
             for path in ROOT.glob(f"{room}/*.py")
         }
-        assert brought == modules | {"engines/preload.js", "data/cache/checked.json"}
+        assert brought == modules | {"engines/preload.js"}
         print(f"stopped after {time.monotonic() - start:.0f} s")
         children = psutil.Process(process.pid).children(recursive=True)
         listening = {c.laddr.ip for p in children for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}

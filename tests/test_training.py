@@ -87,7 +87,7 @@ def assert_same_end(folder, other):
     assert all(torch.equal(tensor, b["model"][name]) for name, tensor in a["model"].items())
     momenta = [{i: s["momentum_buffer"] for i, s in c["optimizer"]["state"].items()} for c in (a, b)]
     assert momenta[0].keys() == momenta[1].keys() and all(torch.equal(m, momenta[1][i]) for i, m in momenta[0].items())
-    times = {"seconds", "train/images_per_second"}
+    times = {"seconds", "train/images_per_second", "train/wait_percent"}
     last, other_last = ({k: v for k, v in log_rows(f)[-1].items() if k not in times} for f in (folder, other))
     assert last == other_last
 
@@ -489,6 +489,7 @@ def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validati
     def kept(recipe, step, images, labels, candidate=None):
         loss, logits = train_one_step(recipe, step, images, labels, candidate)
         steps.append((loss.item(), int((logits.argmax(1) == labels).sum())))
+        clock[0] += 0.25
         return loss, logits
 
     def validate(step):
@@ -506,12 +507,14 @@ def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validati
         part = steps[before : row["step"]]
         assert row["train/loss"] == pytest.approx(sum(loss for loss, _ in part) / len(part), rel=1e-6)
         assert row["train/acc1"] == pytest.approx(sum(right for _, right in part) * 100 / (8 * len(part)))
-        assert row["train/lr"] == pytest.approx(0.5 * (1 - row["step"] / 7)) and row["seconds"] == row["step"]
-        assert row["train/images_per_second"] == pytest.approx(8)
+        assert row["train/lr"] == pytest.approx(0.5 * (1 - row["step"] / 7))
+        assert row["seconds"] == 1.25 * row["step"] and row["train/images_per_second"] == pytest.approx(8 / 1.25)
+        assert row["train/wait_percent"] == pytest.approx(80)  # a batch takes 1 s, a step 0.25 s
         before = row["step"]
     assert [row.get("val/acc1") for row in rows] == [None, 2.0, None, 3.5]
     assert metrics == {name: value for name, value in rows[-1].items() if name != "step"}
-    assert "plan: 2 s for 2 more steps of 1 s, beside 1 validations; 3 checkpoints" in caplog.text
+    assert "images/s, waited for 80% of the time" in caplog.text
+    assert "plan: 2 s for 2 more steps of 1.25 s, beside 1 validations; 3 checkpoints" in caplog.text
     assert "step 2/7 " in caplog.text and "lower --keep" not in caplog.text
 
     for path in checkpoints(tmp_path)[1:]:  # as if killed after step 4, and later lines were written

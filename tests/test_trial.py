@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
-from engines import trial
+import distributed
+import search
+import utils
+from engines import local_engine, trial
 from utils import HERE, UserError
 
 TAKE = """
@@ -66,13 +70,13 @@ def test_devices_are_those_that_are_visible(monkeypatch, visible, n, names):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: n)
+    monkeypatch.setattr("distributed.gpu_count", lambda: n)
     assert trial.gpu_names() == names
 
 
 def test_a_process_sees_the_device_it_took_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("distributed.gpu_count", lambda: 2)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(trial, "held", [])
     trial.take_gpu("cpu")
@@ -93,3 +97,120 @@ def test_locks_are_private(monkeypatch, tmp_path):
     folder.symlink_to(tmp_path)
     with pytest.raises(UserError, match="not a folder"):
         trial.lock_folder()
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """NVML counts three GPUs, and whoever asks CUDA itself fails."""
+
+    def initialises():
+        raise AssertionError("CUDA is initialised")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda._is_compiled", lambda: True)
+    monkeypatch.setattr("torch.cuda._device_count_nvml", lambda: 3)
+    monkeypatch.setattr("torch._C._cuda_getDeviceCount", initialises, raising=False)
+    monkeypatch.setattr("torch.cuda.init", initialises)
+
+
+def test_gpus_are_counted_and_told_apart_without_cuda(three_gpus):
+    assert distributed.gpu_count() == 3 and trial.gpu_names() == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("loads, counted", [(False, 0), (True, 2)])
+def test_without_nvml_another_process_counts(monkeypatch, loads, counted):
+    def load(name):
+        if not loads:
+            raise OSError(name)
+
+    answer = subprocess.CompletedProcess([], 0, stdout="2\n")
+    monkeypatch.setattr("torch.cuda._device_count_nvml", lambda: -1)
+    monkeypatch.setattr("ctypes.CDLL", load)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: answer)
+    assert distributed.gpu_count() == counted
+
+
+@pytest.mark.parametrize(
+    ("words", "concurrency"),
+    [([], 3), (["--engine", "local"], 3), (["--device", "cpu"], 1), (["--concurrency", "2"], 2)],
+)
+def test_by_default_a_search_runs_a_trial_a_gpu(three_gpus, words, concurrency):
+    args = search.parse_args(words)
+    assert args.concurrency == concurrency
+    with local_engine.Workers({"device": args.device}, args.concurrency) as workers:
+        assert workers.n == concurrency
+    with local_engine.Workers({"device": args.device}, 9) as workers:
+        assert workers.n == (9 if args.device == "cpu" else 3)
+
+
+def test_trials_share_the_cores(three_gpus, monkeypatch):
+    monkeypatch.setattr(search, "cores", lambda: 24)
+    given = search.trial_settings(search.parse_args(["--threads", "5", "--workers", "0"]), "out", "net.pth")
+    settings = search.trial_settings(search.parse_args([]), "out", "net.pth")
+    assert (settings["threads"], settings["workers"], given["threads"], given["workers"]) == (8, 8, 5, 0)
+    monkeypatch.setattr(search, "cores", lambda: 7)
+    settings = search.trial_settings(search.parse_args([]), "out", "net.pth")
+    assert (settings["threads"], settings["workers"]) == (2, 2)
+
+
+class FakeNNI(types.ModuleType):
+    """Plays the module nni in a trial; `messages` are those that it sent."""
+
+    def __init__(self, *received):
+        super().__init__("nni")
+        self.received, self.messages = list(received), []
+
+    def get_next_parameter(self):
+        return self.received.pop(0)
+
+    def get_sequence_id(self):
+        return 3
+
+    def get_trial_id(self):
+        return "abc"
+
+    def report_intermediate_result(self, message):
+        self.messages.append(message)
+
+    def report_final_result(self, message):
+        self.messages.append(("final", message))
+
+
+def test_a_trial_reports_each_result_as_it_comes_and_lives_meanwhile(monkeypatch):
+    nni = FakeNNI(trial.parameters([(1,)], 3, 1), trial.parameters([(2,), (0,)], 4, 5))
+    monkeypatch.setitem(sys.modules, "nni", nni)
+    monkeypatch.setattr(trial, "ALIVE_S", 0)
+    candidates, at_once = trial.receive_candidates()
+    assert (candidates, at_once) == ([[2], [0]], 5)  # the first was meant for another trial
+
+    def results():
+        for c in candidates:
+            utils.sign_of_life()
+            yield {"architecture": c, "acc1": 50.0}
+            assert nni.messages[-1]["result"]["architecture"] == c
+
+    with trial.heard():
+        trial.report(results())
+    utils.sign_of_life()  # nobody hears it
+    *messages, (_, final) = nni.messages
+    assert len(messages) == 4 and trial.read_intermediate(messages) == final["results"] == trial.read_final(final)[1]
+    assert [r["architecture"] for r in final["results"]] == candidates
+
+
+def test_signs_of_life_are_passed_on_now_and_then(monkeypatch):
+    clock, heard = [100.0], []
+    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
+    with utils.heard_by(lambda: heard.append(clock[0]), every_s=5):
+        for clock[0] in (100.0, 101.0, 104.9, 105.0, 109.0, 117.0):
+            utils.sign_of_life()
+    assert heard == [100.0, 105.0, 117.0]
+
+
+def test_who_waits_for_a_device_lives(monkeypatch, tmp_path):
+    signs = []
+    holder = utils.try_lock(tmp_path / "0.lock")
+    monkeypatch.setattr(trial, "POLL_S", 0.01)
+    with utils.heard_by(lambda: signs.append(holder.close()) if len(signs) == 2 else signs.append(None)):
+        trial.take_device(["0"], tmp_path)
+    assert len(signs) == 3
+    trial.held.pop().close()

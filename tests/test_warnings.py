@@ -10,7 +10,6 @@ from conftest import make_tree, run
 
 from engines.search_record import SearchRecord, first_generation_warning, prepare_search
 from evolution_tuner import Evolution
-from images import image_check
 from images.dataset import Data, DataConfig
 from reports.page import write_report
 from space.search_space import SearchSpace
@@ -18,13 +17,12 @@ from training import checkpoint
 
 
 @pytest.fixture
-def tree(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_check, "RECORD", tmp_path / "checked.json")
+def tree(tmp_path):
     return make_tree(tmp_path / "tree", 4, 2)
 
 
 def warnings(tree):
-    args = types.SimpleNamespace(data_dir=str(tree), loader="torchvision")
+    args = types.SimpleNamespace(data_dir=str(tree), loader="torchvision", cache=str(tree.parent))
     return Data(args, DataConfig(heldout_per_class=1)).warnings
 
 
@@ -42,8 +40,9 @@ def test_images_in_train_and_val(tree):
     for _ in range(2):  # the second time from the record
         (text,) = warnings(tree)
         assert "1 images of val are in train too: accuracies on val are too high" in text
-    record = json.loads(image_check.RECORD.read_text())
-    image_check.RECORD.write_text(json.dumps({name: fingerprint for name, (fingerprint, _) in record.items()}))
+    path = tree.parent / "checked.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: fingerprint for name, (fingerprint, _) in record.items()}))
     assert warnings(tree) == []  # a record of an earlier version has no count
     stdout, stderr = run("dataloader.py", "--check", tree)
     assert "1 in train and val" in stdout and "val/bird/copy.jpg: the same image as train/bird/000.jpg" in stderr

@@ -62,16 +62,17 @@ def load_supernet(path, out, space=None):
     return model, ckpt
 
 
-def open_supernet(args):
-    """(supernet, its Checkpoint, DataConfig, Data) of the flags.
+def open_supernet(args, listed=None):
+    """(supernet, its Checkpoint, DataConfig, Data) of the flags; `listed` as for Data.
 
     Raises UserError where checkpoint, flags and images don't go together.
     """
-    prepare(args)
+    if not listed:
+        prepare(args)
     load_operations(args.operations)
     model, ckpt = load_supernet(args.checkpoint, args.out, SearchSpace.for_images(args.input_size or 224))
     config = DataConfig.from_args(args, ckpt.data, ckpt.path)
-    data = Data(args, config)
+    data = Data(args, config, listed)
     check_classes(ckpt, data.classes)
     check_split(ckpt, data.split)
     return model, ckpt, config, data

@@ -10,14 +10,20 @@ import torch
 import distributed
 from images.image_cache import calibration_batches, validation_batches
 from network import batch_norms
+from space.splitting import cut
 from training import checkpoint
 from training.prefix_tree import PrefixTree
 from utils import UserError
 
+NO_GPU = "--device cuda: no GPU that torch can use; leave the flag out or say cpu"
 
-def open_evaluation(args):
-    """(supernet, calibration batches, validation batches), the images that `args.split` names, of the flags."""
-    supernet, _, config, data = checkpoint.open_supernet(args)
+
+def open_evaluation(args, listed=None):
+    """(supernet, calibration batches, validation batches), the images that `args.split` names, of the flags.
+
+    `listed` is a file that lists the images, so that a trial does not look at all of them again.
+    """
+    supernet, _, config, data = checkpoint.open_supernet(args, listed)
     device = resolve_device(args)
     supernet.to(device, memory_format=torch.channels_last)
     calibration = calibration_batches(data.images("supernet"), config, args, device)
@@ -49,6 +55,12 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
          "n_images": n_images, "seconds": seconds}
         for c in candidates
     ]  # fmt: skip
+
+
+def evaluate_in_lists(supernet, candidates, at_once, *args, **how):
+    """Yields the results of `evaluate`, of a few candidates at a time: those evaluated are kept, whatever comes."""
+    for part in cut(supernet.space, map(supernet.space.check, candidates), at_once):
+        yield from evaluate(supernet, part, *args, **how)
 
 
 def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):
@@ -118,9 +130,14 @@ def _all_reduce_counts(counts, n_images):
 
 
 def resolve_device(args):
-    """The torch device of --device; sets --threads too. Raises UserError where there is no GPU to use."""
+    """The torch device of --device; sets --threads, and makes cuDNN deterministic, as the official search does.
+
+    Raises UserError where there is no GPU to use.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU that torch can use; leave the flag out or say cpu")
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+        raise UserError(NO_GPU)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = device.type == "cuda"
+    return device

@@ -80,7 +80,7 @@ def train(run, model, loader, validate, candidate_at=None):
             if stop := validated(done):
                 interruption.end(newest(run.folder), stop)
             save(done)
-        for step, (images, labels) in enumerate(loader.batches(plan), done + 1):
+        for step, (images, labels) in enumerate(meter.waits_for(loader.batches(plan)), done + 1):
             with meter.computing():
                 loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
             meter.add(loss, logits, labels)
@@ -157,6 +157,7 @@ class _Meter:
         self.rows = rows  # (n, 3): loss, images correct in top-1 and in top-5, over all ranks
         self.window = []  # the same of this rank, not fetched yet
         self.before, self.started, self.pauses = seconds, time.perf_counter(), []
+        self.waited = 0.0  # seconds for batches, since the last line
         self.logged = step, self.seconds
         self.first = None
         self.computed = 0.0, 0.0  # seconds and CPU seconds of the steps after the first one, without loading
@@ -188,6 +189,14 @@ class _Meter:
         finally:
             self.pauses.append(time.perf_counter() - start)
 
+    def waits_for(self, batches):
+        """Yields the batches, and notes how long each of them is waited for."""
+        start = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+
     def add(self, loss, logits, labels):
         self.window.append(torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels))))
         self.step += 1
@@ -214,9 +223,11 @@ class _Meter:
         rows, self.rows, batch_size = self.fetch(), self.rows[:0], self.recipe.args.batch_size
         loss, top1, _ = rows.mean(dim=0).tolist()
         (logged, before), self.logged = self.logged, (self.step, self.seconds)
+        seconds, waited, self.waited = max(1e-3, self.seconds - before), self.waited, 0.0
         return {
             "train/loss": loss, "train/acc1": top1 * 100 / batch_size, "train/lr": self.recipe.learning_rate(self.step),
-            "train/images_per_second": (self.step - logged) * batch_size / max(1e-3, self.seconds - before),
+            "train/images_per_second": (self.step - logged) * batch_size / seconds,
+            "train/wait_percent": min(100.0, 100 * waited / seconds),
             "seconds": self.seconds,
         }  # fmt: skip
 

@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from blocks import Narrow, conv_bn_pairs, first_channels
 from network import autocast, batch_norms, fold_bn
+from utils import sign_of_life
 
 
 class _Part:
@@ -120,6 +121,7 @@ class PrefixTree:
         stack = [(self.root, images)]
         with autocast(images.device, self.amp):
             while stack:
+                sign_of_life()
                 node, x = stack.pop()
                 node.attach()
                 if fold:

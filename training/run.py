@@ -13,7 +13,7 @@ from tqdm import tqdm
 import distributed
 from dataloader import resolve_backend
 from training import checkpoint
-from utils import UserError, atomic_write, hold_lock, log, output_folder, start_logging
+from utils import UserError, atomic_write, code_version, hold_lock, log, output_folder, start_logging
 from weights import files
 
 STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs
@@ -36,12 +36,22 @@ class TrainingRun:
         settings["loader"] = resolve_backend(self.args.loader)
         return settings | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {})
 
-    def start(self):
+    def start(self, data=None):
         """Locks the folder and starts its log; with --resume none, an earlier run in it is renamed.
 
-        Raises UserError where another run holds the lock.
+        Raises UserError where another run holds the lock, or where the ranks do not agree on settings, images (those of
+        `data`) or code.
         """
+        distributed.check_same(self._identity(data))
         distributed.on_rank0(self._start)
+
+    def _identity(self, data):
+        """What must be the same on all ranks, by the names that an error gives it."""
+        if distributed.world_size() == 1:
+            return {}
+        flags = {f"--{name.replace('_', '-')}": value for name, value in self.settings.items()}
+        images = {"images": data.names_hash} if data else {}
+        return {**flags, **self.contents, **images, "code of version": code_version()}
 
     def _start(self):
         output_folder(self.folder.parent)
@@ -54,6 +64,8 @@ class TrainingRun:
         start_logging(self.folder, self.args, self.device)
         if aside:
             log.info("the run before is in %s", aside)
+        if text := distributed.unused_gpus(self.device):
+            log.info(text)
 
     def resume(self, recipe):
         """Loads the newest whole checkpoint, if there is one; returns its (step, metrics, rows of the log)."""
@@ -140,8 +152,9 @@ class Journal:
 
     def log(self, step, metrics):
         """A line of the log."""
-        log.info("step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s", step, self.total, metrics["train/loss"],
-                 metrics["train/acc1"], metrics["train/lr"], metrics["train/images_per_second"])  # fmt: skip
+        text = "step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s, waited for %.0f%% of the time"
+        names = ("loss", "acc1", "lr", "images_per_second", "wait_percent")
+        log.info(text, step, self.total, *(metrics[f"train/{name}"] for name in names))
 
     def write(self, step, metrics, candidate_at):
         """Writes the metrics of a step and, to TensorBoard, the FLOPs of the paths since the last one."""

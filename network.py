@@ -17,8 +17,7 @@ from dataloader import network_input
 from images.dataset import DataConfig, validation_geometry
 from space.custom import space_from_args
 from space.search_space import SearchSpace
-from utils import HERE, UserError
-from weights import files
+from utils import UserError
 
 
 class _ShuffleNet(nn.Module):
@@ -141,27 +140,10 @@ def load(path, architecture=None, operations=None):
         logits = model(model.preprocess(images))  # uint8 RGB (N, H, W, 3) -> (N, classes)
         name = model.classes[logits[0].argmax()]
     """
+    from training.checkpoint import load_network  # against the order of imports: only users of Python call this
+
     flags = argparse.Namespace(space=None, architecture=architecture, operations=operations)
     return load_network(path, architecture, space_from_args(flags, 224, 1000))[0]
-
-
-def load_network(path, architecture=None, space=None):
-    """(the network that `load` returns, its weights.files.Checkpoint); an official file is assumed to be of `space`.
-
-    Raises UserError where `architecture` contradicts the checkpoint.
-    """
-    ckpt = files.load(path, "scratch", space)
-    given = architecture and ckpt.space.load_architecture(architecture)
-    if ckpt.architecture is None:
-        ckpt.architecture = given or ckpt.space.load_architecture(HERE / "architecture_final.json")
-    elif given not in (None, ckpt.architecture):
-        contradiction = f"--architecture {architecture} contradicts {path}, which is of {list(ckpt.architecture)}"
-        raise UserError(f"{contradiction}; leave the flag out")
-    with torch.device("meta"):
-        model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
-    files.load_weights(model, ckpt.weights, path)
-    model.config, model.classes = ckpt.data or model.config, ckpt.class_names
-    return model.eval(), ckpt
 
 
 def initialize(model):

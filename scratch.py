@@ -29,7 +29,7 @@ import distributed
 from dataloader import Loader
 from images.dataset import Data, DataConfig, check_batch_size, open_data, prepare, training_plan
 from images.image_cache import validation_batches
-from network import ShuffleNetV2, load_network
+from network import ShuffleNetV2
 from space.custom import searched, space_from_args
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
@@ -64,7 +64,7 @@ def open_network(args, folder):
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
-    model, ckpt = load_network(path, args.architecture, space_from_args(args, args.input_size or 224, 1000))
+    model, ckpt = checkpoint.load_network(path, args.architecture, space_from_args(args, args.input_size or 224, 1000))
     return model, ckpt, DataConfig.from_args(args, ckpt.data, ckpt.path)
 
 

@@ -21,7 +21,6 @@ import utils
 from engines import search_record
 from space.search_space import SearchSpace
 from training import checkpoint
-from weights import files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -202,7 +201,7 @@ class Arena:
             folder = out / "checkpoints" / script.removesuffix(".py")
             step, found = 0, []
             for path in [*checkpoint.checkpoints(folder), *folder.glob("bnps-checkpoint.pth")]:
-                content = files.load_file(path)
+                content = checkpoint.load_file(path)
                 step = max(step, content["step"])
                 found.append(
                     [path.name, content["step"], [[k, v.numpy().tobytes().hex()] for k, v in content["model"].items()]]

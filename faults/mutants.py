@@ -40,7 +40,7 @@ ROLES = {  # the files of a role: in the tree's root or else in any folder, thos
     "evaluation": ["evaluation.py", "prefix_tree.py"],
     "evolution": ["evolution_tuner.py"],
     "training loop": ["training.py", "training/loop.py", "training/recipe.py", "training/run.py", "training/step.py"],
-    "checkpoint": ["checkpoint.py", "weights/files.py"],
+    "checkpoint": ["checkpoint.py"],
     "record": ["search_record.py"],
 }
 NO_SOURCES = {"tests", "bench", "faults", "site-packages"}

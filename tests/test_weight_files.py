@@ -13,7 +13,6 @@ from test_network import CLASSES, SMALL, difference, image_batches, supernets
 import network
 from training import checkpoint
 from utils import UserError
-from weights import files
 
 
 def official_file(path, state_dict, **kwargs):
@@ -29,7 +28,7 @@ def test_an_official_supernet_file_loads_strictly(tmp_path):
     )
     with torch.device("meta"):
         model = network.ShuffleNetV2OneShot(32, CLASSES)
-    weights = files.load_and_parse_state_dict(path)
+    weights = checkpoint.load_and_parse_state_dict(path)
     checkpoint.load_weights(model, weights, path)
     for name, tensor in reference.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -42,7 +41,7 @@ def test_an_official_retrained_file_loads_strictly(tmp_path, zipped):
     reference = reference_spos.Network(reference_spos.WINNER, 1000, True).eval()
     path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped)
     model = network.ShuffleNetV2(reference_spos.WINNER).eval()
-    checkpoint.load_weights(model, files.load_and_parse_state_dict(path), path)
+    checkpoint.load_weights(model, checkpoint.load_and_parse_state_dict(path), path)
     images, _ = image_batches(1, 1, 224)[0]
     with torch.no_grad():
         assert difference(model(images), reference(images)) < 1e-5
@@ -64,7 +63,7 @@ def test_bare_and_wrapped_state_dicts_are_the_same(tmp_path):
         {"state_dict": prefixed, "epoch": 3},
     ):
         torch.save(content, tmp_path / "file")
-        found = files.load_and_parse_state_dict(tmp_path / "file")
+        found = checkpoint.load_and_parse_state_dict(tmp_path / "file")
         assert found.keys() == weights.keys() and all(torch.equal(v, weights[k]) for k, v in found.items())
 
 
@@ -88,7 +87,7 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb(mark)))
     for name in ("zip.pth", "legacy.pth", "pickle.pth"):
         with pytest.raises(UserError, match=f"{name}: not a whole checkpoint of plain tensors"):
-            files.load_and_parse_state_dict(tmp_path / name)
+            checkpoint.load_and_parse_state_dict(tmp_path / name)
     assert not mark.exists()
 
 
@@ -99,7 +98,7 @@ torch.zeros(2), None,
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "file")
     with pytest.raises(UserError, match="file: holds no state dict"):
-        files.load_and_parse_state_dict(tmp_path / "file")
+        checkpoint.load_and_parse_state_dict(tmp_path / "file")
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
@@ -112,7 +111,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
     for size in [0, 1, 10, *(rng.randrange(len(whole)) for _ in range(40))]:
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"damaged\.pth: ") as error:
-            files.load_file(path)
+            checkpoint.load_file(path)
         assert "\n" not in str(error.value)
     for _ in range(60):
         damaged = bytearray(whole)
@@ -121,7 +120,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
             damaged[rng.randrange(2000)] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            files.load_and_parse_state_dict(path)
+            checkpoint.load_and_parse_state_dict(path)
         except UserError as error:
             assert str(path) in str(error)
 
@@ -129,7 +128,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
 @pytest.mark.parametrize("path", ["no/such/file", "."])
 def test_a_missing_file_and_a_folder_are_refused(path):
     with pytest.raises(UserError, match="can't be read"):
-        files.load_file(path)
+        checkpoint.load_file(path)
 
 
 def test_weights_of_another_model_are_refused():

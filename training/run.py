@@ -14,7 +14,6 @@ import distributed
 from dataloader import resolve_backend
 from training import checkpoint
 from utils import UserError, atomic_write, code_version, hold_lock, log, output_folder, start_logging
-from weights import files
 
 STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs
 
@@ -84,7 +83,7 @@ class TrainingRun:
         damaged = {}
         for path in reversed(checkpoint.checkpoints(self.folder)):
             try:
-                content = files.load_file(path)
+                content = checkpoint.load_file(path)
             except UserError as error:
                 log.warning("warning: %s; looking for an older one", error)
                 damaged[path] = error
@@ -100,7 +99,7 @@ class TrainingRun:
 
     def _check(self, path, content):
         """Raises UserError where a checkpoint is not one that this run can resume from."""
-        found = files.parse(content, path, self.kind)
+        found = checkpoint.parse(content, path, self.kind)
         if found.content is None:
             raise UserError(f"{path}: not a checkpoint of this program; use another --out, or --resume none")
         if missing := STATE - content.keys():

@@ -1,1 +1,0 @@
-"""Files of weights, ours and official."""

@@ -260,6 +260,27 @@ def test_a_correction_and_banned_candidates_narrow_the_limits(everything):
         assert (limits.excess(candidate) == 0) == (cost * 1.1 <= high and candidate != candidates[0])
 
 
+def test_neighbours_are_all_legal_candidates_two_changes_away(everything):
+    space, (candidates, costs) = SPACES["small"], everything
+    bounds = {name: (space.quantile(name, 0.3), space.quantile(name, 0.7)) for name in COSTS}
+    legal = {c for c, ok in zip(candidates, meets(costs, bounds)) if ok}
+    centre = min(legal)
+    found = list(Limits(space, bounds).neighbours(centre, random.Random(0)))
+    near = {c for c in legal if sum(a != b for a, b in zip(c, centre)) <= 2}
+    assert set(found) == near and len(near) > 5
+
+
+def test_what_repair_finds_is_filled_up_with_its_neighbours(monkeypatch):
+    space = SPACES["blocks"]
+    settings = {"flops_limit": space.quantile("flops", 1e-5), "population": 20}
+    evolution = Evolution.from_settings(space, settings)
+    one = evolution.limits.repair((3,) * 20, random.Random(0))
+    monkeypatch.setattr(evolution.limits, "repair", lambda candidate, rng: one)
+    population = evolution.ask()
+    assert len(set(population)) == 20 and one in population
+    assert all(space.flops(c) <= settings["flops_limit"] for c in population)
+
+
 def test_repair_meets_narrow_limits_on_three_costs():
     """Boxes of a twentieth of a standard deviation around random candidates: uniform draws never fall into one."""
     space, rng = SPACES["blocks"], random.Random(1)

@@ -97,7 +97,7 @@ def objectives(text):
     """An argparse type: names by commas, accuracy and one or two costs."""
     names = text.split(",")
     if "acc1" not in names or len(names) not in (2, 3) or len(set(names)) < len(names) or not set(names) <= OBJECTIVES:
-        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not acc1 and one or two of {', '.join(COSTS)}, by commas")
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not acc1 and one or two of {', '.join(COSTS)}, by commas")
     return text
 
 

@@ -140,7 +140,7 @@ class Evolution:
         return legal[: self.select]
 
     def front(self):
-        """The legal candidates that no other one equals or beats in all objectives, the most accurate first."""
+        """The legal candidates to which no other one is equal in all objectives and better in one, by accuracy."""
         legal = self.legal_ranked()
         return [legal[i] for i in next(fronts(self._points(legal)), [])]
 
@@ -203,9 +203,10 @@ class Evolution:
         if missing and math.prod(self.choices) <= ENUMERABLE:
             left = [c for c in itertools.product(*map(range, self.choices)) if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))
-        elif missing and self.limits and population:  # there is little room: look beside what there is
-            draws = (self.limits.neighbour(self.rng.choice(population), self.rng) for _ in range(TRIES * missing))
-            self._add_new(population, missing, draws)
+        elif missing and self.limits:  # there is little room: look beside what there is, and what that adds
+            for candidate in population:
+                wanted = self.population_size - len(population)
+                self._add_new(population, wanted, self.limits.neighbours(candidate, self.rng))
 
     def _add_new(self, population, wanted, draws):
         """Adds up to `wanted` new legal candidates from the iterator `draws`, and draws no more than that takes."""

@@ -181,24 +181,35 @@ class Limits:
             over = over + np.maximum(np.maximum(low - total, total - high), 0) / scale
         return over
 
-    def _pair(self, candidate, moves, totals, over, rng):
-        """The candidate after two changes in different blocks, drawn from those that make it legal, else from those
-        that break the limits by less than `over`; None where there are none."""
+    def _pairs(self, candidate, moves, totals):
+        """(excess after every two changes in different blocks: (changes, changes), function of an index into it flat
+        that returns the changed candidate)."""
         _, block, *_ = self._tables
         current = np.array([self.space.cost(name, candidate) for name in self.bounds])
         pairs = self._over(totals[:, :, None] + totals[:, None, :] - current[:, None, None])
         pairs[block[:, None] >= block[None, :]] = np.inf
+
+        def changed(index):
+            first, second = divmod(index, len(moves))
+            return self._moved(self._moved(candidate, moves[first]), moves[second])
+
+        return pairs, changed
+
+    def _pair(self, candidate, moves, totals, over, rng):
+        """The candidate after two changes in different blocks, drawn from those that make it legal, else from those
+        that break the limits by less than `over`; None where there are none."""
+        pairs, changed = self._pairs(candidate, moves, totals)
         found = np.flatnonzero(pairs == 0)
         if not len(found):
             found = np.flatnonzero(pairs < over)
-        if not len(found):
-            return None
-        first, second = divmod(int(found[rng.randrange(len(found))]), len(moves))
-        return self._moved(self._moved(candidate, moves[first]), moves[second])
+        return changed(int(found[rng.randrange(len(found))])) if len(found) else None
 
-    def neighbour(self, candidate, rng):
-        """A random legal candidate that differs from a legal one in at most two blocks."""
-        return self._pair(candidate, *self._moves(candidate), 0, rng) or candidate
+    def neighbours(self, candidate, rng):
+        """Yields the legal candidates that differ from a legal one in at most two blocks, in random order."""
+        pairs, changed = self._pairs(candidate, *self._moves(candidate))
+        found = np.flatnonzero(pairs == 0).tolist()
+        rng.shuffle(found)
+        yield from map(changed, found)
 
     @staticmethod
     def _moved(candidate, move):

@@ -102,22 +102,36 @@ def check_large(name, number):
 
 
 def count_legal(space, bounds, most=400_000):
-    """How many candidates meet the bounds, block by block over the costs that occur; None beyond `most` of them."""
-    rows = [space.cost_rows(name)[0] for name in bounds]
-    ends = [(-1 if low is None else low, 1e18 if high is None else high) for low, high in bounds.values()]
-    counts = {tuple(space.cost_rows(name)[1] for name in bounds): 1}
+    """How many candidates meet the bounds, block by block over the costs that occur; None beyond `most` of them.
+
+    What can't meet a bound any more is left out, and what can't meet a weighted sum of them, with weights for which the
+    cheapest candidate comes nearest to the sum of the bounds, or above it: then nothing is left.
+    """
+    signed = [(name, 1, end[1]) for name, end in bounds.items() if end[1] is not None]
+    signed += [(name, -1, -end[0]) for name, end in bounds.items() if end[0] is not None]
+    rows = [np.array(space.cost_rows(name)[0], float) * sign for name, sign, _ in signed]
+    ends = np.array([end - sign * space.cost_rows(name)[1] for name, sign, end in signed], float)
+    scale = np.array([max(row.var(axis=1).sum() ** 0.5, 1) for row in rows])
+    table, ends = np.stack([row / s for row, s in zip(rows, scale)]), ends / scale  # (bounds, blocks, choices)
+    rng, weights, nearest = np.random.default_rng(0), np.ones(len(ends)), -np.inf
+    for step in range(2000):
+        trial = np.abs(weights + rng.normal(0, 1 / (1 + step / 50), len(ends)))
+        trial /= trial.sum()
+        if (gap := np.tensordot(trial, table, 1).min(axis=1).sum() - trial @ ends) > nearest:
+            nearest, weights = gap, trial
+    table = np.concatenate([table, np.tensordot(weights, table, 1)[None]])
+    ends = np.append(ends, weights @ ends) + 1e-9
+    least = table.min(axis=2)  # of each sum in each block
+    states, counts = np.zeros((1, len(ends))), np.ones(1)
     for block in range(space.n_blocks):
-        rest = [[sum(pick(r) for r in row[block + 1 :]) for pick in (min, max)] for row in rows]
-        following = collections.Counter()
-        for costs, n in counts.items():
-            for choice in range(len(rows[0][block])):
-                then = tuple(cost + row[block][choice] for cost, row in zip(costs, rows))
-                if all(c + r[0] <= e[1] and c + r[1] >= e[0] for c, r, e in zip(then, rest, ends)):
-                    following[then] += n
-        counts = following
-        if len(counts) > most:
+        states = (states[:, None] + table[:, block].T[None]).reshape(-1, len(ends))
+        counts = np.repeat(counts, table.shape[2])
+        kept = (states + least[:, block + 1 :].sum(axis=1) <= ends).all(axis=1)
+        states, place = np.unique(states[kept].round(9), axis=0, return_inverse=True)
+        counts = np.bincount(place.ravel(), counts[kept], len(states))
+        if len(states) > most:
             return None
-    return sum(counts.values())
+    return int(counts.sum())
 
 
 def test_sets_of_limits_fill_the_first_population_or_are_refused_rightly(everything):
@@ -244,6 +258,27 @@ def test_a_correction_and_banned_candidates_narrow_the_limits(everything):
     limits = Limits(space, {"latency": (None, high)}, correction=1.1, banned=[candidates[0]])
     for candidate, cost in zip(candidates[::7], costs["latency"][::7]):
         assert (limits.excess(candidate) == 0) == (cost * 1.1 <= high and candidate != candidates[0])
+
+
+def test_neighbours_are_all_legal_candidates_two_changes_away(everything):
+    space, (candidates, costs) = SPACES["small"], everything
+    bounds = {name: (space.quantile(name, 0.3), space.quantile(name, 0.7)) for name in COSTS}
+    legal = {c for c, ok in zip(candidates, meets(costs, bounds)) if ok}
+    centre = min(legal)
+    found = list(Limits(space, bounds).neighbours(centre, random.Random(0)))
+    near = {c for c in legal if sum(a != b for a, b in zip(c, centre)) <= 2}
+    assert set(found) == near and len(near) > 5
+
+
+def test_what_repair_finds_is_filled_up_with_its_neighbours(monkeypatch):
+    space = SPACES["blocks"]
+    settings = {"flops_limit": space.quantile("flops", 1e-5), "population": 20}
+    evolution = Evolution.from_settings(space, settings)
+    one = evolution.limits.repair((3,) * 20, random.Random(0))
+    monkeypatch.setattr(evolution.limits, "repair", lambda candidate, rng: one)
+    population = evolution.ask()
+    assert len(set(population)) == 20 and one in population
+    assert all(space.flops(c) <= settings["flops_limit"] for c in population)
 
 
 def test_repair_meets_narrow_limits_on_three_costs():

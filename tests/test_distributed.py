@@ -213,7 +213,7 @@ def test_a_batch_that_can_not_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr("distributed.world_size", lambda: 8)
     assert per_rank_batch_size(1024) == 128 and per_rank_batch_size(16) == 2
     for batch_size in (8, 1020):
-        with pytest.raises(UserError, match=rf"--batch-size {batch_size}: .*multiple of 8"):
+        with pytest.raises(UserError, match=rf"batches of {batch_size} images: .*multiple of 8"):
             per_rank_batch_size(batch_size)
 
 

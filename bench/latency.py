@@ -26,8 +26,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from command_line import count
 from engines.search_record import SearchRecord, prepare_search, unconfirmed
@@ -42,16 +42,6 @@ NETWORKS = {"small": 60, "paper": 30}
 EVOLUTION = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": 8}
 
 
-def ranks(values):
-    """Ranks from 0, equal values share their mean rank."""
-    values = np.asarray(values, float)
-    return ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1) - 1) / 2
-
-
-def spearman(a, b):
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
 def errors(predicted, first, second):
     """How well predictions fit two measurements of the same networks; all in ns."""
     measured = [(a + b) / 2 for a, b in zip(first, second)]
@@ -63,8 +53,8 @@ def errors(predicted, first, second):
         "mean_absolute_error": error / mean,
         "of_predicting_the_mean": of_mean / mean,
         "share": error / of_mean,
-        "spearman": statistics.fmean((spearman(predicted, first), spearman(predicted, second))),
-        "spearman_of_two_measurements": spearman(first, second),
+        "spearman": statistics.fmean(spearmanr(predicted, m).statistic for m in (first, second)),
+        "spearman_of_two_measurements": float(spearmanr(first, second).statistic),
     }
 
 

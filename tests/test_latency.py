@@ -320,12 +320,6 @@ def test_random_search_is_a_search_without_children(world, tmp_path, monkeypatch
 bench = load("bench/latency.py")
 
 
-def test_spearman_is_that_of_ranks_with_ties_shared():
-    assert bench.ranks([3, 1, 3, 0]).tolist() == [2.5, 1, 2.5, 0]
-    assert bench.spearman([1, 2, 3, 4], [10, 20, 25, 99]) == pytest.approx(1)
-    assert bench.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(1 - 6 * 4 / (4 * 15))
-
-
 def test_errors_are_beside_those_of_predicting_the_mean():
     row = bench.errors([100, 200, 310], [110, 190, 300], [90, 210, 300])
     assert row["mean_absolute_error"] == pytest.approx(10 / 3 / 200)

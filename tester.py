@@ -22,7 +22,6 @@ import sys
 import command_line
 from engines import trial
 from engines.search_record import listed_images
-from reports.latency import measure_table
 from space.custom import space_from_args
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
@@ -78,6 +77,8 @@ def generate(args):
 
 def measure(args):
     """Writes the latencies of the search space on this device."""
+    from reports.latency import measure_table  # here, because NNI's remote trials do not get reports/
+
     path, space, device = pathlib.Path(args.out) / "latency.json", open_space(args), resolve_device(args)
     utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, device)
     table = measure_table(space, args.latency_batch_size, device)

@@ -108,6 +108,16 @@ def test_imports_make_no_circle():
     assert not needs
 
 
+def test_what_a_trial_imports_is_copied_to_remote_machines():
+    kept = {line.removeprefix("!/") for line in (HERE / ".nniignore").read_text().splitlines() if line.startswith("!/")}
+    seen, left = set(), {"tester"}
+    while left:
+        seen.add(module := left.pop())
+        left |= ours(at_import(parse(module))) - seen
+    assert {module.split(".")[0] for module in seen if "." in module} <= kept and "*.py" in kept
+    assert kept - {"*.py"} <= set(ROOMS)
+
+
 def test_the_door_is_for_users_alone():
     user, other = DOOR
     assert other in ours(imports(parse(user))) and other not in ours(at_import(parse(user)))

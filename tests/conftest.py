@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ CLASSES = ("apple", "bird", "car")
 SCRIPTS = ("supernet.py", "tester.py", "search.py", "scratch.py")
 
 torch.set_num_threads(1)  # the same numbers on every machine, and no fight over two cores
+# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def coloured_image(rng, height, width):

@@ -156,13 +156,14 @@ def demo(options):
     """{command: seconds, or None where there was no time for it}."""
     small = options.device.type == "cpu" and not options.full
     bn, heldout = (["--bn-batches", "2"], ["--heldout-per-class", "4"]) if small else ([], [])
+    bn_pass = ["--bn-pass", "2"] if small else []
     short = ["--iterations", "8", "--batch-size", "16", "--warmup", "2", "--val-every", "8"] if small else []
     few = ["--population", "4", "--select", "2", "--mutation", "1", "--crossover", "1", "--generations", "2"]
     commands = {
         "supernet.py": [*short, *bn, *heldout, *(["--val-paths", "1"] if small else [])],
         "tester.py": ["--mode", "gen"],
-        "search.py": [*bn, *(few if small else [])],
-        "scratch.py": ["--architecture", "checkpoints/best.json", *short, *(["--bn-pass", "2"] if small else [])],
+        "search.py": [*bn, *heldout, *(few if small else [])],
+        "scratch.py": ["--architecture", "checkpoints/best.json", *short, *heldout, *bn_pass],
     }
     rows = dict.fromkeys(commands)
     with tempfile.TemporaryDirectory() as out:

@@ -103,8 +103,12 @@ class Process:
         return self.log.with_suffix(".out").read_text(errors="replace")
 
     def one_line(self):
-        """The error message of a command; raises Lost unless it ended with code 2 and one line after its log."""
-        lines = [line for line in self.stderr().splitlines() if not re.match(r"\d\d:\d\d:\d\d |\r| *$", line)]
+        """The error message of a command; raises Lost unless it ended with code 2 and one line after its log.
+
+        The warning that the record of checked images can't be written comes before the log is set up.
+        """
+        no_error = r"\d\d:\d\d:\d\d |\r| *$|.*; the images will be checked again next time$"
+        lines = [line for line in self.stderr().splitlines() if not re.match(no_error, line)]
         if self.code != 2 or len(lines) != 1 or ": error: " not in lines[0]:
             raise Lost(f"exit code {self.code}: {' / '.join(lines)[-300:]}")
         return lines[0].split(": error: ")[1]

@@ -137,8 +137,6 @@ def retrain(args, folder):
         "architecture": list(candidate),
     })  # fmt: skip
     run.start(data)
-    for text in data.warnings:
-        utils.log.warning("warning: %s", text)
     if args.architecture and not search:
         assumed = f"{space.n_blocks} blocks of {', '.join(space.operations)}, images of {space.input_size} px"
         utils.log.info("%s: no record of a search beside it; assumes %s", args.architecture, assumed)

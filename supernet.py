@@ -84,8 +84,6 @@ def main(args):
         "flops_range": flops_range,
     })  # fmt: skip
     run.start(data)
-    for text in data.warnings:
-        utils.log.warning("warning: %s", text)
     if flops_range:
         low, high = (flops / 1e6 for flops in flops_range)
         utils.log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, low, high)

@@ -288,7 +288,7 @@ def test_processes_that_differ_are_told_before_the_first_step(tmp_path, monkeypa
         args = settings(**{name: own[name] for name in ("lr", "workers", "keep")})
         contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"]}
         run = TrainingRun(args, tmp_path / "run", torch.device("cpu"), "supernet", contents)
-        run.start(argparse.Namespace(names_hash=own["images"]))
+        run.start(argparse.Namespace(names_hash=own["images"], warnings=[]))
 
     found = outcomes(main)
     if message is None:

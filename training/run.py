@@ -36,13 +36,14 @@ class TrainingRun:
         return settings | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {})
 
     def start(self, data=None):
-        """Locks the folder and starts its log; with --resume none, an earlier run in it is renamed.
+        """Locks the folder and starts its log, with the warnings of `data`; with --resume none, an earlier run in it is
+        renamed.
 
         Raises UserError where another run holds the lock, or where the ranks do not agree on settings, images (those of
         `data`) or code.
         """
         distributed.check_same(self._identity(data))
-        distributed.on_rank0(self._start)
+        distributed.on_rank0(lambda: self._start(data.warnings if data else ()))
 
     def _identity(self, data):
         """What must be the same on all ranks, by the names that an error gives it."""
@@ -52,7 +53,7 @@ class TrainingRun:
         images = {"images": data.names_hash} if data else {}
         return {**flags, **self.contents, **images, "code of version": code_version()}
 
-    def _start(self):
+    def _start(self, warnings):
         output_folder(self.folder.parent)
         self.lock = hold_lock(self.folder.with_suffix(".lock"), wait_s=10)  # workers of a killed run end within moments
         aside = None
@@ -65,6 +66,8 @@ class TrainingRun:
             log.info("the run before is in %s", aside)
         if text := distributed.unused_gpus(self.device):
             log.info(text)
+        for text in warnings:
+            log.warning("warning: %s", text)
 
     def resume(self, recipe):
         """Loads the newest whole checkpoint, if there is one; returns its (step, metrics, rows of the log)."""

@@ -315,11 +315,11 @@ def first_generation_warning(results, n_classes):
 
     Compares them with chance, and their spread with the standard error of one top-1 on as many images.
     """
-    succeeded = [r for r in results if r["acc1"] is not None]
-    if len(succeeded) < 2:
+    generation = Generation(1, results, closed=True)
+    if len(generation.succeeded) < 2:
         return None
-    mean, sd = statistics.fmean(r["acc1"] for r in succeeded), statistics.stdev(r["acc1"] for r in succeeded)
-    n, chance = succeeded[0]["n_images"], 100 / n_classes
+    mean, sd = generation.mean, generation.sd
+    n, chance = generation.best["n_images"], 100 / n_classes
     at_chance = mean <= chance + 3 * (chance * (100 - chance) / n) ** 0.5
     noise = (mean * (100 - mean) / n) ** 0.5
     if not at_chance and sd > noise:

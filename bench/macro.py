@@ -291,7 +291,7 @@ def summarise(args, folders):
     searched = () if args.networks else LIMITS  # a search may ask for any network
     logs = [(folder / "checkpoints/supernet/log.jsonl").read_text().splitlines() for folder in folders]
     way = {}
-    for step in sorted(runs[0]):
+    for step in sorted(set.intersection(*map(set, runs))):  # an interruption left a checkpoint of its own
         some = [n for n in networks if all(n in run[step] for run in runs)]
         true = [truth[n]["mean_acc"] for n in some]
         rows = [[run[step][n] for n in some] for run in runs]

@@ -3,14 +3,14 @@
     python bench/latency.py                               everything, on an idle machine: some 40 minutes on one core
     python bench/latency.py --spaces small --networks 8 --searches 2 --batch-sizes 1        a try, minutes
 
-For each space and batch size, a table is measured as `tester.py --mode latency` does, then random networks are measured
-as a whole, twice, each time built anew. Reported are the mean absolute error of the predictions, that of predicting the
-mean of the measurements for all, and Spearman's correlation of predictions and measurements, beside that of the two
-measurements.
+For each space and batch size, a table is measured as `tester.py --mode latency` does, and random networks as a whole,
+twice, each time built anew. All take turns, so that a device that is faster for a while is so for all. Reported are the
+mean absolute error of the predictions, that of predicting the mean of the measurements for all, and Spearman's
+correlation of predictions and measurements, beside that of the two measurements.
 
 Then searches run in `small` with limits from the 20th to the 80th percentile of latency, on made-up accuracies that
 grow with the predicted latency, so that the best are at the limit; winners are confirmed as in any search, and measured
-again by another process. Reported are measured latencies as a share of the limit.
+again by another process, at the scale of the table. Reported are these latencies as a share of the limit.
 
 Prints Markdown and writes bench/results/latency.json. The numbers hold for the machine, and only if it is idle.
 """
@@ -32,7 +32,7 @@ from scipy.stats import spearmanr
 from command_line import count
 from engines.search_record import SearchRecord, prepare_search, unconfirmed
 from evolution_tuner import Evolution
-from reports.latency import confirm, device_name, measure_networks, measure_table, with_latency
+from reports.latency import Networks, confirm, device_name, measure_like, measure_table, with_latency
 from space.custom import PRESETS
 from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json
@@ -60,10 +60,11 @@ def errors(predicted, first, second):
 
 def study_predictions(space, batch_size, n, device):
     """(the table, its errors on n random networks)."""
-    table = measure_table(space, batch_size, device)
     rng = random.Random(1)
     candidates = [space.random_candidate(rng) for _ in range(n)]
-    first, second = (measure_networks(space, candidates, batch_size, device) for _ in range(2))
+    twice = [Networks(space, candidates, batch_size, device) for _ in range(2)]
+    table = measure_table(space, batch_size, device, beside=twice)
+    first, second = (networks.medians() for networks in twice)
     timed = with_latency(space, table)
     row = errors([timed.cost("latency", c) for c in candidates], first, second)
     return table, {**row, "seconds": table["seconds"], "spread": table["spread"], "correction": table["correction"]}
@@ -98,9 +99,8 @@ def search(space, table, high, seed, out):
 
 
 def measure_again(space, candidates, table):
-    """Runs in another process: the latencies of candidates as whole networks, in ns."""
-    torch.set_num_threads(table["threads"])
-    return measure_networks(SearchSpace.from_dict(space), candidates, table["batch_size"], torch.device(table["kind"]))
+    """Runs in another process: the latencies of candidates as whole networks, in ns, at the scale of a table."""
+    return measure_like(table, SearchSpace.from_dict(space), candidates)[0]
 
 
 def study_searches(space, table, n):

@@ -4,6 +4,10 @@ A table is measured in context. Random networks of the space run as a whole, and
 stands, between its neighbours: timed alone, its input would lie in the cache. The latency of a network is then the sum
 of the medians of its parts, times a correction: the median ratio of whole networks, measured as such, to their sums.
 
+A device is not always equally fast: clocks change, and other processes run. So what is compared is measured in turns:
+the parts of a table and its whole networks, and later the best candidates of a search and networks of the table, by
+which the scale of the table is found again.
+
     setting    device, threads, batch size and version of torch; a network has another latency in another one
     ns         the unit of all latencies here and in latency.json; those of a batch, not of an image
 """
@@ -24,8 +28,9 @@ from evolution_tuner import Evolution
 from network import ShuffleNetV2, fold_bn
 from utils import UserError, cores, log, read_json, versions
 
-ROUNDS, SECONDS = 60, 240  # of a table, whichever ends first, but FEWEST rounds at least
-NETWORKS, NETWORK_ROUNDS, NETWORK_SECONDS = 12, 40, 60  # measured as a whole; of each such measurement
+ROUNDS, SECONDS = 200, 240  # of a measurement, whichever ends first, but FEWEST rounds at least
+NETWORKS = 12  # of a table, measured as a whole
+REFERENCES = 4  # of these, measured beside the best candidates of a search
 FEWEST = 5
 RUNS = 2  # timed runs of a network in a round, after one that is not timed
 
@@ -80,36 +85,57 @@ def rounds(most, seconds):
     return itertools.takewhile(lambda i: i < FEWEST or time.monotonic() < end, range(most))
 
 
-@torch.inference_mode()
-def measure_networks(space, candidates, batch_size, device):
-    """The median latency of each candidate as a whole network, in ns; runs of all of them take turns."""
-    networks, x = [build(space, c, device) for c in candidates], images(space, batch_size, device)
-    times = [[] for _ in networks]
-    for _ in rounds(NETWORK_ROUNDS, NETWORK_SECONDS):
-        for network, own in zip(networks, times):
-            network(x)
-            own += [ns for _ in range(RUNS) for ns in run_timed([network], x)]
-    return [int(statistics.median(own)) for own in times]
+class Networks:
+    """Candidates as whole networks, built anew; a round runs each of them."""
+
+    def __init__(self, space, candidates, batch_size, device):
+        self.networks, self.x = [build(space, c, device) for c in candidates], images(space, batch_size, device)
+        self.times, self.seconds = [[] for _ in candidates], 0.0
+
+    def round(self):
+        for network, own in zip(self.networks, self.times):
+            network(self.x)
+            own += [ns for _ in range(RUNS) for ns in run_timed([network], self.x)]
+
+    def medians(self):
+        """The median latency of each candidate, in ns."""
+        return [int(statistics.median(own)) for own in self.times]
 
 
-@torch.inference_mode()
-def measure_parts(space, batch_size, device, rng):
-    """(median ns of every choice at every block, that of stem and head together), measured in random networks."""
-    n = len(space.choice_flops[0])
-    whole = [build(space, _uniform(space, choice), device) for choice in range(n)]  # they lend their blocks
-    stem, head, x = whole[0].first_conv, whole[0].head, images(space, batch_size, device)
-    times = [[[] for _ in range(n)] for _ in range(space.n_blocks)]
-    ends = []
-    for _ in rounds(ROUNDS, SECONDS):
-        for choices in zip(*(rng.permutation(n).tolist() for _ in range(space.n_blocks))):
-            parts = [stem, *(whole[choice].features[block] for block, choice in enumerate(choices)), head]
+class Parts:
+    """Every choice at every block; a round runs each once, in random networks."""
+
+    def __init__(self, space, batch_size, device, rng):
+        self.rng, self.x, n = rng, images(space, batch_size, device), len(space.choice_flops[0])
+        self.whole = [build(space, _uniform(space, choice), device) for choice in range(n)]  # they lend their blocks
+        self.times = [[[] for _ in range(n)] for _ in range(space.n_blocks)]
+        self.ends, self.seconds = [], 0.0  # stem and head together
+
+    def round(self):
+        n, stem, head = len(self.whole), self.whole[0].first_conv, self.whole[0].head
+        for choices in zip(*(self.rng.permutation(n).tolist() for _ in self.times)):
+            parts = [stem, *(self.whole[choice].features[block] for block, choice in enumerate(choices)), head]
             for run in range(RUNS + 1):
-                first, *found, last = run_timed(parts, x)
+                first, *found, last = run_timed(parts, self.x)
                 if run:
-                    ends.append(first + last)
-                    for own, choice, ns in zip(times, choices, found):
+                    self.ends.append(first + last)
+                    for own, choice, ns in zip(self.times, choices, found):
                         own[choice].append(ns)
-    return [[int(statistics.median(own)) for own in row] for row in times], int(statistics.median(ends))
+
+    def medians(self):
+        """(a list for each block of the ns of its choices, the ns of stem and head together)."""
+        rows = [[int(statistics.median(own)) for own in row] for row in self.times]
+        return rows, int(statistics.median(self.ends))
+
+
+@torch.inference_mode()
+def take_turns(*measurements):
+    """Rounds of all measurements, in turns; counts the seconds of each."""
+    for _ in rounds(ROUNDS, SECONDS):
+        for measurement in measurements:
+            start = time.monotonic()
+            measurement.round()
+            measurement.seconds += time.monotonic() - start
 
 
 def _uniform(space, choice):
@@ -119,12 +145,18 @@ def _uniform(space, choice):
     return operations + (width,) * space.n_blocks * (space.n_widths > 1)
 
 
-def measure_table(space, batch_size, device):
-    """The content of latency.json: latencies in a space on this device, with the threads that torch has."""
-    start, rng = time.monotonic(), np.random.default_rng(0)
-    rows, fixed = measure_parts(space, batch_size, device, rng)
+def measure_table(space, batch_size, device, beside=()):
+    """The content of latency.json: latencies in a space on this device, with the threads that torch has.
+
+    `beside` are other measurements, to be compared with the table: their rounds take turns with those of the table.
+    """
+    rng = np.random.default_rng(0)
     drawn = [tuple(int(rng.integers(n)) for n in space.choices) for _ in range(NETWORKS)]
-    first, second = (measure_networks(space, drawn, batch_size, device) for _ in range(2))
+    parts, *twice = own = (
+        Parts(space, batch_size, device, rng), *(Networks(space, drawn, batch_size, device) for _ in range(2))
+    )  # fmt: skip
+    take_turns(*own, *beside)
+    (rows, fixed), (first, second) = parts.medians(), (networks.medians() for networks in twice)
     summed = [fixed + sum(row[c] for row, c in zip(rows, space.block_choices(candidate))) for candidate in drawn]
     correction = statistics.median((a + b) / 2 / total for a, b, total in zip(first, second, summed))
     return {
@@ -140,14 +172,34 @@ def measure_table(space, batch_size, device):
         "correction": correction,
         "spread": max(abs(a - b) / min(a, b) for a, b in zip(first, second)),
         "networks": {"architectures": drawn, "measured": [first, second]},
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": round(sum(measurement.seconds for measurement in own), 1),
     }
+
+
+def measure_like(table, space, candidates):
+    """(the latency of each candidate as a whole network, in ns, at the scale of a table; that scale).
+
+    Networks of the table are measured beside the candidates. The scale is the median ratio of their latencies in the
+    table to those of now; all latencies are multiplied by it.
+    """
+    references = [space.check(c) for c in table["networks"]["architectures"][:REFERENCES]]
+    before = torch.get_num_threads()
+    torch.set_num_threads(table["threads"])
+    try:
+        networks = Networks(space, [*references, *candidates], table["batch_size"], torch.device(table["kind"]))
+        take_turns(networks)
+    finally:
+        torch.set_num_threads(before)
+    now, measured = networks.medians()[: len(references)], networks.medians()[len(references) :]
+    then = map(statistics.fmean, zip(*table["networks"]["measured"]))
+    scale = statistics.median(a / b for a, b in zip(then, now))
+    return [int(ns * scale) for ns in measured], scale
 
 
 # --- the table of a search -----------------------------------------------------------------------------------
 
 FORMS = {"device": str, "kind": str, "threads": int, "batch_size": int, "torch": str, "space": dict, "medians": list,
-         "stem_and_tail": int, "spread": float}  # fmt: skip
+         "stem_and_tail": int, "spread": float, "networks": dict}  # fmt: skip
 
 
 def read_table(path, space, foreign=False):
@@ -162,10 +214,21 @@ def read_table(path, space, foreign=False):
         raise UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
     if table["space"] != space.to_dict() or [len(row) for row in rows] != shape:
         raise UserError(f"{path}: is of another search space than the supernet's; run tester.py --mode latency again")
+    if not _are_measured(table["networks"], space):
+        raise UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
     if (other := difference(table)) and not foreign:
         advice = "measure this one with tester.py --mode latency, or accept the table with --foreign-latency-table"
         raise UserError(f"{path}: measured {other}; {advice}")
     return table
+
+
+def _are_measured(networks, space):
+    """Whether these are candidates of a space, with two measurements of each, in ns."""
+    try:
+        candidates, (first, second) = [space.check(c) for c in networks["architectures"]], networks["measured"]
+        return 0 < len(candidates) == len(first) == len(second) and all(ns > 0 for ns in (*first, *second))
+    except (KeyError, TypeError, ValueError, UserError):
+        return False
 
 
 def difference(table):
@@ -196,12 +259,10 @@ def confirm(space, settings, out, table):
     record.pending()  # replays the search
     best = (record.evolution.front() if record.evolution.objectives else record.evolution.legal_ranked())[:10]
     log.info("measuring the %d best candidates as whole networks", len(best))
-    before = torch.get_num_threads()
-    torch.set_num_threads(table["threads"])
-    try:
-        measured = measure_networks(space, best, table["batch_size"], torch.device(table["kind"]))
-    finally:
-        torch.set_num_threads(before)
+    measured, scale = measure_like(table, space, best)
+    if abs(scale - 1) > 0.05:
+        text = "this device takes %.2f times as long as when the table was measured: latencies are given as of then"
+        log.warning(text, 1 / scale)
     row = record.confirm(dict(zip(best, measured)))
     record.lock.close()
     for rank, m in enumerate(row["measured"], 1):

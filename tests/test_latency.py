@@ -123,6 +123,8 @@ def test_rounds_end_by_number_or_by_time(clock):
     [
         ({"medians": [[1.5] * 4] * 5}, "not a table of latencies"),
         ({"medians": 3}, "not a table of latencies"),
+        ({"networks": {"architectures": [[0] * 5], "measured": [[7], [0]]}}, "not a table of latencies"),
+        ({"networks": {"architectures": [[4] * 5], "measured": [[7], [7]]}}, "not a table of latencies"),
         ({"medians": [[10] * 4] * 4}, "another search space"),
         ({"space": SearchSpace().to_dict()}, "another search space than the supernet's"),
         ({"device": "Cray-1"}, "measured on 'Cray-1', this is"),
@@ -137,6 +139,27 @@ def test_a_table_of_something_else_is_refused_unless_asked_for(table, tmp_path, 
         latency.read_table(path, SPACE)
     if "measured" in message:
         assert latency.read_table(path, SPACE, foreign=True)["spread"] == 0
+
+
+def test_networks_are_measured_at_the_scale_of_the_table(table, monkeypatch):
+    """A device that is half as fast as when the table was measured changes nothing."""
+    fast, candidates = latency.run_timed, [(0, 1, 2, 3, 0), (3, 3, 3, 3, 3)]
+    true = [true_ns(c) for c in candidates]
+    assert latency.measure_like(table, SPACE, candidates) == (true, 1)
+    monkeypatch.setattr(latency, "run_timed", lambda parts, x: [2 * ns for ns in fast(parts, x)])
+    assert latency.measure_like(table, SPACE, candidates) == (true, 0.5)
+
+
+def test_other_measurements_take_turns_with_the_table(clock, monkeypatch):
+    class Other:
+        seconds, turns = 0, 0
+
+        def round(self):
+            self.turns += 1
+
+    other = Other()
+    monkeypatch.setattr(latency, "rounds", lambda most, seconds: range(3))
+    assert latency.measure_table(SPACE, 1, CPU, beside=(other,))["seconds"] < 60 and other.turns == 3
 
 
 # --- the record of a search ----------------------------------------------------------------------------------

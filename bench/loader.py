@@ -113,7 +113,8 @@ class Batch:
         if number >= len(self.plan):
             raise StopIteration
         made = self.dataset._make(self.plan[number])
-        return np.split(made["encoded"].numpy(), made["ends"][:-1]), *(made[name] for name in NAMES[1:])
+        others = ([np.asarray(value) for value in made[name]] for name in NAMES[1:])  # arrays, of scalars too
+        return np.split(made["encoded"].numpy(), made["ends"][:-1]), *others
 
 
 def dali_pipeline(images, config, plan, reader, options):

@@ -18,7 +18,7 @@ help:  ## lists the targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 	@sed -n 's/^#   //p' Makefile
 
-demo: $(READY)  ## runs the four commands on the bundled images, at most 15 minutes on two cores
+demo: $(READY)  ## runs the four commands on the bundled images, at most 700 CPU-seconds
 	@$(RUN) bench/demo.py
 
 test: lint  ## lint and the test suite, at most 400 CPU-seconds (5 minutes on two cores)

@@ -120,8 +120,13 @@ def _words(path, flag, value, is_switch):
             raise UserError(f"{path}: {flag} is {reprlib.repr(value)}, not a plain value")
     words = list(map(str, values))
     if is_path(flag, value):
-        words = (os.path.join(os.path.dirname(path), os.path.expanduser(word)) for word in words)
+        words = (_beside(path, word) for word in words)
     return [f"--{flag}", *words]
+
+
+def _beside(path, name):
+    """A file name in a settings file, which is relative to the folder of that file."""
+    return os.path.join(os.path.dirname(path), os.path.expanduser(name))
 
 
 class Extend(argparse.Action):
@@ -165,9 +170,15 @@ def command(script, args, *words):
     """The command line of another script with these words, on the settings, operations and outputs of this one."""
     words = ["python", script, *words]
     words += ["--demo"] if args.demo else ["--config", args.config] if args.config else []
-    words += ["--operations", args.operations] if args.operations else []
+    words += ["--operations", args.operations] if args.operations != _operations_of(args.config) else []
     words += ["--out", args.out] if args.out != "." else []
     return shlex.join(words)
+
+
+def _operations_of(path):
+    """The file of operations that the section `common` of a settings file names, or None."""
+    named = read_yaml(path).get("common", {}).get("operations") if path else None
+    return named and _beside(path, named)
 
 
 def add_run_flags(parser):

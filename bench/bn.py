@@ -30,7 +30,8 @@ from scipy.stats import kendalltau
 
 import supernet as supernet_script
 from dataloader import Loader
-from images.dataset import Data, calibration_plan, evaluation_plan, prepare
+from images import bundled
+from images.dataset import Data, calibration_plan, evaluation_plan
 from images.image_cache import FixedBatches
 from network import batch_norms, fold_bn
 from training import checkpoint
@@ -81,8 +82,8 @@ def main():
     torch.set_num_threads(1)
     rows = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
     known = {(r["supernet"], tuple(r["architecture"])) for r in rows}
-    args = supernet_script.parse_args(["--demo"])
-    prepare(args)
+    args = supernet_script.parse_args(["--config", str(ROOT / "bench" / "demo_blocks.yml")])
+    bundled.unpack(args.data_dir)
     start = time.perf_counter()
     for number, path in enumerate(options.supernets):
         model, stored = checkpoint.load_supernet(path, None)

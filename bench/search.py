@@ -326,7 +326,8 @@ def run_nni(options):
             subprocess.run(
                 [sys.executable, ROOT / "tester.py", "--mode", "gen", "--out", out], check=True, capture_output=True
             )
-            words = f"--demo --engine {engine} --bn-batches {CALIBRATION} --generations {options.generations}".split()
+            words = f"--engine {engine} --bn-batches {CALIBRATION} --generations {options.generations}".split()
+            words += ["--config", ROOT / "bench" / "demo_blocks.yml"]
             words += ["--population", "50", "--select", "10", "--mutation", "25", "--crossover", "25"]
             words += ["--checkpoint", options.supernet, "--out", out]
             start = time.perf_counter()
@@ -363,7 +364,7 @@ def main():
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "search.json")
     options = parser.parse_args()
     if options.case != "jpeg" and not options.supernet:
-        parser.error("--supernet: name a checkpoint of supernet.py --demo")
+        parser.error("--supernet: name a checkpoint of supernet.py --config bench/demo_blocks.yml")
     result = {"nni": run_nni, "lists": run_lists}.get(options.case, run_case)(options)
     result |= {
         "commit": utils.commit(),

@@ -71,7 +71,7 @@ def local(folder, rounds):
     paths = ["--checkpoint", str(checkpoint), "--cache", str(folder / "cache")]
     for n in range(rounds):
         out = ["--out", str(folder / str(n))]
-        tester.main(tester.parse_args(["--mode", "gen", *out]))
+        tester.main(tester.parse_args(["--mode", "gen", "--demo", *out]))
         search.main(search.parse_args([*SMALL, *small, *paths, *out]))
         yield measure([psutil.Process()])
 

@@ -271,7 +271,7 @@ def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine)
     assert len(results) == len({tuple(r["architecture"]) for r in results}) == 8
 
     best = out / "checkpoints/best.json"
-    words = ("--demo", "--heldout-per-class", 4, *own, "--out", out)
+    words = ("--demo", "--heldout-per-class", 4, "--space", space, *own, "--out", out)
     stdout, _ = run("scratch.py", *words, *TRAIN, "--bn-pass", 2, "--architecture", best)
     retrained = json.loads(stdout.splitlines()[-1])
     assert retrained["architecture"] == max(results, key=lambda r: (r["acc1"], r["acc5"]))["architecture"]

@@ -109,10 +109,9 @@ def test_the_readme_links_every_page():
 
 
 SMALL_DEMO = {
-    "common": {"heldout-per-class": 4},
-    "supernet": {"iterations": 4, "batch-size": 16, "warmup": 2, "val-every": 4, "save-every": 4, "bn-batches": 2},
-    "tester": {"bn-batches": 2},
-    "search": {"bn-batches": 2, "population": 3, "select": 2, "mutation": 1, "crossover": 1, "generations": 2},
+    "common": {"heldout-per-class": 4, "bn-batches": 2},
+    "supernet": {"iterations": 4, "batch-size": 16, "warmup": 2, "val-every": 4, "save-every": 4},
+    "search": {"population": 3, "select": 2, "mutation": 1, "crossover": 1, "generations": 2},
     "scratch": {"iterations": 4, "batch-size": 16, "warmup": 2, "val-every": 4, "save-every": 4, "bn-pass": 2},
 }
 

@@ -339,7 +339,7 @@ def undisturbed(tmp_path_factory):
         "--out",
         out,
     )
-    run("tester.py", "--mode", "gen", "--out", out)
+    run("tester.py", "--mode", "gen", "--demo", "--out", out)
     run("search.py", *SMALL, *SEARCH, "--engine", "local", "--device", "cpu", "--out", out)
     return out
 

@@ -119,7 +119,7 @@ SMALL_DEMO = {
 @pytest.fixture
 def project(tmp_path):
     """(folder, environment) of a copy of the project without outputs, where python is the running interpreter."""
-    for pattern in ("*.*", "Makefile", "*/*.py", "*/*.js", "data/*.*"):
+    for pattern in ("*.*", "Makefile", "*/*.py", "*/*.js", "data/*.*", "bench/results/demo_truth.json"):
         for path in ROOT.glob(pattern):
             if path.is_file():
                 target = tmp_path / "project" / path.relative_to(ROOT)

@@ -117,11 +117,13 @@ def table(out, steps):
     costs = best["flops"], winner["params"]
 
     def row(name, measured_on, acc1, flops=None, params=None, step=None):
-        numbers = f"{acc1:6.2f} | {flops / 1e6 if flops else '':5.2f}" if flops else f"{acc1:6.2f} | {'':5}"
-        seconds = f"{steps.seconds(step):7.0f}" if step else f"{'':7}"
-        print(
-            f"| {name:<50} | {measured_on:<8} | {numbers} | {f'{params / 1e3:6.1f}' if params else '':6} | {seconds} |"
+        cells = (
+            flops and f"{flops / 1e6:.2f}",
+            params and f"{params / 1e3:.1f}",
+            step and f"{steps.seconds(step):.0f}",
         )
+        costs = " | ".join(f"{cell or '':>{width}}" for cell, width in zip(cells, (5, 6, 7)))
+        print(f"| {name:<50} | {measured_on:<8} | {acc1:6.2f} | {costs} |")
 
     print(f"\n| {'':<50} | images   | top-1  | FLOPs | params | seconds |")
     print(f"|{'-' * 52}|{'-' * 10}|{'-' * 8}|{'-' * 7}|{'-' * 8}|{'-' * 9}|")

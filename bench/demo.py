@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import scratch
 from dataloader import Loader
-from engines.search_record import read_results
+from engines.search_record import Generation, read_generations
 from images.dataset import Data, DataConfig, evaluation_plan, prepare
 from space.custom import searched
 from utils import read_json, write_json
@@ -107,11 +107,10 @@ def percentile(acc1, rows):
 def table(out, steps):
     """Prints the table of a finished demo; returns its numbers."""
     winner, regression = json.loads(steps.done["winner"]["value"]), steps.done["logistic regression"]["value"]
-    measured, (random_ones, largest) = read_results(out), read_truth()
-    space = searched(out / "checkpoints" / "best.json")["space"]
+    generations, (random_ones, largest) = read_generations(out), read_truth()
+    settings, measured = searched(out / "checkpoints" / "best.json"), [r for some in generations for r in some]
+    space, first = settings["space"], Generation(1, generations[0], closed=True)
     best = next(r for r in measured if r["architecture"] == winner["architecture"])
-    first = [json.loads(line)["acc1"] for line in (out / "acc" / "000.jsonl").read_text().splitlines()]
-    supernet = statistics.fmean(acc1 for acc1 in first if acc1 is not None)
     others = [r["acc1"] for r in random_ones]
     mean, sd, top = statistics.fmean(others), statistics.stdev(others), max(others)
     costs = best["flops"], winner["params"]
@@ -127,7 +126,7 @@ def table(out, steps):
 
     print(f"\n| {'':<50} | images   | top-1  | FLOPs | params | seconds |")
     print(f"|{'-' * 52}|{'-' * 10}|{'-' * 8}|{'-' * 7}|{'-' * 8}|{'-' * 9}|")
-    row(f"supernet, mean of {len(first)} random candidates", "held-out", supernet, step="supernet")
+    row(f"supernet, mean of {len(first.succeeded)} random candidates", "held-out", first.mean, step="supernet")
     row(f"best of the search, {len(measured)} candidates, in the supernet", "held-out", best["acc1"], *costs, "search")
     row("best of the search, retrained", "test", winner["acc1"], *costs, "winner")
     row(f"mean of {len(others)} random legal candidates, retrained", "test", mean)
@@ -138,10 +137,10 @@ def table(out, steps):
         "logistic regression")  # fmt: skip
     place = percentile(winner["acc1"], random_ones)
     print(f"\nThe winner is at percentile {place:.0f} of the random candidates, whose standard deviation is {sd:.2f}.")
-    limit = searched(out / "checkpoints" / "best.json")["flops_limit"]
-    print(f"FLOPs (multiply-adds) in millions, parameters in thousands; the limit was {limit / 1e6:.3f}M FLOPs.")
+    limit = settings["flops_limit"] / 1e6
+    print(f"FLOPs (multiply-adds) in millions, parameters in thousands; the limit was {limit:.3f}M FLOPs.")
     return {
-        "supernet": supernet, "winner": winner["acc1"], "percentile": place, "largest": largest["acc1"], "mean": mean,
+        "supernet": first.mean, "winner": winner["acc1"], "percentile": place, "largest": largest["acc1"], "mean": mean,
         "regression": regression,
     }  # fmt: skip
 

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # search.py is that of the root
 import utils
 
 # isort: split
-from demo import read_truth
+from demo import TRUTH, read_truth
 from scipy.stats import kendalltau
 
 import scratch
@@ -41,7 +41,6 @@ from space.limits import limits_from_args
 from training.evaluation import evaluate, open_evaluation
 from utils import read_json, write_json
 
-TRUTH = ROOT / "bench" / "results" / "demo_truth.json"
 SEEDS = ROOT / "bench" / "results" / "demo_seeds.json"
 INPUT_SIZE, CLASSES = 28, 10
 CANDIDATES, REPEATED = 60, 20

@@ -190,7 +190,8 @@ def measure_like(table, space, candidates):
         take_turns(networks)
     finally:
         torch.set_num_threads(before)
-    now, measured = networks.medians()[: len(references)], networks.medians()[len(references) :]
+    medians = networks.medians()
+    now, measured = medians[: len(references)], medians[len(references) :]
     then = map(statistics.fmean, zip(*table["networks"]["measured"]))
     scale = statistics.median(a / b for a, b in zip(then, now))
     return [int(ns * scale) for ns in measured], scale

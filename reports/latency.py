@@ -207,16 +207,17 @@ def read_table(path, space, foreign=False):
     """The table in a file, for a space. Raises UserError where it is none, is of another space, or, unless `foreign`,
     of another setting than this device has."""
     table = read_json(path)
+    no_table = UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
     if not isinstance(table, dict) or not all(isinstance(table.get(k), kind) for k, kind in FORMS.items()):
-        raise UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
+        raise no_table
     rows, shape = table["medians"], [len(row) for row in space.choice_flops]
     numbers = [ns for row in rows for ns in (row if isinstance(row, list) else [None])] + [table["stem_and_tail"]]
     if not all(type(ns) is int and 0 < ns < 1e12 for ns in numbers) or not 0 <= table["spread"] < math.inf:
-        raise UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
+        raise no_table
     if table["space"] != space.to_dict() or [len(row) for row in rows] != shape:
         raise UserError(f"{path}: is of another search space than the supernet's; run tester.py --mode latency again")
     if not _are_measured(table["networks"], space):
-        raise UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
+        raise no_table
     if (other := difference(table)) and not foreign:
         advice = "measure this one with tester.py --mode latency, or accept the table with --foreign-latency-table"
         raise UserError(f"{path}: measured {other}; {advice}")

@@ -38,7 +38,10 @@ class _ShuffleNet(nn.Module):
 
     def head(self, x):
         """Logits (N, classes) of the last block's output (N, C, H, W)."""
-        x = self.conv_last(x)
+        return self.classify(self.conv_last(x))
+
+    def classify(self, x):
+        """Logits (N, classes) of the last convolution's output (N, C, H, W)."""
         pooled = x.mean(dim=(2, 3), dtype=self.classifier[0].weight.dtype)  # the official AvgPool2d(7), for any size
         if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):  # logits of 8 bits would tie
             with torch.autocast(x.device.type, enabled=False):

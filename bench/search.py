@@ -3,7 +3,8 @@
     demo    the bundled images at 28 px, in the trained supernet --supernet; also differences in predictions and ranking
     jpeg    generated files of ImageNet's size at 224 px, 1,000 classes; an untrained supernet, which costs the same
     lists   the bundled images: a generation as one tree, and cut into lists as the search cuts it so that a killed one
-            loses little; CPU seconds of this process, since both run the same operations
+            loses little; CPU seconds of this process, since both run the same operations. Also how many multiply-adds
+            take as long as reading or writing an element, for space/splitting.py
     nni     real searches of the bundled images with and without NNI: the share of time that NNI and process starts take
 
 Each candidate is evaluated on 2,560 calibration and 2,000 validation images. The rows are the baseline
@@ -15,6 +16,7 @@ list of candidates. Runs on a GPU or on CPU cores. Prints Markdown tables and ad
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import pathlib
@@ -41,9 +43,9 @@ from engines.search_record import read_results
 from evolution_tuner import Evolution
 from images.dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order
 from images.image_cache import FixedBatches
-from network import ShuffleNetV2OneShot
+from network import ShuffleNetV2OneShot, fold_bn
 from space.search_space import SearchSpace
-from space.splitting import at_once, cut, split, tree_flops
+from space.splitting import at_once, cut, moved, split, tree_cost, tree_flops
 from training import checkpoint
 from training.evaluation import evaluate, recalibrate_bn, resolve_device
 from training.prefix_tree import PrefixTree
@@ -291,8 +293,27 @@ def exactness(bench, candidates):
     return result
 
 
+def element_cost(supernet, images, repeats=5):
+    """Multiply-adds that take as long as an element that a block reads or writes: a least-squares fit of two numbers to
+    the CPU seconds of all operations, in calibration (BN in training mode) and folded."""
+    rows, seconds, x = [], [], supernet.first_conv(images)
+    for block, (shape, flops) in enumerate(zip(supernet.space.blocks, supernet.space.choice_flops)):
+        for choice, n in enumerate(flops):
+            part = supernet.part((block, choice))
+            both, times = (copy.deepcopy(part).train(), fold_bn(part)), []
+            for _ in range(repeats):
+                start = time.process_time()
+                outputs = [run(x) for run in both]
+                times.append(time.process_time() - start)
+            rows.append((2 * n, 2 * moved(shape)))
+            seconds.append(statistics.median(times))
+        x = outputs[-1]
+    (a_flop, an_element), *_ = np.linalg.lstsq(np.array(rows, float), np.array(seconds), rcond=None)
+    return an_element / a_flop
+
+
 def run_lists(options):
-    """{workers: {"lists", "ratio" of seconds, by FLOPs}} of a generation in lists to one as whole trees."""
+    """{workers: lists, most candidates in work, and costs} of a generation in lists, beside one as whole trees."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         model, stored = checkpoint.load_supernet(options.supernet, None)
@@ -305,15 +326,24 @@ def run_lists(options):
                 bench.evaluate(part, "prefix tree")
             return time.process_time() - start
 
-        print("| workers | candidates a list | seconds, times whole trees | by FLOPs |\n|---|---|---|---|")
+        with torch.inference_mode():
+            result["element"] = element_cost(model.eval(), next(iter(bench.calibration))[0])
+        print(f"reading or writing an element takes as long as {result['element']:.0f} multiply-adds\n")
+        print("| workers | lists | most candidates in work | CPU seconds, times whole trees | expected | by FLOPs |")
+        print("|---|---|---|---|---|---|")
         for n in (1, 2, 8):
             trees = split(space, candidates, n)
             sizes = [at_once(len(candidates), n, number) for number in range(len(trees))]
-            lists = [part for tree, size in zip(trees, sizes) for part in cut(space, tree, size)]
-            flops = sum(tree_flops(space, part) for part in lists) / sum(tree_flops(space, tree) for tree in trees)
+            parts = [cut(space, tree, size) for tree, size in zip(trees, sizes)]
+            lists, in_work = [part for some in parts for part in some], sum(max(map(len, some)) for some in parts)
+            expected, flops = (
+                sum(cost(space, part) for part in lists) / sum(cost(space, tree) for tree in trees)
+                for cost in (tree_cost, tree_flops)
+            )
             ratio = statistics.median(seconds(lists) / seconds(trees) for _ in range(options.rounds))
-            result[n] = {"lists": [len(part) for part in lists], "ratio": ratio, "by_flops": flops}
-            print(f"| {n} | {len(candidates) / len(lists):.1f} | {ratio:.3f} | {flops:.3f} |", flush=True)
+            result[n] = {"lists": [len(part) for part in lists], "in_work": in_work, "ratio": ratio,
+                         "expected": expected, "by_flops": flops}  # fmt: skip
+            print(f"| {n} | {len(lists)} | {in_work} | {ratio:.3f} | {expected:.3f} | {flops:.3f} |", flush=True)
     return result
 
 

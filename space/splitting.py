@@ -4,9 +4,23 @@ Two candidates that choose the same operations up to a block have the same activ
 included: training/prefix_tree.py evaluates a list as the tree of its prefixes. Standard library alone.
 """
 
+# The multiply-adds that take as long as reading or writing one element of a block's input or output. Early blocks have
+# few FLOPs and large maps. Measured on CPU cores by bench/search.py: 52 to 73 at 28 px, 86 at 224 px.
+ELEMENT = 60
+
 
 def tree_flops(space, candidates):
     """Multiply-adds of one image through all candidates, each prefix counted once."""
+    return sum(more for _, _, more in _marginal_costs(space, candidates, element=0))
+
+
+def moved(shape):
+    """Elements of a block's input and output."""
+    return shape.in_channels * shape.in_size**2 + shape.out_channels * shape.out_size**2
+
+
+def tree_cost(space, candidates):
+    """As `tree_flops`, with the elements that blocks read and write: in proportion to the time."""
     return sum(more for _, _, more in _marginal_costs(space, candidates))
 
 
@@ -19,7 +33,7 @@ def chunks(space, candidates, n, size=None):
 
 
 KEPT = 0.1  # the share of a generation that may be lost when a search is killed, as the trees in work are
-MORE = 1.1  # but lists are not cut so small that computing grows by more than this factor
+MORE = 1.1  # but lists are not cut so small that the time grows by more than this factor
 
 
 def at_once(population, n, number):
@@ -44,8 +58,8 @@ def cut(space, candidates, size):
 
 
 def _cheapest_cut(costs, size):
-    """(multiply-adds, lists) of the cheapest way to cut neighbours into lists of at most `size`."""
-    best = [(0, 0)]  # (multiply-adds of the first i candidates, where their last list begins)
+    """(cost, lists) of the cheapest way to cut neighbours into lists of at most `size`."""
+    best = [(0, 0)]  # (cost of the first i candidates, where their last list begins)
     for end in range(1, len(costs) + 1):
         options, shared = [], 0
         for start in range(end - 1, max(0, end - size) - 1, -1):
@@ -73,14 +87,16 @@ def split(space, candidates, n):
     return _fill(costs, low)
 
 
-def _marginal_costs(space, candidates):
-    """(candidate, its multiply-adds, those that it does not share with the one before), sorted, each candidate once."""
+def _marginal_costs(space, candidates, element=ELEMENT):
+    """(candidate, its cost, what of it is not shared with the one before), sorted, each candidate once."""
+    more_of_block = [element * moved(shape) for shape in space.blocks]
+    rows = [[flops + n for flops in row] for row, n in zip(space.choice_flops, more_of_block, strict=True)]
     costs, before = [], None
     for candidate in sorted(set(candidates), key=space.block_choices):
-        alone = more = space.flops(candidate)
+        alone = more = space.flops(candidate) + sum(more_of_block)
         if before:
             more -= space.costs.stem_flops
-            for row, choice, other in zip(space.choice_flops, *map(space.block_choices, (candidate, before))):
+            for row, choice, other in zip(rows, *map(space.block_choices, (candidate, before))):
                 if choice != other:
                     break
                 more -= row[choice]
@@ -90,7 +106,7 @@ def _marginal_costs(space, candidates):
 
 
 def _fill(costs, limit):
-    """Lists of neighbours, each filled up to `limit` multiply-adds of its tree, or with one candidate."""
+    """Lists of neighbours, each filled up to `limit`, the cost of its tree, or with one candidate."""
     lists, total = [], 0
     for candidate, alone, more in costs:
         if lists and total + more <= limit:

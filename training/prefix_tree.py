@@ -17,16 +17,16 @@ from utils import sign_of_life
 class _Part:
     """A part of the supernet that nodes run, with its norms and, where BN is folded, the copy to fold into."""
 
-    def __init__(self, supernet, folded, key):
+    def __init__(self, supernet, fold, key):
         self.run, module = supernet.part(key), supernet.module_of(key)
         narrow = isinstance(self.run, Narrow)
         form = self.run.form if narrow else module
         self.norms, forms = batch_norms(module), batch_norms(form)
         self.channels = [norm.num_features for norm in forms]
         self.folded, self.pairs, self.others = self.run, [], []
-        if folded and not (narrow and _has_other_weights(form)):
-            copy = fold_bn(form) if narrow else folded.module_of(key)
-            self.folded = copy if narrow else folded.part(key)
+        if fold and not (narrow and _has_other_weights(form)):
+            copy = fold_bn(form)
+            self.folded = (lambda x: supernet.classify(copy(x))) if key == "head" else copy
             names, copies = {m: name for name, m in form.named_modules()}, dict(copy.named_modules())
             originals = dict(module.named_modules())
             # (convolution, index of its weights at this width, norm, folded convolution); norms that are not folded
@@ -81,14 +81,13 @@ class PrefixTree:
 
     def __init__(self, supernet, candidates, fold=True, amp="off"):
         self.supernet, self.candidates, self.fold, self.amp = supernet.eval(), candidates, fold, amp
-        folded, parts = fold_bn(supernet) if fold else None, {}
-        self.root = _Node(_Part(supernet, folded, "stem"))
+        self.root, parts = _Node(_Part(supernet, fold, "stem")), {}
         for candidate in candidates:
             node = self.root
             for key in (*enumerate(supernet.space.block_choices(candidate)), "head"):
                 if key not in node.children:
                     if key not in parts:
-                        parts[key] = _Part(supernet, folded, key)
+                        parts[key] = _Part(supernet, fold, key)
                     node.children[key] = _Node(parts[key])
                 node = node.children[key]
             node.candidate = candidate

@@ -22,7 +22,7 @@ SETTINGS = frozenset(
     label-smoothing loader lr mirror mode momentum mutation mutation-prob operations out population port predict
     preprocessing resume sampler save-every seed select space split split-seed threads trial-timeout val-every val-paths
     val-resize warmup weight-decay width-warmup workers limit
-    foreign-latency-table latency-batch-size latency-table objectives strategy""".split()  # noqa: SIM905
+    foreign-latency-table latency-batch-size latency-table objectives rank-by strategy""".split()  # noqa: SIM905
 )  # of all scripts: section `common` may hold those that this script doesn't have
 NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
 

@@ -122,6 +122,12 @@ def parse_args(argv=None):
         metavar="LIST",
         help="acc1,flops: the front of accuracy and costs (flops, params, latency), instead of the most accurate",
     )
+    group.add_argument(
+        "--rank-by",
+        choices=("acc1", "loss"),
+        default="acc1",
+        help="what makes a candidate the better one: accuracy, or a low loss on the same images (acc1)",
+    )
     group.add_argument("--population", type=count(1, 100_000), default=50, help="candidates a generation (50)")
     group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (a fifth)")
     group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (half)")
@@ -189,6 +195,8 @@ def parse_args(argv=None):
     args = parser.parse(argv)
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port")
+    if args.objectives and args.rank_by != "acc1":
+        parser.refuse("--objectives, which ranks by what it names", "rank-by")
     if args.mutation == 0:
         parser.refuse("--mutation 0", "mutation-prob")
     if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
@@ -336,6 +344,8 @@ def check(args, out):
         settings["latency"] = {key: latency[key] for key in keys}
     if args.objectives:
         settings["objectives"] = args.objectives.split(",")
+    if args.rank_by != "acc1":
+        settings["rank_by"] = args.rank_by
     if space.operations_hash:  # for the report, which has no modules to count
         settings["counted"] = space.costs[:5]  # latency has a setting of its own
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
@@ -407,7 +417,8 @@ def report(results, space, args, out, winner=None):
         logs = state_path(out).parent
         raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {logs}")
     print(f"{len(best)} candidates evaluated" + (f", {failed} failed" if failed else ""))
-    more = [(key, head) for key, head in (("params", "params  "), ("latency_ms", "ms       ")) if key in best[0]]
+    columns = (("params", "params  "), ("latency_ms", "ms       "), *([("loss", "loss    ")] * ("score" in best[0])))
+    more = [(key, head) for key, head in columns if key in best[0]]
     print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head in more)}architecture")
     for rank, result in enumerate(best[:10], 1):
         numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}  "

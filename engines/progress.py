@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from engines.search_record import (
     Generation,
-    by_accuracy,
+    by_score,
     first_generation_warning,
     n_generations,
     read_generations,
@@ -59,7 +59,7 @@ class Progress:
 
     def _show(self, state):
         total, population = n_generations(state), state["settings"]["population"]
-        best = max((g.best for g in self.generations if g.best), key=by_accuracy, default=None)
+        best = max((g.best for g in self.generations if g.best), key=by_score, default=None)
         so_far = f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M" if best else "none yet"
         current = min(state["generation"] + 1, total)
         shown = f"generation {current} of {total}, {so_far}"
@@ -99,7 +99,7 @@ class Progress:
         for g in closed:
             if g.number <= (self.n_closed or 0):
                 continue
-            best = max((e.best for e in closed if e.number <= g.number), key=by_accuracy)
+            best = max((e.best for e in closed if e.number <= g.number), key=by_score)
             flops = [r["flops"] / 1e6 for r in g.succeeded]
             scalars = {
                 "acc1_best_so_far": best["acc1"],

@@ -12,16 +12,18 @@ from utils import UserError, atomic_write, hold_lock, read_json, settings_differ
 # The settings of the evolution among those of a search: the names of flags, of classArgs and in state.json.
 EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")
 
+MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by its evaluation
+
 MAX_CORRECTIONS = 3  # of the limit on latency in a search
 
 
 class SearchRecord:
     """An evolution with everything that a search writes below `out`; one process at a time may have it.
 
-        acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5,
+        acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5, loss,
                                    n_images, seconds, and error where it failed (acc1 null); params and latency_ms
-                                   where the search limits them; in the order of arrival, and once the generation is
-                                   closed, by rank
+                                   where the search limits them, score where it ranks by another one than accuracy; in
+                                   the order of arrival, and once the generation is closed, by rank
         checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
@@ -95,17 +97,22 @@ class SearchRecord:
     def add(self, result, trial=None):
         """Records a result and returns True; returns False for a candidate that is not pending.
 
-        A candidate whose accuracies are not percentages (None or NaN, for example) has failed.
+        A candidate whose accuracies are not percentages (None or NaN, for example) has failed, and so has one without a
+        loss in a search that ranks by it.
         """
         candidate = self.space.check(result["architecture"])
-        numbers = {key: result.get(key) for key in ("acc1", "acc5", "n_images", "seconds")}
+        numbers = {key: result.get(key) for key in MEASURED}
         if not all(isinstance(numbers[k], (int, float)) and 0 <= numbers[k] <= 100 for k in ("acc1", "acc5")):
             return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial)
+        if self.state["settings"].get("rank_by") == "loss":
+            if numbers["loss"] is None:
+                return self.fail(candidate, f"loss {numbers['loss']}", trial)
+            numbers["score"] = -numbers["loss"]
         return self._append(candidate, numbers, trial)
 
     def fail(self, candidate, error, trial=None):
         """Records that a candidate has failed for good; returns as `add`."""
-        numbers = dict.fromkeys(("acc1", "acc5", "n_images", "seconds"))
+        numbers = dict.fromkeys(MEASURED)
         return self._append(candidate, {**numbers, "error": error}, trial)
 
     def hear(self, trial):
@@ -177,7 +184,7 @@ class SearchRecord:
 
 
 def _reward(result):
-    return None if result["acc1"] is None else by_accuracy(result)
+    return None if result["acc1"] is None else by_score(result)
 
 
 def confirmations(state):
@@ -277,14 +284,14 @@ def _read_generation(path, repair):
     return results
 
 
-def by_accuracy(result):
-    """The order of results: by top-1, ties by top-5."""
-    return result["acc1"], result["acc5"]
+def by_score(result):
+    """The order of results: by top-1, ties by top-5; by score in a search that ranks by another one."""
+    return (result["score"],) if "score" in result else (result["acc1"], result["acc5"])
 
 
 def ranked(results):
     """The results with an accuracy, best first; of equals, the earlier one first."""
-    return sorted((r for r in results if r["acc1"] is not None), key=by_accuracy, reverse=True)
+    return sorted((r for r in results if r["acc1"] is not None), key=by_score, reverse=True)
 
 
 class Generation:
@@ -293,7 +300,7 @@ class Generation:
     def __init__(self, number, results, closed):
         self.number, self.results, self.closed = number, results, closed
         self.succeeded = [r for r in results if r["acc1"] is not None]
-        self.best = max(self.succeeded, key=by_accuracy, default=None)
+        self.best = max(self.succeeded, key=by_score, default=None)
 
     @property
     def mean(self):

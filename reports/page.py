@@ -162,12 +162,13 @@ def _tiles(run, comparison, best):
     precision = ""
     if n := best["n_images"]:
         precision = f"; ±\u00a0{math.sqrt(best['acc1'] * (100 - best['acc1']) / n):.2f} standard error on {n:,} images"
+    label = "top-1 of the best by loss" if "score" in best else "best top-1"
     params = millions(run.space.params(best["architecture"]))
     latency = f", {best['latency_ms']:.2f} ms predicted" if "latency_ms" in best else ""
     for m in (m for row in run.confirmations for m in row["measured"]):
         latency += f", {m['measured_ms']:.2f} ms measured" * (m["architecture"] == best["architecture"])
     tiles = [
-        (f"{best['acc1']:.2f} %", f"best top-1, in the supernet{precision}"),
+        (f"{best['acc1']:.2f} %", f"{label}, in the supernet{precision}"),
         (millions(best["flops"]), f"its FLOPs; {params} parameters{latency}. Limits: {describe(run.bounds)}"),
     ]
     if comparison.at_budget:
@@ -241,9 +242,11 @@ def _best_table(run):
     rows = []
     for rank, r in enumerate(run.legal[:10], 1):
         costs = f"{r['flops']:,}", f"{run.space.params(r['architecture']):,}"
-        rows.append([rank, f"{r['acc1']:.2f}", f"{r['acc5']:.2f}", *costs, r["generation"], r["architecture"]])
-    head = ["rank", "top-1 %", "top-5 %", "FLOPs", "parameters", "generation", "architecture"]
-    return f"<details><summary>Numbers and architectures</summary>{_table(head, rows, left={6})}</details>"
+        loss = [f"{r['loss']:.3f}"] if "score" in r else []
+        rows.append([rank, f"{r['acc1']:.2f}", f"{r['acc5']:.2f}", *loss, *costs, r["generation"], r["architecture"]])
+    by_loss = ["loss"] * ("score" in run.legal[0])
+    head = ["rank", "top-1 %", "top-5 %", *by_loss, "FLOPs", "parameters", "generation", "architecture"]
+    return f"<details><summary>Numbers and architectures</summary>{_table(head, rows, left={len(head) - 1})}</details>"
 
 
 def _family(run, svgs):

@@ -109,6 +109,21 @@ def test_the_local_engine_finds_the_same(typed, data, tmp_path, forked, monkeypa
     assert architectures == {p.name: p.read_text() for p in (tmp_path / "checkpoints").glob("*.json")}
 
 
+def test_a_search_by_the_loss(typed, data, tmp_path, forked):
+    """Of the same first candidates, in another order; the loss has a column, in the table and in the report."""
+    out = typed[0]
+    run("tester.py", "--mode", "gen", "--out", tmp_path)
+    supernet = checkpoint.newest(out / "checkpoints" / "supernet")
+    words = (*data, CALIBRATION, EVOLUTION, "--engine", "local", "--checkpoint", supernet, "--out", tmp_path)
+    stdout, _ = run("search.py", *words, "--rank-by", "loss")
+    theirs, ours = ([r | {"seconds": 0} for r in lines(o / "acc" / "000.jsonl")] for o in (out, tmp_path))
+    assert sorted(r["loss"] for r in theirs) == [r["loss"] for r in ours] == [-r["score"] for r in ours]
+    assert list(SPACE.load_architecture(tmp_path / "checkpoints" / "best.json")) == ours[0]["architecture"]
+    head, first = stdout.splitlines()[1:3]
+    assert head.split()[-2:] == ["loss", "architecture"] and f"{ours[0]['loss']:.3f}" in first
+    assert f"<td>{ours[0]['loss']:.3f}</td>" in (tmp_path / "report.html").read_text()
+
+
 def test_a_trial_and_a_test_agree(typed, data):
     """What the search measured for its best candidate is what a user measures."""
     out = typed[0]

@@ -1,6 +1,7 @@
 """BN recalibration and exact accuracy."""
 
 import copy
+import math
 import random
 import weakref
 
@@ -9,7 +10,7 @@ import torch
 
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import accuracy, evaluate, evaluate_in_lists, recalibrate_bn
+from training.evaluation import accuracy, evaluate, evaluate_in_lists, loss_sum, recalibrate_bn
 from training.prefix_tree import PrefixTree
 
 SPACE = SearchSpace(
@@ -225,6 +226,33 @@ def test_a_result_says_what_was_measured(supernet):
     (result,) = evaluate(supernet, PATHS[:1], batches(2, 8), batches(2, 16, 1, ragged=3))
     assert result["architecture"] == list(PATHS[0])
     assert result["n_images"] == 35 and 0 <= result["acc1"] <= result["acc5"] <= 100 and result["seconds"] >= 0
+
+
+def test_the_loss_is_the_mean_cross_entropy_in_any_batches(supernet):
+    calibration, (whole,) = batches(2, 8), batches(1, 35, 1)
+    tree = PrefixTree(supernet, PATHS)
+    with torch.inference_mode(), tree.own_statistics():
+        recalibrate_bn(supernet, tree.forward, calibration)
+        logits = dict(tree.logits(whole[0]))
+    for batch_size in (35, 16):
+        parts = list(zip(*(x.split(batch_size) for x in whole)))
+        for result in evaluate(supernet, PATHS, calibration, parts):
+            expected = torch.nn.functional.cross_entropy(logits[tuple(result["architecture"])], whole[1]).item()
+            assert result["loss"] == pytest.approx(expected, rel=1e-4) and expected > 0.1
+
+
+def test_a_sum_of_losses_does_not_depend_on_the_order():
+    logits = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0)) * 9
+    labels = torch.arange(1000) % 7
+    total = loss_sum(logits, labels)
+    parts = [loss_sum(x, y) for x, y in zip(logits.split(3), labels.split(3))]
+    assert sum(parts) == sum(parts[::-1]) == total == total.round() and total.shape == (1,)
+
+
+def test_a_loss_that_is_not_finite_is_none(supernet):
+    nothing = torch.full((3, 3, 16, 16), math.nan)
+    (result,) = evaluate(supernet, PATHS[:1], batches(2, 8), [(nothing, torch.zeros(3, dtype=torch.long))])
+    assert result["loss"] is None
 
 
 def test_accuracy_is_exact_over_ragged_batches():

@@ -77,7 +77,7 @@ def counted(monkeypatch):
     """The counts of correct images when all batches have passed."""
     found = []
 
-    def fetch(counts, n_images):
+    def fetch(counts, n_images, width):
         found.extend(counts)
         raise Evaluated
 
@@ -90,7 +90,7 @@ def test_candidates_are_evaluated_on_the_device_without_waiting_for_it(fake_gpu,
     supernet = ShuffleNetV2OneShot(space=SPACE)
     with NoSynchronisation(), pytest.raises(Evaluated):
         evaluation.evaluate(supernet, PATHS, batches(2), batches(3), fold=fold)
-    assert [(c.device.type, c.shape) for c in counted] == [("cuda", (2,))] * 3
+    assert [(c.device.type, c.shape) for c in counted] == [("cuda", (3,))] * 3
 
 
 def test_a_network_is_evaluated_on_the_device_without_waiting_for_it(fake_gpu, counted):

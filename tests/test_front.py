@@ -158,3 +158,9 @@ def test_wrong_objectives_are_one_line(text):
     with pytest.raises(UserError, match="is not acc1 and one or two of flops, params, latency, by commas"):
         search.parse_args(["--objectives", text])
     assert set(COSTS) < search.OBJECTIVES
+
+
+def test_objectives_and_another_ranking_exclude_each_other():
+    with pytest.raises(UserError, match="--rank-by has no effect with --objectives"):
+        search.parse_args(["--objectives", "acc1,flops", "--rank-by", "loss"])
+    assert search.parse_args(["--rank-by", "loss"]).rank_by == "loss"

@@ -8,7 +8,7 @@ import os
 import pytest
 from test_evolution import LIMIT, SPACE, reward
 
-from engines.search_record import SearchRecord, prepare_search, read_results, state_path
+from engines.search_record import SearchRecord, prepare_search, ranked, read_generations, read_results, state_path
 from evolution_tuner import Evolution
 from utils import UserError, hold_lock, read_json
 
@@ -74,6 +74,38 @@ def test_record_leaves_the_artefacts(tmp_path):
     best = max((r for r in read_results(tmp_path) if r["acc1"] is not None), key=lambda r: r["acc1"])
     assert (state["best"], state["done"], state["generation"], state["evaluated"]) == (best, True, 3, 12)
     assert SPACE.load_architecture(tmp_path / "checkpoints/best.json") == tuple(best["architecture"])
+
+
+def test_a_search_may_rank_by_the_loss(tmp_path):
+    """Parents, files and winner follow the loss, here the opposite of accuracy; without a loss, a candidate failed."""
+    settings = SETTINGS | {"rank_by": "loss"}
+    prepare_search(tmp_path, settings, resume=False)
+    searching, asked = record(tmp_path), []
+    while waiting := searching.pending():
+        asked += waiting
+        for candidate in waiting:
+            searching.add(result(candidate, loss=reward(candidate) / 9 if sum(candidate) % 5 else None))
+    results = read_results(tmp_path)
+    assert {r["acc1"] is None for r in results} == {True, False}
+    assert all((r["acc1"] is None) == (sum(r["architecture"]) % 5 == 0) for r in results)
+    assert all(r["score"] == -r["loss"] for r in results if r["acc1"] is not None)
+    generations = [[r["loss"] for r in some if r["loss"]] for some in read_generations(tmp_path)]
+    assert all(losses == sorted(losses) for losses in generations)
+    assert (
+        ranked(results)[0]
+        == read_json(state_path(tmp_path))["best"]
+        == min((r for r in results if r["loss"]), key=lambda r: r["loss"])
+    )
+    assert SPACE.load_architecture(tmp_path / "checkpoints/best.json") == tuple(ranked(results)[0]["architecture"])
+
+    evolution, told = Evolution.from_settings(SPACE, SETTINGS | {"flops_limit": LIMIT}), []
+    while population := evolution.ask():
+        told += population
+        evolution.tell({c: -reward(c) if sum(c) % 5 else None for c in population})
+    assert asked == told
+
+    with pytest.raises(UserError, match="rank_by"):
+        prepare_search(tmp_path, SETTINGS, resume=True)
 
 
 def test_files_do_not_depend_on_the_order_of_arrival(tmp_path):

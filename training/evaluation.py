@@ -3,6 +3,7 @@
 Source: paper section 3.4 (BN statistics are recalculated before inference); official `src/Search/tester.py`.
 """
 
+import math
 import time
 
 import torch
@@ -33,7 +34,8 @@ def open_evaluation(args, listed=None):
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):
     """Recalibrates BN for each candidate and measures it, all of them as one tree of prefixes.
 
-    Returns a result each, in order: architecture, acc1 and acc5 in percent, n_images, seconds (its share).
+    Returns a result each, in order: architecture, acc1 and acc5 in percent, loss (mean cross-entropy in nats, None
+    where it is not finite), n_images, seconds (its share).
     `calibration` and `validation` yield batches (images (N, 3, H, W), labels (N,)), the same at every iteration. With
     `fold`, BN is folded into the convolutions for validation; `amp` "bf16" computes convolutions in bfloat16. The
     supernet is left in eval mode with its own BN statistics. Raises UserError where a candidate is not of its space.
@@ -42,19 +44,22 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     tree = PrefixTree(supernet, candidates, fold, amp)
     with torch.inference_mode(), tree.own_statistics():
         recalibrate_bn(supernet, tree.forward, calibration, bn)
-        correct, n_images = dict.fromkeys(candidates, 0), 0
+        sums, n_images = dict.fromkeys(candidates, 0), 0
         for images, labels in validation:
             for candidate, logits in tree.logits(images):
-                correct[candidate] = correct[candidate] + correct_counts(logits, labels)
+                counts = correct_counts(logits, labels), loss_sum(logits, labels)
+                sums[candidate] = sums[candidate] + torch.cat(counts)
             n_images += len(labels)
-    counts, n_images = _all_reduce_counts(list(correct.values()), n_images)
-    accuracies = dict(zip(correct, (counts * 100 / n_images).tolist()))
+    counts, n_images = _all_reduce_counts(list(sums.values()), n_images, 3)
+    means = dict(zip(sums, (counts * torch.tensor([100, 100, 1 / LOSS_UNITS], dtype=torch.double) / n_images).tolist()))
     seconds = round((time.perf_counter() - start) / len(candidates), 3)
-    return [
-        {"architecture": list(c), "acc1": accuracies[c][0], "acc5": accuracies[c][1],
-         "n_images": n_images, "seconds": seconds}
-        for c in candidates
-    ]  # fmt: skip
+    return [_result(c, *means[c], n_images, seconds) for c in candidates]
+
+
+def _result(candidate, acc1, acc5, loss, n_images, seconds):
+    loss = loss if math.isfinite(loss) else None  # JSON has no NaN
+    names = ("architecture", "acc1", "acc5", "loss", "n_images", "seconds")
+    return dict(zip(names, (list(candidate), acc1, acc5, loss, n_images, seconds)))
 
 
 def evaluate_in_lists(supernet, candidates, at_once, *args, **how):
@@ -106,6 +111,18 @@ def correct_counts(logits, labels):
     return torch.stack((hits[:, 0].sum(), hits.sum()))
 
 
+LOSS_UNITS = 1_000_000  # of 1 nat
+
+
+def loss_sum(logits, labels):
+    """The sum of the images' cross-entropies, as a tensor (1,) on the device.
+
+    In whole LOSS_UNITS, so that it is the same in whatever order and batches it is summed up.
+    """
+    losses = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    return (losses * LOSS_UNITS).round().sum(0, keepdim=True)
+
+
 def accuracy(forward, batches):
     """(top-1 percent, top-5 percent, number of images), exact over ragged batches and over all ranks.
 
@@ -116,14 +133,14 @@ def accuracy(forward, batches):
         for images, labels in batches:
             counts = counts + correct_counts(forward(images), labels)
             n_images += len(labels)
-    counts, n_images = _all_reduce_counts([counts], n_images)
+    counts, n_images = _all_reduce_counts([counts], n_images, 2)
     top1, top5 = (counts[0] * 100 / n_images).tolist()
     return top1, top5, n_images
 
 
-def _all_reduce_counts(counts, n_images):
-    """The sums over all ranks: correct images as a tensor (candidates, 2), and the number of images."""
-    here = torch.zeros(len(counts), 2, dtype=torch.double)
+def _all_reduce_counts(counts, n_images, width):
+    """The sums over all ranks: of `counts`, a tensor (width,) for each candidate, as one tensor; and of the images."""
+    here = torch.zeros(len(counts), width, dtype=torch.double)
     if n_images:
         here += torch.stack(counts).cpu()
     return distributed.all_reduce_sum(here), distributed.all_reduce_sum(torch.tensor(n_images)).item()

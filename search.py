@@ -23,9 +23,7 @@ Source: paper section 3.4; official `src/Search/search.py`.
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import os
-import reprlib
 import shlex
 import signal
 import sys
@@ -46,8 +44,8 @@ from command_line import (
 from dataloader import MAX_WORKERS, resolve_backend
 from distributed import gpu_count
 from engines.local_engine import search_locally
-from engines.machines import check_keys, check_machines
-from engines.nni_engine import search_with_nni, trial_command
+from engines.machines import check_keys
+from engines.nni_engine import read_experiment, search_with_nni, trial_command
 from engines.search_record import (
     EVOLUTION,
     confirmations,
@@ -236,39 +234,6 @@ def experiment_defaults(parser, path):
     if "trialConcurrency" in experiment:
         settings = {"concurrency": experiment["trialConcurrency"], **settings}
     return parser.check_settings(path, "classArgs", {key.replace("_", "-"): value for key, value in settings.items()})
-
-
-def read_experiment(path):
-    """The NNI experiment in a YAML file, checked. Raises UserError that names the file and the entry."""
-    forms = {
-        "experimentName": str,
-        "trialConcurrency": int,
-        "trialCommand": str,
-        "trialCodeDirectory": str,
-        "searchSpaceFile": str,
-        "experimentWorkingDirectory": str,
-        "tuner": dict,
-        "assessor": dict,
-        "trainingService": dict,
-    }
-    experiment = read_yaml(path)
-    for key in itertools.chain(forms, experiment):
-        if key not in forms:
-            raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
-        if not isinstance(experiment.get(key), forms[key]) and (key in experiment or key != "trialConcurrency"):
-            value = reprlib.repr(experiment.get(key))
-            raise UserError(f"{path}: {key} is {value}, not of type {forms[key].__name__}")
-    keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
-    for key, known in keys.items():
-        if not known - {"classArgs"} <= experiment[key].keys() <= known:
-            raise UserError(f"{path}: {key} has entries other than {', '.join(sorted(known))}")
-    service = experiment["trainingService"]
-    if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
-        return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
-    if service != {"platform": "local"}:  # refuses trialGpuNumber, for the reason given in config_search.yml
-        allowed = "platform: local alone, nor platform: remote with machineList alone"
-        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not {allowed}")
-    return experiment
 
 
 def check_space_file(path, space):

@@ -2,19 +2,21 @@
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import pathlib
+import reprlib
 import shlex
 import signal
 import socket
 import sys
 import time
 
-from engines.machines import NOTICE_S, Connections, MachinesLost
+from engines.machines import NOTICE_S, Connections, MachinesLost, check_machines
 from engines.progress import Progress
 from engines.search_record import EVOLUTION, prepare_search, state_path
-from utils import HERE, UserError, log, signals, write_settings
+from utils import HERE, UserError, log, read_yaml, signals, write_settings
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 POLL_S = 0.5
@@ -22,6 +24,39 @@ LISTEN_S = 5  # between looks at the running trials
 START_S = 60  # for NNI's manager and for the tuner to start; NNI's own 3 s and 10 s are too few on a busy machine
 # NNI's daemon on a machine waits 15 s for a manager that it lost, and would mistake the next one for it.
 FORGET_S = 20
+
+
+def read_experiment(path):
+    """The NNI experiment in a YAML file, checked. Raises UserError that names the file and the entry."""
+    forms = {
+        "experimentName": str,
+        "trialConcurrency": int,
+        "trialCommand": str,
+        "trialCodeDirectory": str,
+        "searchSpaceFile": str,
+        "experimentWorkingDirectory": str,
+        "tuner": dict,
+        "assessor": dict,
+        "trainingService": dict,
+    }
+    experiment = read_yaml(path)
+    for key in itertools.chain(forms, experiment):
+        if key not in forms:
+            raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
+        if not isinstance(experiment.get(key), forms[key]) and (key in experiment or key != "trialConcurrency"):
+            value = reprlib.repr(experiment.get(key))
+            raise UserError(f"{path}: {key} is {value}, not of type {forms[key].__name__}")
+    keys = {"tuner": {"codeDirectory", "className", "classArgs"}, "assessor": {"codeDirectory", "className"}}
+    for key, known in keys.items():
+        if not known - {"classArgs"} <= experiment[key].keys() <= known:
+            raise UserError(f"{path}: {key} has entries other than {', '.join(sorted(known))}")
+    service = experiment["trainingService"]
+    if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
+        return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
+    if service != {"platform": "local"}:  # refuses trialGpuNumber, for the reason given in config_search.yml
+        allowed = "platform: local alone, nor platform: remote with machineList alone"
+        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not {allowed}")
+    return experiment
 
 
 def trial_command(experiment, out, settings):

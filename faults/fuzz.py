@@ -3,7 +3,7 @@
     architecture    a JSON file, read by SearchSpace.load_architecture
     checkpoint      a file of torch.save, ours or official, read by checkpoint.load_supernet
     flops_table     a pickle, read by flops_table.read_flops_table
-    yaml            a settings file, read by the four parse_args; config_search.yml, read by search.read_experiment
+    yaml            a settings file, read by the four parse_args; config_search.yml, read by nni_engine.read_experiment
     command_line    words, read by the four parse_args and the checks after them
 
 Inputs are mutations of valid ones: of their tree of values, of the pickle in an intact zip file, or of their bytes.
@@ -40,7 +40,7 @@ import yaml
 from fuzz_mutations import ODD_VALUES, ODD_WORDS, TAGS, laughs, mutate_bytes, mutate_tree
 
 import command_line
-import search
+from engines.nni_engine import read_experiment
 from images.dataset import DataConfig
 from network import ShuffleNetV2OneShot
 from space.flops_table import read_flops_table
@@ -207,7 +207,7 @@ class Yaml:
         which, data = drawn
         self.path.write_bytes(data)
         if which:
-            return search.read_experiment(self.path)
+            return read_experiment(self.path)
         parser = self.parsers[len(data) % len(self.parsers)]
         return parser(["--config", str(self.path)])
 

@@ -30,7 +30,7 @@ import torch
 import search
 import supernet
 import tester
-from engines.nni_engine import search_with_nni
+from engines.nni_engine import read_experiment, search_with_nni
 from engines.search_record import prepare_search, read_results
 from space.search_space import SearchSpace
 
@@ -78,7 +78,7 @@ def local(folder, rounds):
 
 def through_nni(folder, rounds):
     space = SearchSpace.for_images(28, 10)
-    experiment = search.read_experiment(ROOT / "config_search.yml")
+    experiment = read_experiment(ROOT / "config_search.yml")
     evolution = experiment["tuner"]["classArgs"] | {"generations": rounds, "seed": 0}
     settings = evolution | {"flops_limit": space.flops_value("59%"), "space": space.to_dict()}
     (folder / "trial.py").write_text(TRIAL)

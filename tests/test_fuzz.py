@@ -7,7 +7,7 @@ import torch
 from conftest import load
 
 import scratch
-import search
+from engines.nni_engine import read_experiment
 from space.search_space import SearchSpace
 from training import checkpoint
 from utils import UserError
@@ -42,7 +42,7 @@ def test_the_fuzz_sees_what_is_wrong(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_yaml_that_broke_the_reader_or_made_endless_errors(tmp_path, text):
     (tmp_path / "c.yml").write_text(text)
-    for read in (search.read_experiment, lambda path: scratch.parse_args(["--config", str(path)])):
+    for read in (read_experiment, lambda path: scratch.parse_args(["--config", str(path)])):
         with pytest.raises(UserError, match=r"c\.yml: ") as error:
             read(tmp_path / "c.yml")
         assert len(str(error.value)) < 500

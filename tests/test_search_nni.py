@@ -69,7 +69,7 @@ def main(arguments):
     out = pathlib.Path(out)
     space = SearchSpace.for_images(28, 10)
     prepare_search(out, settings, resume)
-    experiment = search.read_experiment(search.HERE / "config_search.yml")
+    experiment = nni_engine.read_experiment(search.HERE / "config_search.yml")
     try:
         with signals(interrupt):
             nni_engine.search_with_nni(space, command, settings, out, experiment, 2, port=port)
@@ -280,7 +280,7 @@ def test_committed_experiment_has_the_official_numbers():
 )
 def test_damaged_experiment_is_named(tmp_path, changes, message):
     with pytest.raises(UserError, match=rf"experiment\.yml: .*{message}"):
-        search.read_experiment(experiment(tmp_path, **changes))
+        nni_engine.read_experiment(experiment(tmp_path, **changes))
 
 
 def test_experiment_sets_defaults_under_config_and_command_line(tmp_path, monkeypatch):
@@ -346,7 +346,7 @@ def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(nni_engine, "host_experiment", lambda config, out: caught.update(config))
     prepare_search(tmp_path, settings, resume=False)
     nni_engine.search_with_nni(
-        space, ["trial"], settings, tmp_path, search.read_experiment(search.HERE / "config_search.yml")
+        space, ["trial"], settings, tmp_path, nni_engine.read_experiment(search.HERE / "config_search.yml")
     )
     tuner = EvolutionWithFlops(**json.loads(json.dumps(caught["tuner"]["classArgs"])))
     while population := tuner.record.evolution.ask():
@@ -393,7 +393,7 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
         ]
     )
     trial = search.trial_settings(args, out, "net.pth")
-    command = nni_engine.trial_command(search.read_experiment(search.HERE / "config_search.yml"), out, trial)
+    command = nni_engine.trial_command(nni_engine.read_experiment(search.HERE / "config_search.yml"), out, trial)
     assert command == [
         sys.executable,
         str(search.HERE / "tester.py"),

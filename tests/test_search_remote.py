@@ -63,7 +63,7 @@ def test_the_committed_file_differs_in_its_machines_alone(tmp_path):
 
 def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experiment):
     path = experiment({"platform": "remote", "machineList": [MACHINE, MACHINE | {"port": 2222}]})
-    found = search.read_experiment(path)["trainingService"]["machineList"]
+    found = nni_engine.read_experiment(path)["trainingService"]["machineList"]
     assert found == [MACHINE | {"port": port, "sshKeyFile": str(tmp_path / "key")} for port in (22, 2222)]
 
 
@@ -112,7 +112,7 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
 )
 def test_a_wrong_entry_is_named(experiment, service, message):
     with pytest.raises(UserError, match=rf"remote\.yml: {message}"):
-        search.read_experiment(experiment(service))
+        nni_engine.read_experiment(experiment(service))
 
 
 def test_a_wrong_file_ends_the_command_with_a_line(tmp_path, experiment):
@@ -138,7 +138,7 @@ def test_the_file_sets_the_defaults(tmp_path, experiment):
 
 def test_trials_elsewhere_run_the_code_that_is_brought_there(tmp_path, experiment):
     out = tmp_path / "a $(folder)"
-    found = search.read_experiment(experiment({"platform": "remote", "machineList": [MACHINE]}))
+    found = nni_engine.read_experiment(experiment({"platform": "remote", "machineList": [MACHINE]}))
     words = nni_engine.trial_command(found, out, {"data_dir": "data"})
     assert words == ["python", "tester.py", "--mode", "test", "--config", str(out / "checkpoints/search/trial.yml")]
 
@@ -189,7 +189,7 @@ def test_what_ssh_says_of_a_machine_that_does_not_answer_is_told(tmp_path, monke
 
 
 def test_the_search_continues_with_the_machines_that_are_left(tmp_path, monkeypatch):
-    found = search.read_experiment(ROOT / "config_search.yml") | {
+    found = nni_engine.read_experiment(ROOT / "config_search.yml") | {
         "trainingService": {"platform": "remote", "machineList": entries("192.0.2.1", "192.0.2.2", "192.0.2.3")}
     }
     tried = []

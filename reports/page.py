@@ -199,6 +199,9 @@ def _random_caption(comparison):
         return "No curve of random search: under a limit this low the first generation is not a uniform sample."
     if not comparison.measured:
         return "No curve of random search: no random candidate has an accuracy."
+    measure = (
+        "To measure more: search.py --strategy random into a folder DIR of its own, then report.py RUN --random DIR."
+    )
     size, source = comparison.size, "the first generation, drawn at random"
     if comparison.other:
         source = f"the random search in {comparison.other.out}"
@@ -210,9 +213,10 @@ def _random_caption(comparison):
         text += (
             " Beyond them nothing was measured: the dotted line is an extrapolation by a normal distribution with "
             "their mean and standard deviation. Its 95% bootstrap interval covers these two only, not how normal the "
-            "accuracies are. To measure it: search.py --strategy random into a folder DIR of its own, then "
-            "report.py RUN --random DIR."
+            "accuracies are. " + measure
         )
+    elif comparison.skewed:
+        text += f" It ends where the measurements do, which are too skewed to extrapolate from as normal. {measure}"
     elif size < SAME * comparison.budget:
         text += f" The curve ends where the measurements do: {size} candidates are too few to extrapolate from."
     return text

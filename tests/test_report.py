@@ -8,7 +8,6 @@ import pathlib
 import random
 import re
 import shutil
-import statistics
 import subprocess
 import xml.etree.ElementTree as ET
 
@@ -21,9 +20,9 @@ import report
 from engines.search_record import SearchRecord, prepare_search, state_path
 from evolution_tuner import Evolution
 from reports.page import read_log, write_report
-from reports.search_results import RandomSearch, SearchResults, expected_best, extrapolate, normal_maximum
+from reports.search_results import SearchResults
 from space.search_space import OPERATIONS, SearchSpace
-from utils import UserError, duration
+from utils import duration
 
 SPACE = SearchSpace.for_images(28, 10)
 SMALL = {
@@ -160,64 +159,6 @@ def test_of_equals_the_report_has_the_one_in_best_json(tied):
     for generation in found.generations:
         first = SPACE.load_architecture(tied / "checkpoints" / f"{generation.number - 1:03}_000.json")
         assert tuple(generation.best["architecture"]) == first
-
-
-def test_expected_best_is_the_mean_maximum_of_all_samples():
-    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]
-    for n, expected in enumerate(expected_best(values), 1):
-        assert expected == pytest.approx(statistics.fmean(map(max, itertools.combinations(values, n))))
-
-
-def test_expected_maximum_of_normal_draws():
-    """Tabulated values of order statistics (Harter 1961)."""
-    for n, expected in {1: 0, 2: 0.56419, 10: 1.53875, 100: 2.50759, 1000: 3.24144}.items():
-        assert normal_maximum(n) == pytest.approx(expected, abs=1e-4)
-
-
-def test_extrapolation_of_a_normal_sample():
-    rng = random.Random(3)
-    sample = [rng.gauss(50, 2) for _ in range(400)]
-    (_, value, low, high), (_, more, *_) = extrapolate(sample, [1000, 100_000])
-    assert low < 50 + 2 * 3.24144 < high and low < value < high < low + 2 and value < more
-    assert extrapolate(sample, [1000]) == extrapolate(sample, [1000])
-
-
-def test_random_search_is_measured_on_the_first_generation_and_marked_beyond(searched):
-    found = SearchResults(searched)
-    sample = [r["acc1"] for r in on_disk(searched).values() if r["generation"] == 1 and r["acc1"] is not None]
-    comparison = RandomSearch(found)
-    assert comparison.measured == expected_best(sample) and comparison.size == len(sample)
-    assert comparison.extrapolated[0][0] == len(sample) and comparison.extrapolated[-1][0] == len(found.succeeded)
-    assert comparison.at_budget == comparison.extrapolated[-1]
-    assert "extrapolation" in (searched / "report.html").read_text()
-
-
-def test_against_a_random_search(searched, tmp_path):
-    other = make(tmp_path / "random", mutation=0, crossover=0, seed=8, population=20)
-    comparison = RandomSearch(SearchResults(searched), SearchResults(other))
-    sample = [r["acc1"] for r in on_disk(other).values() if r["acc1"] is not None]
-    budget = len(SearchResults(searched).succeeded)
-    assert (
-        len(sample) > budget and comparison.measured == expected_best(sample)[:budget] and not comparison.extrapolated
-    )
-    assert comparison.at_budget == (budget, expected_best(sample)[budget - 1], None, None)
-    path = write_report(shutil.copytree(searched, tmp_path / "searched"), other)
-    assert "random candidates, measured" in path.read_text() and "extrapolat" not in path.read_text()
-
-
-def test_a_search_that_is_no_fair_comparison_is_refused(searched, tmp_path):
-    with pytest.raises(UserError, match="no random search"):
-        write_report(searched, searched)
-    other = make(tmp_path / "other", mutation=0, crossover=0, limit="40%")
-    with pytest.raises(UserError, match=r"differs from .* in flops_limit"):
-        write_report(searched, other)
-
-
-def test_no_random_curve_where_the_first_generation_is_not_uniform(tmp_path):
-    out = make(tmp_path, limit="0.1%", generations=1)
-    comparison = RandomSearch(SearchResults(out))
-    assert not comparison.measured and not comparison.extrapolated and comparison.at_budget is None
-    assert "not a uniform sample" in write_report(out).read_text()
 
 
 def test_the_log_gives_commands_versions_and_seconds(tmp_path):

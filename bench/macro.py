@@ -240,8 +240,11 @@ def other_scores(folders, networks, last, truth):
     }
 
 
-def picks(limit, scores, truth):
-    """[mean true accuracy, mean percentile among legal networks] of what searches under a limit pick by the scores."""
+def picks(limit, scores, losses, truth):
+    """[mean true accuracy, mean percentile among legal networks] of what searches under a limit pick by the scores.
+
+    One row is of evolution by the losses, as with `search.py --rank-by loss`.
+    """
     legal = [n for n in scores if truth[n]["flops"] <= limit]
     true = {n: truth[n]["mean_acc"] for n in legal}
     ordered = np.sort(list(true.values()))
@@ -250,10 +253,11 @@ def picks(limit, scores, truth):
         percentiles = [100 * np.searchsorted(ordered, true[n]) / (len(legal) - 1) for n in chosen]
         return [round(statistics.fmean(map(true.get, chosen)), 2), round(statistics.fmean(percentiles), 1)]
 
-    by_score = scores.get
+    by_score, by_loss = scores.get, {n: -loss for n, loss in losses.items()}
     largest = max(legal, key=lambda n: truth[n]["flops"])
     return {
         "evolution": row([evolve(limit, scores, truth, seed) for seed in range(SEARCHES)]),
+        "evolution by loss": row([evolve(limit, by_loss, truth, seed) for seed in range(SEARCHES)]),
         "random search": row([max(random.Random(seed).sample(legal, 110), key=by_score) for seed in range(SEARCHES)]),
         "a random legal network": row(legal),
         "the largest legal network": row([largest]),
@@ -281,7 +285,7 @@ def summarise(args, folders):
     """The results of all supernets, as bench/results/macro.json has them."""
     truth, runs = load_truth(), [read_scores(folder) for folder in folders]
     last = max(runs[0])
-    scores = [run[last] for run in runs]
+    scores, losses = [run[last] for run in runs], [read_scores(folder, 1)[last] for folder in folders]
     networks = sorted(scores[0])
     regions = {"all": networks}
     for limit in LIMITS:
@@ -303,7 +307,9 @@ def summarise(args, folders):
         "rank": {name: rank(some, scores, truth) for name, some in regions.items()},
         "other scores": other_scores(folders, networks, last, truth),
         "way": way,
-        "picks": {f"{limit // 10**6}M": [picks(limit, seed, truth) for seed in scores] for limit in searched},
+        "picks": {
+            f"{limit // 10**6}M": [picks(limit, *seed, truth) for seed in zip(scores, losses)] for limit in searched
+        },
         "networks": networks,
         "scores": [[seed[n] for n in networks] for seed in scores],
         "commit": utils.commit(),

@@ -67,10 +67,13 @@ def test_rank_agrees_with_the_definition():
 def test_picks_by_the_truth_itself_and_by_flops(monkeypatch):
     monkeypatch.setattr(bench, "SEARCHES", 5)
     limit = 55_000_000
-    found = bench.picks(limit, {n: TRUTH[n]["mean_acc"] for n in DISTINCT}, TRUTH)
+    true, flops = ({n: TRUTH[n][name] for n in DISTINCT} for name in ("mean_acc", "flops"))
+    found = bench.picks(limit, true, flops, TRUTH)
     assert found["the best legal network"] == [92.31, 100.0] and found["a random legal network"][0] == 88.74
     assert found["evolution"][1] > 97 and found["random search"][1] > 95
-    found = bench.picks(limit, {n: TRUTH[n]["flops"] for n in DISTINCT}, TRUTH)
+    assert found["evolution by loss"][1] < 70  # of the smallest networks
+    found = bench.picks(limit, flops, {n: -accuracy for n, accuracy in true.items()}, TRUTH)
+    assert found["evolution by loss"][1] > 97
     assert found["evolution"][0] >= found["a random legal network"][0]
     assert found["the largest legal network"][0] == 90.69
 

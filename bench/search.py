@@ -41,6 +41,7 @@ from scipy.stats import kendalltau
 from dataloader import Loader
 from engines.search_record import read_results
 from evolution_tuner import Evolution
+from images.bundled import unpack
 from images.dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order
 from images.image_cache import FixedBatches
 from network import ShuffleNetV2OneShot, fold_bn
@@ -50,6 +51,7 @@ from training import checkpoint
 from training.evaluation import evaluate, recalibrate_bn, resolve_device
 from training.prefix_tree import PrefixTree
 
+BUNDLED = ROOT / "data" / "fashion-mnist"
 CALIBRATION, VALIDATION = 20, 2000  # batches of 128 images; images
 FULL = 25_600 + 50_000  # images a candidate in the official search with the paper's validation
 CHANGES = ["images once", "channels-last", "BN folded", "prefix tree", "bf16"]
@@ -92,6 +94,8 @@ class Bench:
 
     def __init__(self, data_dir, config, supernet, options, cache):
         self.device = resolve_device(options)
+        if data_dir == BUNDLED:
+            unpack(BUNDLED)
         self.space, self.supernet = supernet.space, supernet.to(self.device)
         train, val = scan(f"{data_dir}/train"), scan(f"{data_dir}/val")
         val = val.take(stratified_order(val.labels, 0)[:VALIDATION])
@@ -195,7 +199,7 @@ def run_case(options):
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.case == "demo":
             model, stored = checkpoint.load_supernet(options.supernet, None)
-            data_dir, config, path, population = ROOT / "data" / "fashion-mnist", stored.data, options.supernet, 50
+            data_dir, config, path, population = BUNDLED, stored.data, options.supernet, 50
         else:
             torch.manual_seed(0)
             model, config = ShuffleNetV2OneShot(space=SearchSpace()), DataConfig()
@@ -317,7 +321,7 @@ def run_lists(options):
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         model, stored = checkpoint.load_supernet(options.supernet, None)
-        bench = Bench(ROOT / "data" / "fashion-mnist", stored.data, model, options, pathlib.Path(folder) / "cache")
+        bench = Bench(BUNDLED, stored.data, model, options, pathlib.Path(folder) / "cache")
         candidates, space = generation(model.space, options.population or 50), model.space
 
         def seconds(lists):

@@ -148,7 +148,9 @@ def demo(seed, folder):
     child = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
-    numbers = read_json(out / "demo.json")["table"]["value"]
+    numbers = read_json(out / "demo.json").get("table", {}).get("value")
+    if not numbers:
+        sys.exit(f"the demo with seed {seed} ended with exit code {child.returncode}: run this again to resume it")
     random_ones, _ = read_truth()
     args = tester.parse_args(["--demo", "--out", str(out)])
     supernet, calibration, validation = open_evaluation(args)

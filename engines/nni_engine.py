@@ -16,7 +16,8 @@ import time
 from engines.machines import NOTICE_S, Connections, MachinesLost, check_machines
 from engines.progress import Progress
 from engines.search_record import EVOLUTION, prepare_search, state_path
-from utils import HERE, UserError, log, read_yaml, signals, write_settings
+from engines.trial import lock_folder
+from utils import HERE, UserError, log, read_yaml, signals, try_lock, write_settings
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 POLL_S = 0.5
@@ -139,7 +140,6 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
     nni.silence_stdout()
     launcher._check_rest_server.__defaults__ = (START_S, None)  # retries, one a second, and the default of url_prefix
     folder = pathlib.Path(config["experimentWorkingDirectory"])
-    port = free_port(host, port)
     if host != "127.0.0.1":
         log.warning("--host %s: anyone who reaches this machine can run commands on it through NNI's web UI", host)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,8 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
         "SPOS_NNI_HOST": host,
         "SPOS_NNI_START_MS": str(START_S * 1000),
     }
-    with Connections(config["trainingService"].get("machineList", []), port, folder) as connections:
+    machines = config["trainingService"].get("machineList", [])
+    with reserved_port(host, port) as port, Connections(machines, port, folder) as connections:
         me = psutil.Process()
         earlier, started = set(me.children(recursive=True)), set()
         experiment, progress = Experiment(ExperimentConfig(**config)), Progress(out)
@@ -203,16 +204,32 @@ def _environment(variables):
                 os.environ[name] = value
 
 
-def free_port(host, port=None):
-    """`port`, or the first free one from 8080. Raises UserError where it is taken."""
+@contextlib.contextmanager
+def reserved_port(host, port=None):
+    """`port`, or the first free one from 8080, which no other search of this user takes within the block.
+
+    Without the lock, two searches that start at once find the same port free; the one that fails would then stop the
+    other's NNI. Raises UserError where the port is taken.
+    """
     for candidate in [port] if port else range(8080, 8180):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, candidate))
-            return candidate
+        if lock := try_lock(lock_folder() / f"port-{candidate}.lock"):
+            with lock:
+                if _is_free(host, candidate):
+                    yield candidate
+                    return
     if port:
         raise UserError(f"--port {port}: is taken; name another one, or none")
     raise UserError("--port: 8080 to 8179 are all taken; name another one")
+
+
+def _is_free(host, port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
 
 
 def _check_alive(progress, manager, folder):

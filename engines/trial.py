@@ -116,7 +116,7 @@ def take_device(names, folder):
 
 def lock_folder():
     """This user's folder of locks, on a local disk. Raises UserError where another user could write to it."""
-    folder = pathlib.Path(tempfile.gettempdir()) / f"spos-gpus-{os.getuid()}"
+    folder = pathlib.Path(tempfile.gettempdir()) / f"spos-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:

@@ -306,9 +306,21 @@ def test_occupied_port_is_refused():
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port}: is taken"):
-            nni_engine.free_port("127.0.0.1", port)
-        assert nni_engine.free_port("127.0.0.1") != port
+        with pytest.raises(UserError, match=f"--port {port}: is taken"), nni_engine.reserved_port("127.0.0.1", port):
+            pass
+        with nni_engine.reserved_port("127.0.0.1") as other:
+            assert other != port
+
+
+def test_searches_that_start_at_once_take_different_ports():
+    """Though none listens yet; a port is free again after its search."""
+    with nni_engine.reserved_port("127.0.0.1") as first, nni_engine.reserved_port("127.0.0.1") as second:
+        assert first != second
+        refused = nni_engine.reserved_port("127.0.0.1", first)
+        with pytest.raises(UserError, match=f"--port {first}: is taken"), refused:
+            pass
+    with nni_engine.reserved_port("127.0.0.1", first) as again:
+        assert again == first
 
 
 def test_missing_nni_is_an_error(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ included: training/prefix_tree.py evaluates a list as the tree of its prefixes. 
 """
 
 # The multiply-adds that take as long as reading or writing one element of a block's input or output. Early blocks have
-# few FLOPs and large maps. Measured on CPU cores by bench/search.py: 52 to 73 at 28 px, 86 at 224 px.
+# few FLOPs and large maps. Measured on CPU cores by bench/search.py: 52 to 77 at 28 px, 86 at 224 px.
 ELEMENT = 60
 
 

@@ -106,7 +106,7 @@ class SearchRecord:
             return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial)
         if self.state["settings"].get("rank_by") == "loss":
             if numbers["loss"] is None:
-                return self.fail(candidate, f"loss {numbers['loss']}", trial)
+                return self.fail(candidate, "the loss is not a finite number", trial)
             numbers["score"] = -numbers["loss"]
         return self._append(candidate, numbers, trial)
 

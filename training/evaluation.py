@@ -111,7 +111,7 @@ def correct_counts(logits, labels):
     return torch.stack((hits[:, 0].sum(), hits.sum()))
 
 
-LOSS_UNITS = 1_000_000  # of 1 nat
+LOSS_UNITS = 1_000_000  # in one nat
 
 
 def loss_sum(logits, labels):

@@ -129,7 +129,7 @@ def evaluate_and_hang(trial, candidates):
             time.sleep(600)
         for _ in range(10):
             sign_of_life()
-            time.sleep(0.2)
+            time.sleep(0.5)
     return evaluate(trial, candidates)
 
 
@@ -139,9 +139,9 @@ def test_a_worker_that_hangs_is_noticed_by_its_silence(tmp_path, fake, monkeypat
     candidates = list(itertools.chain(*generations()))
     hangs = next(c for c in candidates if sum(c) % 5 == 0)
     healthy = next(c for c in candidates if sum(c) % 5)
-    with local_engine.Workers(CPU, 2, trial_timeout=1.5) as workers:
+    with local_engine.Workers(CPU, 2, trial_timeout=4) as workers:
         found = {tuple(c): (results, error) for (c,), results, error in workers.evaluate([[healthy], [hangs]], False)}
-        assert found[hangs] == ([], "a worker gave no sign of life for 1.5 s")
+        assert found[hangs] == ([], "a worker gave no sign of life for 4 s")
         assert found[healthy] == ([result(healthy)], None)  # by a new worker
         assert all(error is None for _, _, error in workers.evaluate([[healthy]] * 2))
         time.sleep(2)  # silence of workers that have nothing to do

@@ -43,8 +43,7 @@ from network import ShuffleNetV2OneShot
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
 from space.custom import load_operations
 from training import checkpoint
-from training.evaluation import open_evaluation, recalibrate_bn
-from training.prefix_tree import PrefixTree
+from training.evaluation import evaluate, open_evaluation
 
 SETTINGS = ROOT / "bench" / "macro.yml"
 OPERATIONS = ROOT / "bench" / "macro_operations.py"
@@ -133,17 +132,9 @@ def score(folder, n_networks, every):
 
 def measure(supernet, networks, calibration, validation, bn):
     """Yields (network, top-1 in percent, mean loss), after BN calibration, of all networks as one tree of prefixes."""
-    tree = PrefixTree(supernet, [tuple(map(int, n)) for n in networks])
-    correct, losses, n_images = dict.fromkeys(tree.candidates, 0), dict.fromkeys(tree.candidates, 0.0), 0
-    with torch.inference_mode(), tree.own_statistics():
-        recalibrate_bn(supernet, tree.forward, calibration, bn)
-        for images, labels in validation:
-            n_images += len(labels)
-            for candidate, logits in tree.logits(images):
-                correct[candidate] += (logits.argmax(dim=1) == labels).sum().item()
-                losses[candidate] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-    for network, candidate in zip(networks, tree.candidates):
-        yield network, round(100 * correct[candidate] / n_images, 3), round(losses[candidate] / n_images, 5)
+    results = evaluate(supernet, [tuple(map(int, n)) for n in networks], calibration, validation, bn)
+    for network, result in zip(networks, results):
+        yield network, round(result["acc1"], 3), round(result["loss"], 5)
 
 
 def read_scores(folder, what=0):

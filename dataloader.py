@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import command_line
 from distributed import local_world_size
 from images import image_check
 from images.dataset import EXTENSIONS, draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
 from images.image_check import UNDECODABLE
+from settings.command_line import Parser
+from settings.subjects import Images
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,11 +61,6 @@ class Loader:
         self.device = torch.device(device)
         self.backend = resolve_backend(backend)
         self.workers = min(MAX_WORKERS, max(1, cores() // local_world_size())) if workers is None else workers
-
-    @classmethod
-    def from_args(cls, images, config, augment, args, device):
-        """The loader of the flags."""
-        return cls(images, config, augment, args.seed, device, args.loader, args.workers)
 
     @property
     def decoder(self):
@@ -328,12 +324,12 @@ class _TorchvisionImages(_Images):
 
 
 def parse_args(argv=None):
-    parser = command_line.Parser(__doc__, "dataloader")
+    parser = Parser(__doc__, "dataloader")
     parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
-    command_line.add_cache_flag(parser)
+    parser.add(Images, only=("cache",))
     return parser.parse_args(argv)
 
 

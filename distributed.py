@@ -31,29 +31,38 @@ _store = None  # of this run's ranks
 
 
 def run(main, parse_args):
-    """`utils.run_script` on every rank; an error message that several ranks raise is printed once."""
+    """`utils.run_script` on every rank; an error message that several ranks raise is printed once.
+
+    `main` has to call `join`.
+    """
+    global _store
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return run_script(main, parse_args)
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    _store, *_ = next(dist.rendezvous("env://"))
 
-    def run_rank(args):
-        global _store
-        _store = store
-        on_gpus = args.device != "cpu" and torch.cuda.is_available()
-        if on_gpus:
-            if local_world_size() > torch.cuda.device_count():
-                raise UserError(
-                    f"--nproc-per-node {local_world_size()}: this machine has {torch.cuda.device_count()} GPUs; "
-                    "start one process for each"
-                )
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
-        )
-        main(args)
+    def run_rank(parsed):
+        main(parsed)
         dist.destroy_process_group()
 
-    run_script(run_rank, parse_args, lambda line: store.add(f"printed {line}", 1) == 1)
+    run_script(run_rank, parse_args, lambda line: _store.add(f"printed {line}", 1) == 1)
+
+
+def join(device="auto"):
+    """Joins the ranks that `run` has found, on GPUs unless `device` is "cpu"; a single process has none to join."""
+    if _store is None:
+        return
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    if on_gpus:
+        if local_world_size() > torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node {local_world_size()}: this machine has {torch.cuda.device_count()} GPUs; "
+                "start one process for each"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=_store, rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT,
+    )  # fmt: skip
 
 
 def rank():

@@ -17,7 +17,8 @@ import threading
 import numpy as np
 
 from engines import trial
-from engines.search_record import EVOLUTION, SearchRecord
+from engines.search_record import SearchRecord
+from settings.subjects import EVOLUTION
 from space.limits import Limits, bounds_of, by_fronts, fronts
 from space.search_space import SearchSpace
 from space.splitting import at_once, chunks

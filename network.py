@@ -4,7 +4,6 @@
 Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/network.py`.
 """
 
-import argparse
 import copy
 import itertools
 
@@ -15,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from blocks import Choices, Narrow, build_block, conv_bn, conv_bn_pairs
 from dataloader import network_input
 from images.dataset import DataConfig, validation_geometry
-from space.custom import space_from_args
+from space.custom import make_space
 from space.search_space import SearchSpace
 from utils import UserError
 
@@ -145,8 +144,7 @@ def load(path, architecture=None, operations=None):
     """
     from training.checkpoint import load_network  # against the order of imports: only users of Python call this
 
-    flags = argparse.Namespace(space=None, architecture=architecture, operations=operations)
-    return load_network(path, architecture, space_from_args(flags, 224, 1000))[0]
+    return load_network(path, architecture, make_space(None, architecture, operations))[0]
 
 
 def initialize(model):

@@ -11,6 +11,7 @@ random.
 import pathlib
 
 from command_line import Parser
+
 from reports.page import write_report
 from utils import run_script
 

@@ -24,13 +24,14 @@ import pathlib
 
 import torch
 
-import command_line
 import distributed
 from dataloader import Loader
-from images.dataset import Data, DataConfig, check_batch_size, open_data, prepare, training_plan
+from images.dataset import Data, check_batch_size, open_data, prepare, training_plan
 from images.image_cache import validation_batches
 from network import ShuffleNetV2
-from space.custom import searched, space_from_args
+from settings.command_line import Parser
+from settings.subjects import DataConfig, Images, Retraining, Run, Space, Training, Weights, deciding
+from space.custom import make_space, searched
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
 from training.loop import train
@@ -38,20 +39,14 @@ from training.run import TrainingRun
 
 
 def parse_args(argv=None):
-    parser = command_line.Parser(__doc__, "scratch")
-    command_line.add_architecture_flag(parser, default="the published architecture_final.json")
-    instead = parser.add_mutually_exclusive_group()
-    flag = instead.add_argument
-    flag("--eval", action="store_true", default=None, help="measure --checkpoint on val instead of training")
-    flag("--export", metavar="FILE", help="export --checkpoint as a program: .pt2, or .onnx")
-    flag("--predict", nargs="+", metavar="IMAGE", help="print the classes of image files, by --checkpoint")
-    command_line.add_checkpoint_flag(parser, "scratch")
-    command_line.add_space_flags(parser)
-    command_line.add_run_flags(parser)
-    command_line.add_data_flags(parser)
-    command_line.add_training_flags(parser, iterations=300_000)
-    bn_pass = "training batches of the BN pass (default: 1250)"
-    parser.add_argument("--bn-pass", type=command_line.count(0), default=1250, metavar="N", help=bn_pass)
+    parser = Parser(__doc__, "scratch")
+    parser.add(Space, said="the published architecture_final.json")
+    parser.add(Retraining)
+    parser.add(Weights, said="scratch")
+    parser.add(Run)
+    parser.add(DataConfig, defaults=DataConfig.unset())
+    parser.add(Images)
+    parser.add(Training, defaults={"iterations": 300_000})
     args = parser.parse(argv)
     if not (args.eval or args.export or args.predict):
         parser.refuse("training, which starts from random weights", "checkpoint")
@@ -64,24 +59,38 @@ def open_network(args, folder):
     path = args.checkpoint or (final if final.exists() else checkpoint.newest(folder))
     if path is None:
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
-    model, ckpt = checkpoint.load_network(path, args.architecture, space_from_args(args, args.input_size or 224, 1000))
-    return model, ckpt, DataConfig.from_args(args, ckpt.data, ckpt.path)
+    space = space_of(args, args.input_size or 224, 1000)
+    model, ckpt = checkpoint.load_network(path, args.architecture, space)
+    return model, ckpt, DataConfig.resolve(DataConfig.given(vars(args)), ckpt.data, ckpt.path)
+
+
+def space_of(args, input_size, n_classes):
+    """The search space of the arguments."""
+    where = f"{args.config}: space"
+    return make_space(args.space, args.architecture, args.operations, input_size, n_classes, where)
+
+
+def val_batches(args, images, config, device):
+    """Validation batches of val's images (an ImageSet)."""
+    loader = Loader(images, config, False, args.seed, device, args.loader, args.workers)
+    return validation_batches(loader, args.eval_batch_size, args.cache)
 
 
 def evaluate_checkpoint(args, folder):
     """--eval: top-1 and top-5 of a retrained network on val."""
-    prepare(args)
+    images = Images.of(vars(args))
+    prepare(images, args.demo)
     model, ckpt, config = open_network(args, folder)
-    data = Data(args, config)
+    data = Data.of(images, config)
     checkpoint.check_classes(ckpt, data.classes)
-    device = resolve_device(args)
+    device = resolve_device(args.device, args.threads)
     model.to(device, memory_format=torch.channels_last).eval()
-    return summary(model, accuracy(model, validation_batches(data.val, config, args, device)))
+    return summary(model, accuracy(model, val_batches(args, data.val, config, device)))
 
 
 def export_checkpoint(args, folder):
     """--export: writes the network; prints how exact and how fast the file is."""
-    resolve_device(args)  # --threads
+    resolve_device(args.device, args.threads)  # sets the threads
     result = export.export(args.export, *open_network(args, folder))
     print(
         "{file}: logits within {max_difference:.1g} of the network's on {n_images} images; {latency_ms} ms an image on "
@@ -92,7 +101,8 @@ def export_checkpoint(args, folder):
 
 def predict(args, folder):
     """--predict: a line for each image."""
-    for path, classes in export.predict(args.predict, *open_network(args, folder), args, resolve_device(args)):
+    device = resolve_device(args.device, args.threads)
+    for path, classes in export.predict(args.predict, *open_network(args, folder), Images.of(vars(args)), device):
         print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in classes), flush=True)
 
 
@@ -107,36 +117,39 @@ def summary(model, measured):
 
 def data_config(args, search):
     """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError."""
+    given = DataConfig.given(vars(args))
     if not search:
-        return DataConfig.from_args(args)
+        return DataConfig.resolve(given)
     try:
         stored = DataConfig.from_dict(search["data"])
     except (KeyError, TypeError):
         raise utils.UserError(f"{search['state']}: not the state of a search") from None
-    return DataConfig.from_args(args, stored, search["state"])
+    return DataConfig.resolve(given, stored, search["state"])
 
 
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
+    values, images = vars(args), Images.of(vars(args))
     search = args.architecture and searched(args.architecture)
     config = data_config(args, search)
-    data = distributed.local_rank0_first(lambda: open_data(args, config))
-    device = resolve_device(args)
+    data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
+    device = resolve_device(args.device, args.threads)
     if search and search["space"].n_classes != len(data.classes):
         counts = f"searched for {search['space'].n_classes} classes, the data has {len(data.classes)}"
         raise utils.UserError(f"{args.architecture}: {counts}; use the same --data-dir")
-    space = space_from_args(args, config.input_size, len(data.classes))
+    space = space_of(args, config.input_size, len(data.classes))
     if search and dataclasses.replace(space, architecture=()) != dataclasses.replace(search["space"], architecture=()):
         raise utils.UserError(f"--space contradicts {search['state']}, which has another space; leave it out")
     candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     check_batch_size(len(data.train), args.batch_size)
-    loader = Loader.from_args(data.train, config, True, args, device)
-    validation = validation_batches(data.val, config, args, device)
-    run = TrainingRun(args, folder, device, "scratch", {
+    loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
+    validation = val_batches(args, data.val, config, device)
+    contents = {
         "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
         "architecture": list(candidate),
-    })  # fmt: skip
-    run.start(data)
+    }  # fmt: skip
+    run = TrainingRun(folder, "scratch", contents, deciding(values) | {"loader": loader.backend}, args.keep)
+    run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
     if args.architecture and not search:
         assumed = f"{space.n_blocks} blocks of {', '.join(space.operations)}, images of {space.input_size} px"
         utils.log.info("%s: no record of a search beside it; assumes %s", args.architecture, assumed)
@@ -153,7 +166,8 @@ def retrain(args, folder):
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    metrics = train(run, model, loader, validate)
+    training = Training.of(values)
+    metrics = train(model, loader, training, None, validate, run, device, args.seed)
     before = {"acc1_no_pass": metrics["val/acc1"], "acc5_no_pass": metrics["val/acc5"], "seconds": metrics["seconds"]}
     # Official `bnps-` checkpoint: BN momentum 1/i over training batches at learning rate 0, so a plain average.
     if args.bn_pass:
@@ -171,6 +185,7 @@ def retrain(args, folder):
 
 
 def main(args):
+    distributed.join(args.device)
     folder = pathlib.Path(args.out) / "checkpoints" / "scratch"
     if args.predict:
         predict(args, folder)

@@ -20,7 +20,6 @@ Prints the ten best, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import os
@@ -29,25 +28,12 @@ import signal
 import sys
 from pathlib import Path
 
-from command_line import (
-    Extend,
-    Parser,
-    add_checkpoint_flag,
-    add_data_flags,
-    add_evaluation_flags,
-    add_operations_flag,
-    add_run_flags,
-    command,
-    count,
-    real,
-)
 from dataloader import MAX_WORKERS, resolve_backend
 from distributed import gpu_count
 from engines.local_engine import search_locally
 from engines.machines import check_keys
 from engines.nni_engine import read_experiment, search_with_nni, trial_command
 from engines.search_record import (
-    EVOLUTION,
     confirmations,
     images_path,
     prepare_search,
@@ -58,17 +44,32 @@ from engines.search_record import (
     unconfirmed,
 )
 from evolution_tuner import Evolution, official_shares
-from images.dataset import Data, DataConfig
+from images.dataset import Data
+from images.dataset import prepare as prepare_images
 from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
-from space.custom import searched
+from settings.command_line import Parser, command, write_settings
+from settings.fields import flag, names
+from settings.subjects import (
+    EVOLUTION,
+    NNI,
+    CostLimits,
+    DataConfig,
+    Evaluation,
+    Images,
+    Run,
+    Space,
+    Trials,
+    Weights,
+)
+from settings.subjects import Search as SearchSettings
+from space.custom import load_operations, searched
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
-from space.limits import as_settings, bounds_of, describe, limits_from_args
-from space.search_space import COSTS, SearchSpace
+from space.limits import as_settings, bounds_of, describe, make_bounds
+from space.search_space import SearchSpace
 from training import checkpoint
 from training.evaluation import NO_GPU
 from utils import (
-    HERE,
     Interrupted,
     UserError,
     cores,
@@ -83,114 +84,21 @@ from utils import (
     start_logging,
 )
 
-OBJECTIVES = {"acc1", *COSTS}
-
-
-def shared_parser():
-    """The flags that a trial has too."""
-    parser = Parser(__doc__, "search")
-    add_run_flags(parser)
-    add_data_flags(parser)
-    add_checkpoint_flag(parser, "supernet")
-    add_operations_flag(parser)
-    add_evaluation_flags(parser)
-    return parser
-
-
-def objectives(text):
-    """An argparse type: names by commas, accuracy and one or two costs."""
-    names = text.split(",")
-    if "acc1" not in names or len(names) not in (2, 3) or len(set(names)) < len(names) or not set(names) <= OBJECTIVES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not acc1 and one or two of {', '.join(COSTS)}, by commas")
-    return text
+# The settings that a trial has too.
+OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "operations"]
 
 
 def parse_args(argv=None):
-    parser = shared_parser()
-    group = parser.add_argument_group("search")
-    group.add_argument(
-        "--strategy",
-        choices=("evolution", "random"),
-        default="evolution",
-        help="random: as many random candidates, to compare with (evolution)",
-    )
-    group.add_argument(
-        "--objectives",
-        type=objectives,
-        metavar="LIST",
-        help="acc1,flops: the front of accuracy and costs (flops, params, latency), instead of the most accurate",
-    )
-    group.add_argument(
-        "--rank-by",
-        choices=("acc1", "loss"),
-        default="acc1",
-        help="what makes a candidate the better one: accuracy, or a low loss on the same images (acc1)",
-    )
-    group.add_argument("--population", type=count(1, 100_000), default=50, help="candidates a generation (50)")
-    group.add_argument("--select", type=count(1, 100_000), help="parents: this many of the best so far (a fifth)")
-    group.add_argument("--mutation", type=count(0, 100_000), help="children by mutation a generation (half)")
-    group.add_argument("--crossover", type=count(0, 100_000), help="children by crossover a generation (half)")
-    group.add_argument("--mutation-prob", type=real(0, 1), default=0.1, help="of redrawing each block (0.1)")
-    group.add_argument("--generations", type=count(1, 1_000_000), default=20, help="populations to evaluate (20)")
-    group.add_argument(
-        "--limit",
-        nargs="+",
-        action=Extend,
-        metavar="COST=LIMIT",
-        help="flops=330M, params=3.5M, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
-        "flops=59%%; any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
-    )
-    group.add_argument("--flops-limit", metavar="FLOPS", help="short for --limit flops=FLOPS")
-    group.add_argument(
-        "--flops-table",
-        metavar="FILE",
-        help="costs in the form of the official op_flops_dict.pkl (default: counted from the shapes)",
-    )
-    group.add_argument(
-        "--latency-table", metavar="FILE", help="what tester.py --mode latency has written (OUT/latency.json)"
-    )
-    group.add_argument(
-        "--foreign-latency-table",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="accept a table of another device or setting, without measuring the best candidates (no)",
-    )
-    group.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=False, help="resume the search in OUT"
-    )
-    group.add_argument(
-        "--engine", choices=("nni", "local"), default="nni", help="what runs the evaluations (default: nni)"
-    )
-    group.add_argument(
-        "--concurrency",
-        type=count(1, 1000),
-        help="trials at a time (that of the experiment file, else one a GPU, or one a remote machine)",
-    )
-    group.add_argument(
-        "--candidates-per-trial",
-        type=count(1, 100_000),
-        metavar="N",
-        help="default: a generation is split over the trials at a time",
-    )
-    group = parser.add_argument_group("NNI")
-    group.add_argument(
-        "--experiment",
-        default=str(HERE / "config_search.yml"),
-        metavar="FILE",
-        help="the NNI experiment (config_search.yml)",
-    )
-    group.add_argument(
-        "--trial-timeout",
-        type=count(1),
-        default=300,
-        metavar="S",
-        help="seconds without a sign of life after which a trial is ended (300)",
-    )
-    group.add_argument("--port", type=count(1, 65534), help="of the web UI (default: the first free one from 8080)")
-    group.add_argument(
-        "--host", choices=("127.0.0.1", "0.0.0.0"), default="127.0.0.1", help="0.0.0.0 opens the web UI to the network"
-    )
-    args = parser.parse(argv)
+    parser = Parser(__doc__, "search")
+    parser.add(Run)
+    parser.add(DataConfig, defaults=DataConfig.unset())
+    parser.add(Images)
+    parser.add(Weights, said="supernet")
+    parser.add(Space, only=("operations",))
+    parser.add(Evaluation)
+    for subject in (SearchSettings, CostLimits, Trials, NNI):
+        parser.add(subject)
+    args = parser.parse(argv, lambda given: experiment_defaults(parser, given["experiment"]))
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port")
     if args.objectives and args.rank_by != "acc1":
@@ -198,16 +106,15 @@ def parse_args(argv=None):
     if args.mutation == 0:
         parser.refuse("--mutation 0", "mutation-prob")
     if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
-        flag = "--latency-table" if args.latency_table else "--foreign-latency-table"
-        raise UserError(f"{flag} has no effect without a limit on latency: leave it out, or say --limit latency")
-    defaults = experiment_defaults(parser, args.experiment)
+        name = "--latency-table" if args.latency_table else "--foreign-latency-table"
+        raise UserError(f"{name} has no effect without a limit on latency: leave it out, or say --limit latency")
     if "population" in parser.given:  # the experiment's numbers are shares of another population
-        defaults = {k: v for k, v in defaults.items() if k not in ("select", "mutation", "crossover")}
-    args = parser.parse(argv, defaults)
+        for name in {"select", "mutation", "crossover"} - parser.given.keys():
+            setattr(args, name, None)
     if args.strategy == "random":  # generations without children, in every other respect the same
-        for flag in ("select", "mutation", "crossover", "mutation_prob"):
-            if flag in parser.typed:
-                parser.refuse("--strategy random", flag.replace("_", "-"))
+        for name in ("select", "mutation", "crossover", "mutation_prob"):
+            if name in parser.typed:
+                parser.refuse("--strategy random", name.replace("_", "-"))
         args.mutation = args.crossover = 0
     args.concurrency = args.concurrency or default_concurrency(args)
     args.select, args.mutation, args.crossover = official_shares(
@@ -245,7 +152,7 @@ def check_space_file(path, space):
 
 def trial_settings(args, out, supernet_path):
     """The flags of a trial: those of this search, with a share of the cores."""
-    settings = {name: getattr(args, name) for name in vars(shared_parser().parse_args([]))}
+    settings = {name: getattr(args, name) for name in OF_A_TRIAL}
     share = max(1, cores() // args.concurrency)
     workers = min(MAX_WORKERS, share) if args.workers is None else args.workers
     settings |= {"threads": args.threads or share, "workers": workers}
@@ -275,7 +182,10 @@ def check(args, out):
     if args.device == "cuda" and (args.engine == "local" or not machines) and not gpu_count():
         raise UserError(NO_GPU)  # trials initialise CUDA, this process does not
     table = args.flops_table and read_flops_table(args.flops_table)
-    _, supernet, config, data = checkpoint.open_supernet(args)
+    values, images = vars(args), Images.of(vars(args))
+    prepare_images(images, args.demo)
+    load_operations(args.operations)
+    _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
     space, costs = supernet.space, official_comparison(SearchSpace())
     if table:
@@ -292,15 +202,12 @@ def check(args, out):
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         **{name: getattr(args, name) for name in EVOLUTION},
-        **as_settings(limits_from_args(args, space)),
+        **as_settings(make_bounds(space, args.limit or (), args.flops_limit)),
         "space": space.to_dict(),
         "checkpoint": weights,
         "data": config.to_dict(),
         "split": data.split,
-        "bn": args.bn,
-        "bn_batches": args.bn_batches,
-        "bn_batch_size": args.bn_batch_size,
-        "eval_amp": args.eval_amp,
+        **dataclasses.asdict(Evaluation.of(values)),
         "loader": resolve_backend(args.loader),
         "costs": table and [space.choice_flops, space.fixed_flops],
     }
@@ -321,7 +228,9 @@ def check(args, out):
 def prepare(search, args, out):
     """Writes or checks the state file, and starts the log."""
     state = prepare_search(out, search.settings, args.resume, search.warnings)
-    start_logging(out / "checkpoints" / "search", args, args.device)
+    folder = out / "checkpoints" / "search"
+    start_logging(folder, args.device, args.seed)
+    write_settings(folder / "config.yml", "search", vars(args))
     if search.costs:
         log.info(search.costs)
     for text in search.warnings:
@@ -412,12 +321,11 @@ def channels_command(args):
     """The command that trains a supernet of the best candidate's channels, on images as this search had them."""
     known, words = file_args(args), ["--space", "channels"]
     if found := searched(best_path(args)):
-        before = DataConfig.from_args(known).to_dict()
+        before = DataConfig.resolve(DataConfig.given(vars(known))).to_dict()
         for name, value in found["data"].items():
             if value != before[name]:
-                flag = name.replace("_", "-")
                 values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-                words += [f"--no-{flag}" if value is False else f"--{flag}", *map(str, values)]
+                words += [f"--no-{flag(name)[2:]}" if value is False else flag(name), *map(str, values)]
     return _training_command("supernet", args, known, *words)
 
 
@@ -434,8 +342,8 @@ def _training_command(script, args, known, *words):
     words = ["--architecture", best_path(args), *words]
     for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
         if getattr(args, name) != getattr(known, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    text = command(f"{script}.py", args, *words)
+            words += [flag(name), str(getattr(args, name))]
+    text = command(f"{script}.py", Run.of(vars(args)), args.operations, *words)
     sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
     if any("iterations" in sections.get(name, {}) for name in ("common", script)):
         return text

@@ -21,13 +21,14 @@ import random
 
 import torch
 
-import command_line
 import distributed
 from dataloader import Loader
-from images.dataset import DataConfig, check_batch_size, open_data
+from images.dataset import check_batch_size, open_data
 from images.image_cache import calibration_batches, validation_batches
 from network import ShuffleNetV2OneShot
-from space.custom import space_from_args
+from settings.command_line import Parser, command
+from settings.subjects import DataConfig, Evaluation, Images, Run, Sampling, Space, Training, deciding
+from space.custom import make_space
 from space.sampler import PathSampler, default_flops_range
 from training.evaluation import evaluate, resolve_device
 from training.loop import train
@@ -35,21 +36,14 @@ from training.run import TrainingRun
 
 
 def parse_args(argv=None):
-    parser = command_line.Parser(__doc__, "supernet")
-    command_line.add_run_flags(parser)
-    command_line.add_data_flags(parser)
-    command_line.add_training_flags(parser, iterations=150_000)
-    command_line.add_evaluation_flags(parser)
-    command_line.add_space_flags(parser)
-    command_line.add_architecture_flag(parser, default="none; --space channels keeps its operations")
-    flag, count = parser.add_argument_group("paths").add_argument, command_line.count(1, 1000)
-    samplers = ("flops-uniform", "uniform")
-    flag("--sampler", choices=samplers, default=samplers[0], help="default: flat over FLOPs bins")
-    flag("--flops-range", nargs=2, metavar=("LOW", "HIGH"), help="of the bins, as 290M or 0.14%% (290M 360M at 224 px)")
-    flag("--flops-bins", type=count, default=7, metavar="N", help="default: 7")
-    warmup = "steps in which paths widen from the widest downwards, where widths are chosen (a quarter of all)"
-    flag("--width-warmup", type=command_line.count(0), metavar="N", help=warmup)
-    flag("--val-paths", type=count, default=3, metavar="N", help="fixed paths to validate (default: 3)")
+    parser = Parser(__doc__, "supernet")
+    parser.add(Run)
+    parser.add(DataConfig, defaults=DataConfig.unset())
+    parser.add(Images)
+    parser.add(Training)
+    parser.add(Evaluation)
+    parser.add(Space, said="none; --space channels keeps its operations")
+    parser.add(Sampling)
     args = parser.parse(argv)
     if args.sampler == "uniform":
         parser.refuse("--sampler uniform", "flops-range", "flops-bins")
@@ -58,34 +52,45 @@ def parse_args(argv=None):
     return args
 
 
-def main(args):
-    config = DataConfig.from_args(args)
-    data = distributed.local_rank0_first(lambda: open_data(args, config))
-    device = resolve_device(args)
-    space = space_from_args(args, config.input_size, len(data.classes))
-    flops_range = None
-    if args.sampler == "flops-uniform":
-        flops_range = list(default_flops_range(space))
-        if args.flops_range:
-            flops_range = [space.flops_value(v, "--flops-range") for v in args.flops_range]
-    if args.width_warmup and space.n_widths == 1:
-        raise utils.UserError(f"--width-warmup {args.width_warmup}: this search space has no widths to choose from")
-    width_warmup = args.iterations // 4 if args.width_warmup is None else args.width_warmup
-    sampler = PathSampler(space, args.seed, flops_range, args.flops_bins, width_warmup if space.n_widths > 1 else 0)
+def make_sampler(sampling, space, seed, iterations):
+    """The PathSampler of a Sampling, for so many steps of training."""
+    flops_range, warmup = None, sampling.width_warmup
+    if sampling.sampler == "flops-uniform":
+        given = sampling.flops_range
+        flops_range = [space.flops_value(v, "--flops-range") for v in given] if given else default_flops_range(space)
+    if warmup and space.n_widths == 1:
+        raise utils.UserError(f"--width-warmup {warmup}: this search space has no widths to choose from")
+    warmup = iterations // 4 if warmup is None else warmup
+    return PathSampler(space, seed, flops_range, sampling.flops_bins, warmup if space.n_widths > 1 else 0)
 
-    images, heldout = data.images("supernet"), data.images("search")
-    check_batch_size(len(images), args.batch_size)
-    loader = Loader.from_args(images, config, True, args, device)
-    calibration = calibration_batches(images, config, args, device)
-    validation = validation_batches(heldout, config, args, device)
+
+def main(args):
+    distributed.join(args.device)
+    values = vars(args)
+    training, images = Training.of(values), Images.of(values)
+    config = DataConfig.resolve(DataConfig.given(values))
+    data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
+    device = resolve_device(args.device, args.threads)
+    space = make_space(
+        args.space, args.architecture, args.operations, config.input_size, len(data.classes), f"{args.config}: space"
+    )
+    sampler = make_sampler(Sampling.of(values), space, args.seed, args.iterations)
+
+    train_images, heldout = data.images("supernet"), data.images("search")
+    check_batch_size(len(train_images), args.batch_size)
+    loader = Loader(train_images, config, True, args.seed, device, args.loader, args.workers)
+    calibration = calibration_batches(loader, args.bn_batches, args.bn_batch_size, args.seed, args.cache)
+    heldout_loader = Loader(heldout, config, False, args.seed, device, args.loader, args.workers)
+    validation = validation_batches(heldout_loader, args.eval_batch_size, args.cache)
     folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    run = TrainingRun(args, folder, device, "supernet", {
+    contents = {
         "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
-        "flops_range": flops_range,
-    })  # fmt: skip
-    run.start(data)
-    if flops_range:
-        low, high = (flops / 1e6 for flops in flops_range)
+        "flops_range": sampler.flops_range,
+    }  # fmt: skip
+    run = TrainingRun(folder, "supernet", contents, deciding(values) | {"loader": loader.backend}, args.keep)
+    run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
+    if sampler.flops_range:
+        low, high = (flops / 1e6 for flops in sampler.flops_range)
         utils.log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, low, high)
     rng = random.Random(args.seed)
     fixed_paths = [space.random_candidate(rng) for _ in range(args.val_paths)]
@@ -101,9 +106,9 @@ def main(args):
         utils.log.info(text, step, acc1, acc5, len(results))
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    metrics = train(run, model, loader, validate, sampler.candidate)
+    metrics = train(model, loader, training, sampler.candidate, validate, run, device, args.seed)
     if distributed.rank() == 0:
-        utils.log.info("next: %s", command_line.command("tester.py", args, "--mode", "gen"))
+        utils.log.info("next: %s", command("tester.py", Run.of(values), args.operations, "--mode", "gen"))
         print(json.dumps(metrics))
 
 

@@ -19,10 +19,12 @@ import os
 import pathlib
 import sys
 
-import command_line
 from engines import trial
 from engines.search_record import listed_images
-from space.custom import space_from_args
+from images.dataset import prepare
+from settings.command_line import Parser, command, write_settings
+from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
+from space.custom import load_operations, make_space
 from space.flops_table import official_comparison
 from space.search_space import SearchSpace
 from training import checkpoint
@@ -30,23 +32,14 @@ from training.evaluation import evaluate, evaluate_in_lists, open_evaluation, re
 
 
 def parse_args(argv=None):
-    parser = command_line.Parser(__doc__, "tester")
-    parser.add_argument("--mode", choices=("gen", "test", "latency"), default="test", help="default: test")
-    command_line.add_architecture_flag(parser, default="what NNI asks for")
-    command_line.add_checkpoint_flag(parser, "supernet")
-    command_line.add_space_flags(parser)
-    parser.add_argument(
-        "--split",
-        choices=("search", "val"),
-        default="search",
-        help="held-out training images, or val (default: search)",
-    )
-    parser.add_argument(
-        "--latency-batch-size", type=command_line.count(1, 100_000), default=1, metavar="N", help="images a run (1)"
-    )
-    command_line.add_run_flags(parser)
-    command_line.add_data_flags(parser)
-    command_line.add_evaluation_flags(parser)
+    parser = Parser(__doc__, "tester")
+    parser.add(Testing)
+    parser.add(Weights, said="supernet")
+    parser.add(Space, said="what NNI asks for")
+    parser.add(Run)
+    parser.add(DataConfig, defaults=DataConfig.unset())
+    parser.add(Images)
+    parser.add(Evaluation)
     args = parser.parse(argv)
     if args.mode == "test":
         parser.refuse("--mode test, which takes the space of the supernet", "space")
@@ -58,7 +51,8 @@ def parse_args(argv=None):
 def open_space(args):
     """The search space of --space, or else of the supernet, or else the paper's."""
     supernet = args.checkpoint or checkpoint.newest(pathlib.Path(args.out) / "checkpoints" / "supernet")
-    space = space_from_args(args, args.input_size or 224, 1000)
+    where = f"{args.config}: space"
+    space = make_space(args.space, args.architecture, args.operations, args.input_size or 224, where=where)
     if supernet and not args.space:
         space = checkpoint.load(supernet, "supernet", space).space
     return space
@@ -68,19 +62,20 @@ def generate(args):
     """Writes the search space in NNI's form."""
     path, space = pathlib.Path(args.out) / "nni_auto_gen_search_space.json", open_space(args)
     utils.write_json(path, space.nni_search_space(), indent=1)
-    operations, widths = len(space.block_operations[0]), f" at {space.n_widths} widths" * (space.n_widths > 1)
+    operations, widths = len(space.block_operations[0]), f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
     if line := official_comparison(SearchSpace()):
         print(line)
-    print(f"next: {command_line.command('search.py', args)}")
+    print(f"next: {command('search.py', Run.of(vars(args)), args.operations)}")
 
 
 def measure(args):
     """Writes the latencies of the search space on this device."""
     from reports.latency import measure_table  # here, because NNI's remote trials do not get reports/
 
-    path, space, device = pathlib.Path(args.out) / "latency.json", open_space(args), resolve_device(args)
-    utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, device)
+    path, space = pathlib.Path(args.out) / "latency.json", open_space(args)
+    device = resolve_device(args.device, args.threads)
+    start_logging(args, device)
     table = measure_table(space, args.latency_batch_size, device)
     utils.write_json(path, table)
     low, high = (sum(map(pick, table["medians"])) + table["stem_and_tail"] for pick in (min, max))
@@ -90,13 +85,31 @@ def measure(args):
         print("warning: the spread is above 5%: something else runs on this machine; measure again when it is idle")
 
 
+def start_logging(args, device):
+    folder = pathlib.Path(args.out) / "checkpoints" / "tester"
+    utils.start_logging(folder, device, args.seed)
+    write_settings(folder / "config.yml", "tester", vars(args))
+
+
+def open_supernet(args, listed=None):
+    """(supernet on the device, calibration batches, validation batches) of the arguments; `listed` as for Data."""
+    values, images = vars(args), Images.of(vars(args))
+    if not listed:
+        prepare(images, args.demo)
+    load_operations(args.operations)
+    return open_evaluation(
+        args.checkpoint, args.out, images, DataConfig.given(values), Evaluation.of(values),
+        resolve_device(args.device, args.threads), args.seed, args.split, listed,
+    )  # fmt: skip
+
+
 def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     candidates, at_once = trial.receive_candidates()
     with trial.heard():
         trial.take_gpu(args.device)
-        supernet, *batches = open_evaluation(args, listed_images(args.out))
+        supernet, *batches = open_supernet(args, listed_images(args.out))
         trial.report(evaluate_in_lists(supernet, candidates, at_once, *batches, args.bn, amp=args.eval_amp))
 
 
@@ -106,9 +119,9 @@ def main(args):
     elif args.mode == "latency":
         measure(args)
     elif args.architecture:
-        supernet, calibration, validation = open_evaluation(args)
+        supernet, calibration, validation = open_supernet(args)
         candidate = supernet.space.load_architecture(args.architecture)
-        utils.start_logging(pathlib.Path(args.out) / "checkpoints" / "tester", args, calibration.loader.device)
+        start_logging(args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
         print(json.dumps({**result, "flops": supernet.space.flops(candidate)}))

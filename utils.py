@@ -28,10 +28,6 @@ except ImportError:  # Windows, where locks have no effect
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-PATHS = {  # flags that take a path
-    "data-dir", "cache", "out", "checkpoint", "architecture", "flops-table", "experiment", "operations", "export",
-    "predict", "latency-table",
-}  # fmt: skip
 MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
 MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 
@@ -151,20 +147,6 @@ if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of thi
     sys.excepthook = _say_interrupted
 
 
-def settings_difference(before, now, ignore=()):
-    """{name: "0.5 (was 0.3)"} of the settings that differ between two dicts, by name, without those in `ignore`."""
-
-    def shown(value):
-        return value if isinstance(value, str) and len(value) <= 60 else reprlib.repr(value)
-
-    names = sorted(name for name in before.keys() | now.keys() if name not in ignore)
-    return {
-        name: f"{shown(now.get(name))} (was {shown(before.get(name))})"
-        for name in names
-        if now.get(name) != before.get(name)
-    }
-
-
 # --- files ---------------------------------------------------------------------------------------------------
 
 
@@ -248,23 +230,6 @@ def write_json(path, value, **kwargs):
         file.write("\n")
 
 
-def is_path(flag, value):
-    """Whether the value of a flag is a path; that of --space is one where it names a YAML file."""
-    return flag in PATHS or (flag == "space" and str(value).endswith((".yml", ".yaml")))
-
-
-def write_settings(path, section, settings):
-    """Writes `settings` (attribute -> value) as YAML that `--config` reads: paths absolute, None left out."""
-    import yaml
-
-    words = {k.replace("_", "-"): v for k, v in settings.items() if v is not None and k not in ("config", "demo")}
-    words |= {k: os.path.abspath(v) for k, v in words.items() if is_path(k, v)}
-    space = words.pop("space", None)  # a mapping, of a section of its own, or a name
-    document = {section: words if space is None or isinstance(space, dict) else {**words, "space": space}}
-    with atomic_write(path) as file:
-        yaml.safe_dump({**document, "space": space} if isinstance(space, dict) else document, file)
-
-
 def output_folder(path):
     """Returns the folder as a Path, creating it if it is missing. Raises UserError if it can't be written."""
     path = pathlib.Path(path)
@@ -337,11 +302,8 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
-def start_logging(folder, args, device):
-    """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed.
-
-    The resolved settings are written to `folder`/config.yml, which `--config` reads.
-    """
+def start_logging(folder, device, seed):
+    """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed."""
     folder = output_folder(folder)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -351,9 +313,8 @@ def start_logging(folder, args, device):
     for handler in (Screen(sys.stderr), _LogFile(folder / "run.log")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
-    write_settings(folder / "config.yml", pathlib.Path(sys.argv[0]).stem, vars(args))
     log.info("command: %s", shlex.join(sys.argv))
-    log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, args.seed)
+    log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, seed)
 
 
 def versions():
@@ -366,7 +327,7 @@ def versions():
 def code_version():
     """A hash of the code that trains and evaluates, as it is on this machine."""
     digest = hashlib.sha256()
-    for pattern in ("*.py", "space/*.py", "images/*.py", "training/*.py"):
+    for pattern in ("*.py", "settings/*.py", "space/*.py", "images/*.py", "training/*.py"):
         for path in sorted(HERE.glob(pattern)):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 import scratch
 from dataloader import Loader
 from engines.search_record import Generation, read_generations
-from images.dataset import Data, DataConfig, evaluation_plan, prepare
+from images.dataset import DataConfig, evaluation_plan, open_data
+from settings.subjects import Images
 from space.custom import searched
 from utils import read_json, write_json
 
@@ -68,9 +69,8 @@ def command(*words):
 
 def logistic_regression(args):
     """Top-1 in percent on val of multinomial logistic regression on pixels, trained on all of train, L2 weight 1e-3."""
-    prepare(args)
-    config = DataConfig.from_args(args)
-    data = Data(args, config)
+    config = DataConfig.resolve(DataConfig.given(vars(args)))
+    data = open_data(Images.of(vars(args)), config, args.demo)
 
     def pixels(images):
         batches = list(Loader(images, config, False, backend=args.loader).batches(evaluation_plan(len(images), 500)))

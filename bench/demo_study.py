@@ -36,9 +36,8 @@ from scipy.stats import kendalltau
 import scratch
 import search
 import tester
-from space.custom import space_from_args
-from space.limits import limits_from_args
-from training.evaluation import evaluate, open_evaluation
+from space.limits import make_bounds
+from training.evaluation import evaluate
 from utils import read_json, write_json
 
 SEEDS = ROOT / "bench" / "results" / "demo_seeds.json"
@@ -52,8 +51,8 @@ CANDIDATES, REPEATED = 60, 20
 def demo_space():
     """(SearchSpace, FLOPs limit) of the demo."""
     args = search.parse_args(["--demo"])
-    space = space_from_args(scratch.parse_args(["--demo"]), INPUT_SIZE, CLASSES)
-    return space, limits_from_args(args, space)["flops"][1]
+    space = scratch.space_of(scratch.parse_args(["--demo"]), INPUT_SIZE, CLASSES)
+    return space, make_bounds(space, args.limit or (), args.flops_limit)["flops"][1]
 
 
 def random_legal(space, limit, n):
@@ -153,7 +152,7 @@ def demo(seed, folder):
         sys.exit(f"the demo with seed {seed} ended with exit code {child.returncode}: run this again to resume it")
     random_ones, _ = read_truth()
     args = tester.parse_args(["--demo", "--out", str(out)])
-    supernet, calibration, validation = open_evaluation(args)
+    supernet, calibration, validation = tester.open_supernet(args)
     measured = evaluate(supernet, [r["architecture"] for r in random_ones], calibration, validation, args.bn)
     tau = kendalltau([m["acc1"] for m in measured], [r["acc1"] for r in random_ones]).statistic
     seconds = usage.ru_utime + usage.ru_stime

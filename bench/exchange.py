@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 import utils
 
 # isort: split
+import command_line
 import torch
 from torch import nn
 
-import command_line
 import distributed
 from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 from scipy.stats import spearmanr
 
-from command_line import count
 from engines.search_record import SearchRecord, prepare_search, unconfirmed
 from evolution_tuner import Evolution
 from reports.latency import Networks, confirm, device_name, measure_like, measure_table, with_latency
+from settings.fields import count
 from space.custom import PRESETS
 from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json

@@ -93,7 +93,7 @@ class Bench:
     """A supernet, and the batches on which all variants are measured."""
 
     def __init__(self, data_dir, config, supernet, options, cache):
-        self.device = resolve_device(options)
+        self.device = resolve_device(options.device, options.threads)
         if data_dir == BUNDLED:
             unpack(BUNDLED)
         self.space, self.supernet = supernet.space, supernet.to(self.device)

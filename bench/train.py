@@ -197,7 +197,7 @@ def main():
     parser.add_argument("--threads", type=int)
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "train.json")
     options = parser.parse_args()
-    device = resolve_device(options)
+    device = resolve_device(options.device, options.threads)
     space = SearchSpace.for_images(options.input_size, options.classes)
     sampler = PathSampler(space, 0, default_flops_range(space))
     generator = torch.Generator().manual_seed(0)

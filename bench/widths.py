@@ -24,7 +24,7 @@ import yaml
 
 import tester
 from images import bundled
-from training.evaluation import evaluate, open_evaluation
+from training.evaluation import evaluate
 
 SETTINGS = ROOT / "bench" / "widths.yml"
 RESULTS = ROOT / "bench" / "results" / "widths.json"
@@ -74,7 +74,7 @@ def measure(folder, n, threads):
     """Top-1 percent of n uniform candidates, and their mean width."""
     words = ["--config", folder / "settings.yml", "--out", folder, "--threads", threads]
     args = tester.parse_args([str(word) for word in words])
-    supernet, calibration, validation = open_evaluation(args)
+    supernet, calibration, validation = tester.open_supernet(args)
     rng = random.Random(0)
     candidates = [supernet.space.random_candidate(rng) for _ in range(n)]
     results = evaluate(supernet, candidates, calibration, validation, args.bn)

@@ -1,6 +1,5 @@
 """The search without NNI: the same evolution and files, with worker processes, each on a GPU of its own or a CPU."""
 
-import argparse
 import concurrent.futures
 import functools
 import itertools
@@ -12,6 +11,8 @@ from engines.progress import Progress
 from engines.search_record import SearchRecord, listed_images
 from engines.trial import gpu_names, take_gpu
 from evolution_tuner import Evolution
+from settings.subjects import DataConfig, Evaluation, Images, Run
+from space.custom import load_operations
 from space.splitting import at_once, chunks, cut
 from utils import UserError, heard_by, leave_signals_to_parent, log, sign_of_life
 
@@ -157,18 +158,24 @@ def _work(evaluation, trial, candidates):
 def _evaluate(trial, candidates):
     from training.evaluation import evaluate
 
-    flags, supernet, calibration, validation = _opened(trial)
-    return evaluate(supernet, candidates, calibration, validation, flags.bn, amp=flags.eval_amp)
+    evaluation, supernet, calibration, validation = _opened(trial)
+    return evaluate(supernet, candidates, calibration, validation, evaluation.bn, amp=evaluation.eval_amp)
 
 
 @functools.cache
 def _opened(trial):
-    """Flags, supernet and images of this worker, on a device of its own; `trial` has the flags as JSON.
+    """(Evaluation, supernet, calibration batches, validation batches) of this worker, on a device of its own.
 
-    Opened for the first list instead of when the worker starts, so that a UserError reaches the search.
+    `trial` has the settings of a trial as JSON. Opened for the first list instead of when the worker starts, so that a
+    UserError reaches the search.
     """
-    from training.evaluation import open_evaluation
+    from training.evaluation import open_evaluation, resolve_device
 
-    flags = argparse.Namespace(**json.loads(trial), split="search")
-    take_gpu(flags.device)
-    return flags, *open_evaluation(flags, listed_images(flags.out))
+    values = json.loads(trial)
+    run, evaluation = Run.of(values), Evaluation.of(values)
+    take_gpu(run.device)
+    load_operations(values["operations"])
+    return evaluation, *open_evaluation(
+        values["checkpoint"], run.out, Images.of(values), DataConfig.given(values), evaluation,
+        resolve_device(run.device, run.threads), run.seed, listed=listed_images(run.out),
+    )  # fmt: skip

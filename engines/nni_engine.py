@@ -15,9 +15,11 @@ import time
 
 from engines.machines import NOTICE_S, Connections, MachinesLost, check_machines
 from engines.progress import Progress
-from engines.search_record import EVOLUTION, prepare_search, state_path
+from engines.search_record import prepare_search, state_path
 from engines.trial import lock_folder
-from utils import HERE, UserError, log, read_yaml, signals, try_lock, write_settings
+from settings.command_line import write_settings
+from settings.subjects import EVOLUTION
+from utils import HERE, UserError, log, read_yaml, signals, try_lock
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 POLL_S = 0.5

@@ -1,16 +1,16 @@
 """The files of a search: written while it runs, read to resume or report it. Needs the standard library only."""
 
 import collections
+import contextlib
 import itertools
 import json
 import os
 import pathlib
 import statistics
 
-from utils import UserError, atomic_write, hold_lock, read_json, settings_difference, write_json
-
-# The settings of the evolution among those of a search: the names of flags, of classArgs and in state.json.
-EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")
+from settings.fields import difference
+from settings.subjects import SEARCH, DataConfig
+from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
 MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by its evaluation
 
@@ -250,6 +250,17 @@ def prepare_search(out, settings, resume, warnings=()):
         state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "heard": {}}
         write_json(path, state, indent=1)
     return state
+
+
+def settings_difference(before, now, ignore=()):
+    """What differs between the settings of two searches; see settings.fields.difference.
+
+    Settings of the data that the earlier file lacks have the value that their absence means.
+    """
+    if isinstance(before.get("data"), dict):
+        with contextlib.suppress(TypeError):
+            before = {**before, "data": DataConfig.from_dict(before["data"]).to_dict()}
+    return difference(SEARCH, before, now, ignore)
 
 
 def read_results(out, repair=False):

@@ -39,12 +39,12 @@ import torch
 import yaml
 from fuzz_mutations import ODD_VALUES, ODD_WORDS, TAGS, laughs, mutate_bytes, mutate_tree
 
-import command_line
 from engines.nni_engine import read_experiment
 from images.dataset import DataConfig
 from network import ShuffleNetV2OneShot
+from settings import command_line
 from space.flops_table import read_flops_table
-from space.limits import limits_from_args
+from space.limits import make_bounds
 from space.search_space import OPERATIONS, SearchSpace
 from training import checkpoint
 
@@ -247,10 +247,10 @@ class CommandLine:
     def parse(self, drawn):
         name, words = drawn
         args = self.parsers[name](words)
-        config = DataConfig.from_args(args)
+        config = DataConfig.resolve(DataConfig.given(vars(args)))
         space = SearchSpace.for_images(config.input_size, 10)
         if name == "search":
-            limits_from_args(args, space)
+            make_bounds(space, args.limit or (), args.flops_limit)
         if name == "supernet" and args.flops_range:
             [space.flops_value(v) for v in args.flops_range]
 

@@ -19,70 +19,11 @@ import pathlib
 import numpy as np
 
 from images import bundled, image_check
+from settings.subjects import DataConfig
 from utils import UserError, sign_of_life, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in image_check.SUFFIXES.values() for suffix in suffixes)
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """How images are transformed and how many are held out; sizes in px. The defaults are the official values."""
-
-    input_size: int = 224
-    val_resize: int = 256
-    preprocessing: str = "spos"
-    crop_scale: tuple = (0.08, 1.0)
-    crop_ratio: tuple = (3 / 4, 4 / 3)
-    jitter: float = 0.4
-    mirror: bool = True  # horizontal flip; the name is kept, because checkpoints store it
-    heldout_per_class: int = 50
-    split_seed: int = 0
-
-    @classmethod
-    def from_args(cls, args, stored=None, source=None):
-        """The config of the flags, or `stored` of the checkpoint `source`; raises UserError if flags contradict it."""
-        base = stored or cls()
-        values = {}
-        for field in dataclasses.fields(cls):
-            value = getattr(args, field.name)
-            value = tuple(value) if isinstance(value, list) else value
-            if stored and value is not None and value != getattr(stored, field.name):
-                flag = f"--{field.name.replace('_', '-')}"
-                raise UserError(
-                    f"{flag} {value} contradicts {source}, which has {getattr(stored, field.name)}; leave the flag out"
-                )
-            if value is not None:
-                values[field.name] = value
-        if not stored:
-            values.setdefault("val_resize", round(values.get("input_size", base.input_size) * 256 / 224))
-        config = dataclasses.replace(base, **values)
-        if config.val_resize < config.input_size:
-            raise UserError(f"--val-resize {config.val_resize} is smaller than the input size, {config.input_size}")
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(config, name)
-            if low > high:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {low} {high}: the first must not be larger than the second"
-                )
-        return config
-
-    def to_dict(self):
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values):
-        """The inverse of `to_dict`. Raises TypeError if a file holds anything else."""
-        if not isinstance(values, dict):
-            raise TypeError(f"data settings are a {type(values).__name__}")
-        config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        for field in dataclasses.fields(cls):
-            value, default = getattr(config, field.name), field.default
-            numbers = value if type(value) is tuple and len(value) == 2 else (value,)
-            kinds = (int, float) if type(default) in (float, tuple) else (type(default),)
-            if (type(default) is tuple) != (len(numbers) == 2) or any(type(n) not in kinds for n in numbers):
-                raise TypeError(f"{field.name} is a {type(value).__name__}")
-        return config
 
 
 # --- folders and splits --------------------------------------------------------------------------------------
@@ -174,46 +115,59 @@ def stratified_order(labels, seed):
     return shuffled[np.argsort(position[shuffled], kind="stable")]
 
 
-def prepare(args):
-    """Unpacks the bundled images for --demo. Raises UserError if --data-dir has no train/."""
-    if args.demo:
-        bundled.unpack(args.data_dir)
-    elif args.loader != "synthetic":
-        check_folder(f"{args.data_dir}/train")
+def prepare(images, demo):
+    """Unpacks the bundled images into the folder of an Images if `demo`. Raises UserError if there is no train/."""
+    if demo:
+        bundled.unpack(images.data_dir)
+    elif images.loader != "synthetic":
+        check_folder(f"{images.data_dir}/train")
 
 
-def open_data(args, config):
-    """Returns the Data of the flags, after unpacking the bundled images for --demo."""
-    prepare(args)
-    return Data(args, config)
+def open_data(images, config, demo=False):
+    """The Data of an Images, after unpacking the bundled images if `demo`."""
+    prepare(images, demo)
+    return Data.of(images, config)
 
 
 class Data:
-    """The images of a run; `split` identifies the held-out images in checkpoints.
+    """The images of a tree, and which of them are held out; `split` identifies the held-out images in checkpoints.
 
     `images(part)` returns part "supernet" (train without held-out images), "search" (held-out images), "train" or
-    "val". `listed` is a file of `write_list`, made of these images and this split: then the tree is not looked at.
+    "val". All files are checked first, unless the folder `cache` has a record that they were; without `cache` there is
+    no record. `listed` is a file of `write_list`, made of these images and this split: then the tree is not looked at.
+    `folder` None means synthetic images, without files.
+
+        data = Data("data/fashion-mnist", DataConfig(28, 28))
+        training_images = data.images("supernet")
+
+    Raises UserError where an image can't be read or has two labels, or a class is in only one of train and val.
     """
 
-    def __init__(self, args, config, listed=None):
-        self.config, self.warnings = config, []  # what makes results meaningless or too good, a line each
+    def __init__(self, folder, config=None, cache=None, listed=None):
+        self.config = config or DataConfig()
+        self.warnings = []  # what makes results meaningless or too good, a line each
         if listed:
-            self._read_list(listed, args.data_dir)
+            self._read_list(listed, folder)
             return
-        if args.loader == "synthetic":
+        if folder is None:
             self.train = self.val = synthetic_set()
         else:
-            self.train, self.val = scan(f"{args.data_dir}/train"), scan(f"{args.data_dir}/val")
-        for problem in unmatched_classes(args.data_dir, self.train, self.val):
+            self.train, self.val = scan(f"{folder}/train"), scan(f"{folder}/val")
+        for problem in unmatched_classes(folder, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
         if len(self.classes) == 1:
-            self.warnings.append(f"{args.data_dir}: a single class, {self.classes[0]!r}: every network is right")
-        if args.loader != "synthetic":
-            n_shared = image_check.check_images(args.data_dir, tree_paths(self.train, self.val), args.cache)
+            self.warnings.append(f"{folder}: a single class, {self.classes[0]!r}: every network is right")
+        if folder is not None:
+            n_shared = image_check.check_images(folder, tree_paths(self.train, self.val), cache)
             if n_shared:
-                text = f"{args.data_dir}: {n_shared} images of val are in train too: accuracies on val are too high"
+                text = f"{folder}: {n_shared} images of val are in train too: accuracies on val are too high"
                 self.warnings.append(text)
+
+    @classmethod
+    def of(cls, images, config, listed=None):
+        """The Data of an Images."""
+        return cls(None if images.loader == "synthetic" else images.data_dir, config, images.cache, listed)
 
     def write_list(self, path):
         """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 import distributed
-from dataloader import Loader
 from images.dataset import calibration_plan, evaluation_plan
 from utils import atomic_write, log, sign_of_life, try_lock
 
@@ -75,16 +74,17 @@ class FixedBatches:
         return _header(self.loader, self.plan)
 
 
-def calibration_batches(images, config, args, device):
-    """The training images that recalibrate BN: stratified by class, augmented, the same for all candidates."""
-    plan = calibration_plan(images.labels, args.bn_batches, args.bn_batch_size, args.seed)
-    return FixedBatches(Loader.from_args(images, config, True, args, device), plan, args.cache)
+def calibration_batches(loader, batches=200, batch_size=128, seed=0, cache=None):
+    """The training images that recalibrate BN: stratified by class, augmented, the same for all candidates.
+
+    `loader` is a Loader of the training images that augments.
+    """
+    return FixedBatches(loader, calibration_plan(loader.images.labels, batches, batch_size, seed), cache)
 
 
-def validation_batches(images, config, args, device):
-    """All images once, with the validation transform, shared among the ranks."""
-    plan = evaluation_plan(len(images), args.eval_batch_size)
-    return FixedBatches(Loader.from_args(images, config, False, args, device), plan, args.cache, sharded=True)
+def validation_batches(loader, batch_size=200, cache=None):
+    """All images of a Loader once, shared among the ranks."""
+    return FixedBatches(loader, evaluation_plan(len(loader.images), batch_size), cache, sharded=True)
 
 
 # --- the file ------------------------------------------------------------------------------------------------

@@ -87,10 +87,10 @@ def inspect_all(folder, paths):
 def check_images(folder, paths, cache):
     """Raises UserError if an image of the tree is unreadable or mislabelled. Returns how many val shares with train.
 
-    A tree that is recorded in the folder `cache` is not read again.
+    A tree that is recorded in the folder `cache` is not read again; None: there is no record.
     """
     found = fingerprint(folder, paths)
-    recorded, n_shared = _entry(_record(cache).get(os.path.abspath(folder)))
+    recorded, n_shared = _entry(_record(cache).get(os.path.abspath(folder))) if cache else (None, 0)
     if recorded == found:
         return n_shared
     unreadable, mislabelled, shared = inspect_all(folder, paths)
@@ -99,9 +99,10 @@ def check_images(folder, paths, cache):
         accept = "" if unreadable else ", and with --accept accepts them"
         raise UserError(
             f"{folder}: {len(unreadable)} unreadable and {len(mislabelled)} mislabelled files, the first: {wrong[0]}; "
-            f"python dataloader.py --check {folder} --cache {cache} lists all of them{accept}"
+            f"python dataloader.py --check {folder}{f' --cache {cache}' if cache else ''} lists all of them{accept}"
         )
-    remember(folder, found, len(shared), cache)
+    if cache:
+        remember(folder, found, len(shared), cache)
     return len(shared)
 
 

@@ -8,17 +8,18 @@ import statistics
 import numpy as np
 
 from engines.search_record import (
-    EVOLUTION,
     Generation,
     confirmations,
     first_generation_warning,
     ranked,
     read_generations,
+    settings_difference,
     state_path,
 )
+from settings.subjects import EVOLUTION
 from space.limits import Limits, bounds_of
 from space.search_space import SearchSpace
-from utils import UserError, read_json, settings_difference
+from utils import UserError, read_json
 
 FEWEST = 8  # accuracies, to estimate a spread from
 SKEWED = 1  # skewness from which accuracies count as not normal; 5% of 16 normal draws have more, 0.5% of 50

@@ -33,16 +33,18 @@ ENTRIES = {  # of a YAML's space, and of a mapping in it -> fields of a SearchSp
 loaded = {}  # name of an operation of the user -> SHA-256 of its file
 
 
-def space_from_args(args, input_size, n_classes):
-    """The SearchSpace of the flags --space, --architecture and --operations, for images and classes.
+def make_space(name=None, architecture=None, operations=None, input_size=224, n_classes=1000, where="space"):
+    """The SearchSpace by name, for images and classes.
 
-    Without --space, an architecture that a search wrote is of that search's space, and one with widths of `joint`.
-    Raises UserError where the flags make no space.
+    `name` is a preset, a YAML file with a section `space`, or the content of such a section, which stands in the file
+    `where`. `architecture` is a file of one, `operations` a file of own operations. Without a name, an architecture
+    that a search wrote is of that search's space, and one with widths of `joint`.
+    Raises UserError where these make no space.
     """
-    load_operations(args.operations)
-    given, name = {}, args.space
+    load_operations(operations)
+    given = {}
     if isinstance(name, dict):
-        given = _fields(name, f"{args.config}: space")
+        given = _fields(name, where)
     elif name in PRESETS:
         given = dict(PRESETS[name])
     elif name is not None:
@@ -50,14 +52,14 @@ def space_from_args(args, input_size, n_classes):
         if not isinstance(document.get("space"), dict):
             raise UserError(f"--space {name}: neither {', '.join(PRESETS)} nor a YAML file with a section 'space'")
         given = _fields(document["space"], f"{name}: space")
-    if name in (None, "channels") and args.architecture:
-        given = _space_of(args.architecture) | given
+    if name in (None, "channels") and architecture:
+        given = _space_of(architecture) | given
     space = dataclasses.replace(SearchSpace.for_images(input_size, n_classes), **given)
     if name == "channels":
-        if not args.architecture:
+        if not architecture:
             raise UserError("--space channels: needs --architecture FILE, whose operations it keeps")
         whole = dataclasses.replace(space, widths=WIDTHS, architecture=())
-        fixed = whole.load_architecture(args.architecture)[: space.n_blocks]
+        fixed = whole.load_architecture(architecture)[: space.n_blocks]
         space = dataclasses.replace(whole, architecture=fixed)
     return with_hash(space)
 

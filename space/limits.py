@@ -14,7 +14,7 @@ import reprlib
 
 import numpy as np
 
-from space.search_space import COSTS
+from settings.subjects import COSTS
 from utils import UserError
 
 ENUMERABLE = 1_000_000  # candidates of a space that is looked through as a whole
@@ -48,14 +48,14 @@ def read_limits(space, texts):
     return bounds
 
 
-def limits_from_args(args, space):
-    """The bounds on the costs of candidates, from --limit and --flops-limit, or the official one."""
+def make_bounds(space, texts=(), flops_limit=None):
+    """The bounds in texts such as "flops=290M:330M", and in a limit on FLOPs alone ("330M"); else the official one."""
     official, share = OFFICIAL_LIMIT
-    bounds = read_limits(space, args.limit or [])
-    if args.flops_limit is not None:
+    bounds = read_limits(space, texts)
+    if flops_limit is not None:
         if "flops" in bounds:
             raise UserError("--flops-limit and --limit flops: leave one of them out")
-        bounds["flops"] = None, space.flops_value(args.flops_limit, "--flops-limit")
+        bounds["flops"] = None, space.flops_value(flops_limit, "--flops-limit")
     return bounds or {"flops": (None, space.flops_value(official if space.is_papers else share))}
 
 

@@ -38,16 +38,17 @@ class PathSampler:
     def __init__(self, space, seed=0, flops_range=None, n_bins=7, width_warmup=0):
         self.space, self.seed, self.width_warmup = space, seed, width_warmup
         self._cached = None, None  # a chunk's number and its paths
+        self.flops_range = None if flops_range is None else list(flops_range)
         self.edges = None
-        if flops_range is not None:
-            low, high = flops_range
+        if self.flops_range:
+            low, high = self.flops_range
             if not low < high:
                 raise UserError(f"--flops-range {low} {high}: the first has to be the lower one")
             self.edges = np.array([low + (high - low) * i // n_bins for i in range(n_bins + 1)])
             self._check_bins()
 
     def candidate(self, step):
-        """The candidate of a step (0, 1, ...)."""
+        """The candidate of a step; training counts steps from 1."""
         if step < self.width_warmup:
             return self._widest(step)
         chunk, offset = divmod(step, CHUNK)

@@ -26,7 +26,6 @@ from space.costs import Costs, count_costs
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
-COSTS = ("flops", "params", "latency")  # multiply-adds, parameters, ns
 UNITS = {  # of the costs: their forms in words, and factors by unit
     "flops": ("multiply-adds (330000000, 330M)", {"": 1, "M": 1e6}),
     "params": ("parameters (3500000, 3.5M)", {"": 1, "M": 1e6}),

@@ -1,6 +1,5 @@
 """Shared fixtures: small trees of coloured images, bundled ones as tensors, and scripts in this process or another."""
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -23,6 +22,7 @@ import utils
 from dataloader import Loader
 from engines import local_engine
 from images import bundled
+from settings.subjects import Images
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
@@ -88,8 +88,9 @@ def data(tree):
 
 
 @pytest.fixture
-def data_args(tree):
-    return argparse.Namespace(data_dir=str(tree), loader="auto", demo=False, cache=os.environ["TEST_CACHE"])
+def images(tree):
+    """The settings of the images."""
+    return Images(data_dir=str(tree), cache=os.environ["TEST_CACHE"])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, make_tree, run
 
-import command_line
 import dataloader
 import utils
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
+from settings import command_line
 from space.search_space import SearchSpace
 from training import checkpoint
 

@@ -1,6 +1,5 @@
 """The four commands as a user types them, and in this process: what they leave, which images they use, their errors."""
 
-import argparse
 import contextlib
 import importlib
 import itertools
@@ -185,8 +184,7 @@ def test_a_trial_looks_at_its_own_images_alone(typed, data, tmp_path, monkeypatc
 @pytest.fixture(scope="module")
 def parts(tree):
     """The files of train that are not held out and those that are, of all of train, and of val; sorted."""
-    args = argparse.Namespace(data_dir=str(tree), loader="torchvision", demo=False, cache=os.environ["TEST_CACHE"])
-    images = Data(args, DataConfig(16, 18, heldout_per_class=3))
+    images = Data(tree, DataConfig(16, 18, heldout_per_class=3), os.environ["TEST_CACHE"])
     found = {part: images.images(part) for part in ("supernet", "search", "train", "val")}
     assert [len(part) for part in found.values()] == [27, 9, 36, 21]
     return {part: sorted(f"{image_set.root}/{path}" for path in image_set.paths) for part, image_set in found.items()}

@@ -1,6 +1,5 @@
 """Spaces and operations that a user gives: what is taken, what is refused in one line, and the commands with them."""
 
-import argparse
 import json
 import os
 import re
@@ -43,10 +42,6 @@ def forget():
     custom.loaded.clear()
 
 
-def flags(**given):
-    return argparse.Namespace(**{"space": None, "architecture": None, "operations": None, "config": "FILE", **given})
-
-
 def written(path, text):
     path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
     return str(path)
@@ -54,34 +49,32 @@ def written(path, text):
 
 def test_presets():
     paper = SearchSpace()
-    assert (
-        custom.space_from_args(flags(), 224, 1000) == paper == custom.space_from_args(flags(space="blocks"), 224, 1000)
-    )
-    joint = custom.space_from_args(flags(space="joint"), 224, 1000)
+    assert custom.make_space() == paper == custom.make_space("blocks")
+    joint = custom.make_space("joint")
     assert joint.is_papers and joint.choices == (4,) * 20 + (8,) * 20
-    small = custom.space_from_args(flags(space="small"), 28, 10)
+    small = custom.make_space("small", input_size=28, n_classes=10)
     assert small.n_blocks == 6 and small.stem_stride == 1 and not small.is_papers
     winner = str(ROOT / "architecture_final.json")
-    channels = custom.space_from_args(flags(space="channels", architecture=winner), 224, 1000)
+    channels = custom.make_space("channels", architecture=winner)
     assert channels.choices == (8,) * 20 and channels.architecture == paper.load_architecture(winner)
-    alone = custom.space_from_args(flags(architecture=str(ROOT / "architecture_joint.json")), 224, 1000)
+    alone = custom.make_space(architecture=str(ROOT / "architecture_joint.json"))
     assert alone == joint
     with pytest.raises(UserError, match="--space channels: needs --architecture FILE"):
-        custom.space_from_args(flags(space="channels"), 224, 1000)
+        custom.make_space("channels")
     with pytest.raises(UserError, match=r"nowhere\.yml: No such file"):
-        custom.space_from_args(flags(space="nowhere.yml"), 224, 1000)
+        custom.make_space("nowhere.yml")
 
 
 def test_an_architecture_that_a_search_wrote_is_of_its_space(tmp_path):
-    small = custom.space_from_args(flags(space="small"), 28, 10)
+    small = custom.make_space("small", input_size=28, n_classes=10)
     (tmp_path / "search").mkdir()
     (tmp_path / "search/state.json").write_text(json.dumps({"settings": {"space": small.to_dict()}}))
     path = tmp_path / "best.json"
     path.write_text(json.dumps(small.to_architecture((0, 1, 2, 3, 0, 1))))
-    assert custom.space_from_args(flags(architecture=str(path)), 32, 7) == custom.space_from_args(
-        flags(space="small"), 32, 7
+    assert custom.make_space(architecture=str(path), input_size=32, n_classes=7) == custom.make_space(
+        name="small", input_size=32, n_classes=7
     )
-    channels = custom.space_from_args(flags(space="channels", architecture=str(path)), 28, 10)
+    channels = custom.make_space("channels", architecture=str(path), input_size=28, n_classes=10)
     assert channels.choices == (8,) * 6 and channels.architecture == (0, 1, 2, 3, 0, 1)
 
 
@@ -91,16 +84,16 @@ def test_the_record_beside_an_architecture_is_checked(tmp_path):
     for content in ("[]", "{}", '{"settings": []}'):
         state.write_text(content)
         with pytest.raises(UserError, match=r"state\.json: not the state of a search"):
-            custom.space_from_args(flags(architecture=path), 28, 10)
+            custom.make_space(architecture=path, input_size=28, n_classes=10)
     operations = written(tmp_path / "own.py", EXAMPLE)
-    space = custom.space_from_args(
-        flags(space=written(tmp_path / "s.yml", {"space": OWN}), operations=operations), 28, 10
+    space = custom.make_space(
+        name=written(tmp_path / "s.yml", {"space": OWN}), operations=operations, input_size=28, n_classes=10
     )
     state.write_text(json.dumps({"settings": {"space": space.to_dict()}}))
     custom.loaded.clear()
     with pytest.raises(UserError, match=r"state\.json: its operations come from another version"):
         changed = written(tmp_path / "own.py", EXAMPLE + "\n# another version\n")
-        custom.space_from_args(flags(architecture=path, operations=changed), 28, 10)
+        custom.make_space(architecture=path, operations=changed, input_size=28, n_classes=10)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +116,7 @@ def test_what_makes_no_network_is_a_line_that_names_the_entry(tmp_path, changes,
     operations = written(tmp_path / "own.py", EXAMPLE)
     space = written(tmp_path / "space.yml", {"space": OWN | changes})
     with pytest.raises(UserError, match=message) as error:
-        custom.space_from_args(flags(space=space, operations=operations), 28, 10)
+        custom.make_space(space, operations=operations, input_size=28, n_classes=10)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -157,7 +150,7 @@ def test_an_operation_that_does_not_fit_its_block_is_a_line(tmp_path):
 
 def test_costs_are_counted_from_the_module(tmp_path):
     custom.load_operations(written(tmp_path / "own.py", EXAMPLE))
-    space = custom.space_from_args(flags(space=written(tmp_path / "s.yml", {"space": OWN})), 28, 10)
+    space = custom.make_space(written(tmp_path / "s.yml", {"space": OWN}), input_size=28, n_classes=10)
     candidate = (1, 0, 2, 1, 0, 1, 1, 0)
     network, counted = ShuffleNetV2(candidate, space=space).eval(), []
 
@@ -198,7 +191,7 @@ def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path
     """A convolution with bias, its BN apart, and dropout: folded or not, one by one or as a tree."""
     custom.load_operations(written(tmp_path / "odd.py", ODD))
     fields = OWN | {"operations": ["odd", "shufflenet_3x3"]}
-    space = custom.space_from_args(flags(space=written(tmp_path / "s.yml", {"space": fields})), 16, 10)
+    space = custom.make_space(written(tmp_path / "s.yml", {"space": fields}), input_size=16, n_classes=10)
     torch.manual_seed(0)
     supernet = ShuffleNetV2OneShot(space=space).double()
     (images, _), *calibration = [(torch.rand(8, 3, 16, 16).double() * 255, torch.arange(8)) for _ in range(3)]
@@ -219,7 +212,7 @@ def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path
 def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
     operations = written(tmp_path / "own.py", EXAMPLE)
     custom.load_operations(operations)
-    space = custom.space_from_args(flags(space=written(tmp_path / "s.yml", {"space": OWN})), 28, 10)
+    space = custom.make_space(written(tmp_path / "s.yml", {"space": OWN}), input_size=28, n_classes=10)
     content = {"kind": "supernet", "space": space.to_dict(), "classes": list("abcdefghij"), "split": None, "data": {}}
     path = tmp_path / "supernet.pth"
     checkpoint.save(path, model=ShuffleNetV2OneShot(space=space).state_dict(), **content)

@@ -1,6 +1,5 @@
 """Folders, splits, order, augmentation and the loaders."""
 
-import argparse
 import dataclasses
 import multiprocessing
 import os
@@ -73,21 +72,21 @@ def test_scan_is_sorted_and_labelled(tree):
         (lambda d: [p.unlink() for p in sorted((d / "train" / "car").iterdir())[3:]], "'car' has 3 images"),
     ],
 )
-def test_wrong_folders_are_named(tmp_path, data_args, break_it, message):
-    data_args.data_dir = make_tree(tmp_path / "d", 4, 1)
-    break_it(data_args.data_dir)
+def test_wrong_folders_are_named(tmp_path, break_it, message):
+    folder = make_tree(tmp_path / "d", 4, 1)
+    break_it(folder)
     with pytest.raises(UserError, match=message):
-        _ = Data(data_args, CONFIG).heldout
+        _ = Data(folder, CONFIG).heldout
 
 
-def test_split_is_disjoint_deterministic_and_per_class(data_args):
-    data, again = Data(data_args, CONFIG), Data(data_args, CONFIG)
+def test_split_is_disjoint_deterministic_and_per_class(images):
+    data, again = Data.of(images, CONFIG), Data.of(images, CONFIG)
     held, rest = data.images("search"), data.images("supernet")
     assert not set(held.paths) & set(rest.paths)
     assert set(held.paths) | set(rest.paths) == set(data.images("train").paths)
     assert np.bincount(held.labels).tolist() == [3, 3, 3]
     assert data.split == again.split and again.images("search").paths == held.paths
-    other = Data(data_args, dataclasses.replace(CONFIG, split_seed=1))
+    other = Data.of(images, dataclasses.replace(CONFIG, split_seed=1))
     assert other.split["hash"] != data.split["hash"]
 
 
@@ -95,21 +94,16 @@ def test_a_split_of_names_that_are_no_text(tmp_path):
     folder = make_tree(tmp_path / "tree") / "train" / "car"
     for path in folder.iterdir():
         os.rename(path, os.fsencode(folder) + b"/caf\xe9" + os.fsencode(path.name))
-    args = argparse.Namespace(data_dir=str(tmp_path / "tree"), loader="auto", demo=False, cache=str(tmp_path))
-    assert len(Data(args, CONFIG).split["hash"]) == 16
+    assert len(Data(tmp_path / "tree", CONFIG, tmp_path).split["hash"]) == 16
 
 
-def test_config_flags_against_a_checkpoint(data_args):
-    for field in dataclasses.fields(DataConfig):
-        setattr(data_args, field.name, None)
-    assert DataConfig.from_args(data_args) == DataConfig()
-    data_args.input_size = 32
-    assert DataConfig.from_args(data_args).val_resize == 37
+def test_config_flags_against_a_checkpoint():
+    assert DataConfig.resolve(DataConfig.given(DataConfig.unset())) == DataConfig()
+    assert DataConfig.resolve({"input_size": 32}).val_resize == 37
     stored = DataConfig.from_dict(CONFIG.to_dict())
-    assert stored == CONFIG and DataConfig.from_args(data_args, stored, "x.pth") == CONFIG
-    data_args.preprocessing = "imagenet"
+    assert stored == CONFIG and DataConfig.resolve({"input_size": 32}, stored, "x.pth") == CONFIG
     with pytest.raises(UserError, match=r"--preprocessing imagenet contradicts x\.pth, which has spos"):
-        DataConfig.from_args(data_args, stored, "x.pth")
+        DataConfig.resolve({"preprocessing": "imagenet"}, stored, "x.pth")
 
 
 # --- order
@@ -403,9 +397,8 @@ def test_exif_orientation_is_ignored(tmp_path, backend, augment, monkeypatch):
     assert rows[:12].min() > 180 and rows[-12:].max() < 20
 
 
-def test_synthetic_images_need_no_files(data_args):
-    data_args.loader = "synthetic"
-    data = Data(data_args, DataConfig(input_size=32))
+def test_synthetic_images_need_no_files():
+    data = Data(None, DataConfig(input_size=32))
     loader = Loader(data.images("supernet"), CONFIG, True, backend="synthetic")
     images, labels = next(loader.batches(training_plan(len(loader.images), 6, 0)))
     assert images.shape == (6, 3, 32, 32) and labels.shape == (6,) and len(data.classes) == 1000

@@ -1,6 +1,5 @@
 """Training on two processes, and runs that are killed: as on one process, and as if nothing had been."""
 
-import argparse
 import datetime
 import itertools
 import json
@@ -20,7 +19,7 @@ import pytest
 import torch
 import two_processes
 from conftest import ROOT, run
-from test_training import SPACE, Images, settings
+from test_training import SPACE, Images
 from torch import nn
 
 import distributed
@@ -28,6 +27,7 @@ import utils
 from distributed import per_rank_batch_size
 from images.dataset import training_plan
 from network import ShuffleNetV2OneShot
+from settings.subjects import deciding
 from space.sampler import PathSampler
 from training import checkpoint
 from training.recipe import dropout_seed
@@ -247,7 +247,7 @@ def outcomes(main, n=2):
                     os.environ.update({**address, **local})
                     os.dup2(os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT), 2)
                     sys.stderr = os.fdopen(2, "w")
-                    distributed.run(lambda args, rank=rank: main(rank), lambda: argparse.Namespace(device="cpu"))
+                    distributed.run(lambda _, rank=rank: [distributed.join("cpu"), main(rank)], lambda: None)
                     code = 0
                 except SystemExit as end:
                     code = end.code
@@ -285,10 +285,10 @@ def test_processes_that_differ_are_told_before_the_first_step(tmp_path, monkeypa
         }
         own |= change if rank else {}
         monkeypatch.setattr("training.run.code_version", lambda: own["code"])
-        args = settings(**{name: own[name] for name in ("lr", "workers", "keep")})
+        decide = deciding({name: own[name] for name in ("lr", "workers", "keep")})
         contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"]}
-        run = TrainingRun(args, tmp_path / "run", torch.device("cpu"), "supernet", contents)
-        run.start(argparse.Namespace(names_hash=own["images"], warnings=[]))
+        run = TrainingRun(tmp_path / "run", "supernet", contents, decide)
+        run.start(torch.device("cpu"), 0, images=own["images"])
 
     found = outcomes(main)
     if message is None:
@@ -345,8 +345,7 @@ def test_the_code_has_a_version(tmp_path, monkeypatch):
 def test_one_process_on_several_gpus_says_how_to_use_them_all(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "gpu_count", lambda: 8)
     monkeypatch.setattr(sys, "argv", ["supernet.py", "--out", "my run"])
-    run = TrainingRun(settings(), tmp_path / "run", torch.device("cuda"), "supernet", {})
-    run.start()
+    TrainingRun(tmp_path / "run", "supernet").start(torch.device("cuda"), 0)
     log = (tmp_path / "run" / "run.log").read_text()
     assert "one of 8 GPUs is used; all of them: torchrun --nproc-per-node 8 supernet.py --out 'my run'" in log
     assert distributed.unused_gpus(torch.device("cpu")) is None

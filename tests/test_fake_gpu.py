@@ -115,7 +115,7 @@ def test_a_training_step_calls_nothing_that_waits(monkeypatch, amp):
     """With the metrics of the log, up to the line that fetches them; the first step makes the momentum buffers."""
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE)
-    recipe = Recipe(model, settings(amp=amp), torch.device("cpu"))
+    recipe = Recipe(model, settings(amp=amp))
     meter = loop._Meter(recipe, None, 0, 0.0, torch.empty(0, 3, dtype=torch.double))
     meter.first = 0, 0.0  # set after a first step, which is not timed, and fetched
     images, labels = torch.rand(4, 3, 16, 16), torch.randint(7, (4,))
@@ -162,7 +162,7 @@ def two_steps_and_a_resume(device, amp):
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])  # fmt: skip
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_a_resumed_run_takes_the_same_steps_on_the_device(device, amp):
-    evaluation.resolve_device(settings(device=device, threads=None))
+    evaluation.resolve_device(device)
     straight, resumed = two_steps_and_a_resume(torch.device(device), amp)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
 
@@ -170,7 +170,7 @@ def test_a_resumed_run_takes_the_same_steps_on_the_device(device, amp):
 def test_cudnn_is_deterministic_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    assert evaluation.resolve_device(settings(device="cpu", threads=None)).type == "cpu"
+    assert evaluation.resolve_device("cpu").type == "cpu"
     assert not torch.backends.cudnn.deterministic
-    assert evaluation.resolve_device(settings(device="auto", threads=None)).type == "cuda"
+    assert evaluation.resolve_device().type == "cuda"
     assert torch.backends.cudnn.deterministic

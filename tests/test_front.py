@@ -14,8 +14,8 @@ import search
 from engines.search_record import SearchRecord, prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
 from reports.search_results import SearchResults
+from settings.subjects import COSTS
 from space.limits import by_fronts, crowding, fronts
-from space.search_space import COSTS
 from utils import UserError, read_json
 
 

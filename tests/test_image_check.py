@@ -161,14 +161,13 @@ def test_a_record_that_cannot_be_written_does_no_harm(tree, record, caplog):
     assert "checked again next time" in caplog.text
 
 
-def test_records_are_kept_in_the_folder_of_cache(tree, tmp_path, data_args, touched):
+def test_records_are_kept_in_the_folder_of_cache(tree, tmp_path, touched):
     """And nothing in the checkout, which may be read-only."""
     record = tmp_path / "cache" / "checked.json"
     run("dataloader.py", "--check", tree, "--cache", record.parent)
     assert list(json.loads(record.read_text())) == [str(tree)]
     record.unlink()
-    data_args.data_dir, data_args.cache = str(tree), str(record.parent)
-    Data(data_args, DataConfig(heldout_per_class=1))
+    Data(tree, DataConfig(heldout_per_class=1), record.parent)
     assert list(json.loads(record.read_text())) == [str(tree)]
     written = [path for what, path in touched if what == "write"]
     assert written and not [path for path in written if path.startswith(str(ROOT)) and "__pycache__" not in path]

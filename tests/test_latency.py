@@ -256,11 +256,11 @@ def test_after_three_corrections_there_is_no_winner(timed, tmp_path):
 
 
 @pytest.fixture
-def world(tree, data_args, tmp_path, table, monkeypatch, forked):
+def world(tree, images, tmp_path, table, monkeypatch, forked):
     """The words of a search in a folder with a supernet, its space and a table; evaluations are made up."""
     config = DataConfig(input_size=16, val_resize=18, heldout_per_class=3)
     content = {"version": 1, "kind": "supernet", "step": 1, "space": SPACE.to_dict(), "data": config.to_dict()}
-    content |= {"split": Data(data_args, config).split, "classes": ["apple", "bird", "car"], "architecture": None}
+    content |= {"split": Data.of(images, config).split, "classes": ["apple", "bird", "car"], "architecture": None}
     torch.save(content | {"model": ShuffleNetV2OneShot(space=SPACE).state_dict()}, tmp_path / "s.pth")
     write_json(tmp_path / "nni_auto_gen_search_space.json", SPACE.nni_search_space())
     write_json(tmp_path / "latency.json", table)

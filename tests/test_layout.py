@@ -12,11 +12,12 @@ import pytest
 from utils import HERE
 
 COMMANDS = {"supernet", "tester", "search", "scratch", "report"}
-ROOMS = ("space", "images", "training", "engines", "reports")
+ROOMS = ("settings", "space", "images", "training", "engines", "reports")
 # A row may import itself and the rows above it. A name stands for a module at the root, or for all modules of a folder.
 ORDER = (
     {"utils"},
-    {"space", "blocks", "command_line", "distributed"},
+    {"settings"},
+    {"space", "blocks", "distributed"},
     {"images", "dataloader", "network"},
     {"training"},
     {"engines", "evolution_tuner"},
@@ -159,14 +160,16 @@ def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, mod
     ("module", "allowed"),
     [
         ("utils", set()),
-        ("command_line", {"utils"}),
-        ("space.search_space", {"utils", "space"}),
+        ("settings.command_line", {"utils", "settings"}),
+        ("settings.subjects", {"utils", "settings"}),
+        ("settings.fields", {"utils"}),
+        ("space.search_space", {"utils", "space", "settings"}),
         ("space.splitting", {"utils"}),
         ("images.bundled", {"utils"}),
         ("images.image_check", {"utils", "PIL", "tqdm"}),
         ("blocks", {"torch"}),
         ("space.costs", {"utils"}),
-        ("engines.search_record", {"utils"}),
+        ("engines.search_record", {"utils", "settings"}),
     ],
 )
 def test_a_module_needs_few_packages(module, allowed):

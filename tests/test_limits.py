@@ -10,9 +10,10 @@ import pytest
 
 import search
 from evolution_tuner import Evolution
+from settings.subjects import COSTS
 from space.custom import PRESETS
-from space.limits import Limits, as_settings, bounds_of, describe, limits_from_args, read_limits
-from space.search_space import COSTS, SearchSpace
+from space.limits import Limits, as_settings, bounds_of, describe, make_bounds, read_limits
+from space.search_space import SearchSpace
 from utils import UserError
 
 POPULATION = 50
@@ -210,12 +211,18 @@ def test_limits_of_the_command_line_join_those_of_a_file(tmp_path):
     config = tmp_path / "c.yml"
     config.write_text("search: {limit: [flops=300M, params=3M]}")
     args = search.parse_args(["--config", str(config), "--limit", "params=4M", "--limit", "params=3.5M"])
-    assert limits_from_args(args, SPACES["blocks"]) == {"flops": (None, 300_000_000), "params": (None, 3_500_000)}
+    assert make_bounds(SPACES["blocks"], args.limit, args.flops_limit) == {
+        "flops": (None, 300_000_000),
+        "params": (None, 3_500_000),
+    }
     args = search.parse_args(["--flops-limit", "310M", "--limit", "params=3.5M"])
-    assert limits_from_args(args, SPACES["blocks"]) == {"flops": (None, 310_000_000), "params": (None, 3_500_000)}
+    assert make_bounds(SPACES["blocks"], args.limit, args.flops_limit) == {
+        "flops": (None, 310_000_000),
+        "params": (None, 3_500_000),
+    }
     args.limit.append("flops=300M")
     with pytest.raises(UserError, match="--flops-limit and --limit flops: leave one of them out"):
-        limits_from_args(args, SPACES["blocks"])
+        make_bounds(space, args.limit, args.flops_limit)
 
 
 # --- what is impossible --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import search
 from engines.search_record import prepare_search
 from images.dataset import DataConfig
 from space.custom import PRESETS
-from space.limits import limits_from_args
+from space.limits import make_bounds
 from space.search_space import SearchSpace
 
 SPACE = SearchSpace(
@@ -98,4 +98,4 @@ def test_the_default_limit_of_a_small_space_can_be_broken(size):
     for n_classes in (10, 1000):
         space = SearchSpace(size, n_classes, **PRESETS["small"])
         low, high = space.flops_range
-        assert low < limits_from_args(search.parse_args([]), space)["flops"][1] < high
+        assert low < make_bounds(space)["flops"][1] < high

@@ -19,7 +19,7 @@ import search
 from engines import nni_engine
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
-from space.limits import limits_from_args
+from space.limits import make_bounds
 from space.search_space import SearchSpace
 from utils import UserError, read_json
 
@@ -331,7 +331,8 @@ def test_missing_nni_is_an_error(tmp_path, monkeypatch):
 
 def test_limit_is_official_at_imagenets_size_and_its_share_elsewhere():
     def limits(space, *words):
-        return limits_from_args(search.parse_args(words), space)
+        args = search.parse_args(words)
+        return make_bounds(space, args.limit or (), args.flops_limit)
 
     assert limits(SearchSpace()) == {"flops": (None, 330_000_000)}
     assert limits(SPACE) == {"flops": (None, SPACE.flops_quantile(0.59))}

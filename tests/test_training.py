@@ -1,11 +1,12 @@
 """The training recipe, resuming, and what a step leaves alone."""
 
-import argparse
+import dataclasses
 import itertools
 import json
 import os
 import shutil
 import signal
+import types
 
 import pytest
 import reference_spos
@@ -18,6 +19,7 @@ import training.run
 import utils
 from images.dataset import training_plan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
+from settings.subjects import Training, deciding
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
 from training import loop
@@ -51,28 +53,27 @@ class Images:
 
 
 def settings(**changes):
-    values = {
-        "iterations": 20, "batch_size": 8, "lr": 0.5, "warmup": 0, "momentum": 0.9, "weight_decay": 4e-5,
-        "label_smoothing": 0.1, "seed": 0, "amp": "off", "val_every": 1000, "save_every": 1000, "keep": 3,
-        "resume": "auto", "loader": "torchvision",
-    }  # fmt: skip
-    return argparse.Namespace(**{**values, **changes})
+    return Training(**{"iterations": 20, "batch_size": 8, "val_every": 1000, "save_every": 1000, **changes})
 
 
-def training_run(folder, args):
+def training_run(folder, training, seed=0, loader="torchvision"):
     contents = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
-    return TrainingRun(args, folder, torch.device("cpu"), "supernet", contents)
+    deciding_ones = deciding({**dataclasses.asdict(training), "seed": seed, "loader": loader})
+    return TrainingRun(folder, "supernet", contents, deciding_ones, training.keep)
 
 
-def supernet_run(folder, args, model=None, sampler=None, images=None, validate=lambda step: {"val/acc1": 1.0}):
+def supernet_run(
+    folder, training, model=None, sampler=None, images=None, validate=lambda step: {"val/acc1": 1.0}, seed=0,
+    loader="torchvision",
+):  # fmt: skip
     torch.manual_seed(0)
     model = model or ShuffleNetV2OneShot(space=SPACE)
-    sampler = sampler or PathSampler(SPACE, args.seed)
-    run = training_run(folder, args)
-    if args.resume == "none":
-        run.start()
-    metrics = train(run, model, images or Images(), validate, sampler.candidate)
+    sampler = sampler or PathSampler(SPACE, seed)
+    run = training_run(folder, training, seed, loader)
+    if training.resume == "none":
+        run.start(torch.device("cpu"), seed, anew=True)
+    metrics = train(model, images or Images(), training, sampler.candidate, validate, run, seed=seed)
     return model, metrics
 
 
@@ -188,10 +189,9 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
                     momentum[name] = 0.9 * momentum[name] + gradient if name in momentum else gradient
                     p -= 0.5 * (1 - k / iterations) * momentum[name]
 
-    run = TrainingRun(
-        settings(iterations=iterations, batch_size=16, save_every=3), tmp_path, torch.device("cpu"), kind, {}
-    )
-    train(run, model, ThreeBatches(), None, sampler.candidate if kind == "supernet" else None)
+    recipe = settings(iterations=iterations, batch_size=16, save_every=3)
+    candidate_at = sampler.candidate if kind == "supernet" else None
+    train(model, ThreeBatches(), recipe, candidate_at, run=TrainingRun(tmp_path, kind))
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
     ours, theirs, moved = model.state_dict(), reference.state_dict(), 0
     for name, expected in theirs.items():
@@ -282,7 +282,7 @@ def test_a_run_on_other_images_is_refused(tmp_path):
         run = training_run(tmp_path, settings(iterations=2))
         run.contents[key] = value
         with pytest.raises(UserError, match=f"trained with another {key}; .*--resume none"):
-            train(run, ShuffleNetV2OneShot(space=SPACE), Images(), None, PathSampler(SPACE, 0).candidate)
+            train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=2), run=run)
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path):
@@ -290,7 +290,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--lr 0.3 \(was 0.5\).*--out.*--resume none"):
         supernet_run(tmp_path, settings(iterations=2, lr=0.3))
     with pytest.raises(UserError, match=r"--loader synthetic \(was torchvision\)"):
-        supernet_run(tmp_path, settings(iterations=2, loader="synthetic"))
+        supernet_run(tmp_path, settings(iterations=2), loader="synthetic")
     supernet_run(tmp_path, settings(iterations=2, keep=7))  # harmless
     before = (tmp_path / "checkpoint-0000002.pth").read_bytes()
     supernet_run(tmp_path, settings(iterations=2, lr=0.3, resume="none"))
@@ -544,7 +544,7 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path):
 
 
 def test_checkpoints_that_will_not_fit_on_the_disk_are_foretold(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda folder: argparse.Namespace(free=1000))
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
     supernet_run(tmp_path, settings(iterations=6))
     assert "has 0.0 GB left, the checkpoints need 0.0 GB; lower --keep" in caplog.text
 
@@ -557,10 +557,10 @@ def test_a_folder_has_one_run_at_a_time_and_the_one_before_is_kept(tmp_path, mon
         if n:
             supernet_run(folder, settings(iterations=2, resume="auto"))
         first = training_run(folder, args)
-        first.start()
+        first.start(torch.device("cpu"), 0, anew=True)
         assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir() and p != folder) == ["run.1", "run.2"][:n]
         with pytest.raises(UserError, match="another run"):
-            training_run(folder, args).start()
+            training_run(folder, args).start(torch.device("cpu"), 0)
         first.lock.close()
     assert newest(tmp_path / "run.1").name == newest(tmp_path / "run.2").name == "checkpoint-0000002.pth"
 

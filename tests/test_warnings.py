@@ -22,8 +22,7 @@ def tree(tmp_path):
 
 
 def warnings(tree):
-    args = types.SimpleNamespace(data_dir=str(tree), loader="torchvision", cache=str(tree.parent))
-    return Data(args, DataConfig(heldout_per_class=1)).warnings
+    return Data(tree, DataConfig(heldout_per_class=1), tree.parent).warnings
 
 
 def test_a_single_class(tree):

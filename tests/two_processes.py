@@ -6,7 +6,6 @@ import sys
 import torch
 from test_training import SPACE, Images, settings
 
-import command_line
 import distributed
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler
@@ -48,8 +47,8 @@ def trained(folder, dtype, steps):
     sampler = PathSampler(SPACE, 0)
     stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
-    run = TrainingRun(settings(iterations=steps), folder, torch.device("cpu"), "supernet", stored)
-    metrics = train(run, model, InDouble() if dtype == torch.float64 else Images(), lambda step: {}, sampler.candidate)
+    images, run = InDouble() if dtype == torch.float64 else Images(), TrainingRun(folder, "supernet", stored)
+    metrics = train(model, images, settings(iterations=steps), sampler.candidate, lambda step: {}, run)
     return {
         "weights": dict(model.named_parameters()),
         "gradients": {n: p.grad for n, p in model.named_parameters()},
@@ -58,6 +57,7 @@ def trained(folder, dtype, steps):
 
 
 def main(out):
+    distributed.join("cpu")
     rank = distributed.rank()
     result = {
         str(dtype): trained(out / str(dtype), dtype, steps) for dtype, steps in ((torch.float32, 1), (torch.float64, 3))
@@ -67,7 +67,4 @@ def main(out):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = command_line.Parser(__doc__, "two_processes")
-    parser.add_argument("out", type=pathlib.Path)
-    parser.set_defaults(device="cpu")
-    distributed.run(lambda args: main(args.out), lambda: parser.parse_args(sys.argv[1:]))
+    distributed.run(main, lambda: pathlib.Path(sys.argv[1]))

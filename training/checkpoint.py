@@ -13,19 +13,15 @@ import warnings
 
 import torch
 
-from images.dataset import Data, DataConfig, prepare
+from images.dataset import Data
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from space.custom import check_operations, load_operations
+from settings.fields import difference, flag
+from settings.subjects import SUBJECTS, DataConfig
+from space.custom import check_operations
 from space.search_space import SearchSpace
-from utils import HERE, UserError, atomic_write, log, settings_difference
+from utils import HERE, UserError, atomic_write, log
 
 VERSION = 1
-
-# Settings that a resumed run may change: the result is the same, up to rounding on another device.
-HARMLESS = {
-    "config", "demo", "out", "data_dir", "cache", "workers", "threads", "device", "keep", "resume", "save_every",
-    "val_every", "eval", "export", "predict", "space", "operations",
-}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -132,17 +128,15 @@ def load_supernet(path, out, space=None):
     return model, ckpt
 
 
-def open_supernet(args, listed=None):
-    """(supernet, its Checkpoint, DataConfig, Data) of the flags; `listed` as for Data.
+def open_supernet(path, out, images, given, listed=None):
+    """(supernet, its Checkpoint, DataConfig, Data): the supernet of `load_supernet`, and the images that go with it.
 
-    Raises UserError where checkpoint, flags and images don't go together.
+    `images` is an Images; `given` has the values of a DataConfig that are given (name -> value), which must be those of
+    the checkpoint; `listed` is as for Data. Raises UserError where checkpoint, settings and images don't go together.
     """
-    if not listed:
-        prepare(args)
-    load_operations(args.operations)
-    model, ckpt = load_supernet(args.checkpoint, args.out, SearchSpace.for_images(args.input_size or 224))
-    config = DataConfig.from_args(args, ckpt.data, ckpt.path)
-    data = Data(args, config, listed)
+    model, ckpt = load_supernet(path, out, SearchSpace.for_images(given.get("input_size", 224)))
+    config = DataConfig.resolve(given, ckpt.data, ckpt.path)
+    data = Data.of(images, config, listed)
     check_classes(ckpt, data.classes)
     check_split(ckpt, data.split)
     return model, ckpt, config, data
@@ -196,8 +190,8 @@ def check_classes(ckpt, classes):
 
 def check_settings(ckpt, settings, folder):
     """Raises UserError that names the flags in which a run differs from the one that it would resume."""
-    if changes := settings_difference(ckpt.content["settings"], settings, HARMLESS):
-        flags = {name: f"--{name.replace('_', '-')}" for name in changes} | {"processes": "processes"}  # not a flag
+    if changes := difference(SUBJECTS, ckpt.content["settings"], settings):
+        flags = {name: flag(name) for name in changes} | {"processes": "processes"}  # not a flag
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
         raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")
 

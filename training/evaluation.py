@@ -9,6 +9,7 @@ import time
 import torch
 
 import distributed
+from dataloader import Loader
 from images.image_cache import calibration_batches, validation_batches
 from network import batch_norms
 from space.splitting import cut
@@ -19,16 +20,22 @@ from utils import UserError
 NO_GPU = "--device cuda: no GPU that torch can use; leave the flag out or say cpu"
 
 
-def open_evaluation(args, listed=None):
-    """(supernet, calibration batches, validation batches), the images that `args.split` names, of the flags.
+def open_evaluation(path, out, images, given, evaluation, device, seed=0, split="search", listed=None):
+    """(supernet on the device, calibration batches, validation batches) of a supernet's checkpoint.
 
-    `listed` is a file that lists the images, so that a trial does not look at all of them again.
+    The first four arguments and `listed` are those of checkpoint.open_supernet; `evaluation` is an Evaluation; `split`
+    names the images of validation, "search" or "val". With `listed`, a trial does not look at all images again.
     """
-    supernet, _, config, data = checkpoint.open_supernet(args, listed)
-    device = resolve_device(args)
+    supernet, _, config, data = checkpoint.open_supernet(path, out, images, given, listed)
     supernet.to(device, memory_format=torch.channels_last)
-    calibration = calibration_batches(data.images("supernet"), config, args, device)
-    return supernet, calibration, validation_batches(data.images(args.split), config, args, device)
+
+    def loader(part, augment):
+        return Loader(data.images(part), config, augment, seed, device, images.loader, images.workers)
+
+    calibration = calibration_batches(
+        loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, seed, images.cache
+    )
+    return supernet, calibration, validation_batches(loader(split, False), images.eval_batch_size, images.cache)
 
 
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):
@@ -146,15 +153,15 @@ def _all_reduce_counts(counts, n_images, width):
     return distributed.all_reduce_sum(here), distributed.all_reduce_sum(torch.tensor(n_images)).item()
 
 
-def resolve_device(args):
-    """The torch device of --device; sets --threads, and makes cuDNN deterministic, as the official search does.
+def resolve_device(name="auto", threads=None):
+    """The torch device "auto", "cpu" or "cuda"; sets the CPU threads, and makes cuDNN deterministic (official search).
 
     Raises UserError where there is no GPU to use.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError(NO_GPU)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = device.type == "cuda"
     return device

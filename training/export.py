@@ -145,24 +145,25 @@ def latency(run, image):
     return round(statistics.median(seconds[WARM_UP:]) * 1000, 3)
 
 
-def predict(paths, model, ckpt, config, args, device):
+def predict(paths, model, ckpt, config, images, device):
     """Yields (path, [(class name, probability), ...]) for each image file, the five most probable classes first.
 
-    Raises UserError that names the file, before anything is computed, where one is not an image.
+    `images` is an Images, which says how they are loaded. Raises UserError that names the file, before anything is
+    computed, where one is not an image.
     """
-    if args.loader == "synthetic":
+    if images.loader == "synthetic":
         raise UserError("--loader synthetic: reads no files; leave the flag out with --predict")
     for path in paths:
         _, reason, _ = inspect(path)
         if reason:
             raise UserError(f"--predict {path}: {reason}")
     names = ckpt.class_names
-    images = ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), tuple(names))
+    files = ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), tuple(names))
     model.to(device, memory_format=torch.channels_last).eval()
-    loader = Loader.from_args(images, config, False, args, device)
+    loader = Loader(files, config, False, 0, device, images.loader, images.workers)
     done = iter(paths)
     with torch.inference_mode():
-        for batch, _ in loader.batches(evaluation_plan(len(paths), args.eval_batch_size)):
+        for batch, _ in loader.batches(evaluation_plan(len(paths), images.eval_batch_size)):
             top = model(batch).softmax(dim=1).topk(min(5, len(names)))
             for probabilities, indices in zip(top.values.tolist(), top.indices.tolist()):
                 yield next(done), [(names[i], p) for i, p in zip(indices, probabilities)]

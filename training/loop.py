@@ -17,7 +17,7 @@ from images.dataset import training_plan
 from training.checkpoint import newest
 from training.evaluation import correct_counts
 from training.recipe import Recipe
-from training.run import Journal
+from training.run import Journal, TrainingRun
 from utils import Interrupted, UserError, duration, log, signals, watch_parent
 
 try:
@@ -29,36 +29,36 @@ LOG_EVERY = 50  # steps
 PLAN_AFTER = 5  # steps, of which the first is not timed
 
 
-def train(run, model, loader, validate, candidate_at=None):
-    """Trains `model` for args.iterations steps; returns the metrics at the end, with the seconds that training took.
+def train(model, loader, training, candidate_at=None, validate=None, run=None, device="cpu", seed=0):
+    """Trains `model` by the settings `training`; returns the metrics at the end, with the seconds that it took.
 
-    `candidate_at(step)` is the candidate that a supernet trains at a step. `validate(step)` returns
-    {"val/...": percent}; it is called every args.val_every steps and at the end. Loss, top-1 and images a second go to
-    the log, to log.jsonl and to TensorBoard. SIGINT and SIGTERM end the process after it has saved the current step;
-    a validation that they end is done again when the run is resumed. Each rank trains on its share of every batch.
+    `loader` is a Loader that augments. `candidate_at(step)` is the candidate that a supernet trains at a step, which
+    count from 1. `validate(step)`, where there is one, returns {"val/...": percent}; it is called every
+    training.val_every steps and at the end. `run` (a TrainingRun) keeps checkpoints and logs, and resumes; without it
+    nothing is kept on disk. SIGINT and SIGTERM end the process after it has saved the current step; a validation that
+    they end is done again when the run is resumed. Each rank trains on its share of every batch.
     """
-    args, iterations = run.args, run.args.iterations
-    batch_size = distributed.per_rank_batch_size(args.batch_size)
-    model.to(run.device, memory_format=torch.channels_last).train()
-    recipe = Recipe(model, args, run.device)
-    done, metrics, rows = run.resume(recipe)
+    run, iterations = run or TrainingRun(), training.iterations
+    batch_size = distributed.per_rank_batch_size(training.batch_size)
+    recipe = Recipe(model.train(), training, device, seed)
+    done, metrics, rows, validation_due = run.resume(recipe)
     distributed.broadcast_from_rank0(model.state_dict().values())
-    if done >= iterations and "validation_due" not in metrics:
+    if done >= iterations and not validation_due:
         log.info("%s: finished, nothing to do (another --out or --resume none starts anew)", run.folder)
         return metrics
-    epochs = iterations * args.batch_size / len(loader.images)
+    epochs = iterations * training.batch_size / len(loader.images)
     where = f"resuming at step {done}" if done else "from the start"
-    log.info("%d iterations of %d images, %.1f epochs; %s", iterations, args.batch_size, epochs, where)
+    log.info("%d iterations of %d images, %.1f epochs; %s", iterations, training.batch_size, epochs, where)
     rank, world_size = distributed.rank(), distributed.world_size()
-    plan = training_plan(len(loader.images), batch_size, args.seed, done, iterations, rank, world_size)
+    plan = training_plan(len(loader.images), batch_size, seed, done, iterations, rank, world_size)
     meter = _Meter(recipe, candidate_at, done, metrics["seconds"], rows)
-    validation_due = metrics.pop("validation_due", False)
     interruption = _Interruption()
-    with Journal(run, done, model.space, validation_due) as journal, signals(interruption.note):
+    journal = Journal(run.folder, done, iterations, model.space, done - 1 if validation_due else done)
+    with journal, signals(interruption.note):
 
-        def save(step):
+        def save(step, validation_due=False):
             metrics["seconds"] = meter.seconds
-            return run.save(step, recipe, metrics, meter.fetch())
+            return run.save(step, recipe, metrics, meter.fetch(), validation_due)
 
         def validated(step):
             """Adds validation metrics and writes all of them. Returns the signal that interrupted it, or 0."""
@@ -70,9 +70,8 @@ def train(run, model, loader, validate, candidate_at=None):
                 return error.args[0]
             finally:
                 model.train()
-            left = iterations // args.val_every - step // args.val_every
+            left = iterations // training.val_every - step // training.val_every
             log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
-            metrics.pop("validation_due", None)
             journal.write(step, metrics, candidate_at)
             return 0
 
@@ -86,45 +85,47 @@ def train(run, model, loader, validate, candidate_at=None):
             meter.add(loss, logits, labels)
             journal.progress.update()
             if step == done + PLAN_AFTER:
-                _log_plan(run, model, step, meter.step_seconds)
-                if run.device.type == "cpu" and (text := slow_threads(torch.get_num_threads(), *meter.computed)):
+                _log_plan(recipe, run.folder, step, meter.step_seconds)
+                if recipe.device.type == "cpu" and (text := slow_threads(torch.get_num_threads(), *meter.computed)):
                     log.warning("warning: %s", text)
 
             stop = distributed.all_reduce_max(interruption.signal)
-            validates = step == iterations or step % args.val_every == 0
-            if validates or step % LOG_EVERY == 0:
+            closes = step == iterations or step % training.val_every == 0
+            validation_due = bool(closes and validate)
+            if closes or step % LOG_EVERY == 0:
                 metrics = meter.summary()
                 journal.log(step, metrics)
-                if not validates:
+                if not validation_due:
                     journal.write(step, metrics, candidate_at)
-                else:
-                    metrics["validation_due"] = True
-                    if step == iterations:
-                        save(step)  # a kill during the last validation loses no step
-                    stop = stop or validated(step)
-            if step == iterations or stop or step % args.save_every == 0:
-                saved = save(step)
+            if validation_due:
+                if step == iterations:
+                    save(step, validation_due)  # a kill during the last validation loses no step
+                stop = stop or validated(step)
+                validation_due = bool(stop)
+            if step == iterations or stop or step % training.save_every == 0:
+                saved = save(step, validation_due)
             if stop:
                 interruption.end(saved, stop)
     return metrics
 
 
-def _log_plan(run, model, step, step_seconds):
+def _log_plan(recipe, folder, step, step_seconds):
     """Logs what the run will take in time, disk and memory, estimated from its first steps."""
     if distributed.rank():
         return
-    steps, args = run.args.iterations - step, run.args
-    size = 2 * sum(t.nbytes for t in model.state_dict().values())  # with momentum
-    disk, free = size * (args.keep + 1), shutil.disk_usage(run.folder).free
+    training = recipe.training
+    steps = training.iterations - step
+    size = 2 * sum(t.nbytes for t in recipe.model.state_dict().values())  # with momentum
+    kept = f" {training.keep} checkpoints of {size / 1e6:.0f} MB;" if folder else ""
     log.info(
-        "plan: %s for %d more steps of %.3g s, beside %d validations; %d checkpoints of %.0f MB; "
-        "peak memory so far %.1f GB",
-        duration(steps * step_seconds), steps, step_seconds, -(-steps // args.val_every), args.keep, size / 1e6,
-        _peak_memory(run.device) / 1e9,
+        "plan: %s for %d more steps of %.3g s, beside %d validations;%s peak memory so far %.1f GB",
+        duration(steps * step_seconds), steps, step_seconds, -(-steps // training.val_every), kept,
+        _peak_memory(recipe.device) / 1e9,
     )  # fmt: skip
+    disk, free = (size * (training.keep + 1), shutil.disk_usage(folder).free) if folder else (0, 0)
     if disk > free:
         text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
-        log.warning(text, run.folder, free / 1e9, disk / 1e9)
+        log.warning(text, folder, free / 1e9, disk / 1e9)
 
 
 def slow_threads(threads, wall_s, cpu_s):
@@ -220,7 +221,7 @@ class _Meter:
 
     def summary(self):
         """The means over the rows, which start anew."""
-        rows, self.rows, batch_size = self.fetch(), self.rows[:0], self.recipe.args.batch_size
+        rows, self.rows, batch_size = self.fetch(), self.rows[:0], self.recipe.training.batch_size
         loss, top1, _ = rows.mean(dim=0).tolist()
         (logged, before), self.logged = self.logged, (self.step, self.seconds)
         seconds, waited, self.waited = max(1e-3, self.seconds - before), self.waited, 0.0

@@ -15,25 +15,30 @@ DROPOUT = 0x44726F70  # separates these draws from others of the same seed
 
 
 class Recipe:
-    """Model, optimizer, gradient scaler and criterion of a training run; `args` has the training flags."""
+    """Model, optimizer, gradient scaler and criterion of a training run by the settings `training` (a Training).
 
-    def __init__(self, model, args, device):
-        self.model, self.args, self.device = model, args, device
-        groups = parameter_groups(model, args.weight_decay)
-        self.optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    A step's dropout is a pure function of `seed`, step and rank. The model is moved to `device`.
+    """
+
+    def __init__(self, model, training, device="cpu", seed=0):
+        self.device = torch.device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.training, self.seed = training, seed
+        groups = parameter_groups(model, training.weight_decay)
+        self.optimizer = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
 
     def train_one_step(self, step, images, labels, candidate=None):
         """Trains the candidate's weights (or a stand-alone network's) on this rank's images (N, 3, H, W) of a step.
 
-        Returns the loss and the logits (N, classes). Parameters of operations that the candidate does not choose have
-        no gradient, so neither decay nor momentum moves them.
+        Steps count from 1. Returns the loss and the logits (N, classes). Parameters of operations that the candidate
+        does not choose have no gradient, so neither decay nor momentum moves them.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        torch.manual_seed(dropout_seed(self.args.seed, step, distributed.rank()))
-        with autocast(self.device, self.args.amp):
+        torch.manual_seed(dropout_seed(self.seed, step, distributed.rank()))
+        with autocast(self.device, self.training.amp):
             logits = self.model(images, candidate) if candidate else self.model(images)
         loss = self.criterion(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
@@ -45,7 +50,7 @@ class Recipe:
         return loss, logits
 
     def learning_rate(self, step):
-        return learning_rate(step, self.args.iterations, self.args.lr, self.args.warmup)
+        return learning_rate(step, self.training.iterations, self.training.lr, self.training.warmup)
 
 
 def learning_rate(step, iterations, base, warmup=0):
@@ -62,7 +67,9 @@ def parameter_groups(model, weight_decay):
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": weight_decay}]
-    return groups + [{"params": others, "weight_decay": 0.0}] * bool(others)
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    return groups
 
 
 def dropout_seed(seed, step, rank=0):

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from dataloader import resolve_backend
+from settings.command_line import write_settings
+from settings.fields import flag
 from training import checkpoint
 from utils import UserError, atomic_write, code_version, hold_lock, log, output_folder, start_logging
 
@@ -20,64 +21,71 @@ STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entrie
 
 @dataclasses.dataclass
 class TrainingRun:
-    """A training run in `folder`; `contents` goes into every checkpoint. Rank 0 alone writes."""
+    """What a training run keeps in `folder`; without one nothing is kept. Rank 0 alone writes.
 
-    args: object
-    folder: pathlib.Path
-    device: torch.device
-    kind: str
-    contents: dict
+    `kind` ("supernet" or "scratch") and `contents` go into every checkpoint. `settings` (name -> value) are those that
+    decide about the result: a run that is resumed must have them again. `keep` is the number of checkpoints.
+    """
 
-    @property
-    def settings(self):
-        """The settings that decide about the result, as a resumed run must have them again."""
-        settings = {k: v for k, v in vars(self.args).items() if k not in checkpoint.HARMLESS}
-        settings["loader"] = resolve_backend(self.args.loader)
-        return settings | ({"processes": distributed.world_size()} if distributed.world_size() > 1 else {})
+    folder: pathlib.Path | None = None
+    kind: str = ""
+    contents: dict = dataclasses.field(default_factory=dict)
+    settings: dict = dataclasses.field(default_factory=dict)
+    keep: int = 3
 
-    def start(self, data=None):
-        """Locks the folder and starts its log, with the warnings of `data`; with --resume none, an earlier run in it is
-        renamed.
+    def __post_init__(self):
+        if distributed.world_size() > 1:
+            self.settings = self.settings | {"processes": distributed.world_size()}
 
-        Raises UserError where another run holds the lock, or where the ranks do not agree on settings, images (those of
-        `data`) or code.
+    def start(self, device, seed, anew=False, warnings=(), images=None, config=None):
+        """Locks the folder and starts its log, with the `warnings`; if `anew`, an earlier run in it is renamed.
+
+        `config` (name -> value) are the settings that config.yml says.
+
+        Raises UserError where another run holds the lock, or where the ranks do not agree on settings, images (of the
+        hash `images`) or code.
         """
-        distributed.check_same(self._identity(data))
-        distributed.on_rank0(lambda: self._start(data.warnings if data else ()))
+        distributed.check_same(self._identity(images))
+        distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
 
-    def _identity(self, data):
+    def _identity(self, images):
         """What must be the same on all ranks, by the names that an error gives it."""
         if distributed.world_size() == 1:
             return {}
-        flags = {f"--{name.replace('_', '-')}": value for name, value in self.settings.items()}
-        images = {"images": data.names_hash} if data else {}
-        return {**flags, **self.contents, **images, "code of version": code_version()}
+        flags = {flag(name): value for name, value in self.settings.items()}
+        return {**flags, **self.contents, "images": images, "code of version": code_version()}
 
-    def _start(self, warnings):
+    def _start(self, device, seed, anew, warnings, config):
         output_folder(self.folder.parent)
         self.lock = hold_lock(self.folder.with_suffix(".lock"), wait_s=10)  # workers of a killed run end within moments
         aside = None
-        if self.args.resume == "none" and checkpoint.newest(self.folder):
+        if anew and checkpoint.newest(self.folder):
             names = (self.folder.with_suffix(f".{n}") for n in itertools.count(1))
             aside = next(name for name in names if not name.exists())
             self.folder.rename(aside)
-        start_logging(self.folder, self.args, self.device)
+        start_logging(self.folder, device, seed)
+        write_settings(self.folder / "config.yml", self.kind, config)
         if aside:
             log.info("the run before is in %s", aside)
-        if text := distributed.unused_gpus(self.device):
+        if text := distributed.unused_gpus(device):
             log.info(text)
         for text in warnings:
             log.warning("warning: %s", text)
 
     def resume(self, recipe):
-        """Loads the newest whole checkpoint, if there is one; returns its (step, metrics, rows of the log)."""
-        content = distributed.on_rank0(self._newest)
+        """Loads the newest whole checkpoint, if there is one.
+
+        Returns its (step, metrics, rows of the log, whether the validation of this step is still to be done).
+        """
+        content = distributed.on_rank0(self._newest) if self.folder else None
         if content is None:
-            return 0, {"seconds": 0.0}, torch.empty(0, 3, dtype=torch.double)
+            return 0, {"seconds": 0.0}, torch.empty(0, 3, dtype=torch.double), False
         recipe.model.load_state_dict(content["model"])
         recipe.optimizer.load_state_dict(content["optimizer"])
         recipe.scaler.load_state_dict(content["scaler"])
-        return content["step"], content["metrics"], content["rows"]
+        metrics = dict(content["metrics"])
+        validation_due = metrics.pop("validation_due", False)
+        return content["step"], metrics, content["rows"], validation_due
 
     def _newest(self):
         """The content of the newest whole checkpoint, or None. Raises UserError where it is of another run."""
@@ -113,38 +121,43 @@ class TrainingRun:
         if odd:
             raise UserError(f"{path}: was trained with another {odd[0]}; use that, another --out, or --resume none")
 
-    def save(self, step, recipe, metrics, rows):
-        """Writes a checkpoint, removes the oldest, and returns its path."""
+    def save(self, step, recipe, metrics, rows, validation_due=False):
+        """Writes a checkpoint, removes the oldest, and returns its path; None where nothing is kept."""
+        if self.folder is None:
+            return None
         path = self.folder / f"checkpoint-{step:07d}.pth"
         if distributed.rank() == 0:
+            if validation_due:
+                metrics = {**metrics, "validation_due": True}
             state = {"model": recipe.model, "optimizer": recipe.optimizer, "scaler": recipe.scaler}
             state = {name: part.state_dict() for name, part in state.items()}
             values = {"kind": self.kind, "step": step, "metrics": metrics, "rows": rows, "settings": self.settings}
             checkpoint.save(path, **values, **state, **self.contents)
-            checkpoint.prune(self.folder, self.args.keep)
+            checkpoint.prune(self.folder, self.keep)
         return path
 
 
 class Journal:
-    """log.jsonl, TensorBoard and, on a terminal, a progress bar; written by rank 0.
+    """log.jsonl, TensorBoard and, on a terminal, a progress bar, of a run in `folder`; written by rank 0.
 
-    Removes the lines that a killed run wrote after step `done`, and that of `done` where its validation is still due.
+    Removes the lines that a killed run wrote after step `kept`. Without a folder there is the bar alone.
     """
 
-    def __init__(self, run, done, space, validation_due):
-        self.run, self.done, self.space, self.kept = run, done, space, done - validation_due
+    def __init__(self, folder, done, total, space, kept):
+        self.folder, self.done, self.total, self.space, self.kept = folder, done, total, space, kept
 
     def __enter__(self):
-        self.writes, self.total = distributed.rank() == 0, self.run.args.iterations
+        shows = distributed.rank() == 0
+        self.writes = shows and self.folder is not None
         self.closing = contextlib.ExitStack()
-        shown = {"unit": "step", "dynamic_ncols": True, "disable": None if self.writes else True}
+        shown = {"unit": "step", "dynamic_ncols": True, "disable": None if shows else True}
         self.progress = self.closing.enter_context(tqdm(total=self.total, initial=self.done, **shown))
         if self.writes:
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(self.run.folder / "tensorboard", purge_step=self.kept + 1)
+            board = SummaryWriter(self.folder / "tensorboard", purge_step=self.kept + 1)
             self.board = self.closing.enter_context(board)
-            path = self.run.folder / "log.jsonl"
+            path = self.folder / "log.jsonl"
             self.step = _cut(path, self.kept)
             self.file = self.closing.enter_context(open(path, "a"))
         return self

@@ -1,0 +1,192 @@
+"""The command line of all scripts, made from the settings of settings/subjects.py.
+
+Values come from, in rising order of precedence: the defaults of the fields (the official settings), the NNI experiment
+(search.py), a YAML file (`--config`, or the committed demo.yml with `--demo`), the command line. Needs the standard
+library, and PyYAML to read YAML.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import reprlib
+import shlex
+
+from settings.fields import flag
+from settings.subjects import FIELDS, is_path
+from utils import HERE, UserError, atomic_write, read_yaml
+
+SCRIPTS = ("supernet", "tester", "search", "scratch")  # that read settings; each has a section of its name
+NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
+
+
+class Extend(argparse.Action):
+    """Adds the values to those that the same flag gave before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), *values])
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, no abbreviations, and settings of a YAML file between defaults and command line.
+
+    `section` is the name of the script, and of its section in a YAML file.
+    """
+
+    def __init__(self, doc, section):
+        super().__init__(
+            description=doc,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            prog=f"{section}.py",
+        )
+        self.section = section
+
+    def add(self, subject, only=None, defaults=None, said=""):
+        """Adds the flags of a class of settings, or those in `only`.
+
+        `defaults` (name -> value) replace those of the fields; `said` is the default in the words of a help.
+        """
+        defaults, group, instead = defaults or {}, self.add_argument_group(subject.TITLE), {}
+        for field in dataclasses.fields(subject):
+            if only and field.name not in only:
+                continue
+            form = field.metadata
+            default = defaults.get(field.name, field.default)
+            options = {"default": default, "help": form["help"].replace("{default}", said or str(default))}
+            if form["nargs"] == 0:
+                options["action"] = "store_true"
+            elif isinstance(field.default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options |= {"type": form["type"], "choices": form["choices"], "nargs": form["nargs"]}
+                options |= {"metavar": form["unit"], "action": Extend if form["extends"] else "store"}
+            adder = group
+            if form["excludes"]:
+                adder = instead.setdefault(form["excludes"], group.add_mutually_exclusive_group())
+            adder.add_argument(flag(field.name), **options)
+
+    def error(self, message):
+        raise UserError(message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}")
+
+    def parse(self, argv=None, more=None):
+        """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
+
+        `more(given)`, where there is one, returns values (attribute -> value) that take precedence over the defaults,
+        where `given` are the values without them. Afterwards `given` maps the attributes that the command line or the
+        file sets to their values; `typed` holds those that the command line sets.
+        """
+        unset = argparse.Namespace(**{action.dest: self for action in self._actions})  # no flag has this value
+        typed = {k: v for k, v in vars(self.parse_args(argv, unset)).items() if v is not self and k != "help"}
+        path = HERE / "demo.yml" if typed.get("demo") else typed.get("config")
+        settings = self._read_settings(path) if path else {}
+        for name in typed.keys() & settings.keys():
+            if FIELDS[name].metadata["extends"]:
+                typed[name] = [*settings[name], *typed[name]]
+        values = {action.dest: action.default for action in self._actions if action.dest != "help"}
+        if more:
+            values |= more(values | settings | typed)
+        values |= settings | typed
+        self.typed = typed.keys()
+        self.given = {k: v for k, v in settings.items() if k != "space"} | typed  # `space` serves all scripts
+        return argparse.Namespace(**values | {"config": path and str(path)})
+
+    def refuse(self, cause, *flags):
+        """Raises UserError where one of `flags` is given that has no effect with `cause`; a default may be repeated."""
+        for name in flags:
+            attribute = name.replace("-", "_")
+            if self.given.get(attribute, self.get_default(attribute)) != self.get_default(attribute):
+                raise UserError(f"--{name} has no effect with {cause}: leave one of them out")
+
+    def _read_settings(self, path):
+        """The checked settings of a YAML file: those of section `common`, then those of this script's section."""
+        document = read_yaml(path)
+        for name, section in document.items():
+            if name not in ("common", "space", *SCRIPTS, self.section):
+                known = ", ".join(("common", "space", *SCRIPTS))
+                raise UserError(f"{path}: unknown section {reprlib.repr(name)}; there are {known}")
+            if not isinstance(section, dict):
+                raise UserError(f"{path}: {name!r} is not a section with settings, but {reprlib.repr(section)}")
+        own = {name.removeprefix("--") for name in self._option_string_actions}
+        others = {flag(name).removeprefix("--") for name in FIELDS} - own  # of other scripts
+        common = {k: v for k, v in document.get("common", {}).items() if k not in others}
+        values = self.check_settings(path, "common", common)
+        values |= self.check_settings(path, self.section, document.get(self.section, {}))
+        if "space" in document and "space" in own:
+            values["space"] = document["space"]
+        return values
+
+    def check_settings(self, path, section, settings):
+        """Returns {attribute: value} of the flags that `settings` (flag without dashes -> value) of a file set.
+
+        Values are checked with the type and choices of their flags; file names are relative to the folder of `path`.
+        Raises UserError that begins with `path` for an unknown flag or a wrong value.
+        """
+        words, attributes = [], []
+        for name, value in settings.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is None or action.dest == "help" or not FIELDS[action.dest].metadata["in_files"]:
+                raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(name)} (section {section!r})")
+            words += _words(path, action, name, value)
+            attributes.append(action.dest)
+        try:
+            args = self.parse_args(words)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return {name: getattr(args, name) for name in attributes}
+
+
+def _words(path, action, name, value):
+    """A setting of a file as the words of a command line. Raises UserError where the value has no such form."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {name} is {reprlib.repr(value)}, not true or false")
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = value if isinstance(value, list) else [value]
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (str, int, float)) or NOT_A_WORD.search(str(v)):
+            raise UserError(f"{path}: {name} is {reprlib.repr(value)}, not a plain value")
+    words = list(map(str, values))
+    if is_path(action.dest, value):
+        words = (_beside(path, word) for word in words)
+    return [f"--{name}", *words]
+
+
+def _beside(path, name):
+    """A file name in a settings file, which is relative to the folder of that file."""
+    return os.path.join(os.path.dirname(path), os.path.expanduser(name))
+
+
+def write_settings(path, section, values):
+    """Writes settings (attribute -> value) as YAML that `--config` reads: paths absolute, None left out."""
+    import yaml
+
+    words = {}
+    for name, value in values.items():
+        if value is not None and FIELDS[name].metadata["in_files"]:
+            words[flag(name).removeprefix("--")] = os.path.abspath(value) if is_path(name, value) else value
+    space = words.pop("space", None)  # a mapping, of a section of its own, or a name
+    document = {section: words if space is None or isinstance(space, dict) else {**words, "space": space}}
+    with atomic_write(path) as file:
+        yaml.safe_dump({**document, "space": space} if isinstance(space, dict) else document, file)
+
+
+def command(script, run, operations, *words):
+    """The command line of another script with these words, on the settings file and outputs of a Run."""
+    words = ["python", script, *words]
+    if run.demo:
+        words += ["--demo"]
+    elif run.config:
+        words += ["--config", run.config]
+    if operations != _operations_of(run.config):
+        words += ["--operations", operations]
+    if run.out != ".":
+        words += ["--out", run.out]
+    return shlex.join(words)
+
+
+def _operations_of(path):
+    """The file of operations that the section `common` of a settings file names, or None."""
+    named = read_yaml(path).get("common", {}).get("operations") if path else None
+    return named and _beside(path, named)

@@ -60,7 +60,7 @@ def conv_bn_pairs(model):
                 yield conv, norm
 
 
-class ChoiceBlock(nn.Module):
+class ShuffleUnit(nn.Module):
     """The two branches around a `branch_main`: (N, in_channels, H, W) -> (N, out_channels, H/stride, W/stride).
 
     With stride 1 and equal widths, the even channels go straight through and the odd ones through the main branch.
@@ -84,7 +84,7 @@ class ChoiceBlock(nn.Module):
         return torch.cat((straight, self.branch_main(x)), dim=1)
 
 
-class ShuffleNetBlock(ChoiceBlock):
+class ShuffleNetBlock(ShuffleUnit):
     """ShuffleNetV2 unit: pointwise, depthwise of `kernel_size`, pointwise."""
 
     def __init__(self, shape, width, affine, kernel_size):
@@ -97,7 +97,7 @@ class ShuffleNetBlock(ChoiceBlock):
         )
 
 
-class ShuffleXceptionBlock(ChoiceBlock):
+class ShuffleXceptionBlock(ShuffleUnit):
     """Xception-like unit: depthwise and pointwise, three times."""
 
     def __init__(self, shape, width, affine, kernel_size=3):
@@ -142,7 +142,7 @@ def build_block(operation, shape, width=1.0, affine=True):
     return OPERATIONS[operation](shape, width, affine)
 
 
-class Choices(nn.ModuleList):
+class ChoiceBlock(nn.ModuleList):
     """A choice block of the supernet: its operations, of which a path runs one, at one of `widths`.
 
     Every operation has the weights of its widest form. At another width it runs on the first channels of these weights,
@@ -152,22 +152,21 @@ class Choices(nn.ModuleList):
     def __init__(self, operations, shape, widths=(1.0,), affine=False):
         super().__init__(build_block(operation, shape, max(widths), affine) for operation in operations)
         self.operations, self.shape, self.widths, self.affine = operations, shape, widths, affine
-        self.narrow = {}  # choice -> Narrow, made when it is first needed
+        self.narrow = {}  # (operation, width) -> Narrow, made when it is first needed
 
-    def forward(self, x, choice):
-        """Runs the choice, an index into all pairs of operation and width."""
-        return self.part(choice)(x)
+    def forward(self, x, operation, width=0):
+        """Runs an operation at a width, both by index."""
+        return self.part(operation, width)(x)
 
-    def part(self, choice):
-        """What runs a choice: the operation's module where it is the widest, else a Narrow."""
-        operation, width = divmod(choice, len(self.widths))
+    def part(self, operation, width=0):
+        """What runs an operation at a width: its module where the width is the widest, else a Narrow."""
         if self.widths[width] == max(self.widths):
             return self[operation]
-        if choice not in self.narrow:
+        if (operation, width) not in self.narrow:
             with torch.device("meta"):
                 form = build_block(self.operations[operation], self.shape, self.widths[width], self.affine)
-            self.narrow[choice] = Narrow(self[operation], form)
-        return self.narrow[choice]
+            self.narrow[operation, width] = Narrow(self[operation], form)
+        return self.narrow[operation, width]
 
 
 class Narrow:

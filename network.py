@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from blocks import Choices, Narrow, build_block, conv_bn, conv_bn_pairs
+from blocks import ChoiceBlock, Narrow, build_block, conv_bn, conv_bn_pairs
 from dataloader import network_input
 from images.dataset import DataConfig, validation_geometry
 from space.custom import make_space
@@ -58,20 +58,20 @@ class ShuffleNetV2OneShot(_ShuffleNet):
     def __init__(self, input_size=224, n_classes=1000, affine=False, space=None):
         space = space or SearchSpace.for_images(input_size, n_classes)
         blocks = zip(space.block_operations, space.blocks)
-        super().__init__(space, affine, [Choices(names, shape, space.widths, affine) for names, shape in blocks])
+        super().__init__(space, affine, [ChoiceBlock(names, shape, space.widths, affine) for names, shape in blocks])
 
     def forward(self, x, candidate):
         """Logits (N, n_classes) of images (N, 3, H, W) through the candidate."""
         x = self.first_conv(x)
         for block, choice in zip(self.features, self.space.block_choices(candidate), strict=True):
-            x = block(x, choice)
+            x = block(x, *self.space.operation_and_width(choice))
         return self.head(x)
 
     def part(self, key):
         """A part of the forward pass, as a callable: "stem", (block, choice), or "head"."""
         if isinstance(key, tuple):
             block, choice = key
-            return self.features[block].part(choice)
+            return self.features[block].part(*self.space.operation_and_width(choice))
         return {"stem": self.first_conv, "head": self.head}[key]
 
     def module_of(self, key):

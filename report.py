@@ -10,9 +10,8 @@ random.
 
 import pathlib
 
-from command_line import Parser
-
 from reports.page import write_report
+from settings.command_line import Parser
 from utils import run_script
 
 

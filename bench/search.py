@@ -48,7 +48,7 @@ from network import ShuffleNetV2OneShot, fold_bn
 from space.search_space import SearchSpace
 from space.splitting import at_once, cut, moved, split, tree_cost, tree_flops
 from training import checkpoint
-from training.evaluation import evaluate, recalibrate_bn, resolve_device
+from training.evaluation import evaluate, resolve_device, update_bn
 from training.prefix_tree import PrefixTree
 
 BUNDLED = ROOT / "data" / "fashion-mnist"
@@ -137,7 +137,7 @@ class Bench:
         ]
         tree, found = PrefixTree(self.supernet, candidates, fold, amp), {c: [] for c in candidates}
         with torch.inference_mode(), tree.own_statistics():
-            recalibrate_bn(tree.supernet, tree.forward, batches[0], "average")
+            update_bn(tree.supernet, tree.forward, batches[0], "average")
             for images, _ in batches[1]:
                 for candidate, logits in tree.logits(images):
                     found[candidate].append(logits.argmax(1).cpu())

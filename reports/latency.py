@@ -107,7 +107,9 @@ class Parts:
 
     def __init__(self, space, batch_size, device, rng):
         self.rng, self.x, n = rng, images(space, batch_size, device), len(space.choice_flops[0])
-        self.whole = [build(space, _uniform(space, choice), device) for choice in range(n)]  # they lend their blocks
+        self.whole = [
+            build(space, space.uniform_candidate(choice), device) for choice in range(n)
+        ]  # they lend their blocks
         self.times = [[[] for _ in range(n)] for _ in range(space.n_blocks)]
         self.ends, self.seconds = [], 0.0  # stem and head together
 
@@ -136,13 +138,6 @@ def take_turns(*measurements):
             start = time.monotonic()
             measurement.round()
             measurement.seconds += time.monotonic() - start
-
-
-def _uniform(space, choice):
-    """The candidate that takes the same choice, a pair of operation and width, at every block."""
-    operation, width = divmod(choice, space.n_widths)
-    operations = () if space.architecture else (operation,) * space.n_blocks
-    return operations + (width,) * space.n_blocks * (space.n_widths > 1)
 
 
 def measure_table(space, batch_size, device, beside=()):

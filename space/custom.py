@@ -59,7 +59,7 @@ def make_space(name=None, architecture=None, operations=None, input_size=224, n_
         if not architecture:
             raise UserError("--space channels: needs --architecture FILE, whose operations it keeps")
         whole = dataclasses.replace(space, widths=WIDTHS, architecture=())
-        fixed = whole.load_architecture(architecture)[: space.n_blocks]
+        fixed = whole.operations_of(whole.load_architecture(architecture))
         space = dataclasses.replace(whole, architecture=fixed)
     return with_hash(space)
 

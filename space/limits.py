@@ -153,25 +153,20 @@ class Limits:
 
     @functools.cached_property
     def _tables(self):
-        """All (entry, value) of candidates with their blocks; the costs of each block's choices as arrays."""
-        choices, n_blocks = self.space.choices, self.space.n_blocks
-        moves = [(entry, value) for entry, n in enumerate(choices) for value in range(n)]
-        entries, values = np.array(moves).T
-        of_width = (entries >= n_blocks) | bool(self.space.architecture)
-        arrays = [np.array(rows, dtype=np.int64) for rows, _ in self.costs]
-        return moves, entries % n_blocks, values, of_width & (self.space.n_widths > 1), arrays
+        """(all changes of one entry, (entry, value); the block of each; costs of each block's choices as arrays)."""
+        moves = [(entry, value) for entry, n in enumerate(self.space.choices) for value in range(n)]
+        blocks = np.array([self.space.entry_blocks[entry] for entry, _ in moves])
+        return moves, blocks, [np.array(rows, dtype=np.int64) for rows, _ in self.costs]
 
     def _moves(self, candidate):
         """(every change of one entry, what the candidate costs after it: an array (costs, changes))."""
-        moves, block, value, of_width, arrays = self._tables
-        n_widths, now = self.space.n_widths, np.array(self.space.block_choices(candidate))
-        operation, width = now[block] // n_widths, now[block] % n_widths
-        then = np.where(of_width, operation * n_widths + value, value * n_widths + width)
-        at = np.arange(len(now))
-        totals = [
-            fixed + array[at, now].sum() + array[block, then] - array[block, now[block]]
-            for array, (_, fixed) in zip(arrays, self.costs)
-        ]
+        moves, _, arrays = self._tables
+        entries, values = np.array(moves).T
+        changed = np.tile(candidate, (len(moves), 1))
+        changed[np.arange(len(moves)), entries] = values
+        choices = np.array(self.space.block_choices(changed.T))  # (blocks, changes)
+        blocks = np.arange(len(choices))[:, None]
+        totals = [fixed + array[blocks, choices].sum(axis=0) for array, (_, fixed) in zip(arrays, self.costs)]
         return moves, np.array(totals)
 
     def _over(self, totals):
@@ -184,7 +179,7 @@ class Limits:
     def _pairs(self, candidate, moves, totals):
         """(excess after every two changes in different blocks: (changes, changes), function of an index into it flat
         that returns the changed candidate)."""
-        _, block, *_ = self._tables
+        _, block, _ = self._tables
         current = np.array([self.space.cost(name, candidate) for name in self.bounds])
         pairs = self._over(totals[:, :, None] + totals[:, None, :] - current[:, None, None])
         pairs[block[:, None] >= block[None, :]] = np.inf

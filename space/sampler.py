@@ -63,7 +63,7 @@ class PathSampler:
         rng = np.random.default_rng([self.seed, STREAM, WARMUP, step])
         n, allowed = self.space.n_widths, 1 + (self.space.n_widths - 1) * step // self.width_warmup
         candidate = rng.integers(self.space.choices)
-        candidate[-self.space.n_blocks :] = rng.integers(n - allowed, n, self.space.n_blocks)
+        candidate[self.space.width_entries] = rng.integers(n - allowed, n, self.space.n_blocks)
         return tuple(candidate.tolist())
 
     def _draw(self, rng):

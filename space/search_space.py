@@ -67,7 +67,7 @@ class SearchSpace:
     """Choice blocks in stages, each with one of `operations` at one of `widths`; the defaults are the paper's space.
 
     `architecture` fixes the operations, so that widths alone are chosen. `operations_hash` is that of the file that
-    operations other than the official ones come from.
+    operations other than the official ones come from. `given_costs` take the place of counted ones.
     input_size is in px. `stem_stride` and `stage_strides` say where the image shrinks: the first block of a
     stage has the stage's stride. Raises UserError where the numbers make no network.
     """
@@ -85,10 +85,13 @@ class SearchSpace:
     architecture: tuple = ()
     classifier_bias: bool = False
     operations_hash: str = ""
+    given_costs: Costs | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "given_costs":
+                continue
             self._check_entry(field, value)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
@@ -141,23 +144,25 @@ class SearchSpace:
     @classmethod
     def from_dict(cls, values):
         """The space that `to_dict` wrote (a checkpoint carries it). Raises UserError on unknown or bad entries."""
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {field.name for field in dataclasses.fields(cls)} - {"given_costs"}
         if not isinstance(values, dict) or not set(values) <= names:
             raise UserError(f"search space: {reprlib.repr(values)} has entries other than {', '.join(sorted(names))}")
         return cls(**values)
 
     def to_dict(self):
         """Plain numbers, strings and lists, for JSON and checkpoints; without what only some spaces have."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        for name in ("widths", "architecture", "classifier_bias", "operations_hash"):
-            if getattr(self, name) == getattr(type(self), name):
-                del values[name]
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            of_some = field.name in ("widths", "architecture", "classifier_bias", "operations_hash")
+            if field.name != "given_costs" and not (of_some and value == field.default):
+                values[field.name] = list(value) if isinstance(value, tuple) else value
         return values
 
     @property
     def is_papers(self):
         """Whether stages, sizes and operations are the paper's, whatever is chosen or fixed of them."""
-        return dataclasses.replace(self, widths=(1.0,), architecture=()) == SearchSpace()
+        return dataclasses.replace(self, widths=(1.0,), architecture=(), given_costs=None) == SearchSpace()
 
     # --- shape -------------------------------------------------------------------------------------------
 
@@ -194,20 +199,44 @@ class SearchSpace:
     def choices(self):
         """How many values each entry of a candidate can take: operations of each block, then widths of each block."""
         operations = () if self.architecture else (len(self.operations),) * self.n_blocks
-        return operations + (self.n_widths,) * self.n_blocks * (self.n_widths > 1)
+        return operations + ((self.n_widths,) * self.n_blocks if self.n_widths > 1 else ())
+
+    @property
+    def width_entries(self):
+        """The slice of a candidate's entries that are widths."""
+        return slice(len(self.choices) - self.n_blocks if self.n_widths > 1 else len(self.choices), None)
+
+    @property
+    def entry_blocks(self):
+        """The block of each entry of a candidate."""
+        return tuple(entry % self.n_blocks for entry in range(len(self.choices)))
 
     def block_choices(self, candidate):
         """The choice of each block, operation * n_widths + width, of a candidate or of columns of many (numpy)."""
         if self.n_widths == 1:
             return candidate
         operations = (0,) * self.n_blocks if self.architecture else candidate[: self.n_blocks]
-        widths = candidate[-self.n_blocks :]
+        widths = candidate[self.width_entries]
         return tuple(operation * self.n_widths + width for operation, width in zip(operations, widths))
+
+    def operation_and_width(self, choice):
+        """The index of the operation and that of the width of a block's choice."""
+        return divmod(choice, self.n_widths)
+
+    def uniform_candidate(self, choice):
+        """The candidate that makes the same choice at every block."""
+        operation, width = self.operation_and_width(choice)
+        operations = () if self.architecture else (operation,) * self.n_blocks
+        return operations + ((width,) * self.n_blocks if self.n_widths > 1 else ())
+
+    def operations_of(self, candidate):
+        """The index of the operation of each block among all `operations`."""
+        return tuple(self.operations.index(name) for name, _ in self.chosen(candidate))
 
     def chosen(self, candidate):
         """The (operation name, width) of each block."""
         for names, choice in zip(self.block_operations, self.block_choices(candidate)):
-            operation, width = divmod(choice, self.n_widths)
+            operation, width = self.operation_and_width(choice)
             yield names[operation], self.widths[width]
 
     def check(self, candidate):
@@ -232,13 +261,11 @@ class SearchSpace:
     @functools.cached_property
     def costs(self):
         """The Costs of every choice, counted from its module unless they were given."""
-        return count_costs(self)
+        return self.given_costs or count_costs(self)
 
     def with_costs(self, *costs):
         """This space with these Costs, or the fields of them, instead of counted ones."""
-        space = dataclasses.replace(self)
-        vars(space)["costs"] = Costs(*costs)  # takes the place of the cached property
-        return space
+        return dataclasses.replace(self, given_costs=Costs(*costs))
 
     @property
     def choice_flops(self):
@@ -252,11 +279,11 @@ class SearchSpace:
 
     def flops(self, candidate):
         """Multiply-adds of one image through the candidate."""
-        return self.fixed_flops + _total(self.costs.flops, self.block_choices(candidate))
+        return self.cost("flops", candidate)
 
     def params(self, candidate):
         """Parameters of the candidate as a stand-alone network, with affine BN."""
-        return self.costs.fixed_params + _total(self.costs.params, self.block_choices(candidate))
+        return self.cost("params", candidate)
 
     @functools.cached_property
     def flops_range(self):
@@ -276,7 +303,7 @@ class SearchSpace:
     def cost(self, name, candidate):
         """What a candidate costs of one of COSTS: multiply-adds, parameters, or ns."""
         rows, fixed = self.cost_rows(name)
-        return fixed + _total(rows, self.block_choices(candidate))
+        return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
     def _distribution(self, name):
         """(upper cost, share of uniform candidates at or under it), rising; costs are rounded to a grid.
@@ -385,10 +412,6 @@ class SearchSpace:
             return self.from_architecture(architecture)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-
-
-def _total(rows, choices):
-    return sum(row[choice] for row, choice in zip(rows, choices))
 
 
 def _hot(architecture, name, n, what):

@@ -19,9 +19,9 @@ from dataloader import Loader
 from engines import local_engine
 from images.dataset import Data, DataConfig, scan, training_plan
 from network import ShuffleNetV2
+from settings.command_line import write_settings
 from space.search_space import SearchSpace
 from training import checkpoint
-from utils import write_settings
 
 SPACE = SearchSpace.for_images(16, 3)
 EVOLUTION = "--population 4 --select 2 --mutation 1 --crossover 1 --generations 1"

@@ -18,7 +18,7 @@ from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space import custom
 from space.search_space import SearchSpace
 from training import checkpoint
-from training.evaluation import recalibrate_bn
+from training.evaluation import recalibrate_bn, update_bn
 from training.prefix_tree import PrefixTree
 from utils import UserError
 
@@ -200,7 +200,7 @@ def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path
     for fold in (True, False):
         tree = PrefixTree(supernet, candidates, fold)
         with torch.inference_mode(), tree.own_statistics():
-            recalibrate_bn(supernet, tree.forward, calibration, "average")
+            update_bn(supernet, tree.forward, calibration, "average")
             logits[fold] = dict(tree.logits(images))
     for candidate in candidates:
         recalibrate_bn(supernet, lambda x, candidate=candidate: supernet(x, candidate), calibration, "average")

@@ -10,7 +10,7 @@ import torch
 
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import accuracy, evaluate, evaluate_in_lists, loss_sum, recalibrate_bn
+from training.evaluation import accuracy, evaluate, evaluate_in_lists, loss_sum, recalibrate_bn, update_bn
 from training.prefix_tree import PrefixTree
 
 SPACE = SearchSpace(
@@ -100,7 +100,7 @@ def test_the_tree_is_bit_equal_to_one_candidate_after_the_other(supernet, mode, 
     candidates, calibration, ((images, _),) = relatives(5), batches(3, 4), batches(1, 8, 1)
     tree = PrefixTree(supernet, candidates, fold)
     with torch.inference_mode(), tree.own_statistics():
-        recalibrate_bn(tree.supernet, tree.forward, calibration, mode)
+        update_bn(tree.supernet, tree.forward, calibration, mode)
         logits = dict(tree.logits(images))
     assert logits.keys() == set(candidates)
     for candidate in logits:
@@ -117,7 +117,7 @@ def test_folded_and_unfolded_agree(supernet):
     for fold in (True, False):
         tree = PrefixTree(supernet, PATHS, fold)
         with torch.inference_mode(), tree.own_statistics():
-            recalibrate_bn(tree.supernet, tree.forward, calibration, "average")
+            update_bn(tree.supernet, tree.forward, calibration, "average")
             logits[fold] = dict(tree.logits(images))
     for path in PATHS:
         a, b = logits[True][path], logits[False][path]
@@ -180,7 +180,7 @@ def test_bf16_is_near_and_its_logits_are_float(supernet):
     for amp in ("off", "bf16"):
         tree = PrefixTree(supernet, PATHS, amp=amp)
         with torch.inference_mode(), tree.own_statistics():
-            recalibrate_bn(tree.supernet, tree.forward, calibration, "average")
+            update_bn(tree.supernet, tree.forward, calibration, "average")
             logits[amp] = dict(tree.logits(images))
     for path in PATHS:
         a, b = logits["off"][path], logits["bf16"][path]
@@ -232,7 +232,7 @@ def test_the_loss_is_the_mean_cross_entropy_in_any_batches(supernet):
     calibration, (whole,) = batches(2, 8), batches(1, 35, 1)
     tree = PrefixTree(supernet, PATHS)
     with torch.inference_mode(), tree.own_statistics():
-        recalibrate_bn(supernet, tree.forward, calibration)
+        update_bn(supernet, tree.forward, calibration)
         logits = dict(tree.logits(whole[0]))
     for batch_size in (35, 16):
         parts = list(zip(*(x.split(batch_size) for x in whole)))
@@ -279,7 +279,7 @@ def test_the_gpu_agrees(supernet):
     for device in ("cpu", "cuda"):
         tree = PrefixTree(supernet.to(device, memory_format=torch.channels_last), relatives(4))
         with torch.inference_mode(), tree.own_statistics():
-            recalibrate_bn(tree.supernet, tree.forward, [(x.to(device), y) for x, y in calibration], "average")
+            update_bn(tree.supernet, tree.forward, [(x.to(device), y) for x, y in calibration], "average")
             logits[device] = {c: x.cpu() for c, x in tree.logits(images.to(device))}
     for candidate, expected in logits["cpu"].items():
         assert (logits["cuda"][candidate] - expected).abs().max() < 0.05 * expected.abs().max()  # TF32 in convolutions

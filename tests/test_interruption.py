@@ -48,7 +48,7 @@ def out(data, tmp_path_factory):
         (
             "tester.py",
             ("--mode test", CALIBRATION, "--architecture {}/path.json"),
-            "training.evaluation.recalibrate_bn",
+            "training.evaluation.update_bn",
         ),
         ("search.py", (SEARCH,), "search.prepare"),
         ("search.py", (SEARCH,), "engines.local_engine.chunks"),

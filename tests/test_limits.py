@@ -210,16 +210,13 @@ def test_limits_of_the_command_line_join_those_of_a_file(tmp_path):
     """The command line wins, cost by cost."""
     config = tmp_path / "c.yml"
     config.write_text("search: {limit: [flops=300M, params=3M]}")
+    space = SPACES["blocks"]
     args = search.parse_args(["--config", str(config), "--limit", "params=4M", "--limit", "params=3.5M"])
-    assert make_bounds(SPACES["blocks"], args.limit, args.flops_limit) == {
-        "flops": (None, 300_000_000),
-        "params": (None, 3_500_000),
-    }
+    found = make_bounds(space, args.limit, args.flops_limit)
+    assert found == {"flops": (None, 300_000_000), "params": (None, 3_500_000)}
     args = search.parse_args(["--flops-limit", "310M", "--limit", "params=3.5M"])
-    assert make_bounds(SPACES["blocks"], args.limit, args.flops_limit) == {
-        "flops": (None, 310_000_000),
-        "params": (None, 3_500_000),
-    }
+    found = make_bounds(space, args.limit, args.flops_limit)
+    assert found == {"flops": (None, 310_000_000), "params": (None, 3_500_000)}
     args.limit.append("flops=300M")
     with pytest.raises(UserError, match="--flops-limit and --limit flops: leave one of them out"):
         make_bounds(space, args.limit, args.flops_limit)

@@ -14,7 +14,7 @@ from space.custom import WIDTHS
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
 from training import checkpoint
-from training.evaluation import recalibrate_bn
+from training.evaluation import recalibrate_bn, update_bn
 from training.prefix_tree import PrefixTree
 from utils import UserError
 
@@ -89,7 +89,7 @@ def test_a_tree_of_joint_candidates_is_one_after_the_other(bn, fold):
     def logits(candidates):
         tree = PrefixTree(supernet, candidates, fold)
         with torch.inference_mode(), tree.own_statistics():
-            recalibrate_bn(supernet, tree.forward, calibration, bn)
+            update_bn(supernet, tree.forward, calibration, bn)
             return dict(tree.logits(images))
 
     together = logits(candidates)

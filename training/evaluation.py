@@ -48,9 +48,9 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     supernet is left in eval mode with its own BN statistics. Raises UserError where a candidate is not of its space.
     """
     start, candidates = time.perf_counter(), [supernet.space.check(c) for c in candidates]
-    tree = PrefixTree(supernet, candidates, fold, amp)
+    tree = PrefixTree(supernet, candidates, fold, amp)  # whose nodes have new BN statistics
     with torch.inference_mode(), tree.own_statistics():
-        recalibrate_bn(supernet, tree.forward, calibration, bn)
+        update_bn(supernet, tree.forward, calibration, bn)
         sums, n_images = dict.fromkeys(candidates, 0), 0
         for images, labels in validation:
             for candidate, logits in tree.logits(images):
@@ -76,30 +76,37 @@ def evaluate_in_lists(supernet, candidates, at_once, *args, **how):
 
 
 def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):
-    """Resets all BN statistics of `model` and recalculates those that `forward(images)` passes through.
+    """Recalculates the BN statistics of `model` that `forward(images)` passes through, from new ones on.
 
     `batches` yields (images, labels). For `bn` see `bn_momentum`. `sharded` says that each rank has other batches,
     whose plain averages are then averaged over the ranks. Dropout stays off; the model is left in eval mode.
     """
-    model.eval()
-    norms, n = batch_norms(model), 0
+    norms = batch_norms(model)
+    for norm in norms:
+        norm.reset_running_stats()
+    n = update_bn(model, forward, batches, bn)
+    if sharded:
+        distributed.all_reduce_mean([t for norm in norms for t in (norm.running_mean, norm.running_var)], n)
+
+
+def update_bn(model, forward, batches, bn="ema"):
+    """Updates the BN statistics of `model` by `forward(images)` over the batches; returns how many batches there were.
+
+    BN is in training mode within, everything else in eval mode, in which the model is left.
+    """
+    norms, n = batch_norms(model.eval()), 0
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1)
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()
         norm.train()
     with torch.inference_mode():
         for n, (images, _) in enumerate(batches, 1):
             for norm in norms:
                 norm.momentum = bn_momentum(bn, n)
             forward(images)
-        if sharded:
-            distributed.all_reduce_mean([t for norm in norms for t in (norm.running_mean, norm.running_var)], n)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
     model.eval()
+    return n
 
 
 def bn_momentum(bn, n):

@@ -333,9 +333,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
+def check_tree(folder, cache, accept=False):
     """Prints a line for each problem of a tree on standard error. Raises UserError with counts if there are any."""
-    folder = args.check
     problems = []
     train, val = (scan(f"{folder}/{part}", problems) for part in ("train", "val"))
     problems += unmatched_classes(folder, train, val)
@@ -353,12 +352,16 @@ def main(args):
     ]
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
     counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled, {len(shared)} in train and val"
-    if problems or unreadable or (mislabelled and not args.accept):
+    if problems or unreadable or (mislabelled and not accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
-    image_check.remember(folder, found, len(shared), args.cache)
+    image_check.remember(folder, found, len(shared), cache)
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
     print(f"{folder}: {sizes}, {counts}; recorded")
+
+
+def main(parsed):
+    check_tree(parsed.check, parsed.cache, parsed.accept)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import re
 import reprlib
 import shlex
 import signal
@@ -40,7 +41,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class UserError(Exception):
-    """An error that the user can fix: printed as one line that names the cause, its value and the fix; exit code 2."""
+    """An error that the user can fix: printed as one line that names the cause, its value and the fix; exit code 2.
+
+    Messages name flags, as "--batch-size 7"; outside of the commands, in Python, they name arguments: "batch_size 7".
+    """
+
+    of_commands = False  # set by `run_script`
+
+    def __str__(self):
+        text = super().__str__()
+        if self.of_commands:
+            return text
+        # A command in the text, as "run tester.py --mode gen", stays what it is.
+        return re.sub(r"(\.py [^;,)]*)|--([a-z][a-z0-9-]*)", lambda m: m[1] or m[2].replace("-", "_"), text)
 
 
 INTERRUPTED = "interrupted; what it has written is kept, and the same command does the rest"
@@ -118,6 +131,7 @@ def run_script(main, parse_args, may_print=lambda line: True):
 
     The line is printed only if `may_print(line)`.
     """
+    UserError.of_commands = True
     code = 2
     try:
         main(parse_args())

@@ -29,6 +29,7 @@ CLASSES = ("apple", "bird", "car")
 SCRIPTS = ("supernet.py", "tester.py", "search.py", "scratch.py")
 
 torch.set_num_threads(1)  # the same numbers on every machine, and no fight over two cores
+utils.UserError.of_commands = True  # messages name flags
 # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -94,6 +94,18 @@ def needed(module):
     return ours(imports(parse(module))) - {other for user, other in [DOOR] if user == module}
 
 
+def test_no_function_below_the_commands_takes_the_command_line():
+    """They take the settings of their subject, or plain arguments; the parser alone has a namespace."""
+    for module in MODULES.keys() - COMMANDS - {"settings.command_line"}:
+        for node in ast.walk(parse(module)):
+            if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                taken = {argument.arg for argument in given} & {"args", "options", "flags", "namespace"}
+                assert not taken, f"{module}.{node.name}"
+                assert not any("Namespace" in ast.unparse(a.annotation) for a in given if a.annotation), module
+            assert not (isinstance(node, ast.Attribute) and node.attr == "Namespace"), f"{module} makes a namespace"
+
+
 def test_imports_run_one_way():
     row = {name: number for number, names in enumerate(ORDER) for name in names}
     assert {module.split(".")[0] for module in MODULES} == row.keys()

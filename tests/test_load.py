@@ -1,6 +1,7 @@
 """network.load: a trained network in a line of Python, its feature maps, and torch.fx."""
 
 import os
+import random
 import re
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import network
+import utils
 from dataloader import Loader
+from images import bundled
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
 from space.search_space import SearchSpace
@@ -121,8 +124,51 @@ def folder(trained, tree, tmp_path, monkeypatch):
     return tmp_path
 
 
+SMALL = (("iterations=1500", "iterations=6"), ("iterations=1000", "iterations=4"), ("batches=10", "batches=2"),
+         ("augment=", 'backend="torchvision", workers=0, augment='), ("population_size=16", "population_size=4"),
+         ("generations=5", "generations=2"), ("warmup=", "keep="), ("heldout_per_class=200", "heldout_per_class=10"),
+         ('bundled.unpack("data/fashion-mnist")', "folder"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def few_images(tmp_path_factory):
+    """Some bundled images of each class."""
+    source = bundled.unpack(ROOT / "data" / "fashion-mnist")
+    folder = tmp_path_factory.mktemp("few")
+    for part, n in (("train", 30), ("val", 10)):
+        for name in (path for path in (source / part).iterdir() if path.is_dir()):
+            (folder / part / name.name).mkdir(parents=True)
+            for path in sorted(name.iterdir())[:n]:
+                os.link(path, folder / part / name.name / path.name)
+    return folder
+
+
+def test_the_method_in_python_runs_as_the_page_has_it(few_images, tmp_path, monkeypatch, caplog):
+    """Once as it stands, and once with all of its variations; without a file but the cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils.UserError, "of_commands", False)
+    method, *_ = snippets("python.md")
+    assert len([line for line in method.splitlines() if line.strip()]) <= 45
+    rows = re.findall(r"^\| [^|]+ \| `([^`]+)` \| `([^`]+)` \|$", (ROOT / "docs" / "python.md").read_text(), re.M)
+    assert len(rows) == 3
+    varied = method
+    for before, after in rows:
+        assert method.count(before) == 1
+        varied = varied.replace(before, after)
+    for text in (method, varied):
+        for before, after in SMALL:
+            assert before in text
+            text = text.replace(before, after)
+        found = {"folder": few_images, "random": random}
+        exec(text, found)
+        assert len(found["evolution"].rewards) == 8 and found["winner"] in found["evolution"].rewards
+        assert found["limits"].excess(found["winner"]) == 0 and 0 <= found["top1"] <= 100 and found["n_images"] == 100
+        assert (found["score"] < 0) == (text is not method and "-r[" in text)
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+
 def test_the_snippets_about_the_network_run(folder):
-    first, probe, backbone = (snippet.rstrip().splitlines() for snippet in snippets("python.md"))
+    _, first, probe, backbone = (snippet.rstrip().splitlines() for snippet in snippets("python.md"))
     found = {"images": torch.zeros(2, 50, 40, 3, dtype=torch.uint8)}
     exec("\n".join(first), found)
     assert len(found["names"]) == 2 and set(found["names"]) <= set(CLASSES)

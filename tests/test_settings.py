@@ -1,16 +1,21 @@
 """docs/settings.md is that of the parsers; `python tests/test_settings.py` writes it."""
 
 import argparse
+import dataclasses
 import importlib
 import pathlib
 import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from settings import command_line  # noqa: E402
 from settings.command_line import write_settings  # noqa: E402
-from settings.subjects import FIELDS  # noqa: E402
+from settings.fields import difference, setting  # noqa: E402
+from settings.subjects import FIELDS, SEARCH, SUBJECTS, DataConfig, Training, deciding  # noqa: E402
+from utils import UserError  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
@@ -86,6 +91,82 @@ def test_the_settings_that_a_run_wrote_can_be_read(tmp_path):
         assert {k: v for k, v in vars(again).items() if k not in ("config", "out")} == {
             k: v for k, v in vars(args).items() if k not in ("config", "out")
         }
+
+
+# --- what a run that is resumed must have again --------------------------------------------------------------
+
+# The settings in the checkpoints of runs, as 7e149fb wrote them, and the commands that made them.
+OLD = {
+    "supernet --demo --iterations 300": {
+        "input_size": 28, "val_resize": 28, "crop_scale": [0.8, 1.0], "jitter": 0.0, "heldout_per_class": 200,
+        "bn": "average", "bn_batches": 10, "iterations": 300, "batch_size": 64, "lr": 0.1, "warmup": 200,
+        "sampler": "uniform", "seed": 0, "preprocessing": None, "crop_ratio": None, "mirror": None, "split_seed": None,
+        "loader": "auto", "eval_batch_size": 200, "momentum": 0.9, "weight_decay": 4e-05, "label_smoothing": 0.1,
+        "amp": "off", "bn_batch_size": 128, "eval_amp": "off", "architecture": None, "flops_range": None,
+        "flops_bins": 7, "width_warmup": None, "val_paths": 3,
+    },
+    "scratch --demo --iterations 200 --bn-pass 5 --architecture best.json": {
+        "input_size": 28, "val_resize": 28, "crop_scale": [0.8, 1.0], "jitter": 0.0, "heldout_per_class": 200,
+        "iterations": 200, "batch_size": 64, "lr": 0.1, "warmup": 60, "bn_pass": 5, "architecture": "best.json",
+        "checkpoint": None, "seed": 0, "preprocessing": None, "crop_ratio": None, "mirror": None, "split_seed": None,
+        "loader": "auto", "eval_batch_size": 200, "momentum": 0.9, "weight_decay": 4e-05, "label_smoothing": 0.1,
+        "amp": "off",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OLD)
+def test_an_old_run_has_the_settings_of_the_same_command_today(command):
+    script, *words = command.split()
+    values = vars(importlib.import_module(script).parse_args(words))
+    assert difference(SUBJECTS, OLD[command], deciding(values)) == {}
+    values["batch_size"] = 65
+    assert difference(SUBJECTS, OLD[command], deciding(values)) == {"batch_size": "65 (was 64)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Longer(Training):
+    """Training with settings that older files do not have."""
+
+    average: bool = setting(False, "a new switch")
+    alpha: str = setting("white", "a new default, where older runs were without")
+    hint: int = setting(3, "what does not decide", decides=False)
+
+    ABSENT = {"alpha": "dropped"}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(("subjects", "before"), [(SUBJECTS, next(iter(OLD.values()))), (SEARCH, {"population": 8})])
+def test_what_an_older_file_lacks_means_what_its_absence_means(subjects, before):
+    subjects = (*subjects, Longer)
+    assert difference(subjects, before, {**before, "average": False, "alpha": "dropped", "hint": 7}) == {}
+    changes = difference(subjects, before, {**before, "average": True, "alpha": "white"})
+    assert changes == {"average": "True (was False)", "alpha": "white (was dropped)"}
+
+
+# --- in Python -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Training(batch_size=1), "batch_size 1 is not a whole number from 2 to 1000000"),
+        (lambda: Training(lr=float("nan")), "lr nan is not a number from 0 to 1000"),
+        (lambda: Training(amp="half"), "amp 'half' is none of off, bf16, fp16"),
+        (lambda: DataConfig(crop_scale=(0.5, 2)), "crop_scale 2 is not a number from 0.001 to 1"),
+        (lambda: DataConfig.resolve({"val_resize": 16}), "val_resize 16 is smaller than the input size, 224"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_as_an_argument(monkeypatch, make, message):
+    monkeypatch.setattr(UserError, "of_commands", False)
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value) == message
+
+
+def test_a_command_in_a_message_stays_a_command(monkeypatch):
+    monkeypatch.setattr(UserError, "of_commands", False)
+    error = UserError("latency.json: missing; run tester.py --mode latency --out A, or leave --latency-table out")
+    assert str(error) == "latency.json: missing; run tester.py --mode latency --out A, or leave latency_table out"
 
 
 if __name__ == "__main__":

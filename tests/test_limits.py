@@ -3,7 +3,6 @@
 import collections
 import itertools
 import random
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from space.search_space import COSTS, SearchSpace
 from utils import UserError
 
 POPULATION = 50
+MOST_STEPS = 300_000  # ten times as many as the costliest of the thousand sets below takes
 
 
 def with_latency(space, seed=0):
@@ -73,13 +73,19 @@ def drawn(name, number):
 
 
 def fill(name, number):
-    """(bounds, first population, None where the bounds are refused) of a random set of limits."""
-    bounds, population = drawn(name, number), None
-    try:
-        settings = {**as_settings(bounds), "population": POPULATION, "seed": number}
-        population = Evolution.from_settings(SPACES[name], settings).ask()
-    except UserError as error:
-        assert "\n" not in str(error) and 20 < len(str(error)) < 250
+    """(bounds, first population, None where the bounds are refused) of a random set of limits.
+
+    No set may take minutes: repairs look at their candidates' neighbours at most MOST_STEPS times.
+    """
+    bounds, population, steps, moves = drawn(name, number), None, itertools.count(1), Limits._moves
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Limits, "_moves", lambda limits, candidate: next(steps) and moves(limits, candidate))
+        try:
+            settings = {**as_settings(bounds), "population": POPULATION, "seed": number}
+            population = Evolution.from_settings(SPACES[name], settings).ask()
+        except UserError as error:
+            assert "\n" not in str(error) and 20 < len(str(error)) < 250
+    assert next(steps) < MOST_STEPS, bounds
     return bounds, population
 
 
@@ -146,13 +152,11 @@ def test_sets_of_limits_in_large_spaces():
 
 @pytest.mark.slow
 def test_a_thousand_sets_of_limits(everything):
-    """Each is answered within five CPU-seconds; refusals in `blocks` are right too, as far as they can be counted."""
+    """Refusals in `blocks` are right too, as far as they can be counted."""
     outcomes = collections.Counter()
     for name, n in (("small", 400), ("blocks", 400), ("joint", 200)):
         for number in range(n):
-            start = time.process_time()
             bounds, population = fill(name, number)
-            assert time.process_time() - start < 5, (name, bounds)
             if name == "small":
                 check_enumerated(number, *everything)
             else:

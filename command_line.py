@@ -99,6 +99,8 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(f"--{flag}")
             if action is None or flag in ("config", "demo", "help"):
                 raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(flag)} (section {section!r})")
+            if value is False and "off" in (action.choices or ()):  # PyYAML's reading of `off`
+                value = "off"
             words += _words(path, flag, value, isinstance(action, argparse.BooleanOptionalAction))
             attributes.append(action.dest)
         try:

@@ -5,11 +5,13 @@ import importlib
 import pathlib
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
-from utils import write_settings  # noqa: E402
+from utils import UserError, write_settings  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
@@ -85,6 +87,34 @@ def test_the_settings_that_a_run_wrote_can_be_read(tmp_path):
         assert {k: v for k, v in vars(again).items() if k not in ("config", "out")} == {
             k: v for k, v in vars(args).items() if k not in ("config", "out")
         }
+
+
+@pytest.mark.parametrize(
+    ("script", "setting", "value"),
+    [
+        ("supernet", "amp: off", "off"),
+        ("scratch", "amp: Off", "off"),
+        ("search", "eval-amp: off", "off"),
+        ("tester", "eval-amp: false", "off"),
+        ("search", "eval-amp: 'off'", "off"),
+        ("supernet", "mirror: yes", True),
+        ("supernet", "mirror: off", False),
+    ],
+)
+def test_off_in_yaml_is_the_choice_of_that_name(tmp_path, script, setting, value):
+    """Though YAML 1.1, which PyYAML reads, takes it for false."""
+    path = tmp_path / "s.yml"
+    path.write_text(f"{script}: {{{setting}}}")
+    args = importlib.import_module(script).parse_args(["--config", str(path)])
+    assert getattr(args, setting.split(":")[0].replace("-", "_")) == value
+
+
+@pytest.mark.parametrize("setting", ["amp: on", "amp: true", "device: off", "lr: off", "resume: no", "out: off"])
+def test_other_words_that_yaml_takes_for_true_or_false_are_refused(tmp_path, setting):
+    path = tmp_path / "s.yml"
+    path.write_text(f"supernet: {{{setting}}}")
+    with pytest.raises(UserError, match=f"{setting.split(':')[0]} is (True|False), not a plain value$"):
+        importlib.import_module("supernet").parse_args(["--config", str(path)])
 
 
 if __name__ == "__main__":

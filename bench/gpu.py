@@ -38,6 +38,8 @@ from training.evaluation import evaluate
 
 OFFICIAL_IMAGES = 25_600 + 50_000  # a candidate: calibration and validation
 SUPERNET_IMAGES, RETRAIN_IMAGES = 150_000 * 1024, 300_000 * 1024 + 1250 * 1024
+BYTES_BF16 = 3 * 2 * 2 * 4.32e6  # an image: three passes that read and write the convolutions' outputs
+ONE_PATH, COPY = "a step of architecture_final.json, channels-last, ms by images", "copy, GB/s"  # measured by hand
 OURS = {"channels_last": True}
 OFFICIAL = {"views": False, "channels_last": False, "fused": False, "lazy": False}
 # name -> (changes of bench/train.py's Variant, cuDNN's benchmark, cuDNN's deterministic)
@@ -184,19 +186,41 @@ def demo(options):
     return rows
 
 
-def scaling_rows(result):
-    """The lines of docs/scaling.md that follow from a measurement on a GPU."""
-    rows, device = [], result["device"]
-    for name in ("float32, channels-last", "bf16, channels-last"):
-        if row := result["training"].get(name):
-            rate, memory = row["images_per_second"], row["mb_per_image"] * 1024 / 1000
-            hours = f"{SUPERNET_IMAGES / rate / 3600:.1f} h | {RETRAIN_IMAGES / rate / 3600:.1f} h"
-            measured = f"rate measured, {rate:.0f} images/s, {memory:.0f} GB for 1,024 images; times calculated"
-            rows.append(f"| one {device}, {name} | {hours} | {measured} |")
-    for name, row in result["candidates"].items():
-        hours = f"{1000 * row['seconds'] / 3600:.1f} h"
-        rows.append(f"| one {device}, {name} | {hours} | calculated from {row['seconds']:.1f} s per candidate |")
-    return rows
+def hours(seconds):
+    return f"{seconds / 3600:.1f} h"
+
+
+def scaling_rows(card, result):
+    """The lines of docs/scaling.md that are calculated from what was measured on a card: {table: [line, ...]}."""
+    training, memory, search = [], [], []
+    rows = result.get("training", {}).get("rows", {})
+    for name in ("float32", "bf16"):
+        if not (row := rows.get(f"{name}, channels-last")):
+            continue
+        rate, mb = row["images_per_second"], row["mb_per_image"]
+        measured = f"calculated: {rate:,.0f} images/s of random paths, {result['training']['batch_size']} images a step"
+        cells = f"{hours(SUPERNET_IMAGES / rate)} | {hours(RETRAIN_IMAGES / rate)} | {measured}"
+        training.append(f"| one {card}, {name} | {cells} |")
+        memory.append(
+            f"| memory of one {card}, {name} | {mb * 1.024:.0f} GB | {mb:.1f} MB an image, measured; times 1,024 |"
+        )
+        third = f"calculated: a forward pass takes a third of a step, at {rate:,.0f} images/s; prefix tree not included"
+        search.append(f"| one {card}, {name} | {hours(1000 * OFFICIAL_IMAGES / rate / 3)} | {third} |")
+    for name, times in result.get("by hand", {}).get("rows", {}).get(ONE_PATH, {}).items():
+        for images, gpus, free in ((1024, "one", ""), (128, "eight", ", as if exchange were free")):
+            if ms := name in ("float32", "bf16") and times.get(str(images)):
+                cells = f"{hours(SUPERNET_IMAGES / 1024 * ms / 1000)} | {hours(RETRAIN_IMAGES / 1024 * ms / 1000)}"
+                measured = f"calculated: {ms:g} ms a step of one path{free}"
+                training.append(f"| {gpus} {card}, {name}, {images:,} images on each | {cells} | {measured} |")
+    if gb := result.get("by hand", {}).get("rows", {}).get(COPY):
+        rate = gb * 1e9 / BYTES_BF16
+        cells = f"{hours(SUPERNET_IMAGES / rate)} | {hours(RETRAIN_IMAGES / rate)}"
+        bound = f"calculated: {gb:,} GB/s of a copy, 52 MB an image; no program reaches it"
+        training.append(f"| lower bound of an {card} in bf16: {round(rate, -3):,.0f} images/s | {cells} | {bound} |")
+    for name, row in result.get("candidates", {}).get("rows", {}).items():
+        measured = f"calculated: {row['seconds']:.1f} s a candidate"
+        search.append(f"| one {card}, {name} | {hours(1000 * row['seconds'])} | {measured} |")
+    return {"Training": training, "What else it takes": memory, "Search": search}
 
 
 def main():
@@ -232,7 +256,9 @@ def main():
     for row, v in result["demo"].items():
         print(f"| {row} | {'no time' if v is None else f'{v:.0f}'} |")
     if options.device.type == "cuda":
-        print("\nfor docs/scaling.md:", *scaling_rows(result), sep="\n")
+        parts = {k: {"rows": result[k], "batch_size": options.batch_size} for k in ("training", "candidates")}
+        for heading, lines in scaling_rows(name, parts).items():
+            print(f"\nfor docs/scaling.md, {heading}:", *lines, sep="\n")
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     utils.write_json(options.results, results | {name: result}, indent=1)
 

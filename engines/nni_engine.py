@@ -22,6 +22,7 @@ from settings.subjects import EVOLUTION
 from utils import HERE, UserError, log, read_yaml, signals, try_lock
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
+LOOPBACK = "127.0.0.1", "localhost", "::1"
 POLL_S = 0.5
 LISTEN_S = 5  # between looks at the running trials
 START_S = 60  # for NNI's manager and for the tuner to start; NNI's own 3 s and 10 s are too few on a busy machine
@@ -151,7 +152,8 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
         "SPOS_NNI_START_MS": str(START_S * 1000),
     }
     machines = config["trainingService"].get("machineList", [])
-    with reserved_port(host, port) as port, Connections(machines, port, folder) as connections:
+    started_with = _environment(without_proxy_here())  # this process, NNI, the tuner and the trials
+    with started_with, reserved_port(host, port) as port, Connections(machines, port, folder) as connections:
         me = psutil.Process()
         earlier, started = set(me.children(recursive=True)), set()
         experiment, progress = Experiment(ExperimentConfig(**config)), Progress(out)
@@ -204,6 +206,13 @@ def _environment(variables):
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def without_proxy_here():
+    """The environment variables with which clients reach this machine without a proxy, and others as before."""
+    found = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
+    either = found["no_proxy"] or found["NO_PROXY"]
+    return {name: ",".join(filter(None, [hosts or either, *LOOPBACK])) for name, hosts in found.items()}
 
 
 @contextlib.contextmanager

@@ -128,6 +128,8 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(f"--{name}")
             if action is None or action.dest == "help" or not FIELDS[action.dest].metadata["in_files"]:
                 raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(name)} (section {section!r})")
+            if value is False and "off" in (action.choices or ()):  # PyYAML's reading of `off`
+                value = "off"
             words += _words(path, action, name, value)
             attributes.append(action.dest)
         try:

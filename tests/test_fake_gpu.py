@@ -117,7 +117,7 @@ def test_a_training_step_calls_nothing_that_waits(monkeypatch, amp):
     model = ShuffleNetV2OneShot(space=SPACE)
     recipe = Recipe(model, settings(amp=amp))
     meter = loop._Meter(recipe, None, 0, 0.0, torch.empty(0, 3, dtype=torch.double))
-    meter.first = 0, 0.0  # set after a first step, which is not timed, and fetched
+    meter.untimed = 0  # after which the rows are fetched
     images, labels = torch.rand(4, 3, 16, 16), torch.randint(7, (4,))
     for name in ("cpu", "numpy", "tolist", "item", "__bool__", "__float__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} waits for the GPU"))

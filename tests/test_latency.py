@@ -159,7 +159,8 @@ def test_other_measurements_take_turns_with_the_table(clock, monkeypatch):
 
     other = Other()
     monkeypatch.setattr(latency, "rounds", lambda most, seconds: range(3))
-    assert latency.measure_table(SPACE, 1, CPU, beside=(other,))["seconds"] < 60 and other.turns == 3
+    latency.measure_table(SPACE, 1, CPU, beside=(other,))
+    assert other.turns == 3
 
 
 # --- the record of a search ----------------------------------------------------------------------------------

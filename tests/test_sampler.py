@@ -3,7 +3,6 @@
 import collections
 import itertools
 import random
-import time
 
 import numpy as np
 import pytest
@@ -112,12 +111,13 @@ def test_numpy_and_python_generators_are_left_alone():
 
 
 @pytest.mark.parametrize("flops_range, n_bins", [(None, 7), (RANGE, 7), ((280_000_000, 370_000_000), 9)])
-def test_a_path_takes_less_than_a_fifth_of_a_millisecond(flops_range, n_bins):
-    paths = PathSampler(SPACE, 0, flops_range, n_bins)
-    start = time.process_time()
+def test_a_path_costs_few_random_candidates(monkeypatch, flops_range, n_bins):
+    paths, drawn = PathSampler(SPACE, 0, flops_range, n_bins), []
+    draw = paths._candidates
+    monkeypatch.setattr(paths, "_candidates", lambda rng, n: drawn.append(n) or draw(rng, n))
     for step in range(10_240):
         paths.candidate(step)
-    assert (time.process_time() - start) / 10_240 < 0.2e-3
+    assert 1 <= sum(drawn) / 10_240 <= (1000 if flops_range else 1)
 
 
 @pytest.mark.parametrize("flops_range, bin_message", [
@@ -127,16 +127,15 @@ def test_a_path_takes_less_than_a_fifth_of_a_millisecond(flops_range, n_bins):
     ((300_000_000, 300_000_007), "bin 1 of 7, 300000000 to 300000001,"),
 ])  # fmt: skip
 def test_a_bin_out_of_reach_is_an_error_at_the_start(flops_range, bin_message):
-    start = time.process_time()
     with pytest.raises(UserError) as error:
         PathSampler(SPACE, 0, flops_range)
     message = str(error.value)
-    assert message.startswith(f"--flops-range {flops_range[0]} {flops_range[1]}: 0 of ") and bin_message in message
+    none = f"--flops-range {flops_range[0]} {flops_range[1]}: 0 of 1015808 random candidates"
+    assert message.startswith(none) and bin_message in message
     assert (
         "candidates cost 270359360 to 398609216, 99.7% of them 290000000 to 360000000" in message
         and "\n" not in message
     )
-    assert time.process_time() - start < 20
 
 
 def test_a_bin_that_is_too_rare_is_an_error_at_the_start():

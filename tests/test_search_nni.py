@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import shlex
 import signal
 import socket
@@ -11,8 +12,12 @@ import sys
 import time
 import types
 
+import nni_node
 import psutil
 import pytest
+import requests
+import websockets.proxy
+import websockets.uri
 import yaml
 
 import search
@@ -163,8 +168,21 @@ def check_outcome(out):
     assert (state["done"], state["generation"], state["evaluated"]) == (True, 2, 8)
 
 
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy", "socks_proxy")
+
+
+@pytest.fixture
+def proxied(monkeypatch):
+    """Every variable of a proxy is set, to one that does not answer."""
+    for name in PROXIES:
+        monkeypatch.setenv(name, f"{'socks5' if 'all' in name.lower() else 'http'}://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+
+
 @pytest.mark.slow
-def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path):
+def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path, proxied):
+    """Whatever proxies there are for other machines."""
     with hosted(tmp_path) as (process, port):
         wait_for(lambda: evaluated(tmp_path), "no trial began")
         running = family(process)
@@ -299,6 +317,78 @@ def test_experiment_sets_defaults_under_config_and_command_line(tmp_path, monkey
     )
     with pytest.raises(UserError, match=r"config_search\.yml: search\.py has no setting .populaton"):
         search.parse_args([])
+
+
+LISTEN = "s = require('net').createServer().listen(0, () => { console.log(s.address().address); s.close(); })"
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Starts search.py's NNI with these flags, without NNI: where its manager would listen, and its environment."""
+    from nni import experiment as nni_experiment
+
+    found = {}
+
+    class Experiment:
+        id = "none"
+
+        def __init__(self, config):
+            assert config.nni_manager_ip == "127.0.0.1"
+
+        def start(self, port, run_mode):
+            node = pathlib.Path(nni_node.__file__).with_name("node")
+            address = subprocess.run(
+                [node, "-e", LISTEN], check=True, capture_output=True, text=True, timeout=60
+            ).stdout
+            found.update(os.environ, address=address.strip())
+            raise RuntimeError("enough")
+
+        def stop(self):
+            found["no_proxy at the end"] = os.environ["no_proxy"]
+
+    def start(*words):
+        args = search.parse_args(["--out", str(tmp_path), "--concurrency", "1", *words])
+        prepare_search(tmp_path, SETTINGS, resume=False)
+        experiment = nni_engine.read_experiment(args.experiment)
+        checked = search.Search(experiment, "net.pth", SPACE, None, "", [], SETTINGS, None)
+        with pytest.raises(UserError, match=r"NNI did not start \(enough\)"):
+            search.run_engine(checked, args, tmp_path)
+        return found
+
+    monkeypatch.setattr(nni_experiment, "Experiment", Experiment)
+    (tmp_path / "nni_auto_gen_search_space.json").write_text("{}")
+    return start
+
+
+@pytest.mark.parametrize(("words", "address"), [((), "127.0.0.1"), (("--host", "0.0.0.0"), "0.0.0.0")])
+def test_nnis_manager_listens_on_this_machine_alone_unless_asked(started, words, address):
+    assert started(*words)["address"] == address
+
+
+@pytest.mark.parametrize("before", [{}, {"no_proxy": "a.b"}, {"NO_PROXY": "a.b"}, {"no_proxy": "a.b", "NO_PROXY": "c"}])
+def test_addresses_of_this_machine_go_through_no_proxy(started, proxied, monkeypatch, before):
+    """In NNI's clients: requests, of the command and of trials, and websockets, of the tuner."""
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+
+    def proxies(host):
+        used = requests.utils.select_proxy(f"http://{host}:8080", requests.utils.get_environ_proxies(f"http://{host}"))
+        return used, websockets.proxy.get_proxy(websockets.uri.parse_uri(f"ws://{host}:8080"))
+
+    assert None not in proxies("localhost")
+    environment = started()
+    assert {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")} == {
+        name: before.get(name) for name in ("no_proxy", "NO_PROXY")
+    }
+    assert environment["no_proxy at the end"] == environment["no_proxy"]
+    for names in (("no_proxy", "NO_PROXY"), ("no_proxy",), ("NO_PROXY",)):  # a client may know one of them
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for name in names:
+            monkeypatch.setenv(name, environment[name])
+        for host in ("localhost", "127.0.0.1", "[::1]"):
+            assert proxies(host) == (None, None), (host, names)
+        assert None not in proxies("other.example") and (None in proxies("a.b")) == ("a.b" in environment[names[0]])
 
 
 def test_occupied_port_is_refused():

@@ -169,5 +169,33 @@ def test_a_command_in_a_message_stays_a_command(monkeypatch):
     assert str(error) == "latency.json: missing; run tester.py --mode latency --out A, or leave latency_table out"
 
 
+@pytest.mark.parametrize(
+    ("script", "entry", "value"),
+    [
+        ("supernet", "amp: off", "off"),
+        ("scratch", "amp: Off", "off"),
+        ("search", "eval-amp: off", "off"),
+        ("tester", "eval-amp: false", "off"),
+        ("search", "eval-amp: 'off'", "off"),
+        ("supernet", "mirror: yes", True),
+        ("supernet", "mirror: off", False),
+    ],
+)
+def test_off_in_yaml_is_the_choice_of_that_name(tmp_path, script, entry, value):
+    """Though YAML 1.1, which PyYAML reads, takes it for false."""
+    path = tmp_path / "s.yml"
+    path.write_text(f"{script}: {{{entry}}}")
+    args = importlib.import_module(script).parse_args(["--config", str(path)])
+    assert getattr(args, entry.split(":")[0].replace("-", "_")) == value
+
+
+@pytest.mark.parametrize("entry", ["amp: on", "amp: true", "device: off", "lr: off", "resume: no", "out: off"])
+def test_other_words_that_yaml_takes_for_true_or_false_are_refused(tmp_path, entry):
+    path = tmp_path / "s.yml"
+    path.write_text(f"supernet: {{{entry}}}")
+    with pytest.raises(UserError, match=f"{entry.split(':')[0]} is (True|False), not a plain value$"):
+        importlib.import_module("supernet").parse_args(["--config", str(path)])
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())

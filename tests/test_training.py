@@ -65,7 +65,7 @@ def training_run(folder, training, seed=0, loader="torchvision"):
 
 def supernet_run(
     folder, training, model=None, sampler=None, images=None, validate=lambda step: {"val/acc1": 1.0}, seed=0,
-    loader="torchvision",
+    loader="torchvision", device="cpu",
 ):  # fmt: skip
     torch.manual_seed(0)
     model = model or ShuffleNetV2OneShot(space=SPACE)
@@ -73,7 +73,7 @@ def supernet_run(
     run = training_run(folder, training, seed, loader)
     if training.resume == "none":
         run.start(torch.device("cpu"), seed, anew=True)
-    metrics = train(model, images or Images(), training, sampler.candidate, validate, run, seed=seed)
+    metrics = train(model, images or Images(), training, sampler.candidate, validate, run, device, seed)
     return model, metrics
 
 
@@ -532,6 +532,25 @@ def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validati
     assert paths == [(2, 2), (4, 2), (6, 2), (7, 1)]
     mflops = [SPACE.flops(PathSampler(SPACE, 0).candidate(step)) / 1e6 for step in (5, 6)]
     assert events.Histograms("paths/MFLOPs")[2].histogram_value.sum == pytest.approx(sum(mflops))
+
+
+def test_a_gpu_says_its_plan_with_the_first_line_of_the_log_from_steps_without_a_first_use(
+    tmp_path, monkeypatch, clock, caplog
+):
+    """The model and the images of a pretended GPU stay on the CPU; its first 20 steps take ten times as long."""
+    train_one_step = Recipe.train_one_step
+
+    def timed(recipe, step, *args):
+        clock[0] += 1.0 if step <= 20 else 0.1
+        return train_one_step(recipe, step, *args)
+
+    monkeypatch.setattr(Recipe, "train_one_step", timed)
+    monkeypatch.setattr(nn.Module, "to", lambda module, *args, **kwargs: module)
+    monkeypatch.setattr(loop, "_peak_memory", lambda device: 0)
+    caplog.set_level("INFO", "spos")
+    supernet_run(tmp_path, settings(iterations=60), device="cuda")
+    lines = [text for text in caplog.messages if text.startswith(("plan:", "step "))]
+    assert lines[0].startswith("plan: 1 s for 10 more steps of 0.1 s,") and lines[1].startswith("step 50/60 ")
 
 
 def test_a_line_that_was_cut_short_is_removed(tmp_path):

@@ -26,7 +26,9 @@ except ImportError:  # not on Windows
     resource = None
 
 LOG_EVERY = 50  # steps
-PLAN_AFTER = 5  # steps, of which the first is not timed
+# The plan of a run is said after some steps, the first of which are not timed: a GPU builds plans at the first use of
+# every operation.
+PLAN_AFTER = {"cpu": (1, 5), "cuda": (LOG_EVERY // 2, LOG_EVERY)}  # device: steps not timed, steps
 
 
 def train(model, loader, training, candidate_at=None, validate=None, run=None, device="cpu", seed=0):
@@ -84,7 +86,7 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
                 loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
             meter.add(loss, logits, labels)
             journal.progress.update()
-            if step == done + PLAN_AFTER:
+            if step == done + PLAN_AFTER[recipe.device.type][1]:
                 _log_plan(recipe, run.folder, step, meter.step_seconds)
                 if recipe.device.type == "cpu" and (text := slow_threads(torch.get_num_threads(), *meter.computed)):
                     log.warning("warning: %s", text)
@@ -160,8 +162,9 @@ class _Meter:
         self.before, self.started, self.pauses = seconds, time.perf_counter(), []
         self.waited = 0.0  # seconds for batches, since the last line
         self.logged = step, self.seconds
-        self.first = None
-        self.computed = 0.0, 0.0  # seconds and CPU seconds of the steps after the first one, without loading
+        self.untimed = step + PLAN_AFTER[recipe.device.type][0]
+        self.first = None  # (step, seconds) after the untimed steps
+        self.computed = 0.0, 0.0  # seconds and CPU seconds of the steps after these, without loading
 
     @property
     def seconds(self):
@@ -169,7 +172,7 @@ class _Meter:
 
     @property
     def step_seconds(self):
-        """Mean seconds of the steps after the first one."""
+        """Mean seconds of the timed steps."""
         self.fetch()
         step, seconds = self.first
         return (self.seconds - seconds) / max(1, self.step - step)
@@ -201,7 +204,7 @@ class _Meter:
     def add(self, loss, logits, labels):
         self.window.append(torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels))))
         self.step += 1
-        if self.first is None:
+        if self.step == self.untimed:
             self.fetch()
             self.first = self.step, self.seconds
 

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+import weight_files
 from blocks import ChoiceBlock, Narrow, build_block, conv_bn, conv_bn_pairs
 from dataloader import network_input
 from images.dataset import DataConfig, validation_geometry
 from space.custom import make_space
 from space.search_space import SearchSpace
-from utils import UserError
+from utils import HERE, UserError
 
 
 class _ShuffleNet(nn.Module):
@@ -142,9 +143,26 @@ def load(path, architecture=None, operations=None):
         logits = model(model.preprocess(images))  # uint8 RGB (N, H, W, 3) -> (N, classes)
         name = model.classes[logits[0].argmax()]
     """
-    from training.checkpoint import load_network  # against the order of imports: only users of Python call this
+    return read(path, architecture, make_space(None, architecture, operations))[0]
 
-    return load_network(path, architecture, make_space(None, architecture, operations))[0]
+
+def read(path, architecture=None, space=None):
+    """(the network that `load` returns, its Checkpoint); an official file is assumed to be of `space`.
+
+    Raises UserError where `architecture` contradicts the checkpoint.
+    """
+    ckpt = weight_files.load(path, "scratch", space)
+    given = architecture and ckpt.space.load_architecture(architecture)
+    if ckpt.architecture is None:
+        ckpt.architecture = given or ckpt.space.load_architecture(HERE / "architecture_final.json")
+    elif given not in (None, ckpt.architecture):
+        contradiction = f"--architecture {architecture} contradicts {path}, which is of {list(ckpt.architecture)}"
+        raise UserError(f"{contradiction}; leave the flag out")
+    with torch.device("meta"):
+        model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
+    weight_files.load_weights(model, ckpt.weights, path)
+    model.config, model.classes = ckpt.data or model.config, ckpt.class_names
+    return model.eval(), ckpt
 
 
 def initialize(model):

@@ -25,6 +25,7 @@ import pathlib
 import torch
 
 import distributed
+import network
 from dataloader import Loader
 from images.dataset import Data, check_batch_size, open_data, prepare, training_plan
 from images.image_cache import validation_batches
@@ -60,7 +61,7 @@ def open_network(args, folder):
     if path is None:
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
     space = space_of(args, args.input_size or 224, 1000)
-    model, ckpt = checkpoint.load_network(path, args.architecture, space)
+    model, ckpt = network.read(path, args.architecture, space)
     return model, ckpt, DataConfig.resolve(DataConfig.given(vars(args)), ckpt.data, ckpt.path)
 
 

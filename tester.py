@@ -19,6 +19,7 @@ import os
 import pathlib
 import sys
 
+import weight_files
 from engines import trial
 from engines.search_record import listed_images
 from images.dataset import prepare
@@ -54,7 +55,7 @@ def open_space(args):
     where = f"{args.config}: space"
     space = make_space(args.space, args.architecture, args.operations, args.input_size or 224, where=where)
     if supernet and not args.space:
-        space = checkpoint.load(supernet, "supernet", space).space
+        space = weight_files.load(supernet, "supernet", space).space
     return space
 
 

@@ -18,6 +18,7 @@ import psutil
 from PIL import Image
 
 import utils
+import weight_files
 from engines import search_record
 from space.search_space import SearchSpace
 from training import checkpoint
@@ -205,7 +206,7 @@ class Arena:
             folder = out / "checkpoints" / script.removesuffix(".py")
             step, found = 0, []
             for path in [*checkpoint.checkpoints(folder), *folder.glob("bnps-checkpoint.pth")]:
-                content = checkpoint.load_file(path)
+                content = weight_files.load_file(path)
                 step = max(step, content["step"])
                 found.append(
                     [path.name, content["step"], [[k, v.numpy().tobytes().hex()] for k, v in content["model"].items()]]

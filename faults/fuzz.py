@@ -33,6 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
+import weight_files
 
 # isort: split
 import torch
@@ -91,7 +92,7 @@ class Checkpoint:
         self.path = path
         weights = ShuffleNetV2OneShot(space=TINY).state_dict()
         ours = {
-            "version": checkpoint.VERSION,
+            "version": weight_files.VERSION,
             "kind": "supernet",
             "step": 3,
             "model": dict(weights),

@@ -48,7 +48,9 @@ class Parser(argparse.ArgumentParser):
 
         `defaults` (name -> value) replace those of the fields; `said` is the default in the words of a help.
         """
-        defaults, group, instead = defaults or {}, self.add_argument_group(subject.TITLE), {}
+        defaults = defaults or {}
+        group = self.add_argument_group(subject.TITLE)
+        instead = {}  # groups of which one flag at most may be given, by name
         for field in dataclasses.fields(subject):
             if only and field.name not in only:
                 continue
@@ -63,8 +65,8 @@ class Parser(argparse.ArgumentParser):
                 options |= {"type": form["type"], "choices": form["choices"], "nargs": form["nargs"]}
                 options |= {"metavar": form["unit"], "action": Extend if form["extends"] else "store"}
             adder = group
-            if form["excludes"]:
-                adder = instead.setdefault(form["excludes"], group.add_mutually_exclusive_group())
+            if name := form["excludes"]:
+                adder = instead[name] = instead.get(name) or group.add_mutually_exclusive_group()
             adder.add_argument(flag(field.name), **options)
 
     def error(self, message):

@@ -15,6 +15,7 @@ from conftest import ROOT, launch, run
 
 import search
 import tester
+import weight_files
 from dataloader import Loader
 from engines import local_engine
 from images.dataset import Data, DataConfig, scan, training_plan
@@ -141,7 +142,7 @@ def test_what_scratch_measures_can_be_measured_again(typed, data, tmp_path):
     again = last_json(stdout)
     assert again == {name: result[name] for name in again} and {"acc1", "acc5", "flops"} <= again.keys()
 
-    weights = checkpoint.load(folder / "bnps-checkpoint.pth", "scratch").weights
+    weights = weight_files.load(folder / "bnps-checkpoint.pth", "scratch").weights
     torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "official.pth.tar")
     official = ("--checkpoint", tmp_path / "official.pth.tar", "--architecture", best)
     stdout, _ = run("scratch.py", "--eval", *data, *official, "--out", tmp_path)
@@ -222,7 +223,7 @@ def test_scratch_trains_on_all_of_train_and_passes_over_the_next_batches(data, p
     assert sorted(files(used, augmented=False)) == parts["val"]
     folder, result = tmp_path / "checkpoints" / "scratch", last_json(stdout)
     trained, passed = (
-        checkpoint.load(folder / name, "scratch") for name in ("checkpoint-0000004.pth", "bnps-checkpoint.pth")
+        weight_files.load(folder / name, "scratch") for name in ("checkpoint-0000004.pth", "bnps-checkpoint.pth")
     )
     loader = Loader(scan(tree / "train"), trained.data, True, backend="torchvision", workers=0)
     following = [images for images, _ in loader.batches(training_plan(36, 9, 0, 4, 7))]

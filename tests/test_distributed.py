@@ -24,6 +24,7 @@ from torch import nn
 
 import distributed
 import utils
+import weight_files
 from distributed import per_rank_batch_size
 from images.dataset import training_plan
 from network import ShuffleNetV2OneShot
@@ -187,7 +188,7 @@ def test_both_processes_end_with_the_same_weights_and_losses(two):
 
 def test_what_is_not_sampled_has_no_momentum_on_two_processes(two):
     out, _ = two
-    content = checkpoint.load_file(checkpoint.newest(out / "torch.float64"))
+    content = weight_files.load_file(checkpoint.newest(out / "torch.float64"))
     sampler = PathSampler(SPACE, 0)
     paths = [sampler.candidate(step) for step in (1, 2, 3)]
     names = [name for name, p in ShuffleNetV2OneShot(space=SPACE).named_parameters() if p.dim() > 1]
@@ -360,7 +361,7 @@ def outcome(out, kind):
     """The weights and logged numbers that a run ended with, times aside."""
     folder = out / "checkpoints" / kind
     files = [checkpoint.newest(folder)] + [folder / "bnps-checkpoint.pth"] * (kind == "scratch")
-    contents = [checkpoint.load_file(path) for path in files]
+    contents = [weight_files.load_file(path) for path in files]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return contents, [
         {k: v for k, v in line.items() if k not in ("seconds", "train/images_per_second", "train/wait_percent")}
@@ -466,7 +467,7 @@ def test_a_signal_saves_within_a_step(tmp_path, endless, processes, number, send
     log = (tmp_path / "checkpoints" / "supernet" / "run.log").read_text()
     assert f"interrupted: saved {saved}" in log
     assert "Error:" not in stderr.replace("ChildFailedError:", "").replace("SignalException", "")
-    assert checkpoint.load_file(saved)["step"] == int(saved.stem[11:])
+    assert weight_files.load_file(saved)["step"] == int(saved.stem[11:])
 
 
 def test_workers_end_with_a_killed_run_and_leave_signals_to_it(endless):

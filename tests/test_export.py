@@ -12,6 +12,7 @@ from conftest import CLASSES, ROOT, run
 from torchvision.transforms.v2 import functional as F
 
 import scratch
+import weight_files
 from dataloader import Loader
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
@@ -116,7 +117,7 @@ def test_an_exported_file_is_the_network(trained, tree, tmp_path, preprocessing,
 
 def test_a_file_that_differs_is_not_written(trained, tmp_path, monkeypatch):
     path, model, config = trained["spos"]
-    stored = checkpoint.load(path, "scratch")
+    stored = weight_files.load(path, "scratch")
     network = export.network_input
     monkeypatch.setattr(export, "network_input", lambda images, preprocessing: network(images, preprocessing) * 1.001)
     with pytest.raises(UserError, match=r"not written, since its logits differ from the network's by"):
@@ -126,7 +127,7 @@ def test_a_file_that_differs_is_not_written(trained, tmp_path, monkeypatch):
 
 def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
     path, model, config = trained["spos"]
-    stored = checkpoint.load(path, "scratch")
+    stored = weight_files.load(path, "scratch")
     (tmp_path / "file").touch()
     _, stderr = run("scratch.py", "--export", tmp_path / "network.pth", "--checkpoint", path, code=2)
     assert len(stderr.splitlines()) == 1 and "network.pth: ends in neither .pt2 (torch.export) nor .onnx" in stderr
@@ -141,7 +142,7 @@ def test_an_export_that_cannot_be_written_is_one_line(trained, tmp_path):
     path, model, config = trained["spos"]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"):
-        export.export(tmp_path / "file" / "network.pt2", model, checkpoint.load(path, "scratch"), config)
+        export.export(tmp_path / "file" / "network.pt2", model, weight_files.load(path, "scratch"), config)
 
 
 def test_predict_prints_the_classes_of_each_image(trained, tree):
@@ -180,7 +181,7 @@ def test_predict_names_a_file_that_is_no_image(trained, tree, tmp_path):
 def test_official_files_have_numbers_for_names(trained, tree, tmp_path, capsys):
     path, _, config = trained["spos"]
     torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in checkpoint.load(path, "scratch").weights.items()}},
+        {"state_dict": {f"module.{k}": v for k, v in weight_files.load(path, "scratch").weights.items()}},
         tmp_path / "official.pth.tar",
     )
     image = next((tree / "val" / "bird").iterdir())

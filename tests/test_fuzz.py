@@ -7,6 +7,7 @@ import torch
 from conftest import load
 
 import scratch
+import weight_files
 from engines.nni_engine import read_experiment
 from space.search_space import SearchSpace
 from training import checkpoint
@@ -96,7 +97,7 @@ def test_checkpoints_of_the_wrong_types(tmp_path, changes):
         "classes": [],
     }
     torch.save(content, tmp_path / "c.pth")
-    checkpoint.load(tmp_path / "c.pth", "scratch")
+    weight_files.load(tmp_path / "c.pth", "scratch")
     torch.save(content | changes, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"c\.pth: |search space: |architecture"):
-        checkpoint.load(tmp_path / "c.pth", "scratch")
+        weight_files.load(tmp_path / "c.pth", "scratch")

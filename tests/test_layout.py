@@ -20,14 +20,12 @@ ORDER = (
     {"utils"},
     {"settings"},
     {"space", "blocks", "distributed"},
-    {"images", "dataloader", "network"},
+    {"images", "dataloader", "network", "weight_files"},
     {"training"},
     {"engines", "evolution_tuner"},
     {"reports"},
     COMMANDS,
 )
-# Of the functions for users in Python, network.load needs a row below, when it is called; the project never calls it.
-DOOR = ("network", "training.checkpoint")
 MODULES = {
     ".".join(path.relative_to(HERE).with_suffix("").parts): path
     for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS))
@@ -92,8 +90,8 @@ def ours(found):
 
 
 def needed(module):
-    """The modules of the project that a module imports, in functions too, but for DOOR."""
-    return ours(imports(parse(module))) - {other for user, other in [DOOR] if user == module}
+    """The modules of the project that a module imports, in functions too."""
+    return ours(imports(parse(module)))
 
 
 def test_no_function_below_the_commands_takes_the_command_line():
@@ -131,13 +129,6 @@ def test_what_a_trial_imports_is_copied_to_remote_machines():
         left |= ours(at_import(parse(module))) - seen
     assert {module.split(".")[0] for module in seen if "." in module} <= kept and "*.py" in kept
     assert kept - {"*.py"} <= set(ROOMS)
-
-
-def test_the_door_is_for_users_alone():
-    user, other = DOOR
-    assert other in ours(imports(parse(user))) and other not in ours(at_import(parse(user)))
-    for module in MODULES:
-        assert not re.search(r"\bnetwork\.load\(", re.sub(r'""".*?"""', "", MODULES[module].read_text(), flags=re.S))
 
 
 def test_no_command_is_imported():

@@ -187,7 +187,7 @@ def test_the_snippets_about_the_network_run(folder):
 
 def test_the_snippet_about_the_exported_file_runs(trained, folder, capsys):
     path, model, config = trained["spos"]
-    export.export("network.pt2", *checkpoint.load_network(path), config)
+    export.export("network.pt2", *network.read(path), config)
     (snippet,) = snippets("training.md")
     exec(snippet, {})
     image = torch.from_numpy(np.array(Image.open("photo.jpg").convert("RGB")))[None]

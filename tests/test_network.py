@@ -12,8 +12,8 @@ from torch import nn
 
 import blocks
 import network
+import weight_files
 from space.search_space import SearchSpace
-from training import checkpoint
 from utils import UserError
 
 CLASSES = 10
@@ -158,7 +158,7 @@ def test_one_swapped_kernel_size_would_be_seen(block):
     try:
         assert_far_apart(outcome(ours, 32, torch.float32, path), expected)
         with pytest.raises(UserError, match=f"features.{block}.0.branch_main.3.weight.*shape"):
-            checkpoint.load_weights(ours, reference.state_dict(), "FILE")
+            weight_files.load_weights(ours, reference.state_dict(), "FILE")
     finally:
         ours.features[block][0] = original
 

@@ -13,7 +13,7 @@ import torch
 from test_network import CLASSES, SMALL, difference, image_batches, supernets
 
 import network
-from training import checkpoint
+import weight_files
 from utils import UserError
 
 
@@ -30,8 +30,8 @@ def test_an_official_supernet_file_loads_strictly(tmp_path):
     )
     with torch.device("meta"):
         model = network.ShuffleNetV2OneShot(32, CLASSES)
-    weights = checkpoint.load_and_parse_state_dict(path)
-    checkpoint.load_weights(model, weights, path)
+    weights = weight_files.load_and_parse_state_dict(path)
+    weight_files.load_weights(model, weights, path)
     for name, tensor in reference.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -43,7 +43,7 @@ def test_an_official_retrained_file_loads_strictly(tmp_path, zipped):
     reference = reference_spos.Network(reference_spos.WINNER, 1000, True).eval()
     path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped)
     model = network.ShuffleNetV2(reference_spos.WINNER).eval()
-    checkpoint.load_weights(model, checkpoint.load_and_parse_state_dict(path), path)
+    weight_files.load_weights(model, weight_files.load_and_parse_state_dict(path), path)
     images, _ = image_batches(1, 1, 224)[0]
     with torch.no_grad():
         assert difference(model(images), reference(images)) < 1e-5
@@ -65,7 +65,7 @@ def test_bare_and_wrapped_state_dicts_are_the_same(tmp_path):
         {"state_dict": prefixed, "epoch": 3},
     ):
         torch.save(content, tmp_path / "file")
-        check_same(checkpoint.load_and_parse_state_dict(tmp_path / "file"), weights)
+        check_same(weight_files.load_and_parse_state_dict(tmp_path / "file"), weights)
 
 
 def check_same(found, weights):
@@ -83,9 +83,9 @@ def test_names_that_ddp_and_compile_gave_are_those_of_the_model(wrapped):
     weights, name_in_file = small_weights(), wrapped.format if isinstance(wrapped, str) else wrapped
     file = {name_in_file(name): tensor for name, tensor in weights.items()}
     assert not file.keys() & weights.keys()
-    check_same(checkpoint.parse_state_dict(file, "FILE"), weights)
+    check_same(weight_files.parse_state_dict(file, "FILE"), weights)
     with pytest.raises(UserError, match="FILE: holds an entry twice"):
-        checkpoint.parse_state_dict(file | weights, "FILE")
+        weight_files.parse_state_dict(file | weights, "FILE")
 
 
 class Bomb:
@@ -108,7 +108,7 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb(mark)))
     for name in ("zip.pth", "legacy.pth", "pickle.pth"):
         with pytest.raises(UserError, match=f"{name}: not a whole checkpoint of plain tensors"):
-            checkpoint.load_and_parse_state_dict(tmp_path / name)
+            weight_files.load_and_parse_state_dict(tmp_path / name)
     assert not mark.exists()
 
 
@@ -130,8 +130,8 @@ def test_numbers_and_arrays_of_numpy_beside_weights_are_read(tmp_path, zipped):
         assert versions[0] != versions[1]
     for data in versions:
         path.write_bytes(data)
-        content = checkpoint.load_file(path)
-        check_same(checkpoint.parse_state_dict(content, path), small_weights())
+        content = weight_files.load_file(path)
+        check_same(weight_files.parse_state_dict(content, path), small_weights())
         for name, value in BESIDE.items():
             assert np.array_equal(content[name], value) and content[name].dtype == value.dtype.newbyteorder("="), name
             assert np.shape(content[name]) == np.shape(value)
@@ -172,7 +172,7 @@ FIELDS = (3, "|", None, ("x",), {"x": (np.dtype(object), 0)}, 8, 8, 0)  # an obj
 def test_bytes_do_not_become_pointers(tmp_path, value):
     torch.save({"state_dict": small_weights(), "x": value}, tmp_path / "file")
     with pytest.raises(UserError, match="file: not a whole checkpoint") as error:
-        checkpoint.load_file(tmp_path / "file")
+        weight_files.load_file(tmp_path / "file")
     assert "\n" not in str(error.value)
 
 
@@ -180,7 +180,7 @@ def test_numpys_own_functions_are_not_called(tmp_path):
     """Of their arguments only values count: no memory is given out for them."""
     value = Reduced(np.ndarray, ((2**50,), "O", b"\1" * 8))
     torch.save({"state_dict": small_weights(), "x": value}, tmp_path / "file")
-    assert checkpoint.load_file(tmp_path / "file")["x"].shape == (0,)
+    assert weight_files.load_file(tmp_path / "file")["x"].shape == (0,)
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
@@ -191,12 +191,12 @@ def test_types_that_cannot_be_read_are_named_and_the_way_out_works(tmp_path, mon
     with pytest.raises(
         UserError, match=r"not a whole checkpoint of plain tensors \(it holds argparse\.Namespace"
     ) as error:
-        checkpoint.load_file(path)
+        weight_files.load_file(path)
     line = str(error.value)
     assert line.isprintable() and "remove" not in line and ("pathlib.PurePosixPath" in line) == zipped
     monkeypatch.chdir(tmp_path)
     exec(line.split("lines of Python: ")[1], {})
-    check_same(checkpoint.load_and_parse_state_dict("weights.pth"), small_weights())
+    check_same(weight_files.load_and_parse_state_dict("weights.pth"), small_weights())
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"state_dict": {"x": 1}}, {"epoch": 3},
@@ -206,7 +206,7 @@ torch.zeros(2), None,
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "file")
     with pytest.raises(UserError, match="file: holds no state dict"):
-        checkpoint.load_and_parse_state_dict(tmp_path / "file")
+        weight_files.load_and_parse_state_dict(tmp_path / "file")
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
@@ -219,7 +219,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
     for size in [0, 1, 10, *(rng.randrange(len(whole)) for _ in range(40))]:
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"damaged\.pth: ") as error:
-            checkpoint.load_file(path)
+            weight_files.load_file(path)
         assert "\n" not in str(error.value)
     for _ in range(60):
         damaged = bytearray(whole)
@@ -228,7 +228,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
             damaged[rng.randrange(2000)] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            checkpoint.load_and_parse_state_dict(path)
+            weight_files.load_and_parse_state_dict(path)
         except UserError as error:
             assert str(path) in str(error)
 
@@ -236,7 +236,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
 @pytest.mark.parametrize("path", ["no/such/file", "."])
 def test_a_missing_file_and_a_folder_are_refused(path):
     with pytest.raises(UserError, match="can't be read"):
-        checkpoint.load_file(path)
+        weight_files.load_file(path)
 
 
 def test_weights_of_another_model_are_refused():
@@ -244,13 +244,13 @@ def test_weights_of_another_model_are_refused():
     with pytest.raises(
         UserError, match=r"FILE: entry '.*' is (missing|of another model); the model is ShuffleNetV2, 5 classes"
     ):
-        checkpoint.load_weights(fixed, supernet.state_dict(), "FILE")
+        weight_files.load_weights(fixed, supernet.state_dict(), "FILE")
     with pytest.raises(
         UserError, match=r"FILE: entry 'classifier.0.weight' has shape \(6, 16\), the model needs \(5, 16\)"
     ):
-        checkpoint.load_weights(supernet, small_weights() | {"classifier.0.weight": torch.zeros(6, 16)}, "FILE")
+        weight_files.load_weights(supernet, small_weights() | {"classifier.0.weight": torch.zeros(6, 16)}, "FILE")
     with pytest.raises(UserError, match=r"FILE: entry 'conv_last.0.weight' is missing"):
-        checkpoint.load_weights(
+        weight_files.load_weights(
             supernet, {k: v for k, v in small_weights().items() if k != "conv_last.0.weight"}, "FILE"
         )
     named = {f"net.{name}": tensor for name, tensor in fixed.state_dict().items()}
@@ -258,16 +258,16 @@ def test_weights_of_another_model_are_refused():
     n += len(named) - n // 2  # counts are not needed, but those of another name have no place
     like = f"'classifier.0.weight' is missing; .*, the file has 'net.classifier.0.weight' instead; {n} names differ"
     with pytest.raises(UserError, match=like):
-        checkpoint.load_weights(fixed, named, "FILE")
+        weight_files.load_weights(fixed, named, "FILE")
     named = {f"a.{name}": tensor for name, tensor in fixed.state_dict().items()}
     like = "'a.classifier.0.weight' is of another model; .*, the model has 'classifier.0.weight' instead"
     with pytest.raises(UserError, match=like):
-        checkpoint.load_weights(fixed, named, "FILE")
+        weight_files.load_weights(fixed, named, "FILE")
     with pytest.raises(UserError, match=r"FILE: entry 'x' is of another model; .* 5 classes; 1 names differ"):
-        checkpoint.load_weights(fixed, fixed.state_dict() | {"x": torch.zeros(1)}, "FILE")
+        weight_files.load_weights(fixed, fixed.state_dict() | {"x": torch.zeros(1)}, "FILE")
     before = {k: v.clone() for k, v in supernet.state_dict().items()}
     with pytest.raises(UserError):
-        checkpoint.load_weights(supernet, fixed.state_dict(), "FILE")
+        weight_files.load_weights(supernet, fixed.state_dict(), "FILE")
     assert all(torch.equal(v, before[k]) for k, v in supernet.state_dict().items())
 
 
@@ -281,7 +281,7 @@ def test_weights_without_the_counts_of_batches_are_read(fixed):
     weights = {k: v + 1 for k, v in model().state_dict().items() if not k.endswith("num_batches_tracked")}
     with torch.device("meta"):
         loaded = model()
-    checkpoint.load_weights(loaded, weights, "FILE")
+    weight_files.load_weights(loaded, weights, "FILE")
     found = loaded.state_dict()
     assert len(found) > len(weights) and all(torch.equal(found[k], v) for k, v in weights.items())
     assert not any(found[k].any() for k in found.keys() - weights.keys())
@@ -289,4 +289,4 @@ def test_weights_without_the_counts_of_batches_are_read(fixed):
     assert {"first_conv.0.weight", "first_conv.1.running_mean", "first_conv.1.running_var"} <= set(needed)
     for lost in needed:
         with pytest.raises(UserError, match=f"FILE: entry '{lost}' is missing; .*; 1 names differ"):
-            checkpoint.load_weights(model(), {k: v for k, v in weights.items() if k != lost}, "FILE")
+            weight_files.load_weights(model(), {k: v for k, v in weights.items() if k != lost}, "FILE")

@@ -9,11 +9,11 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import cross_entropy
 
+import network
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.custom import WIDTHS
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
-from training import checkpoint
 from training.evaluation import recalibrate_bn, update_bn
 from training.prefix_tree import PrefixTree
 from utils import UserError
@@ -148,7 +148,7 @@ def test_weights_of_the_authors_shapes_load_strictly(tmp_path):
     shapes = authors_shapes(candidate[:20], candidate[20:])
     weights = {f"module.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     torch.save({"state_dict": weights}, tmp_path / "winner.pth")
-    model, _ = checkpoint.load_network(tmp_path / "winner.pth", ROOT / "architecture_joint.json", PAPERS)
+    model, _ = network.read(tmp_path / "winner.pth", ROOT / "architecture_joint.json", PAPERS)
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == shapes
 
 

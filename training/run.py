@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
+import weight_files
 from settings.command_line import write_settings
 from settings.fields import flag
 from training import checkpoint
@@ -94,7 +95,7 @@ class TrainingRun:
         damaged = {}
         for path in reversed(checkpoint.checkpoints(self.folder)):
             try:
-                content = checkpoint.load_file(path)
+                content = weight_files.load_file(path)
             except UserError as error:
                 log.warning("warning: %s; looking for an older one", error)
                 damaged[path] = error
@@ -110,7 +111,7 @@ class TrainingRun:
 
     def _check(self, path, content):
         """Raises UserError where a checkpoint is not one that this run can resume from."""
-        found = checkpoint.parse(content, path, self.kind)
+        found = weight_files.parse(content, path, self.kind)
         if found.content is None:
             raise UserError(f"{path}: not a checkpoint of this program; use another --out, or --resume none")
         if missing := STATE - content.keys():

@@ -160,6 +160,16 @@ def test_parts_are_chosen_by_name_and_run_by_how_little_is_known(monkeypatch, ca
     assert "trainings: not one of candidates, files" in capsys.readouterr().err
 
 
+def test_what_needs_nni_or_dali_is_left_out_without_them(tmp_path, monkeypatch):
+    bench, given = load("bench/gpu.py"), options(tmp_path, [])
+    given.large, given.files = False, 8
+    monkeypatch.setattr(bench, "sibling", lambda name: argparse.Namespace(draw_mosaics=lambda *_, **how: None))
+    for name in ("nni", "nvidia"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert set(bench.files(given, tmp_path)) == {"supernet.py, torchvision", "torchvision alone"}
+    assert set(bench.commands(given, tmp_path)) == {"supernet.py", "tester.py", "search.py, local", "scratch.py"}
+
+
 def test_a_command_that_takes_too_long_ends_with_all_that_it_started(tmp_path, monkeypatch):
     bench, log, wait = load("bench/gpu.py"), tmp_path / "log", subprocess.Popen.wait
 

@@ -1,26 +1,39 @@
-"""Measures one GPU in at most nine minutes: `python bench/gpu.py`; without a GPU the same, with small numbers.
+"""Measures one GPU in parts, that of which least is known first: `python bench/gpu.py`; small without a GPU.
 
-    training     images a second and peak memory: the official way, then float32 and bfloat16, NCHW and channels-last,
-                 cuDNN's search for the fastest algorithms off and on, and deterministic algorithms
-    candidates   candidates a second at the network's size, of random images: one by one, and as a tree, BN folded or
-                 not, bfloat16
-    loader       images a second that arrive on the device, of JPEG files of 500 x 375 px (bench/loader.py)
-    demo         seconds of the four commands with the settings of the demo
+    candidates   seconds of a candidate of 75,600 random images: one by one and as a tree, BN folded or not, bfloat16,
+                 validation batches of 200 and 1,000; and which share of them is calibration
+    files        supernet.py itself on drawn JPEG files of 500 x 375 px: images a second, and the share of time waited,
+                 after its first 50 steps; then the loaders alone
+    commands     seconds of the four commands with the demo's images and few steps, with NNI where it is installed
+    processes    a group of one process: supernet.py by torchrun, and every collective of distributed.py on the GPU
+    training     images a second and peak memory of random paths: the official way; float32 and bfloat16
+    profile      a step of one path by kinds of operations, the kernels that take longest, and lower bounds
 
-What has no time left is left out. Prints Markdown tables, and the lines of docs/scaling.md that follow from them, and
-adds to bench/results/gpu.json.
+A part is a process of its own and has its share of what is left of `--seconds`. Every result is written to
+bench/results/gpu.json as soon as it exists. What fails is reported, and the next row or part runs. Needs no network,
+and neither NNI nor DALI: what needs them is left out. Prints Markdown tables, and the lines of docs/scaling.md that
+follow.
 """
 
 import argparse
+import contextlib
+import datetime
+import functools
 import importlib.util
 import json
 import os
 import pathlib
+import re
+import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
+START = time.monotonic()  # torch takes seconds to import, which count
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -29,38 +42,36 @@ import utils
 # isort: split
 import torch
 
-from dataloader import Loader
+import distributed
+from dataloader import AHEAD, Loader
 from images.dataset import DataConfig, training_plan
 from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
-from training.evaluation import evaluate
+from training.evaluation import evaluate, resolve_device
+from training.loop import LOG_EVERY
 
-OFFICIAL_IMAGES = 25_600 + 50_000  # a candidate: calibration and validation
+CALIBRATION, VALIDATION = 25_600, 50_000  # images of a candidate, calibration in batches of 128
+OFFICIAL_IMAGES = CALIBRATION + VALIDATION
 SUPERNET_IMAGES, RETRAIN_IMAGES = 150_000 * 1024, 300_000 * 1024 + 1250 * 1024
 BYTES_BF16 = 3 * 2 * 2 * 4.32e6  # an image: three passes that read and write the convolutions' outputs
 ONE_PATH, COPY = "a step of architecture_final.json, channels-last, ms by images", "copy, GB/s"  # measured by hand
-OURS = {"channels_last": True}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
 OFFICIAL = {"views": False, "channels_last": False, "fused": False, "lazy": False}
-# name -> (changes of bench/train.py's Variant, cuDNN's benchmark, cuDNN's deterministic)
-TRAINING = {
-    "official way, float32": (OFFICIAL, True, True),
-    "float32, NCHW": ({"channels_last": False}, False, True),
-    "float32, NCHW, benchmark": ({"channels_last": False}, True, True),
-    "float32, channels-last": (OURS, False, True),
-    "float32, channels-last, benchmark": (OURS, True, True),
-    "float32, channels-last, not deterministic": (OURS, False, False),
-    "bf16, NCHW": ({"channels_last": False, "amp": "bf16"}, False, True),
-    "bf16, NCHW, benchmark": ({"channels_last": False, "amp": "bf16"}, True, True),
-    "bf16, channels-last": ({**OURS, "amp": "bf16"}, False, True),
-    "bf16, channels-last, benchmark": ({**OURS, "amp": "bf16"}, True, True),
-    "bf16, channels-last, not deterministic": ({**OURS, "amp": "bf16"}, False, False),
+TRAINING = {  # name -> (changes of bench/train.py's Variant, cuDNN's benchmark, images)
+    "bf16, channels-last, 1,024 images": ({"amp": "bf16"}, False, 1024),
+    "float32, channels-last, 1,024 images": ({}, False, 1024),
+    "bf16, channels-last, 128 images": ({"amp": "bf16"}, False, 128),
+    "float32, channels-last, 128 images": ({}, False, 128),
+    "bf16, channels-last": ({"amp": "bf16"}, False, 256),
+    "float32, channels-last": ({}, False, 256),
+    "official way, float32": (OFFICIAL, True, 256),
 }
 CANDIDATES = {  # name -> (one by one, settings of evaluate)
-    "one by one, BN folded": (True, {}),
-    "tree, not folded": (False, {"fold": False}),
     "tree, BN folded": (False, {}),
     "tree, BN folded, bf16": (False, {"amp": "bf16"}),
+    "one by one, BN folded": (True, {}),
+    "tree, not folded": (False, {"fold": False}),
 }
 
 
@@ -72,122 +83,325 @@ def sibling(name):
     return module
 
 
-def training(space, options):
-    """{row: {"images_per_second", "peak_mb", "mb_per_image"}} of training steps on random paths and images."""
-    train, device = sibling("train"), options.device
-    torch.manual_seed(0)
-    weights, rows = ShuffleNetV2OneShot(space=space).state_dict(), {}
-    sampler = PathSampler(space, 0, default_flops_range(space))
-    every_operation = [(n,) * space.n_blocks for n in range(len(space.operations))]
-    paths = every_operation + [sampler.candidate(i) for i in range(options.steps)]
-    for name, (changes, benchmark, deterministic) in TRAINING.items():
-        if options.left() < 0.45 * options.seconds:
-            break
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = benchmark, deterministic
-        changes = {"tf32": True, **changes} if device.type == "cuda" else changes
-        peaks = {}
+def installed(package):
+    return bool(importlib.util.find_spec(package.split(".")[0]) and importlib.util.find_spec(package))
+
+
+def command(words, seconds, log=None):
+    """Runs `python WORDS` in a process group of its own, and returns its seconds; `log` is a file for its output.
+
+    Raises RuntimeError with the end of the log where it fails. What is left of the group is ended, whatever comes.
+    """
+    words, start = [sys.executable, *map(str, words)], time.monotonic()
+    with open(log, "w") if log else contextlib.nullcontext() as out:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
         try:
-            for batch_size in (options.batch_size // 2, options.batch_size):
-                variant = train.Variant(name, space, weights, device, **changes)
-                images = torch.rand(batch_size, 3, space.input_size, space.input_size, device=device) * 255
-                labels = torch.randint(space.n_classes, (batch_size,), device=device)
-                train.memory_mb(device, reset=True)
-                for path in every_operation:
-                    variant.step(images, labels, path)
-                train.synchronize(device)
-                start = time.perf_counter()
-                for path in paths[len(every_operation) :]:
-                    variant.step(images, labels, path)
-                train.synchronize(device)
-                seconds = time.perf_counter() - start
-                peaks[batch_size] = train.memory_mb(device)
-                del variant
-        except torch.cuda.OutOfMemoryError:
-            continue
-        small, large = peaks.values()
-        rows[name] = {
-            "images_per_second": options.batch_size * options.steps / seconds,
-            "peak_mb": large,
-            "mb_per_image": (large - small) / (options.batch_size - options.batch_size // 2),
-        }
-        print(f"{name}: {rows[name]['images_per_second']:.0f} images/s", file=sys.stderr)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, device.type == "cuda"
-    return rows
+            code = process.wait(max(1, seconds))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10 if log else 20)  # a part ends its own commands first
+                os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        end = log.read_text().strip()[-1000:] if log else ""
+        raise RuntimeError(f"exit code {code}: {' '.join(words[1:])}\n{end}")
+    return time.monotonic() - start
 
 
-def candidates(space, options):
-    """{row: {"seconds": of a candidate on the official number of images, "per_hour"}}."""
-    population, device, size = sibling("search").generation(space, options.population), options.device, space.input_size
+# --- parts: functions of the options and a folder that return {row: function that measures it} ----------------
 
-    def batches(n, batch_size):
-        shape = (batch_size, 3, size, size)
-        images = torch.rand(shape, device=device).mul_(255).to(memory_format=torch.channels_last)
-        return [(images, torch.randint(space.n_classes, (batch_size,), device=device))] * n
 
+def candidates(options, _):
+    """A row: {"seconds" of a candidate of OFFICIAL_IMAGES, "calibration_percent" of them}."""
+    device, space = options.device, options.space
+    population = sibling("search").generation(space, options.population)
     supernet = ShuffleNetV2OneShot(space=space).to(device, memory_format=torch.channels_last)
-    calibration, validation = batches(options.eval_batches, 128), batches(options.eval_batches, 200)
-    n_images, rows = options.eval_batches * 328, {}
-    evaluate(supernet, population[:1], calibration[:1], validation[:1])
-    for name, (alone, how) in CANDIDATES.items():
-        if options.left() < 0.25 * options.seconds:
-            break
-        start = time.perf_counter()
+
+    class Batches:
+        """The same random batch n times; the time at which they are first asked for is noted."""
+
+        def __init__(self, n, images):
+            shape = (images, 3, space.input_size, space.input_size)
+            self.n, self.n_images = n, n * images
+            self.images = torch.rand(shape, device=device).mul_(255).to(memory_format=torch.channels_last)
+            self.labels = torch.randint(space.n_classes, (images,), device=device)
+
+        def __iter__(self):
+            sibling("train").synchronize(device)
+            self.asked = time.perf_counter()
+            return iter([(self.images, self.labels)] * self.n)
+
+    def row(alone, how, images):
+        calibration = Batches(options.batches, 128 if options.large else 8)
+        validation = Batches(max(1, options.batches * 200 // images), images if options.large else 8)
+        evaluate(supernet, population, [*calibration][:1], [*validation][:1], **how)  # the first use of every operation
+        seconds = [0.0, 0.0]  # of calibration and validation
         for part in [[c] for c in population] if alone else [population]:
             evaluate(supernet, part, calibration, validation, **how)
-        seconds = (time.perf_counter() - start) / len(population) * OFFICIAL_IMAGES / n_images
-        rows[name] = {"seconds": seconds, "per_hour": 3600 / seconds}
-        print(f"{name}: {seconds:.1f} s a candidate", file=sys.stderr)
-    return rows
+            seconds[0] += validation.asked - calibration.asked
+            seconds[1] += time.perf_counter() - validation.asked
+        seconds[0] *= CALIBRATION / calibration.n_images / len(population)
+        seconds[1] *= VALIDATION / validation.n_images / len(population)
+        return {"seconds": sum(seconds), "calibration_percent": 100 * seconds[0] / sum(seconds)}
 
-
-def loading(options):
-    """{loader: images a second}."""
-    bench, rows = sibling("loader"), {}
-    with tempfile.TemporaryDirectory() as folder:
-        images = bench.draw_mosaics(pathlib.Path(folder) / "images", options.images)
-        plan = list(training_plan(len(images), options.images // 8, 0, steps=8))
-        for backend in ("dali", "torchvision"):
-            if backend == "torchvision" or importlib.util.find_spec("nvidia.dali"):
-                loader = Loader(images, DataConfig(), True, device=options.device, backend=backend)
-                rows[backend] = bench.rate(loader.batches(plan), options.device)
-                print(f"{backend}: {rows[backend]:.0f} images/s", file=sys.stderr)
-    return rows
-
-
-def demo(options):
-    """{command: seconds, or None where there was no time for it}."""
-    small = options.device.type == "cpu" and not options.full
-    bn, heldout = (["--bn-batches", "2"], ["--heldout-per-class", "4"]) if small else ([], [])
-    bn_pass = ["--bn-pass", "2"] if small else []
-    short = ["--iterations", "8", "--batch-size", "16", "--warmup", "2", "--val-every", "8"] if small else []
-    few = ["--population", "4", "--select", "2", "--mutation", "1", "--crossover", "1", "--generations", "2"]
-    commands = {
-        "supernet.py": [*short, *bn, *heldout, *(["--val-paths", "1"] if small else [])],
-        "tester.py": ["--mode", "gen"],
-        "search.py": [*bn, *heldout, *(few if small else [])],
-        "scratch.py": ["--architecture", "checkpoints/best.json", *short, *heldout, *bn_pass],
+    return {
+        f"{name}, validation batches of {n:,}": functools.partial(row, *settings, n)
+        for n in (200, 1000)
+        for name, settings in CANDIDATES.items()
     }
-    rows = dict.fromkeys(commands)
-    with tempfile.TemporaryDirectory() as out:
-        for script, words in commands.items():
-            command = [sys.executable, ROOT / script, "--demo", *words]
-            start = time.perf_counter()
-            with open(os.path.join(out, "log"), "w") as log:
-                try:
-                    left = max(1, options.left())
-                    subprocess.run(command, cwd=out, check=True, stdout=log, stderr=log, timeout=left)
-                except subprocess.TimeoutExpired:
-                    break
-                except subprocess.CalledProcessError:
-                    print(pathlib.Path(out, "log").read_text()[-2000:], file=sys.stderr)
-                    break
-            rows[script] = time.perf_counter() - start
-            print(f"{script}: {rows[script]:.0f} s", file=sys.stderr)
+
+
+def files(options, folder):
+    """A row: {"images_per_second", "wait_percent" of supernet.py}."""
+    bench, out, size = sibling("loader"), folder / "images", ("--input-size", options.space.input_size)
+    images = bench.draw_mosaics(out / "train", options.files, classes=8)
+    bench.draw_mosaics(out / "val", 8, classes=8)
+    batch_size, steps, workers = (512, 3 * LOG_EVERY, max(2, utils.cores() - 2)) if options.large else (8, 4, 1)
+
+    def supernet(backend):
+        words = ["--data-dir", out, "--out", folder / backend, "--cache", folder / "cache", "--device", options.device]
+        words += ["--loader", backend, "--amp", "bf16", "--batch-size", batch_size, "--workers", workers, *size]
+        words += ["--iterations", steps, "--val-every", steps, "--save-every", steps, "--val-paths", 1]
+        words += ["--bn-batches", 2, "--bn-batch-size", 8, "--heldout-per-class", 2]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the lines that there are will do
+            command([ROOT / "supernet.py", *words], options.left(), log=folder / f"{backend}.log")
+        lines = (folder / backend / "checkpoints" / "supernet" / "log.jsonl").read_text().splitlines()
+        later = [json.loads(line) for line in lines][1 if options.large else 0 :]
+        return {
+            "images_per_second": statistics.harmonic_mean(line["train/images_per_second"] for line in later),
+            "wait_percent": statistics.fmean(line["train/wait_percent"] for line in later),
+            "lines": len(later),  # of the log, of 50 steps each
+        }  # fmt: skip
+
+    def alone(backend):
+        skipped = AHEAD * workers  # made ahead while the first one is waited for
+        loader = Loader(
+            images,
+            DataConfig(input_size=options.space.input_size),
+            True,
+            device=options.device,
+            backend=backend,
+            workers=workers,
+        )
+        plan = training_plan(len(images), batch_size, 0, steps=skipped + (60 if options.large else 2))
+        return {"images_per_second": bench.rate(loader.batches(plan), options.device, skipped)}
+
+    backends = [b for b in ("dali", "torchvision") if b == "torchvision" or installed("nvidia.dali")]
+    rows = {f"supernet.py, {b}": functools.partial(supernet, b) for b in backends}
+    return rows | {f"{b} alone": functools.partial(alone, b) for b in backends}
+
+
+def commands(options, folder):
+    """A row: {"seconds"}."""
+    out, nni = folder / "local", folder / "nni"
+    few, bn = ["--heldout-per-class", 10, "--device", options.device], ["--bn-batches", 2]
+    steps = 2 * LOG_EVERY if options.large else 8
+    train = [*few, "--iterations", steps, "--warmup", 2, "--val-every", steps, "--batch-size", 64]
+    search = [*few, *bn, "--population", 4, "--select", 2, "--mutation", 1, "--crossover", 1, "--generations", 2]
+
+    def row(script, words, to=out):
+        common = ["--demo", "--out", to, "--cache", folder / "cache"]
+        log = folder / f"{to.name}-{script}.log"
+        return {"seconds": command([ROOT / script, *common, *words], options.left(), log=log)}
+
+    def search_with_nni():
+        shutil.copytree(out / "checkpoints" / "supernet", nni / "checkpoints" / "supernet")
+        shutil.copy(out / "nni_auto_gen_search_space.json", nni)
+        return row("search.py", search, nni)
+
+    best = ["--architecture", out / "checkpoints" / "best.json", "--bn-pass", 2]
+    rows = {
+        "supernet.py": lambda: row("supernet.py", [*train, *bn, "--val-paths", 1]),
+        "tester.py": lambda: row("tester.py", ["--mode", "gen"]),
+        "search.py, local": lambda: row("search.py", [*search, "--engine", "local"]),
+        "scratch.py": lambda: row("scratch.py", [*train, *best]),
+    }
+    return rows | ({"search.py, NNI": search_with_nni} if installed("nni") else {})
+
+
+def processes(options, folder):
+    """A row: {"seconds"}, or what `collectives` returns."""
+    log, steps = folder / "log", 2 * LOG_EVERY if options.large else 4
+    words = ["--demo", "--out", folder, "--device", options.device, "--iterations", steps, "--warmup", 2]
+    words += ["--val-every", steps, "--val-paths", 1, "--bn-batches", 2]
+
+    def collectives_row():
+        command([*TORCHRUN, __file__, "--collectives", "--device", options.device], options.left(), log=log)
+        return json.loads(next(line for line in log.read_text().splitlines() if line.startswith("{")))
+
+    return {
+        "collectives": collectives_row,
+        "supernet.py": lambda: {"seconds": command([*TORCHRUN, ROOT / "supernet.py", *words], options.left(), log=log)},
+    }
+
+
+class MoreThanOne(int):
+    """A number of processes, 1, that is more than one: functions of a group then call their collectives."""
+
+    def __gt__(self, other):
+        return True
+
+    def __eq__(self, other):
+        return False
+
+    __hash__ = int.__hash__
+
+
+def collectives(device):
+    """{function of distributed.py: milliseconds of its second call} in a group of one, where it changes nothing."""
+    distributed.world_size = lambda: MoreThanOne(1)
+    values = torch.arange(8.0, device=device)
+    parameter = torch.nn.Parameter(torch.zeros_like(values))
+    parameter.grad = values.clone()
+    calls = {  # name -> a call that must return values equal to those given
+        "broadcast_from_rank0": lambda x: [distributed.broadcast_from_rank0([x]), x][1],
+        "average_gradients": lambda x: [distributed.average_gradients([parameter]), parameter.grad][1],
+        "all_reduce_mean": lambda x: [distributed.all_reduce_mean([x], 3), x][1],
+        "all_reduce_sum": lambda x: distributed.all_reduce_sum(x.cpu()).to(device),
+        "all_reduce_max": lambda x: x * distributed.all_reduce_max(1),
+        "on_rank0": lambda x: torch.tensor(distributed.on_rank0(x.tolist), device=device),
+        "check_same": lambda x: [distributed.check_same({"--seed": 1}), x][1],
+    }
+    rows = {}
+    for name, call in calls.items():
+        for _ in range(2):  # the first call of a backend starts it
+            given, start = values.clone(), time.perf_counter()
+            result = call(given)
+            sibling("train").synchronize(device)
+            rows[name] = 1000 * (time.perf_counter() - start)
+        if not torch.equal(result, values):
+            raise RuntimeError(f"{name} in a group of one changes {values.tolist()} to {result.tolist()}")
+    return {"backend": str(torch.distributed.get_backend_config()), **rows}
+
+
+def training(options, _):
+    """A row: {"images", "images_per_second", "peak_mb", "mb_per_image"} of steps on random paths and images."""
+    train, device, space = sibling("train"), options.device, options.space
+    torch.manual_seed(0)
+    weights = ShuffleNetV2OneShot(space=space).state_dict()
+    sampler = PathSampler(space, 0, default_flops_range(space))
+    every_operation = [(n,) * space.n_blocks for n in range(len(space.operations))]
+
+    def row(changes, benchmark, n):
+        torch.backends.cudnn.benchmark = benchmark
+        variant = train.Variant("", space, weights, device, tf32=device.type == "cuda", **changes)
+        n = n if options.large else n // 64
+        images = torch.rand(n, 3, space.input_size, space.input_size, device=device) * 255
+        labels = torch.randint(space.n_classes, (n,), device=device)
+        start = time.perf_counter()
+        for path in every_operation:  # the plans of cuDNN are the process's: rows of equal shapes share them
+            variant.step(images, labels, path)
+        train.synchronize(device)
+        first, at_rest = time.perf_counter() - start, 0.0
+        if device.type == "cuda":
+            at_rest = (torch.cuda.memory_allocated() - images.nbytes) / 1e6
+        train.memory_mb(device, reset=True)
+        start = time.perf_counter()
+        for step in range(options.steps):
+            variant.step(images, labels, sampler.candidate(step))
+        train.synchronize(device)
+        seconds, peak = time.perf_counter() - start, train.memory_mb(device)
+        return {
+            "images": n, "images_per_second": n * options.steps / seconds, "peak_mb": peak,
+            "mb_per_image": (peak - at_rest) / n, "seconds_of_first_use": first,
+        }  # fmt: skip
+
+    return {name: functools.partial(row, *settings) for name, settings in TRAINING.items()}
+
+
+def profile(options, _):
+    """A row: {"ms": {kind: ms}, "floors_ms": {kind: [of multiply-adds, of traffic]}, "kernels": {name: ms}}."""
+    train, device, space = sibling("train"), options.device, options.space
+    torch.manual_seed(0)
+    weights = ShuffleNetV2OneShot(space=space).state_dict()
+    path = space.load_architecture(ROOT / "architecture_final.json")
+    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+    @functools.cache
+    def rates(name):
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in convolutions
+        return train.rates(device, dtypes[name])
+
+    def rates_row():
+        found = {f"{name}, multiply-adds/s": rates(name)[0] for name in dtypes}
+        return found | {"copy, bytes/s": rates("float32")[1]}
+
+    def row(name, n):
+        amp = "bf16" if name == "bf16" else "off"
+        variant = train.Variant(name, space, weights, device, tf32=device.type == "cuda", amp=amp)
+        n = n if options.large else n // 64
+        images = torch.rand(n, 3, space.input_size, space.input_size, device=device) * 255
+        kinds, kernels = train.profile(variant, (images, torch.randint(space.n_classes, (n,), device=device), path))
+        floors = train.floors_ms(space, path, n, *rates(name), dtypes[name].itemsize)
+        return {"ms": kinds, "floors_ms": floors, "kernels": kernels}
+
+    rows = {"rates": rates_row}
+    for name, n in (("float32", 1024), ("float32", 256), ("bf16", 1024), ("bf16", 256)):
+        rows[f"{name}, {n:,} images"] = functools.partial(row, name, n)
     return rows
+
+
+# --- all of them ----------------------------------------------------------------------------------------------
+
+# name -> (function, seconds that it takes on a GPU, about)
+PARTS = {
+    "candidates": (candidates, 80),
+    "files": (files, 150),
+    "commands": (commands, 120),
+    "processes": (processes, 50),
+    "training": (training, 120),
+    "profile": (profile, 50),
+}
+
+
+def measure(part, options):
+    """Measures a part row by row, and writes each; returns the names of the rows that failed."""
+    rows, failed = {}, []
+    about = {"date": datetime.date.today().isoformat(), "commit": utils.commit(), "cores": utils.cores()}
+    about["input_size"] = options.space.input_size
+    with tempfile.TemporaryDirectory() as folder:
+        for name, row in PARTS[part][0](options, pathlib.Path(folder)).items():
+            if options.left() <= 0:
+                print(f"{part}, {name}: no time left", file=sys.stderr)
+                continue
+            try:
+                rows[name] = row()
+            except Exception as error:
+                failed.append(name)
+                traceback.print_exc()
+                print(f"{part}, {name}: failed: {error}", file=sys.stderr)
+                continue
+            print(f"{part}, {name}: {rows[name]}", file=sys.stderr)
+            results = json.loads(options.results.read_text()) if options.results.exists() else {}
+            results.setdefault(options.card, {})[part] = {"rows": rows, **about, "versions": utils.versions()}
+            utils.write_json(options.results, results, indent=1)
+    show(part, rows)
+    return failed
+
+
+def measure_each(parts, options, run=command):
+    """Measures parts in processes of their own, each in its share of the time left; returns those that failed."""
+    failed = []
+    for number, part in enumerate(parts):
+        share = options.left() * PARTS[part][1] / sum(PARTS[other][1] for other in parts[number:])
+        words = [__file__, "--only", part, "--seconds", int(share), "--device", options.device.type]
+        try:
+            run([*words, "--results", options.results, *["--full"] * options.full], share + 5)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            print(f"{part}: {str(error).strip()}; the next part runs", file=sys.stderr)
+            failed.append(part)
+    return failed
 
 
 def hours(seconds):
     return f"{seconds / 3600:.1f} h"
+
+
+def of_most_images(rows, name):
+    """The training row of this project's step with the most images, of "float32" or "bf16"; None if there is none."""
+    found = [row for title, row in rows.items() if re.fullmatch(rf"{name}, channels-last(, [\d,]+ images)?", title)]
+    return max(found, key=lambda row: row["images"], default=None)
 
 
 def scaling_rows(card, result):
@@ -195,15 +409,17 @@ def scaling_rows(card, result):
     training, memory, search = [], [], []
     rows = result.get("training", {}).get("rows", {})
     for name in ("float32", "bf16"):
-        if not (row := rows.get(f"{name}, channels-last")):
+        if not (row := of_most_images(rows, name)):
             continue
         rate, mb = row["images_per_second"], row["mb_per_image"]
-        measured = f"calculated: {rate:,.0f} images/s of random paths, {result['training']['batch_size']} images a step"
+        measured = f"calculated: {rate:,.0f} images/s of random paths, {row['images']:,} images a step"
         cells = f"{hours(SUPERNET_IMAGES / rate)} | {hours(RETRAIN_IMAGES / rate)} | {measured}"
         training.append(f"| one {card}, {name} | {cells} |")
         memory.append(
             f"| memory of one {card}, {name} | {mb * 1.024:.0f} GB | {mb:.1f} MB an image, measured; times 1,024 |"
         )
+        if "candidates" in result:
+            continue
         third = f"calculated: a forward pass takes a third of a step, at {rate:,.0f} images/s; prefix tree not included"
         search.append(f"| one {card}, {name} | {hours(1000 * OFFICIAL_IMAGES / rate / 3)} | {third} |")
     for name, times in result.get("by hand", {}).get("rows", {}).get(ONE_PATH, {}).items():
@@ -223,44 +439,60 @@ def scaling_rows(card, result):
     return {"Training": training, "What else it takes": memory, "Search": search}
 
 
-def main():
+def show(part, rows):
+    """Prints the rows of a part as a Markdown table."""
+    flat = {
+        name: {k: v for k, v in row.items() if not isinstance(v, dict)} | row.get("ms", {})
+        for name, row in rows.items()
+    }
+    columns = list(dict.fromkeys(column for row in flat.values() for column in row))
+    print(f"\n| {part} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, row in flat.items():
+        cells = (row.get(column, "") for column in columns)
+        print(f"| {name} | {' | '.join(f'{v:,.1f}' if isinstance(v, float) else str(v) for v in cells)} |")
+
+
+def list_of_parts(text):
+    parts = text.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: not one of {', '.join(PARTS)}")
+    return parts
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=540, help="for all of it (540)")
+    parser.add_argument("--only", type=list_of_parts, default=list(PARTS), metavar="PART,PART", help="parts (all)")
+    parser.add_argument("--seconds", type=int, default=570, help="for all of it (570)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full", action="store_true", help="the numbers of a GPU on a CPU too")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "gpu.json")
-    options = parser.parse_args()
-    options.device, start = torch.device(options.device), time.monotonic()
-    options.left = lambda: options.seconds - (time.monotonic() - start)
-    large = options.full or options.device.type == "cuda"
-    options.batch_size, options.steps, options.population = (256, 12, 10) if large else (4, 1, 2)
-    options.eval_batches, options.images = (4, 2048) if large else (1, 64)
-    space = SearchSpace() if large else SearchSpace.for_images(32, 10)
-    name = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
-    result = {
-        "device": name, "input_size": space.input_size, "batch_size": options.batch_size,
-        "training": training(space, options), "candidates": candidates(space, options), "loader": loading(options),
-        "demo": demo(options), "cores": utils.cores(), "commit": utils.commit(), "versions": utils.versions(),
-    }  # fmt: skip
-    print(f"{name}, {space.input_size} px, batch {options.batch_size}, {utils.cores()} cores\n")
-    print("| training | images/s | peak memory, MB | MB per image |\n|---|---|---|---|")
-    for row, v in result["training"].items():
-        print(f"| {row} | {v['images_per_second']:.0f} | {v['peak_mb']:.0f} | {v['mb_per_image']:.1f} |")
-    print("\n| candidates | s per candidate of 75,600 images | candidates per hour |\n|---|---|---|")
-    for row, v in result["candidates"].items():
-        print(f"| {row} | {v['seconds']:.1f} | {v['per_hour']:.0f} |")
-    print("\n| loader | images/s |\n|---|---|")
-    for row, v in result["loader"].items():
-        print(f"| {row} | {v:.0f} |")
-    print("\n| demo | s |\n|---|---|")
-    for row, v in result["demo"].items():
-        print(f"| {row} | {'no time' if v is None else f'{v:.0f}'} |")
-    if options.device.type == "cuda":
-        parts = {k: {"rows": result[k], "batch_size": options.batch_size} for k in ("training", "candidates")}
-        for heading, lines in scaling_rows(name, parts).items():
-            print(f"\nfor docs/scaling.md, {heading}:", *lines, sep="\n")
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    utils.write_json(options.results, results | {name: result}, indent=1)
+    parser.add_argument("--collectives", action="store_true", help=argparse.SUPPRESS)  # in a group, by torchrun
+    options = parser.parse_args(argv)
+    if options.collectives:
+        distributed.run(lambda args: print(json.dumps(collectives(torch.device(args.device)))), lambda: options)
+        return
+    options.device = torch.device(options.device)
+    options.left = lambda: options.seconds - (time.monotonic() - START)
+    options.large = options.full or options.device.type == "cuda"
+    options.steps, options.population, options.batches, options.files = (
+        (12, 10, 20, 4096) if options.large else (1, 2, 1, 64)
+    )
+    options.space = SearchSpace() if options.large else SearchSpace.for_images(32, 10)
+    options.card = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
+    try:
+        with utils.signals(utils.interrupt):  # so that commands are ended
+            if len(options.only) == 1:
+                resolve_device(argparse.Namespace(threads=None, device=options.device.type))
+                failed = measure(options.only[0], options)
+            else:
+                failed = measure_each(options.only, options)
+    except utils.Interrupted as error:
+        sys.exit(128 + error.args[0])
+    if len(options.only) > 1 and options.device.type == "cuda" and options.results.exists():
+        result = json.loads(options.results.read_text()).get(options.card, {})
+        for heading, lines in scaling_rows(options.card, result).items():
+            print(f"\ndocs/scaling.md, {heading}:", *lines, sep="\n")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

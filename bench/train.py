@@ -35,11 +35,12 @@ from space.search_space import SearchSpace
 from training.evaluation import correct_counts, resolve_device
 from training.recipe import begin_momentum, parameter_groups
 
-KINDS = {  # of operations, by parts of their names, in this order
-    "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "Optimizer"), "convolutions": ("conv",),
-    "matrix products": ("mm", "linear"), "ReLU": ("relu", "clamp_min", "threshold"),
+KINDS = {  # of operations other than convolutions, by parts of their names, in this order
+    "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "optimizer"), "matrix products": ("mm", "linear"),
     "copies": ("cat", "copy", "clone", "contiguous", "fill", "zero", "slice", "index", "reshape"),
+    "elementwise": ("relu", "clamp", "threshold", "add", "mul", "div"),
 }  # fmt: skip
+CONVOLUTIONS = ("depthwise", "pointwise", "other convolutions")
 
 
 class Variant:
@@ -137,31 +138,56 @@ def memory_mb(device, reset=False):
     return float("nan")
 
 
+def kind_of(name, shapes):
+    """The kind of an operation of the profiler, by its name and, for convolutions, the shape of their weights."""
+    name = name.lower()
+    if "conv" in name:
+        at = 2 if "backward" in name else 1  # behind the gradient of the output, and the input
+        weights = shapes[at] if len(shapes) > at else []
+        return convolution(weights[1], weights[2]) if len(weights) == 4 else CONVOLUTIONS[2]
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "rest")
+
+
+def convolution(inputs_per_group, kernel_size):
+    return CONVOLUTIONS[1 if kernel_size == 1 else 0 if inputs_per_group == 1 else 2]
+
+
 def profile(variant, batch):
-    """Milliseconds of a step, by kind of operation."""
+    """({kind: milliseconds of a step}, {kernel: milliseconds} of the twelve that take longest on a GPU).
+
+    "host" is the part of an unprofiled step in which no operation is computed.
+    """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (variant.device.type == "cuda")
-    with profile(activities=activities) as profiler:
+    def step():
         variant.step(*batch)
         synchronize(variant.device)
-    kinds = dict.fromkeys([*KINDS, "rest"], 0.0)
-    for event in profiler.key_averages():
-        kind = next((k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "rest")
-        own = event.self_device_time_total if variant.device.type == "cuda" else event.self_cpu_time_total
-        kinds[kind] += own / 1000
-    return kinds
+
+    step()
+    start = time.perf_counter()
+    step()
+    wall = 1000 * (time.perf_counter() - start)
+    gpu = variant.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with profile(activities=activities, record_shapes=True) as profiler:
+        step()
+    kinds, kernels = dict.fromkeys([*CONVOLUTIONS, *KINDS, "rest"], 0.0), {}
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.device_type == DeviceType.CPU:
+            own = event.self_device_time_total if gpu else event.self_cpu_time_total
+            kinds[kind_of(event.key, event.input_shapes)] += own / 1000
+        elif not event.key.startswith("Optimizer"):  # a range of the profiler, not a kernel
+            kernels[event.key] = kernels.get(event.key, 0.0) + event.self_device_time_total / 1000
+    kinds["host"] = max(0.0, wall - sum(kinds.values()))
+    return kinds, dict(sorted(kernels.items(), key=lambda item: -item[1])[:12])
 
 
-def floor_ms(space, path, batch_size, device):
-    """Returns (ms of multiply-adds, ms of memory traffic) of a step, at the measured rates of matmul and copy."""
-    with torch.device("meta"):
-        network, outputs = ShuffleNetV2(path, space=space).eval(), []
-        for conv in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]:
-            conv.register_forward_hook(lambda conv, inputs, output: outputs.append(output.numel()))
-        network(torch.empty(1, 3, space.input_size, space.input_size))
-    a = torch.rand(2048, 2048, device=device)
-    big = torch.rand(256 * 2**20 // 4, device=device)
+def rates(device, dtype=torch.float32):
+    """(multiply-adds a second of a large matrix product, bytes a second of a copy), as measured."""
+    side, copied = (8192, 2**31) if device.type == "cuda" else (2048, 2**28)
+    a = torch.rand(side, side, device=device).to(dtype)
+    big = torch.rand(copied // 4, device=device)
     target = torch.zeros_like(big)
 
     def seconds(function):
@@ -174,11 +200,31 @@ def floor_ms(space, path, batch_size, device):
             times.append(time.perf_counter() - start)
         return min(times)
 
-    rate = 2048**3 / seconds(lambda: a @ a)
-    bandwidth = 2 * big.nbytes / seconds(lambda: target.copy_(big))
-    multiply_adds = 3 * batch_size * space.flops(path)
-    values = sum(outputs)  # inputs are outputs of other convolutions
-    return 1000 * multiply_adds / rate, 1000 * 3 * 2 * 4 * batch_size * values / bandwidth
+    return side**3 / seconds(lambda: a @ a), 2 * big.nbytes / seconds(lambda: target.copy_(big))
+
+
+def floors_ms(space, path, batch_size, multiply_adds_per_s, bytes_per_s, bytes_per_value=4):
+    """{kind: (ms of multiply-adds, ms of memory traffic)} of a step at these rates.
+
+    A convolution reads and writes as much as its output in each of the three passes (inputs are outputs of other
+    convolutions). BN reads or writes its input eight times: two reads and a write forward, and backward two reads of
+    input and gradient each and a write.
+    """
+    floors = {kind: [0.0, 0.0] for kind in (*CONVOLUTIONS, "BN")}
+
+    def add(conv, _, output):
+        weights, n = conv.weight, output.numel() * batch_size
+        found = floors[convolution(weights.shape[1], weights.shape[2])]
+        found[0] += 3000 * n * weights[0].numel() / multiply_adds_per_s
+        found[1] += 3000 * 2 * n * bytes_per_value / bytes_per_s
+        floors["BN"][1] += 1000 * 8 * n * bytes_per_value / bytes_per_s
+
+    with torch.device("meta"):
+        network = ShuffleNetV2(path, space=space).eval()
+        for conv in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]:
+            conv.register_forward_hook(add)
+        network(torch.empty(1, 3, space.input_size, space.input_size))
+    return floors
 
 
 def main():
@@ -227,11 +273,12 @@ def main():
         print(f"| {name} | {cells} |")
     batch = images, labels, paths[0]
     whole = next(v for v in rows if v.name == "+ metrics fetched late")
-    profiles = {v.name: profile(v, batch) for v in (rows[0], whole, rows[-1])}
+    profiles = {v.name: profile(v, batch)[0] for v in (rows[0], whole, rows[-1])}
     print("\n| ms a step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
-    for kind in [*KINDS, "rest"]:
+    for kind in profiles["reference"]:
         print(f"| {kind} | " + " | ".join(f"{p[kind]:.0f}" for p in profiles.values()) + " |")
-    compute, memory = floor_ms(space, batch[2], options.batch_size, device)
+    floors = floors_ms(space, batch[2], options.batch_size, *rates(device))
+    compute, memory = (sum(floors[kind][n] for kind in CONVOLUTIONS) for n in (0, 1))
     print(f"\nFloor, float32: {compute:.0f} ms of multiply-adds, {memory:.0f} ms of memory traffic")
     result = {
         "medians": medians,

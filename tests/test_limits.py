@@ -79,14 +79,18 @@ def fill(name, number):
     No set may take minutes: repairs look at their candidates' neighbours at most MOST_STEPS times.
     """
     bounds, population, steps, moves = drawn(name, number), None, itertools.count(1), Limits._moves
+
+    def counted(limits, candidate):
+        assert next(steps) <= MOST_STEPS, bounds
+        return moves(limits, candidate)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Limits, "_moves", lambda limits, candidate: next(steps) and moves(limits, candidate))
+        patch.setattr(Limits, "_moves", counted)
         try:
             settings = {**as_settings(bounds), "population": POPULATION, "seed": number}
             population = Evolution.from_settings(SPACES[name], settings).ask()
         except UserError as error:
             assert "\n" not in str(error) and 20 < len(str(error)) < 250
-    assert next(steps) < MOST_STEPS, bounds
     return bounds, population
 
 

@@ -58,10 +58,9 @@ from engines.search_record import (
     unconfirmed,
 )
 from evolution_tuner import Evolution, official_shares
-from images.dataset import Data, DataConfig
+from images.dataset import Data
 from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
-from space.custom import searched
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import as_settings, bounds_of, describe, limits_from_args
 from space.search_space import COSTS, SearchSpace
@@ -395,7 +394,8 @@ def report(results, space, args, out, winner=None):
     if front := sorted(Path(out, "checkpoints", "front").glob("*.json")):
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
     if space.n_widths == 1:
-        print(f"search its channels, with another --out:\n  {channels_command(args)}")
+        channels = shlex.join(["python", "supernet.py", "--space", "channels", "--architecture", best_path(args)])
+        print(f"search its channels, with the flags of the supernet's training and another --out:\n  {channels}")
     print(f"retrain the best:\n  {retrain_command(args)}")
     return winner
 
@@ -405,42 +405,21 @@ def retrain_command(args):
 
     Where no file gives the settings of training, a second line says so.
     """
-    return _training_command("scratch", args, file_args(args))
-
-
-def channels_command(args):
-    """The command that trains a supernet of the best candidate's channels, on images as this search had them."""
-    known, words = file_args(args), ["--space", "channels"]
-    if found := searched(best_path(args)):
-        before = DataConfig.from_args(known).to_dict()
-        for name, value in found["data"].items():
-            if value != before[name]:
-                flag = name.replace("_", "-")
-                values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-                words += [f"--no-{flag}" if value is False else f"--{flag}", *map(str, values)]
-    return _training_command("supernet", args, known, *words)
+    known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
+    words = ["--architecture", best_path(args)]
+    for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
+        if getattr(args, name) != getattr(known, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    text = command("scratch.py", args, *words)
+    sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
+    if any("iterations" in sections.get(name, {}) for name in ("common", "scratch")):
+        return text
+    advice = "ImageNet's default 300,000 iterations of 1,024 images: choose --iterations, --batch-size and --lr"
+    return f"{text}\n  ({advice})"
 
 
 def best_path(args):
     return os.path.join(args.out, "checkpoints", "best.json")
-
-
-def file_args(args):
-    """The arguments as the file of settings alone gives them."""
-    return parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
-
-
-def _training_command(script, args, known, *words):
-    words = ["--architecture", best_path(args), *words]
-    for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
-        if getattr(args, name) != getattr(known, name):
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    text = command(f"{script}.py", args, *words)
-    sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
-    if any("iterations" in sections.get(name, {}) for name in ("common", script)):
-        return text
-    default = {"supernet": "150,000", "scratch": "300,000"}[script]
-    return f"{text}\n  (ImageNet's {default} iterations of 1,024 images: choose --iterations, --batch-size and --lr)"
 
 
 def main(args):

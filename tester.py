@@ -93,11 +93,11 @@ def measure(args):
 def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
-    candidates, at_once = trial.receive_candidates()
+    candidates = trial.receive_candidates()
     with trial.heard():
         trial.take_gpu(args.device)
         supernet, *batches = open_evaluation(args, listed_images(args.out))
-        trial.report(evaluate_in_lists(supernet, candidates, at_once, *batches, args.bn, amp=args.eval_amp))
+        trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))
 
 
 def main(args):

@@ -2,9 +2,6 @@
 
     demo    the bundled images at 28 px, in the trained supernet --supernet; also differences in predictions and ranking
     jpeg    generated files of ImageNet's size at 224 px, 1,000 classes; an untrained supernet, which costs the same
-    lists   the bundled images: a generation as one tree, and cut into lists as the search cuts it so that a killed one
-            loses little; CPU seconds of this process, since both run the same operations. Also how many multiply-adds
-            take as long as reading or writing an element, for space/splitting.py
     nni     real searches of the bundled images with and without NNI: the share of time that NNI and process starts take
 
 Each candidate is evaluated on 2,560 calibration and 2,000 validation images. The rows are the baseline
@@ -16,7 +13,6 @@ list of candidates. Runs on a GPU or on CPU cores. Prints Markdown tables and ad
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import pathlib
@@ -44,9 +40,9 @@ from evolution_tuner import Evolution
 from images.bundled import unpack
 from images.dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order
 from images.image_cache import FixedBatches
-from network import ShuffleNetV2OneShot, fold_bn
+from network import ShuffleNetV2OneShot
 from space.search_space import SearchSpace
-from space.splitting import at_once, cut, moved, split, tree_cost, tree_flops
+from space.splitting import tree_flops
 from training import checkpoint
 from training.evaluation import evaluate, recalibrate_bn, resolve_device
 from training.prefix_tree import PrefixTree
@@ -297,70 +293,6 @@ def exactness(bench, candidates):
     return result
 
 
-def element_cost(supernet, images, repeats=5):
-    """Multiply-adds that take as long as an element that a block reads or writes: a least-squares fit of two numbers to
-    the CPU seconds of all operations, in calibration (BN in training mode) and folded."""
-    rows, seconds, x = [], [], supernet.first_conv(images)
-    for block, (shape, flops) in enumerate(zip(supernet.space.blocks, supernet.space.choice_flops)):
-        for choice, n in enumerate(flops):
-            part = supernet.part((block, choice))
-            both, times = (copy.deepcopy(part).train(), fold_bn(part)), []
-            for _ in range(repeats):
-                start = time.process_time()
-                outputs = [run(x) for run in both]
-                times.append(time.process_time() - start)
-            rows.append((2 * n, 2 * moved(shape)))
-            seconds.append(statistics.median(times))
-        x = outputs[-1]
-    (a_flop, an_element), *_ = np.linalg.lstsq(np.array(rows, float), np.array(seconds), rcond=None)
-    return an_element / a_flop
-
-
-def run_lists(options):
-    """{workers: lists, most candidates in work, and costs} of a generation in lists, beside one as whole trees."""
-    result = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model, stored = checkpoint.load_supernet(options.supernet, None)
-        bench = Bench(BUNDLED, stored.data, model, options, pathlib.Path(folder) / "cache")
-        candidates, space = generation(model.space, options.population or 50), model.space
-
-        def seconds(lists):
-            start = time.process_time()
-            for part in lists:
-                bench.evaluate(part, "prefix tree")
-            return time.process_time() - start
-
-        def compare(trees, parts):
-            """Each tree is measured in the middle of its lists: the speed of the machine changes within minutes."""
-            rows = []
-            for tree, lists in zip(trees, parts):
-                half = len(lists) // 2
-                before, whole, after = seconds(lists[:half]), seconds([tree]), seconds(lists[half:])
-                rows.append((before + after, whole))
-            in_lists, in_trees = map(sum, zip(*rows))
-            return in_lists / in_trees
-
-        with torch.inference_mode():
-            result["element"] = element_cost(model.eval(), next(iter(bench.calibration))[0])
-        print(f"reading or writing an element takes as long as {result['element']:.0f} multiply-adds\n")
-        print("| workers | lists | most candidates in work | CPU seconds, times whole trees | expected | by FLOPs |")
-        print("|---|---|---|---|---|---|")
-        for n in (1, 2, 8):
-            trees = split(space, candidates, n)
-            sizes = [at_once(len(candidates), n, number) for number in range(len(trees))]
-            parts = [cut(space, tree, size) for tree, size in zip(trees, sizes)]
-            lists, in_work = [part for some in parts for part in some], sum(max(map(len, some)) for some in parts)
-            expected, flops = (
-                sum(cost(space, part) for part in lists) / sum(cost(space, tree) for tree in trees)
-                for cost in (tree_cost, tree_flops)
-            )
-            ratio = statistics.median(compare(trees, parts) for _ in range(options.rounds))
-            result[n] = {"lists": [len(part) for part in lists], "in_work": in_work, "ratio": ratio,
-                         "expected": expected, "by_flops": flops}  # fmt: skip
-            print(f"| {n} | {len(lists)} | {in_work} | {ratio:.3f} | {expected:.3f} | {flops:.3f} |", flush=True)
-    return result
-
-
 def run_nni(options):
     """Seconds of real searches, and the share in which no candidate is evaluated."""
     result = {}
@@ -390,8 +322,8 @@ def run_nni(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("demo", "jpeg", "lists", "nni"))
-    parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, lists, nni)")
+    parser.add_argument("case", choices=("demo", "jpeg", "nni"))
+    parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, nni)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--population", type=int, help="default: 50 (demo), 10 (jpeg)")
     parser.add_argument(
@@ -409,7 +341,7 @@ def main():
     options = parser.parse_args()
     if options.case != "jpeg" and not options.supernet:
         parser.error("--supernet: name a checkpoint of supernet.py --config bench/demo_blocks.yml")
-    result = {"nni": run_nni, "lists": run_lists}.get(options.case, run_case)(options)
+    result = run_nni(options) if options.case == "nni" else run_case(options)
     result |= {
         "commit": utils.commit(),
         "versions": utils.versions(),

@@ -59,7 +59,11 @@ class Variant:
         tf32=False,
         compiled=False,
     ):
-        self.name, self.device, self.amp, self.lazy, self.tf32 = name, device, amp, lazy, tf32
+        self.name = name
+        self.device = device
+        self.amp = amp
+        self.lazy = lazy
+        self.tf32 = tf32
         self.fused = fused
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         if views:
@@ -141,7 +145,9 @@ def profile(variant, batch):
     """Milliseconds of a step, by kind of operation."""
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (variant.device.type == "cuda")
+    activities = [ProfilerActivity.CPU]
+    if variant.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
         variant.step(*batch)
         synchronize(variant.device)
@@ -156,7 +162,8 @@ def profile(variant, batch):
 def floor_ms(space, path, batch_size, device):
     """Returns (ms of multiply-adds, ms of memory traffic) of a step, at the measured rates of matmul and copy."""
     with torch.device("meta"):
-        network, outputs = ShuffleNetV2(path, space=space).eval(), []
+        network = ShuffleNetV2(path, space=space).eval()
+        outputs = []
         for conv in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]:
             conv.register_forward_hook(lambda conv, inputs, output: outputs.append(output.numel()))
         network(torch.empty(1, 3, space.input_size, space.input_size))
@@ -204,7 +211,8 @@ def main():
     shape = (options.batch_size, 3, options.input_size, options.input_size)
     rows = variants(space, device, options.compile)
     paths = [sampler.candidate(i) for i in range(options.paths or options.steps + 1)]
-    seconds, peaks = {v.name: [] for v in rows}, {}
+    seconds = {v.name: [] for v in rows}
+    peaks = {}
     for step in range(options.steps + 1):
         images = (torch.rand(shape, generator=generator) * 255).to(device)
         labels = torch.randint(0, options.classes, (options.batch_size,), generator=generator).to(device)
@@ -218,17 +226,18 @@ def main():
                 seconds[variant.name].append(time.perf_counter() - start)
             peaks[variant.name] = max(peaks.get(variant.name, 0), memory_mb(device))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    counted, threads = len(seconds["reference"]), torch.get_num_threads()
+    counted = len(seconds["reference"])
+    threads = torch.get_num_threads()
     title = f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads"
     print(f"{title}, median of {counted} steps\n")
-    print("| | ms a step | times the reference | images a second | peak memory, MB |\n|---|---|---|---|---|")
+    print("| | ms per step | times the reference | images per second | peak memory, MB |\n|---|---|---|---|---|")
     for name, s in medians.items():
         cells = f"{1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f}"
         print(f"| {name} | {cells} |")
     batch = images, labels, paths[0]
     whole = next(v for v in rows if v.name == "+ metrics fetched late")
     profiles = {v.name: profile(v, batch) for v in (rows[0], whole, rows[-1])}
-    print("\n| ms a step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
+    print("\n| ms per step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
     for kind in [*KINDS, "rest"]:
         print(f"| {kind} | " + " | ".join(f"{p[kind]:.0f}" for p in profiles.values()) + " |")
     compute, memory = floor_ms(space, batch[2], options.batch_size, device)
@@ -244,7 +253,9 @@ def main():
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-    name = f"{device.type} {options.input_size} px batch {options.batch_size}" + ", compiled" * options.compile
+    name = f"{device.type} {options.input_size} px batch {options.batch_size}"
+    if options.compile:
+        name += ", compiled"
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     utils.write_json(options.results, results | {name: result}, indent=1)
 

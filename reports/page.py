@@ -53,7 +53,7 @@ TEMPLATE = ENVIRONMENT.get_template("page.html.j2", globals={"millions": million
 def write_report(out, other=None):
     """Writes report.html and figures/ into the folder of a search, compared with the random search in `other` if given.
 
-    Returns the page's path. Raises UserError where there is nothing to report yet.
+    Returns the page's path. Raises UserError if there is nothing to report yet.
     """
     run = SearchResults(out)
     if other is not None:
@@ -123,7 +123,7 @@ def _tiles(run, comparison, best):
     return [
         *tiles,
         (f"{len(run.results):,}", f"candidates in {len(run.generations)} generations, {run.n_failed or 'none'} failed"),
-        (duration(seconds), f"of evaluation, {seconds / len(run.succeeded):.1f} s a candidate"),
+        (duration(seconds), f"of evaluation, {seconds / len(run.succeeded):.1f} s per candidate"),
     ]
 
 
@@ -132,7 +132,7 @@ def _cost(run):
     seconds = [r["seconds"] or 0 for r in run.results]
     pairs = {
         "candidates": f"{len(run.results)}, {run.n_failed or 'none'} of them failed",
-        "evaluation": f"{duration(sum(seconds))} in all, {sum(seconds) / len(run.succeeded):.2f} s a candidate, "
+        "evaluation": f"{duration(sum(seconds))} in all, {sum(seconds) / len(run.succeeded):.2f} s per candidate, "
         f"{sum(r['n_images'] or 0 for r in run.results):,} images validated",
         "wall clock": f"{duration(wall)} by the log, all starts together" if wall else "not recorded",
     }

@@ -24,7 +24,7 @@ SAME = 0.95  # of a budget or more counts as the same budget, since a few candid
 
 
 class SearchResults:
-    """The results so far of the search in a folder. Raises UserError where there is no search or no accuracy yet.
+    """The results so far of the search in a folder. Raises UserError if there is no search or no accuracy yet.
 
     `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first; `legal` those
     of them that meet the limits after all that was measured (all of them where none does).
@@ -161,7 +161,7 @@ class RandomSearch:
 
 
 def check_comparable(run, other):
-    """Raises UserError where `other` is not a random search under the conditions of `run`."""
+    """Raises UserError if `other` is not a random search under the conditions of `run`."""
     if not other.is_random():
         raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
     if changes := settings_difference(run.settings, other.settings, ignore=EVOLUTION):

@@ -21,7 +21,7 @@ from engines.search_record import SearchRecord
 from settings.subjects import EVOLUTION
 from space.limits import Limits, bounds_of, by_fronts, fronts
 from space.search_space import SearchSpace
-from space.splitting import at_once, chunks
+from space.splitting import chunks
 from utils import UserError, log
 
 try:
@@ -378,8 +378,7 @@ class EvolutionWithFlops(Tuner):
             if chunk := [c for c in self.chunks.popleft() if c not in self.record.results]:
                 self.times_sent.update(chunk)
                 self.sent += 1
-                size = at_once(self.record.evolution.population_size, self.concurrency, self.sent)
-                self.callback(self.ids.popleft(), trial.parameters(chunk, self.sent + len(self.chunks), size))
+                self.callback(self.ids.popleft(), trial.parameters(chunk, self.sent + len(self.chunks)))
 
 
 class KeepResults(Assessor):

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from dataloader import MAX_WORKERS, resolve_backend
 from distributed import gpu_count
+from engines.latency import confirm, difference, read_table, with_latency
 from engines.local_engine import search_locally
 from engines.machines import check_keys
 from engines.nni_engine import read_experiment, search_with_nni, trial_command
@@ -46,7 +47,6 @@ from engines.search_record import (
 from evolution_tuner import Evolution, official_shares
 from images.dataset import Data
 from images.dataset import prepare as prepare_images
-from reports.latency import confirm, difference, read_table, with_latency
 from reports.page import write_report
 from settings.command_line import Parser, command, write_settings
 from settings.fields import flag, names
@@ -63,7 +63,7 @@ from settings.subjects import (
     Weights,
 )
 from settings.subjects import Search as SearchSettings
-from space.custom import load_operations, searched
+from space.custom import load_operations
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import as_settings, bounds_of, describe, make_bounds
 from space.search_space import SearchSpace
@@ -304,7 +304,8 @@ def report(results, space, args, out, winner=None):
     if front := sorted(Path(out, "checkpoints", "front").glob("*.json")):
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
     if space.n_widths == 1:
-        print(f"search its channels, with another --out:\n  {channels_command(args)}")
+        channels = shlex.join(["python", "supernet.py", "--space", "channels", "--architecture", best_path(args)])
+        print(f"search its channels, with the flags of the supernet's training and another --out:\n  {channels}")
     print(f"retrain the best:\n  {retrain_command(args)}")
     return winner
 
@@ -314,41 +315,21 @@ def retrain_command(args):
 
     Where no file gives the settings of training, a second line says so.
     """
-    return _training_command("scratch", args, file_args(args))
-
-
-def channels_command(args):
-    """The command that trains a supernet of the best candidate's channels, on images as this search had them."""
-    known, words = file_args(args), ["--space", "channels"]
-    if found := searched(best_path(args)):
-        before = DataConfig.resolve(DataConfig.given(vars(known))).to_dict()
-        for name, value in found["data"].items():
-            if value != before[name]:
-                values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-                words += [f"--no-{flag(name)[2:]}" if value is False else flag(name), *map(str, values)]
-    return _training_command("supernet", args, known, *words)
+    known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
+    words = ["--architecture", best_path(args)]
+    for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
+        if getattr(args, name) != getattr(known, name):
+            words += [flag(name), str(getattr(args, name))]
+    text = command("scratch.py", Run.of(vars(args)), args.operations, *words)
+    sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
+    if any("iterations" in sections.get(name, {}) for name in ("common", "scratch")):
+        return text
+    advice = "ImageNet's default 300,000 iterations of 1,024 images: choose --iterations, --batch-size and --lr"
+    return f"{text}\n  ({advice})"
 
 
 def best_path(args):
     return os.path.join(args.out, "checkpoints", "best.json")
-
-
-def file_args(args):
-    """The arguments as the file of settings alone gives them."""
-    return parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
-
-
-def _training_command(script, args, known, *words):
-    words = ["--architecture", best_path(args), *words]
-    for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
-        if getattr(args, name) != getattr(known, name):
-            words += [flag(name), str(getattr(args, name))]
-    text = command(f"{script}.py", Run.of(vars(args)), args.operations, *words)
-    sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
-    if any("iterations" in sections.get(name, {}) for name in ("common", script)):
-        return text
-    default = {"supernet": "150,000", "scratch": "300,000"}[script]
-    return f"{text}\n  (ImageNet's {default} iterations of 1,024 images: choose --iterations, --batch-size and --lr)"
 
 
 def main(args):

@@ -21,6 +21,7 @@ import sys
 
 import weight_files
 from engines import trial
+from engines.latency import measure_table
 from engines.search_record import listed_images
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
@@ -72,8 +73,6 @@ def generate(args):
 
 def measure(args):
     """Writes the latencies of the search space on this device."""
-    from reports.latency import measure_table  # here, because NNI's remote trials do not get reports/
-
     path, space = pathlib.Path(args.out) / "latency.json", open_space(args)
     device = resolve_device(args.device, args.threads)
     start_logging(args, device)
@@ -107,11 +106,11 @@ def open_supernet(args, listed=None):
 def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
-    candidates, at_once = trial.receive_candidates()
+    candidates = trial.receive_candidates()
     with trial.heard():
         trial.take_gpu(args.device)
         supernet, *batches = open_supernet(args, listed_images(args.out))
-        trial.report(evaluate_in_lists(supernet, candidates, at_once, *batches, args.bn, amp=args.eval_amp))
+        trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))
 
 
 def main(args):

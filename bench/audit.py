@@ -20,7 +20,8 @@ def findings(report):
     Returns None if all packages are unknown: without access to the database, pip-audit skips every package and
     reports none.
     """
-    lines, bad = [], 0
+    lines = []
+    bad = 0
     unknown = [package["name"] for package in report["dependencies"] if "skip_reason" in package]
     if len(unknown) == len(report["dependencies"]):
         return None

@@ -70,7 +70,8 @@ def main():
     model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items()})
 
     size = args.input_size
-    crop, jitter = T.RandomResizedCrop(size, (args.crop_scale, 1)), T.ColorJitter(0.4, 0.4, 0.4)
+    crop = T.RandomResizedCrop(size, (args.crop_scale, 1))
+    jitter = T.ColorJitter(0.4, 0.4, 0.4)
     augment = T.Compose([crop, jitter, T.RandomHorizontalFlip(), T.PILToTensor()])
     centre = T.Compose([T.Resize(round(size * 256 / 224)), T.CenterCrop(size), T.PILToTensor()])
     seconds = {"start": time.perf_counter() - START, "decode": 0.0, "compute": 0.0}

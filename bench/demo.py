@@ -17,6 +17,7 @@ import sys
 import time
 
 import torch
+from scipy.stats import percentileofscore
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -76,7 +77,8 @@ def logistic_regression(args):
         batches = list(Loader(images, config, False, backend=args.loader).batches(evaluation_plan(len(images), 500)))
         return torch.cat([x.flatten(1) / 255 for x, _ in batches]), torch.cat([y for _, y in batches])
 
-    (x, y), (x_val, y_val) = pixels(data.train), pixels(data.val)
+    x, y = pixels(data.train)
+    x_val, y_val = pixels(data.val)
     model = torch.nn.Linear(x.shape[1], len(data.classes))
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
@@ -99,20 +101,20 @@ def read_truth():
     return [r for r in whole if r is not largest], largest
 
 
-def percentile(acc1, rows):
-    """The share of the rows that are below an accuracy, in percent; equal ones count half."""
-    return 100 * statistics.fmean((r["acc1"] < acc1) + (r["acc1"] == acc1) / 2 for r in rows)
-
-
 def table(out, steps):
     """Prints the table of a finished demo; returns its numbers."""
-    winner, regression = json.loads(steps.done["winner"]["value"]), steps.done["logistic regression"]["value"]
-    generations, (random_ones, largest) = read_generations(out), read_truth()
-    settings, measured = searched(out / "checkpoints" / "best.json"), [r for some in generations for r in some]
-    space, first = settings["space"], Generation(1, generations[0], closed=True)
+    winner = json.loads(steps.done["winner"]["value"])
+    regression = steps.done["logistic regression"]["value"]
+    generations = read_generations(out)
+    random_ones, largest = read_truth()
+    settings = searched(out / "checkpoints" / "best.json")
+    space = settings["space"]
+    measured = [r for generation in generations for r in generation]
+    first = Generation(1, generations[0], closed=True)
     best = next(r for r in measured if r["architecture"] == winner["architecture"])
     others = [r["acc1"] for r in random_ones]
-    mean, sd, top = statistics.fmean(others), statistics.stdev(others), max(others)
+    mean = statistics.fmean(others)
+    sd = statistics.stdev(others)
     costs = best["flops"], winner["params"]
 
     def row(name, measured_on, acc1, flops=None, params=None, step=None):
@@ -130,12 +132,12 @@ def table(out, steps):
     row(f"best of the search, {len(measured)} candidates, in the supernet", "held-out", best["acc1"], *costs, "search")
     row("best of the search, retrained", "test", winner["acc1"], *costs, "winner")
     row(f"mean of {len(others)} random legal candidates, retrained", "test", mean)
-    row("best of these", "test", top)
+    row("best of these", "test", max(others))
     row("the largest legal candidate, retrained", "test", largest["acc1"], largest["flops"], largest["params"])
     weights = 3 * space.input_size**2 * space.n_classes
     row("logistic regression on the same pixels", "test", regression, weights, weights + space.n_classes,
         "logistic regression")  # fmt: skip
-    place = percentile(winner["acc1"], random_ones)
+    place = float(percentileofscore(others, winner["acc1"], "mean"))
     print(f"\nThe winner is at percentile {place:.0f} of the random candidates, whose standard deviation is {sd:.2f}.")
     limit = settings["flops_limit"] / 1e6
     print(f"FLOPs (multiply-adds) in millions, parameters in thousands; the limit was {limit:.3f}M FLOPs.")
@@ -155,7 +157,8 @@ def main():
         help="after --: flags of supernet.py and scratch.py, such as --iterations 20",
     )
     options = parser.parse_args()
-    out, overrides = options.out.resolve(), options.overrides[1:]
+    out = options.out.resolve()
+    overrides = options.overrides[1:]
     out.mkdir(parents=True, exist_ok=True)
     common = ("--demo", "--seed", options.seed, "--out", out)
     steps = Steps(out)

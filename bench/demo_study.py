@@ -41,8 +41,10 @@ from training.evaluation import evaluate
 from utils import read_json, write_json
 
 SEEDS = ROOT / "bench" / "results" / "demo_seeds.json"
-INPUT_SIZE, CLASSES = 28, 10
-CANDIDATES, REPEATED = 60, 20
+INPUT_SIZE = 28
+CLASSES = 10
+CANDIDATES = 60
+REPEATED = 20
 
 
 # --- the truth ------------------------------------------------------------------------------------------------
@@ -57,7 +59,8 @@ def demo_space():
 
 def random_legal(space, limit, n):
     """`n` different candidates, uniform among those of at most `limit` FLOPs."""
-    rng, found = random.Random(0), {}
+    rng = random.Random(0)
+    found = {}
     while len(found) < n:
         candidate = space.random_candidate(rng)
         if space.flops(candidate) <= limit:
@@ -73,7 +76,8 @@ def largest_legal(space, limit):
 
 def train(candidate, space, seed, iterations):
     """Top-1 in percent on val of a candidate that is retrained as in the demo, and the CPU-seconds that it took."""
-    start, printed = time.process_time(), io.StringIO()
+    start = time.process_time()
+    printed = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "architecture.json")
         write_json(path, space.to_architecture(candidate))
@@ -126,7 +130,8 @@ def agreement(found):
 def print_truth(found):
     random_ones, largest = read_truth()
     acc1 = [row["acc1"] for row in random_ones]
-    mean, sd = statistics.fmean(acc1), statistics.stdev(acc1)
+    mean = statistics.fmean(acc1)
+    sd = statistics.stdev(acc1)
     seconds = [row["cpu_seconds"] for row in found["rows"] if row["iterations"] == found["settings"]["iterations"]]
     print(
         f"\n{len(acc1)} candidates: mean {mean:.2f}%, standard deviation {sd:.2f}, {min(acc1):.2f} to {max(acc1):.2f}"

@@ -36,7 +36,8 @@ from settings.fields import count
 from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json
 
-SPACE, LIMIT = SearchSpace(), 330_000_000
+SPACE = SearchSpace()
+LIMIT = 330_000_000
 TABLES = ROOT / "bench" / "evolution_tables.json"
 MEAN = 60_000  # mean reward of uniform candidates
 SD = 1_000  # standard deviation of the additive rewards of uniform candidates
@@ -77,12 +78,13 @@ def measured(table, candidate, seed):
 
 
 def extreme(table, costs, limit, sign):
-    """The candidate of the highest (sign 1) or lowest (-1) reward whose costs, one a block, add up to at most `limit`.
+    """The candidate of the highest (sign 1) or lowest (-1) reward whose costs, one per block, sum to at most `limit`.
 
     Exact dynamic programming: block by block and for each choice of the last block, keeps the prefixes that are
     Pareto-optimal in cost and reward; cost and reward of what follows depend on that choice only.
     """
-    rows, pairs = table["rewards"], table["pairs"]
+    rows = table["rewards"]
+    pairs = table["pairs"]
     remaining = [sum(map(min, costs[block + 1 :])) for block in range(len(costs))]
     fronts = {None: [(0, 0, ())]}
     for block, row in enumerate(rows):
@@ -184,7 +186,8 @@ def known_front(table):
 
 def hypervolume(points, reference):
     """The area of what the points (FLOPs, reward) beat, up to a reference point."""
-    area, (right, floor) = 0, reference
+    area = 0
+    right, floor = reference
     front = pareto([p for p in points if p[1] > floor], right)
     for (cost, value), (following, _) in itertools.pairwise([*front, reference]):
         area += (following - cost) * (value - floor)
@@ -267,7 +270,8 @@ def main(argv=None):
     print("| table | method | mean regret, % of the range | median | under 1% | optimum found | ms a search |")
     print("|---|---|---|---|---|---|---|")
     for name, method in [(t, m) for t in committed["tables"] for m in methods(t)]:
-        table, settings = committed["tables"][name], methods(name)[method]
+        table = committed["tables"][name]
+        settings = methods(name)[method]
         start = time.perf_counter()
         regrets = [regret(table, seed, settings) for seed in range(options.seeds)]
         row = summary(regrets) | {"seconds": time.perf_counter() - start, "regrets": [round(r, 4) for r in regrets]}

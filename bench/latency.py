@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 from scipy.stats import spearmanr
 
+from engines.latency import Networks, confirm, device_name, measure_like, measure_table, with_latency
 from engines.search_record import SearchRecord, prepare_search, unconfirmed
 from evolution_tuner import Evolution
-from reports.latency import Networks, confirm, device_name, measure_like, measure_table, with_latency
 from settings.fields import count
 from space.custom import PRESETS
 from space.search_space import SearchSpace
@@ -105,7 +105,9 @@ def measure_again(space, candidates, table):
 
 def study_searches(space, table, n):
     """A row for each of n searches: its limit, and what its winner takes, as shares of the limit."""
-    timed, rows, winners = with_latency(space, table), [], []
+    timed = with_latency(space, table)
+    rows = []
+    winners = []
     with tempfile.TemporaryDirectory() as folder:
         for i in range(n):
             share = 0.2 + 0.6 * i / max(1, n - 1)
@@ -136,7 +138,9 @@ def main(argv=None):
     )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    device, predictions, tables = torch.device(options.device), {}, {}
+    device = torch.device(options.device)
+    predictions = {}
+    tables = {}
     print("| space, batch size | mean ms | table, s | spread | error, % | of the mean, % | Spearman | of two |")
     print("|---|---|---|---|---|---|---|---|")
     for name in options.spaces:

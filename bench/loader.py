@@ -1,9 +1,10 @@
 """Measures the loaders on JPEG files of 500 x 375 px: `python bench/loader.py`; small: `--images 192 --rounds 1`.
 
-    slow reads   every read sleeps 50 ms: images a second with 8 workers, and with 1
-    warm cache   training batches, images a second: this project's DALI and torchvision loaders, DALI's external source
-                 with its own workers, and DALI's own file reader, which gets the same crops and jitter from an array
-    jitter       milliseconds an image: decoding without jitter, with DALI's color_twist, and with the official jitter
+    slow reads   every read sleeps 50 ms: images per second with 8 workers, and with 1
+    warm cache   training batches, images per second: this project's DALI and torchvision loaders, DALI's external
+                 source with its own workers, and DALI's own file reader, which gets the same crops and jitter from an
+                 array
+    jitter       milliseconds per image: decoding without jitter, with DALI's color_twist, and with the official jitter
                  (random order, contrast about the image's own mean) computed by torch on the decoded uint8 batch
 
 The files are mosaics of the bundled images in colour. The rows of a table run in turns, and medians are reported.
@@ -68,8 +69,9 @@ def draw_mosaics(folder, n, classes=1):
 
 
 def rate(batches, device, skipped=1):
-    """Images a second of an iterable of (images, ...), without the first batches, which may be made ahead."""
-    batches, n = iter(batches), 0
+    """Images per second of an iterable of (images, ...), without the first batches, which may be made ahead."""
+    batches = iter(batches)
+    n = 0
     for _ in range(skipped):
         next(batches)
     if device.type == "cuda":
@@ -96,7 +98,7 @@ def in_turns(rows, rounds):
 
 
 def slow_reads(images, config, options):
-    """Images a second by number of workers."""
+    """Images per second by number of workers."""
 
     def read_slowly(path, read=dataloader._read_file):
         time.sleep(SLEEP_S)
@@ -106,7 +108,8 @@ def slow_reads(images, config, options):
         loader = Loader(images, config, True, device="cpu", backend="dali", workers=workers)
         return rate(loader.decode(training_plan(len(images), 8, 0, steps=options.slow_batches)), loader.device)
 
-    before, dataloader._read_file = dataloader._read_file, read_slowly
+    before = dataloader._read_file
+    dataloader._read_file = read_slowly
     try:
         return in_turns({f"{n} workers": lambda n=n: measure(n) for n in (1, 8)}, options.rounds)
     finally:
@@ -120,7 +123,8 @@ class Batch:
     """A batch of the plan by its number: a callback for the workers of DALI's external source."""
 
     def __init__(self, dataset, plan):
-        self.dataset, self.plan = dataset, plan
+        self.dataset = dataset
+        self.plan = plan
 
     def __call__(self, number):
         if number >= len(self.plan):
@@ -135,7 +139,8 @@ def dali_pipeline(images, config, plan, reader, options):
     import nvidia.dali
     from nvidia.dali import fn, pipeline_def, types
 
-    dataset, gpu = _EncodedImages(images, config, True, 0), options.device.type == "cuda"
+    dataset = _EncodedImages(images, config, True, 0)
+    gpu = options.device.type == "cuda"
     files = [os.path.join(images.root, images.paths[i]) for i in np.concatenate(plan)[:, 1]]
     made = [dataset._make(batch) for batch in plan] if reader == "file" else None
 
@@ -169,7 +174,7 @@ def dali_pipeline(images, config, plan, reader, options):
 
 
 def warm_cache(images, config, options):
-    """Images a second by loader."""
+    """Images per second by loader."""
     plan = list(training_plan(len(images), options.batch_size, 0, steps=len(images) // options.batch_size))
 
     def ours(backend):
@@ -203,7 +208,7 @@ def official_jitter(images, factors, orders):
 
 
 def jitter(images, config, options):
-    """Milliseconds an image."""
+    """Milliseconds per image."""
     plain = DataConfig(**{**config.to_dict(), "jitter": 0.0})
     plan = list(training_plan(len(images), options.batch_size, 0, steps=len(images) // options.batch_size))
 
@@ -253,7 +258,7 @@ def main():
     print("\n| files in the system's cache | images/s | share of DALI's file reader |\n|---|---|---|")
     for name, value in warm.items():
         print(f"| {name} | {value:.0f} | {value / warm[NATIVE]:.2f} |")
-    print("\n| jitter | ms an image | share of decoding |\n|---|---|---|")
+    print("\n| jitter | ms per image | share of decoding |\n|---|---|---|")
     for name, value in twist.items():
         print(f"| {name} | {value:.3f} | {value / twist['decoding, no jitter']:.2f} |")
     result = {**tables, "images": options.images, "batch_size": options.batch_size, "workers": options.workers}

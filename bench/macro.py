@@ -43,7 +43,7 @@ from network import ShuffleNetV2OneShot
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
 from space.custom import load_operations
 from training import checkpoint
-from training.evaluation import evaluate, open_evaluation
+from training.evaluation import evaluate
 
 SETTINGS = ROOT / "bench" / "macro.yml"
 OPERATIONS = ROOT / "bench" / "macro_operations.py"
@@ -122,7 +122,7 @@ def score(folder, n_networks, every):
             continue
         words = ["--config", folder / "settings.yml", "--operations", OPERATIONS, "--checkpoint", file, "--threads", 1]
         args = tester.parse_args([*map(str, words)])
-        supernet, calibration, validation = open_evaluation(args)
+        supernet, calibration, validation = tester.open_supernet(args)
         validation = [(images[::every], labels[::every]) for images, labels in validation]
         for chunk in (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)):
             measured = measure(supernet, chunk, calibration, validation, args.bn)

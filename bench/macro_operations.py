@@ -41,11 +41,13 @@ class InvertedResidual(nn.Module):
 class InvertedResidual3x3(InvertedResidual):
     """Depthwise kernel 3, expansion 3."""
 
-    kernel_size, expansion = 3, 3
+    kernel_size = 3
+    expansion = 3
 
 
 @register("inverted_residual_5x5_e6")
 class InvertedResidual5x5(InvertedResidual):
     """Depthwise kernel 5, expansion 6."""
 
-    kernel_size, expansion = 5, 6
+    kernel_size = 5
+    expansion = 6

@@ -2,13 +2,10 @@
 
     demo    the bundled images at 28 px, in the trained supernet --supernet; also differences in predictions and ranking
     jpeg    generated files of ImageNet's size at 224 px, 1,000 classes; an untrained supernet, which costs the same
-    lists   the bundled images: a generation as one tree, and cut into lists as the search cuts it so that a killed one
-            loses little; CPU seconds of this process, since both run the same operations. Also how many multiply-adds
-            take as long as reading or writing an element, for space/splitting.py
     nni     real searches of the bundled images with and without NNI: the share of time that NNI and process starts take
 
 Each candidate is evaluated on 2,560 calibration and 2,000 validation images. The rows are the baseline
-(bench/baseline_search.py, a process a candidate), then this project with one more change in every row; they are
+(bench/baseline_search.py, one process per candidate), then this project with one more change in every row; they are
 interleaved, and medians over rounds are reported. Candidates are the tenth generation of a simulated evolution.
 "images once" and the rows after it exclude process start and loading of the supernet, which a trial does once for a
 list of candidates. Runs on a GPU or on CPU cores. Prints Markdown tables and adds to bench/results/search.json.
@@ -16,7 +13,6 @@ list of candidates. Runs on a GPU or on CPU cores. Prints Markdown tables and ad
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import pathlib
@@ -44,16 +40,17 @@ from evolution_tuner import Evolution
 from images.bundled import unpack
 from images.dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order
 from images.image_cache import FixedBatches
-from network import ShuffleNetV2OneShot, fold_bn
+from network import ShuffleNetV2OneShot
 from space.search_space import SearchSpace
-from space.splitting import at_once, cut, moved, split, tree_cost, tree_flops
+from space.splitting import tree_flops
 from training import checkpoint
 from training.evaluation import evaluate, resolve_device, update_bn
 from training.prefix_tree import PrefixTree
 
 BUNDLED = ROOT / "data" / "fashion-mnist"
-CALIBRATION, VALIDATION = 20, 2000  # batches of 128 images; images
-FULL = 25_600 + 50_000  # images a candidate in the official search with the paper's validation
+CALIBRATION = 20  # batches of 128 images
+VALIDATION = 2000  # images
+FULL = 25_600 + 50_000  # images per candidate in the official search with the paper's validation
 CHANGES = ["images once", "channels-last", "BN folded", "prefix tree", "bf16"]
 
 
@@ -61,7 +58,8 @@ def generation(space, population):
     """The tenth population of an evolution on random additive rewards; 59% of all candidates meet the FLOPs limit."""
     rng = random.Random(0)
     table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
-    limit, half = space.flops_value("59%"), population // 2
+    limit = space.flops_value("59%")
+    half = population // 2
     settings = {"select": max(2, population // 5), "mutation": half, "crossover": half, "seed": 0}
     evolution = Evolution(space.choices, space.flops, limit, population, **settings)
     for _ in range(9):
@@ -70,7 +68,7 @@ def generation(space, population):
 
 
 def draw_jpegs(folder, n_classes=1000):
-    """Makes a tree of 500 x 375 px images, three for training and two for validation a class: 100 different files."""
+    """Makes a tree of 500 x 375 px images, three for training and two for validation per class: 100 different files."""
     rng = np.random.default_rng(0)
     sources = []
     folder.mkdir(parents=True)
@@ -96,8 +94,10 @@ class Bench:
         self.device = resolve_device(options.device, options.threads)
         if data_dir == BUNDLED:
             unpack(BUNDLED)
-        self.space, self.supernet = supernet.space, supernet.to(self.device)
-        train, val = scan(f"{data_dir}/train"), scan(f"{data_dir}/val")
+        self.space = supernet.space
+        self.supernet = supernet.to(self.device)
+        train = scan(f"{data_dir}/train")
+        val = scan(f"{data_dir}/val")
         val = val.take(stratified_order(val.labels, 0)[:VALIDATION])
 
         def fixed(images, augment, plan):
@@ -113,7 +113,7 @@ class Bench:
         self.decoding = time.perf_counter() - start
 
     def evaluate(self, candidates, last_change):
-        """Returns (seconds a candidate, peak MB), with all changes up to `last_change`."""
+        """Returns (seconds per candidate, peak MB), with all changes up to `last_change`."""
         step = CHANGES.index(last_change)
         layout = torch.channels_last if step >= 1 else torch.contiguous_format
         self.supernet.to(memory_format=layout)
@@ -135,7 +135,8 @@ class Bench:
         batches = [
             [(x.contiguous() if contiguous else x, y) for x, y in b] for b in (self.calibration, self.validation)
         ]
-        tree, found = PrefixTree(self.supernet, candidates, fold, amp), {c: [] for c in candidates}
+        tree = PrefixTree(self.supernet, candidates, fold, amp)
+        found = {c: [] for c in candidates}
         with torch.inference_mode(), tree.own_statistics():
             update_bn(tree.supernet, tree.forward, batches[0], "average")
             for images, _ in batches[1]:
@@ -199,23 +200,30 @@ def run_case(options):
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.case == "demo":
             model, stored = checkpoint.load_supernet(options.supernet, None)
-            data_dir, config, path, population = BUNDLED, stored.data, options.supernet, 50
+            data_dir = BUNDLED
+            config = stored.data
+            path = options.supernet
+            population = 50
         else:
             torch.manual_seed(0)
-            model, config = ShuffleNetV2OneShot(space=SearchSpace()), DataConfig()
-            data_dir, path, population = draw_jpegs(folder / "images"), folder / "supernet.pth", 10
+            model = ShuffleNetV2OneShot(space=SearchSpace())
+            config = DataConfig()
+            data_dir = draw_jpegs(folder / "images")
+            path = folder / "supernet.pth"
+            population = 10
             torch.save(model.state_dict(), path)
         population = options.population or population
         bench = Bench(data_dir, config, model, options, folder / "cache")
         candidates = generation(model.space, population)
-        rows, starts = {}, []
+        rows = {}
+        starts = []
         for r in range(options.rounds):
             rows.setdefault("baseline", []).append(baseline(candidates[r], data_dir, config, path, options))
             starts.append(trial_start(path, data_dir))
             for change in CHANGES:
                 several = candidates if CHANGES.index(change) >= 3 else candidates[r : r + 1]
                 rows.setdefault(change, []).append(bench.evaluate(several, change))
-                print(f"round {r + 1}, {change}: {rows[change][-1][0]:.2f} s a candidate", file=sys.stderr)
+                print(f"round {r + 1}, {change}: {rows[change][-1][0]:.2f} s per candidate", file=sys.stderr)
         result = summarize(rows, starts, population, bench)
         result["tree"] = {n: tree_share(model.space, generation(model.space, n)) for n in (10, 50, 200)}
         if options.case == "demo":
@@ -245,7 +253,7 @@ def summarize(rows, starts, population, bench):
     }
     without = base["decode"] + base["compute"]
     print(f"\n{population} candidates; start of a trial {start:.1f} s; decoding once {bench.decoding:.1f} s\n")
-    print("| | s a candidate | times the baseline | with process start | peak memory, MB | 25,600 + 50,000 images, s |")
+    print("| | s per candidate | times the baseline | with process start | peak MB | 25,600 + 50,000 images, s |")
     print("|---|---|---|---|---|---|")
     full = FULL / (CALIBRATION * 128 + VALIDATION)
     parts = f"start {base['start']:.1f} s, decoding {base['decode']:.1f} s, computing {base['compute']:.1f} s"
@@ -284,7 +292,8 @@ def exactness(bench, candidates):
         found, _ = bench.predictions(few, **how)
         result[name] = statistics.fmean((found[c] != reference[c]).double().mean().item() * 100 for c in few)
         print(f"| {name} | {result[name]:.3f} |")
-    (_, a), (_, b) = bench.predictions(candidates), bench.predictions(candidates, amp="bf16")
+    _, a = bench.predictions(candidates)
+    _, b = bench.predictions(candidates, amp="bf16")
     a, b = ([x[c] for c in candidates] for x in (a, b))
     result["bf16_ranking"] = {
         "tau": float(kendalltau(a, b).statistic),
@@ -294,70 +303,6 @@ def exactness(bench, candidates):
     difference = f"mean difference of top-1 {result['bf16_ranking']['mean_abs_points']:.2f} points"
     tau = f"Kendall's tau with float32 {result['bf16_ranking']['tau']:.2f}"
     print(f"\nbf16 over {len(a)} candidates: {difference}, {tau}")
-    return result
-
-
-def element_cost(supernet, images, repeats=5):
-    """Multiply-adds that take as long as an element that a block reads or writes: a least-squares fit of two numbers to
-    the CPU seconds of all operations, in calibration (BN in training mode) and folded."""
-    rows, seconds, x = [], [], supernet.first_conv(images)
-    for block, (shape, flops) in enumerate(zip(supernet.space.blocks, supernet.space.choice_flops)):
-        for choice, n in enumerate(flops):
-            part = supernet.part((block, choice))
-            both, times = (copy.deepcopy(part).train(), fold_bn(part)), []
-            for _ in range(repeats):
-                start = time.process_time()
-                outputs = [run(x) for run in both]
-                times.append(time.process_time() - start)
-            rows.append((2 * n, 2 * moved(shape)))
-            seconds.append(statistics.median(times))
-        x = outputs[-1]
-    (a_flop, an_element), *_ = np.linalg.lstsq(np.array(rows, float), np.array(seconds), rcond=None)
-    return an_element / a_flop
-
-
-def run_lists(options):
-    """{workers: lists, most candidates in work, and costs} of a generation in lists, beside one as whole trees."""
-    result = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model, stored = checkpoint.load_supernet(options.supernet, None)
-        bench = Bench(BUNDLED, stored.data, model, options, pathlib.Path(folder) / "cache")
-        candidates, space = generation(model.space, options.population or 50), model.space
-
-        def seconds(lists):
-            start = time.process_time()
-            for part in lists:
-                bench.evaluate(part, "prefix tree")
-            return time.process_time() - start
-
-        def compare(trees, parts):
-            """Each tree is measured in the middle of its lists: the speed of the machine changes within minutes."""
-            rows = []
-            for tree, lists in zip(trees, parts):
-                half = len(lists) // 2
-                before, whole, after = seconds(lists[:half]), seconds([tree]), seconds(lists[half:])
-                rows.append((before + after, whole))
-            in_lists, in_trees = map(sum, zip(*rows))
-            return in_lists / in_trees
-
-        with torch.inference_mode():
-            result["element"] = element_cost(model.eval(), next(iter(bench.calibration))[0])
-        print(f"reading or writing an element takes as long as {result['element']:.0f} multiply-adds\n")
-        print("| workers | lists | most candidates in work | CPU seconds, times whole trees | expected | by FLOPs |")
-        print("|---|---|---|---|---|---|")
-        for n in (1, 2, 8):
-            trees = split(space, candidates, n)
-            sizes = [at_once(len(candidates), n, number) for number in range(len(trees))]
-            parts = [cut(space, tree, size) for tree, size in zip(trees, sizes)]
-            lists, in_work = [part for some in parts for part in some], sum(max(map(len, some)) for some in parts)
-            expected, flops = (
-                sum(cost(space, part) for part in lists) / sum(cost(space, tree) for tree in trees)
-                for cost in (tree_cost, tree_flops)
-            )
-            ratio = statistics.median(compare(trees, parts) for _ in range(options.rounds))
-            result[n] = {"lists": [len(part) for part in lists], "in_work": in_work, "ratio": ratio,
-                         "expected": expected, "by_flops": flops}  # fmt: skip
-            print(f"| {n} | {len(lists)} | {in_work} | {ratio:.3f} | {expected:.3f} | {flops:.3f} |", flush=True)
     return result
 
 
@@ -390,8 +335,8 @@ def run_nni(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("demo", "jpeg", "lists", "nni"))
-    parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, lists, nni)")
+    parser.add_argument("case", choices=("demo", "jpeg", "nni"))
+    parser.add_argument("--supernet", metavar="FILE", help="checkpoint of the bundled images (demo, nni)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--population", type=int, help="default: 50 (demo), 10 (jpeg)")
     parser.add_argument(
@@ -399,7 +344,7 @@ def main():
         type=int,
         nargs="*",
         default=(10, 50, 200),
-        help="whose seconds a candidate are compared (demo)",
+        help="whose seconds per candidate are compared (demo)",
     )
     parser.add_argument("--generations", type=int, default=3, help="of the real searches (nni)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -409,7 +354,7 @@ def main():
     options = parser.parse_args()
     if options.case != "jpeg" and not options.supernet:
         parser.error("--supernet: name a checkpoint of supernet.py --config bench/demo_blocks.yml")
-    result = {"nni": run_nni, "lists": run_lists}.get(options.case, run_case)(options)
+    result = run_nni(options) if options.case == "nni" else run_case(options)
     result |= {
         "commit": utils.commit(),
         "versions": utils.versions(),

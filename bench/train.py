@@ -60,7 +60,11 @@ class Variant:
         tf32=False,
         compiled=False,
     ):
-        self.name, self.device, self.amp, self.lazy, self.tf32 = name, device, amp, lazy, tf32
+        self.name = name
+        self.device = device
+        self.amp = amp
+        self.lazy = lazy
+        self.tf32 = tf32
         self.fused = fused
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         if views:
@@ -169,7 +173,7 @@ def profile(variant, batch):
     step()
     wall = 1000 * (time.perf_counter() - start)
     gpu = variant.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
     with profile(activities=activities, record_shapes=True) as profiler:
         step()
     kinds, kernels = dict.fromkeys([*CONVOLUTIONS, *KINDS, "rest"], 0.0), {}
@@ -184,7 +188,7 @@ def profile(variant, batch):
 
 
 def rates(device, dtype=torch.float32):
-    """(multiply-adds a second of a large matrix product, bytes a second of a copy), as measured."""
+    """(multiply-adds per second of a large matrix product, bytes per second of a copy), as measured."""
     side, copied = (8192, 2**31) if device.type == "cuda" else (2048, 2**28)
     a = torch.rand(side, side, device=device).to(dtype)
     big = torch.rand(copied // 4, device=device)
@@ -250,7 +254,8 @@ def main():
     shape = (options.batch_size, 3, options.input_size, options.input_size)
     rows = variants(space, device, options.compile)
     paths = [sampler.candidate(i) for i in range(options.paths or options.steps + 1)]
-    seconds, peaks = {v.name: [] for v in rows}, {}
+    seconds = {v.name: [] for v in rows}
+    peaks = {}
     for step in range(options.steps + 1):
         images = (torch.rand(shape, generator=generator) * 255).to(device)
         labels = torch.randint(0, options.classes, (options.batch_size,), generator=generator).to(device)
@@ -264,17 +269,18 @@ def main():
                 seconds[variant.name].append(time.perf_counter() - start)
             peaks[variant.name] = max(peaks.get(variant.name, 0), memory_mb(device))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    counted, threads = len(seconds["reference"]), torch.get_num_threads()
+    counted = len(seconds["reference"])
+    threads = torch.get_num_threads()
     title = f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads"
     print(f"{title}, median of {counted} steps\n")
-    print("| | ms a step | times the reference | images a second | peak memory, MB |\n|---|---|---|---|---|")
+    print("| | ms per step | times the reference | images per second | peak memory, MB |\n|---|---|---|---|---|")
     for name, s in medians.items():
         cells = f"{1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f}"
         print(f"| {name} | {cells} |")
     batch = images, labels, paths[0]
     whole = next(v for v in rows if v.name == "+ metrics fetched late")
     profiles = {v.name: profile(v, batch)[0] for v in (rows[0], whole, rows[-1])}
-    print("\n| ms a step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
+    print("\n| ms per step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
     for kind in profiles["reference"]:
         print(f"| {kind} | " + " | ".join(f"{p[kind]:.0f}" for p in profiles.values()) + " |")
     floors = floors_ms(space, batch[2], options.batch_size, *rates(device))
@@ -291,7 +297,9 @@ def main():
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-    name = f"{device.type} {options.input_size} px batch {options.batch_size}" + ", compiled" * options.compile
+    name = f"{device.type} {options.input_size} px batch {options.batch_size}"
+    if options.compile:
+        name += ", compiled"
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     utils.write_json(options.results, results | {name: result}, indent=1)
 

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import itertools
 import json
 import multiprocessing
 import time
@@ -13,7 +12,7 @@ from engines.trial import gpu_names, take_gpu
 from evolution_tuner import Evolution
 from settings.subjects import DataConfig, Evaluation, Images, Run
 from space.custom import load_operations
-from space.splitting import at_once, chunks, cut
+from space.splitting import chunks, cut
 from utils import UserError, heard_by, leave_signals_to_parent, log, sign_of_life
 
 POLL_S = 1.0  # between looks at the workers' signs of life
@@ -31,7 +30,9 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
     with Workers(trial, concurrency, trial_timeout) as workers:
         while waiting := record.pending():
             progress.read()
-            lists = _lists(space, waiting, workers.n, settings["population"], candidates_per_trial)
+            # The lists of NNI's trials, each cut as a trial cuts its own.
+            trials = chunks(space, waiting, workers.n, candidates_per_trial)
+            lists = [few for candidates in trials for few in cut(space, candidates)]
             generation = record.evolution.generation
             names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
             # First in lists; then those that failed, each on its own; then one at a time, since the death of a worker
@@ -47,13 +48,6 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
                     progress.read()
                 lists = [[c] for c in waiting if c not in record.results]
         progress.read()
-
-
-def _lists(space, candidates, n, population, size):
-    """The lists that `n` workers evaluate in turn: those of NNI's trials, each cut as a trial cuts its own."""
-    parts = enumerate(chunks(space, candidates, n, size))
-    cuts = [cut(space, part, at_once(population, n, number)) for number, part in parts]
-    return [part for turn in itertools.zip_longest(*cuts) for part in turn if part]
 
 
 def _give_up(record, candidates, error):

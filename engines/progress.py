@@ -29,7 +29,10 @@ class Progress:
     def __init__(self, out):
         self.out = out
         self.generations = []  # a Generation each; closed ones are read once
-        self.n_closed, self.evaluated, self.bar, self.board = None, None, None, None
+        self.n_closed = None
+        self.evaluated = None
+        self.bar = None
+        self.board = None
         self.first = None  # (time, candidates evaluated) at the first `read`
         self.changed = self.reported = time.monotonic()
 
@@ -39,7 +42,7 @@ class Progress:
         return time.monotonic() - self.changed
 
     def read(self):
-        """Returns the state, and shows what is new. Raises UserError where the tuner gave up."""
+        """Returns the state, and shows what is new. Raises UserError if the tuner gave up."""
         state = self.state = read_json(state_path(self.out))
         if state["error"]:
             raise UserError(f"the search cannot continue: {state['error']}")
@@ -58,7 +61,8 @@ class Progress:
         self.generations = closed + [Generation(number, results, number <= n_closed) for number, results in opened]
 
     def _show(self, state):
-        total, population = n_generations(state), state["settings"]["population"]
+        total = n_generations(state)
+        population = state["settings"]["population"]
         best = max((g.best for g in self.generations if g.best), key=by_score, default=None)
         so_far = f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M" if best else "none yet"
         current = min(state["generation"] + 1, total)
@@ -71,7 +75,8 @@ class Progress:
         self.bar.set_description(shown, refresh=False)
         self.bar.update(state["evaluated"] - self.bar.n)
         if state["evaluated"] != self.evaluated:
-            self.evaluated, self.changed = state["evaluated"], time.monotonic()
+            self.evaluated = state["evaluated"]
+            self.changed = time.monotonic()
             self.first = self.first or (self.changed, self.evaluated)
         done = f"of {total}: {self.evaluated} candidates so far, {so_far}"
         if state["generation"] != self.n_closed:
@@ -84,7 +89,8 @@ class Progress:
                 if text := first_generation_warning(self.generations[0].results, n_classes):
                     log.warning("warning: %s", text)
             self._draw()
-            self.n_closed, self.reported = state["generation"], time.monotonic()
+            self.n_closed = state["generation"]
+            self.reported = time.monotonic()
         elif self.changed > self.reported + LINE_S and self.bar.disable:
             log.info("generation %d %s", state["generation"] + 1, done)
             self.reported = time.monotonic()

@@ -18,10 +18,9 @@ from utils import UserError, heard_by, log, sign_of_life, try_lock
 ALIVE_S = 5  # between signs of life
 
 
-def parameters(candidates, until, at_once):
-    """The parameters of a trial: the candidates to evaluate, `at_once` as one tree, for trials with a sequence number
-    below `until`."""
-    return {"candidates": [list(candidate) for candidate in candidates], "until": until, "at_once": at_once}
+def parameters(candidates, until):
+    """The parameters of a trial: the candidates to evaluate, for trials with a sequence number below `until`."""
+    return {"candidates": [list(candidate) for candidate in candidates], "until": until}
 
 
 def intermediate(result=None):
@@ -52,13 +51,13 @@ def heard():
 
 
 def receive_candidates():
-    """In a trial: the candidates that NNI asks for, and how many of them are evaluated at once."""
+    """In a trial: the candidates that NNI asks for."""
     import nni
 
     received = nni.get_next_parameter()
     while received["until"] <= nni.get_sequence_id():  # meant for an earlier trial, which died before it asked
         received = nni.get_next_parameter()
-    return received["candidates"], received["at_once"]
+    return received["candidates"]
 
 
 def report(results):

@@ -119,7 +119,10 @@ class Arena:
     """Images, settings and undisturbed results of the four commands, and folders for the runs with faults."""
 
     def __init__(self, folder, options):
-        self.folder, self.broken, self.kills, self.seed = folder, options.broken, options.kills, options.seed
+        self.folder = folder
+        self.broken = options.broken
+        self.kills = options.kills
+        self.seed = options.seed
         self.every = options.every
         self.numbers = iter(range(10**9))
         rng = np.random.default_rng(options.seed)
@@ -157,7 +160,8 @@ class Arena:
         }
         self.config = folder / "settings.yml"
         self.config.write_text(json.dumps(sections))  # which is YAML
-        self.reference, self.seconds = {}, {}
+        self.reference = {}
+        self.seconds = {}
         self.supernet = None
         for script in ("supernet.py", "scratch.py", "tester.py", "search.py"):
             out = self.new()
@@ -204,7 +208,8 @@ class Arena:
             if script == "tester.py":
                 return digest(sorted(p.name for p in (out / "cache").glob("*.images"))), 0
             folder = out / "checkpoints" / script.removesuffix(".py")
-            step, found = 0, []
+            step = 0
+            found = []
             for path in [*checkpoint.checkpoints(folder), *folder.glob("bnps-checkpoint.pth")]:
                 content = weight_files.load_file(path)
                 step = max(step, content["step"])

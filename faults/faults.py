@@ -1,4 +1,4 @@
-"""Injects faults into the four commands: `python faults/faults.py` (half an hour on one core with 100 kills a command).
+"""Injects faults into the four commands: `python faults/faults.py` (half an hour on one core, 100 kills per command).
 
 Every row of the table is one fault: it is injected into a command with tiny settings, the surviving state is read and
 hashed, the command is given again, and its result has to equal that of an undisturbed run. `--break NAME` removes one
@@ -54,16 +54,23 @@ def tiny(cls, input_size=224, n_classes=1000):
 
 def killed_at_random(arena, script):
     """SIGKILL at uniform times; the command is repeated until it succeeds, then starts again in a new folder."""
-    rng, kills, finished, seen = random.Random(f"{arena.seed} {script}"), 0, 0, []
-    out, before = arena.new(), 0
+    rng = random.Random(f"{arena.seed} {script}")
+    kills = 0
+    finished = 0
+    seen = []
+    out = arena.new()
+    before = 0
     while kills < arena.kills:
         at = rng.uniform(0, 1.2 * arena.seconds[script])
-        process, end = arena.command(script, out), time.monotonic() + at
+        process = arena.command(script, out)
+        end = time.monotonic() + at
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
         if process.code is not None:  # ended before the kill
             arena.check(script, out, process)
-            finished, out, before = finished + 1, arena.new(), 0
+            finished += 1
+            out = arena.new()
+            before = 0
             continue
         process.kill()
         kills += 1
@@ -98,7 +105,8 @@ def at_every_write(arena, script, action, check):
 
     `check(process, number of the write)` checks how the first run ended. Returns (number of writes, what was seen).
     """
-    n, seen = count_events(arena, script, action), []
+    n = count_events(arena, script, action)
+    seen = []
     for i in range(1, n + 1, arena.every):
         out = arena.new()
         process = arena.command(script, out, fault=functools.partial(lambda i: Events(action, i).install(), i)).wait(60)
@@ -113,7 +121,8 @@ def killed_at_every_write(arena, script):
     def check(process, i):
         if process.code != -signal.SIGKILL:
             raise Lost(f"write {i} was not reached")
-        time.sleep(0.3 * (script == "search.py"))  # its workers hold its lock until they have ended
+        if script == "search.py":
+            time.sleep(0.3)  # its workers hold its lock until they have ended
 
     n, seen = at_every_write(arena, script, "kill", check)
     where = "before a rename, removal or fsync, or within a first write"
@@ -136,7 +145,8 @@ def full_disk_at_every_write(arena, script):
 
 def truncated_checkpoint(arena, _script):
     """Truncated files are refused (in this process), and a run resumes from the checkpoint before a truncated one."""
-    data, seen = arena.supernet.read_bytes(), []
+    data = arena.supernet.read_bytes()
+    seen = []
     path = arena.folder / "cut.pth"
     for size in range(0, len(data), STEP):
         path.write_bytes(data[:size])
@@ -159,7 +169,8 @@ def truncated_checkpoint(arena, _script):
 
 
 def hostile_checkpoint(arena, _script):
-    mark, out = arena.folder / "executed", arena.new()
+    mark = arena.folder / "executed"
+    out = arena.new()
 
     class Bomb:
         def __reduce__(self):
@@ -252,10 +263,12 @@ def bad_trial(arena, kind):
 
 
 def search_worker_killed(arena, _script):
-    rng, seen = random.Random(f"{arena.seed} worker"), []
+    rng = random.Random(f"{arena.seed} worker")
+    seen = []
     while len(seen) < max(1, arena.kills // 10):
         out = arena.new()
-        process, at = arena.command("search.py", out), rng.uniform(0, arena.seconds["search.py"])
+        process = arena.command("search.py", out)
+        at = rng.uniform(0, arena.seconds["search.py"])
         time.sleep(at)
         workers = process.family()
         for worker in workers:
@@ -338,7 +351,7 @@ ROWS = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kills", type=int, default=100, metavar="N", help="kills a command, at uniformly drawn times (default: 100)"
+        "--kills", type=int, default=100, metavar="N", help="kills per command, at uniformly drawn times (default: 100)"
     )
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="inject faults at every N-th write (default: 1, all)"
@@ -370,7 +383,10 @@ def main():
                 tries, happened, seen = run(arena, what)
                 lost = "nothing"
             except Lost as error:
-                tries, happened, seen, lost = 0, str(error), [], "RED"
+                tries = 0
+                happened = str(error)
+                seen = []
+                lost = "RED"
             last = seen[-1] if seen else ["-", "-", "-"]
             print(f"{fault:36} {script:12} {tries:5}  {lost:8} {last[0]:>8}  {last[2]:16}  {happened}", flush=True)
             row = {"fault": fault, "command": script, "tries": tries, "lost": lost, "happened": happened}

@@ -1,4 +1,4 @@
-"""Fuzzes everything that reads user input: `python faults/fuzz.py` (20,000 inputs a parser; minutes each).
+"""Fuzzes everything that reads user input: `python faults/fuzz.py` (20,000 inputs per parser; minutes each).
 
     architecture    a JSON file, read by SearchSpace.load_architecture
     checkpoint      a file of torch.save, ours or official, read by checkpoint.load_supernet
@@ -217,7 +217,8 @@ class CommandLine:
     def __init__(self, path):
         self.actions = {}
         self.parsers = {name: importlib.import_module(name).parse_args for name in SCRIPTS}
-        parse, made = command_line.Parser.parse, []
+        parse = command_line.Parser.parse
+        made = []
         command_line.Parser.parse = lambda parser, *args: made.append(parser) or parse(parser, *args)
         for name, parse_args in self.parsers.items():
             parse_args([])
@@ -225,7 +226,8 @@ class CommandLine:
         command_line.Parser.parse = parse
 
     def inputs(self, rng):
-        name, words = rng.choice(SCRIPTS), []
+        name = rng.choice(SCRIPTS)
+        words = []
         for action in rng.choices(self.actions[name], k=rng.randint(1, 6)):
             words.append(rng.choice(action.option_strings))
             if action.nargs != 0:
@@ -267,7 +269,8 @@ PARSERS = {
 
 def outcome(target, drawn):
     """Returns "taken", "refused" or "help", or else what the parser did wrong."""
-    printed, start = io.StringIO(), time.process_time()
+    printed = io.StringIO()
+    start = time.process_time()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             target.parse(drawn)
@@ -294,7 +297,8 @@ def child(name, seed, start, count):
     grown = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (grown + MEMORY, resource.RLIM_INFINITY))
     with tempfile.TemporaryDirectory() as folder:
-        target, counts = PARSERS[name](pathlib.Path(folder, "input")), {}
+        target = PARSERS[name](pathlib.Path(folder, "input"))
+        counts = {}
         for index in range(start, count):
             print(json.dumps({"at": index}), flush=True)
             result = outcome(target, draw(name, target, seed, index))
@@ -307,21 +311,28 @@ def child(name, seed, start, count):
 
 def fuzz(name, seed, count):
     """Fuzzes a parser; returns its row {"parser", "seed", "inputs", "taken", "refused", ...} of the table."""
-    start, next_index, totals, failures, deaths = time.perf_counter(), 0, {}, [], 0
+    start = time.perf_counter()
+    next_index = 0
+    totals = {}
+    failures = []
+    deaths = 0
     while next_index < count and deaths < 20:
         words = [sys.executable, __file__, "--child", name, str(seed), str(next_index), str(count)]
-        counts, at = {}, next_index
+        counts = {}
+        at = next_index
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
             for line in process.stdout:
                 message = json.loads(line)
-                at, counts = message.get("at", at), message.get("counts", counts)
+                at = message.get("at", at)
+                counts = message.get("counts", counts)
                 if "failure" in message:
                     failures.append(message)
         for key, n in counts.items():
             totals[key] = totals.get(key, 0) + n
         next_index = count
         if process.returncode:
-            deaths, next_index = deaths + 1, at + 1
+            deaths += 1
+            next_index = at + 1
             failures.append({"index": at, "failure": f"the process ended with {process.returncode}"})
             totals["failed"] = totals.get("failed", 0) + 1
     row = {key: totals.get(key, 0) for key in ("taken", "refused", "help", "failed")}
@@ -332,7 +343,7 @@ def fuzz(name, seed, count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parsers", nargs="+", choices=PARSERS, default=list(PARSERS))
-    parser.add_argument("--count", type=int, default=20_000, metavar="N", help="inputs a parser (default: 20000)")
+    parser.add_argument("--count", type=int, default=20_000, metavar="N", help="inputs per parser (default: 20000)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "fuzz.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)

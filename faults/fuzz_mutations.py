@@ -71,7 +71,8 @@ def mutate_bytes(rng, data):
     for _ in range(rng.randint(1, 5)):
         if not data:
             break
-        at, n = rng.randrange(len(data)), rng.choice((1, 4, 30))
+        at = rng.randrange(len(data))
+        n = rng.choice((1, 4, 30))
         kind = rng.randrange(6)
         if kind == 0:
             data[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))

@@ -89,7 +89,11 @@ class Events:
     """
 
     def __init__(self, action, n, report=None):
-        self.action, self.n, self.seen, self.report, self.pid = action, n, 0, report, os.getpid()
+        self.action = action
+        self.n = n
+        self.seen = 0
+        self.report = report
+        self.pid = os.getpid()
 
     def happen(self, half=None, needs_space=True):
         if os.getpid() != self.pid or threading.current_thread() is not threading.main_thread():
@@ -112,7 +116,11 @@ class Events:
         return self.action == "full" and self.seen >= self.n > 0
 
     def install(self):
-        opened, replace, fsync, unlink, fdopen = builtins.open, os.replace, os.fsync, os.unlink, os.fdopen
+        opened = builtins.open
+        replace = os.replace
+        fsync = os.fsync
+        unlink = os.unlink
+        fdopen = os.fdopen
 
         def watched(function, needs_space):
             def run(*args, **kwargs):
@@ -129,12 +137,16 @@ class Events:
 
         builtins.open = open_file
         os.fdopen = lambda descriptor, mode="r", *args, **kwargs: _File(fdopen(descriptor, mode, *args, **kwargs), self)
-        os.replace, os.unlink, os.fsync = watched(replace, False), watched(unlink, False), watched(fsync, True)
+        os.replace = watched(replace, False)
+        os.unlink = watched(unlink, False)
+        os.fsync = watched(fsync, True)
 
 
 class _File:
     def __init__(self, file, events):
-        self.file, self.events, self.written = file, events, False
+        self.file = file
+        self.events = events
+        self.written = False
 
     def write(self, data):
         if not self.written or self.events.full:
@@ -158,7 +170,8 @@ class _File:
 
 def clock_back():
     """Makes time.time() start in 2001."""
-    now, start = time.time, time.time()
+    now = time.time
+    start = time.time()
     time.time = lambda: 1e9 + now() - start
 
 

@@ -44,7 +44,8 @@ ROLES = {  # the files of a role: in the tree's root or else in any folder, thos
     "record": ["search_record.py"],
 }
 NO_SOURCES = {"tests", "bench", "faults", "site-packages"}
-LIMIT_S, WALL_S = 60, 900  # CPU time for a mutant's tests, and time on the clock
+LIMIT_S = 60  # of CPU time for a mutant's tests
+WALL_S = 900  # of time on the clock
 COVERAGERC = """[run]
 data_file = {folder}/data/c
 parallel = true
@@ -68,7 +69,8 @@ class Recorder:
     """Tells coverage which test or shared fixture is running, and adds up the CPU time of each."""
 
     def __init__(self, path):
-        self.path, self.found = pathlib.Path(path), {"costs": {}, "fixtures": {}, "uses": {}, "failed": []}
+        self.path = pathlib.Path(path)
+        self.found = {"costs": {}, "fixtures": {}, "uses": {}, "failed": []}
         os.environ["MUTANTS_CONTEXT"] = ""
         os.register_at_fork(after_in_child=lambda: self.enter(os.environ.get("MUTANTS_CONTEXT", "")))
 
@@ -78,7 +80,8 @@ class Recorder:
 
     @contextlib.contextmanager
     def running(self, name, costs):
-        before, start = os.environ["MUTANTS_CONTEXT"], sum(os.times()[:4])
+        before = os.environ["MUTANTS_CONTEXT"]
+        start = sum(os.times()[:4])
         self.enter(name)
         yield
         self.enter(before)
@@ -93,12 +96,14 @@ class Recorder:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(self, fixturedef):
-        name, shared = f"{fixturedef.baseid}::{fixturedef.argname}", fixturedef.scope != "function"
+        name = f"{fixturedef.baseid}::{fixturedef.argname}"
+        shared = fixturedef.scope != "function"
         with self.running(name, self.found["fixtures"]) if shared else contextlib.nullcontext():
             yield
 
     def pytest_runtest_logreport(self, report):
-        self.found["failed"] += [report.nodeid] * report.failed
+        if report.failed:
+            self.found["failed"].append(report.nodeid)
 
     def pytest_sessionfinish(self):
         self.path.write_text(json.dumps(self.found))
@@ -158,7 +163,8 @@ class Places:
     """Where a source can be mutated: `found` has (function, its lines, the statement's lines, start, end, new text)."""
 
     def __init__(self, source):
-        self.source, self.found = source, []
+        self.source = source
+        self.found = []
         self.starts = [0, *(match.end() for match in re.finditer(b"\n", source))]
         self.visit(ast.parse(source), [], range(0), range(0))
 
@@ -170,7 +176,8 @@ class Places:
             body = getattr(node, "body", None)
             lines = range(node.lineno, max(body[0].lineno if body else node.end_lineno + 1, node.lineno + 1))
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names, scope = [*names, node.name], range(node.lineno, node.end_lineno + 1)
+            names = [*names, node.name]
+            scope = range(node.lineno, node.end_lineno + 1)
         if says(node) or (isinstance(node, ast.If) and "__name__" in ast.dump(node.test)):
             return
         for start, end, text in self.mutations(node):
@@ -246,7 +253,9 @@ def sources(tree):
 
 def draw(tree, seed, count):
     """`count` mutants: each its row of the result, text and lines. The first ones are the same whatever the count."""
-    rng, pool, drawn = random.Random(seed), {}, []
+    rng = random.Random(seed)
+    pool = {}
+    drawn = []
     for role, paths in sources(tree).items():
         for path in paths:
             for name, *place in Places((tree / path).read_bytes()).found:
@@ -282,7 +291,8 @@ class Copy:
     """A copy of the tree, and a Python for it that finds the packages of this one, the plugin, and coverage."""
 
     def __init__(self, tree, folder):
-        self.folder, self.root = folder, folder / "tree"
+        self.folder = folder
+        self.root = folder / "tree"
         ignored = shutil.ignore_patterns(".venv", "__pycache__", "checkpoints")
         shutil.copytree(tree, self.root, symlinks=True, ignore=ignored)
         venv.create(folder / "venv", symlinks=True)
@@ -315,9 +325,11 @@ class Copy:
 
 def measure(copy, files):
     """What a Recorder found, and "lines": {file: {line: tests and fixtures that execute it}}."""
-    coverage, data = importlib.import_module("coverage"), copy.folder / "data"
+    coverage = importlib.import_module("coverage")
+    data = copy.folder / "data"
     data.mkdir()
-    config, record = copy.folder / "coveragerc", copy.folder / "record.json"
+    config = copy.folder / "coveragerc"
+    record = copy.folder / "record.json"
     config.write_text(COVERAGERC.format(folder=copy.folder, include=", ".join(f"*/{path}" for path in files)))
     copy.start(MUTANTS_RECORD=str(record), COVERAGE_PROCESS_START=str(config)).wait()
     copy.processes(psutil.Process.kill)
@@ -352,8 +364,10 @@ def tests_of(mutant, found):
 
 def outcome(copy, mutant, found, stamp):
     """What the tests make of the mutant."""
-    tests, path = tests_of(mutant, found), copy.root / mutant["row"]["file"]
-    original, times = path.read_bytes(), path.stat()
+    tests = tests_of(mutant, found)
+    path = copy.root / mutant["row"]["file"]
+    original = path.read_bytes()
+    times = path.stat()
     path.write_bytes(mutant["text"])
     os.utime(path, (stamp, stamp))  # no two mutants may share a compiled file
     try:
@@ -367,17 +381,23 @@ def outcome(copy, mutant, found, stamp):
 
 def run_tests(copy, tests, costs):
     """(killed or survived, by which test, CPU seconds)."""
-    select, log = copy.folder / "select.json", copy.folder / "select.json.log"
+    select = copy.folder / "select.json"
+    log = copy.folder / "select.json.log"
     select.write_text(json.dumps(tests))
     log.write_text("")
-    files, current, cpu, began, start = dict.fromkeys(test.split("::")[0] for test in tests), "", 0, 0, time.monotonic()
+    files = dict.fromkeys(test.split("::")[0] for test in tests)
+    current = ""
+    cpu = 0
+    began = 0
+    start = time.monotonic()
     process = copy.start("-x", "--timeout", "120", *files, MUTANTS_SELECT=str(select))
     while process.poll() is None:
         time.sleep(0.3)
         cpu = max(cpu, sum(copy.processes(lambda p: sum(p.cpu_times()[:4]))))
         told = log.read_text().splitlines() or [""]
         if told[-1] != current:
-            current, began = told[-1], cpu
+            current = told[-1]
+            began = cpu
         if cpu > LIMIT_S or time.monotonic() > start + WALL_S:
             hung = cpu - began > 10 + 3 * costs.get(current, LIMIT_S)
             return ("killed", f"{current} hung", cpu) if hung else ("survived (time)", None, cpu)

@@ -84,7 +84,8 @@ def through_nni(folder, rounds):
     (folder / "trial.py").write_text(TRIAL)
     utils.write_json(folder / "nni_auto_gen_search_space.json", space.nni_search_space())
     prepare_search(folder, settings, resume=False)
-    found, ended = [], threading.Event()
+    found = []
+    ended = threading.Event()
 
     def watch():
         while not ended.wait(0.2):
@@ -126,7 +127,8 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    rows, start = [], time.perf_counter()
+    rows = []
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for row in (through_nni if options.nni else local)(pathlib.Path(folder), options.rounds):
             rows.append(row)

@@ -1,1 +1,1 @@
-"""What is told of results: a search in numbers and figures, and the latency of its networks on a device."""
+"""Reports on results: a search in numbers and figures, and the latency of its networks on a device."""

@@ -1,12 +1,10 @@
-"""The figures of a search's report, drawn by matplotlib: SVG whose elements can be counted and pointed at, and PNG.
+"""The figures of a search's report, drawn by matplotlib, as SVG and PNG.
 
-In every SVG text stays text. The mark of a candidate, a generation, a share or a block is an element of the class
-"datum" in a named group: #plane-candidates .datum are the candidates in the FLOPs-accuracy plane. Its title, which
-browsers show, describes it.
+In every SVG text stays text, and the marks of candidates, generations, shares and blocks are in groups with ids:
+#candidates in plane.svg has those of the candidates in the FLOPs-accuracy plane.
 """
 
 import io
-import xml.etree.ElementTree as ET
 
 import matplotlib
 from matplotlib.colors import ListedColormap
@@ -17,9 +15,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from space.limits import shown
 from utils import atomic_write
 
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-INK, GREY, PALE = "#222222", "#767676", "#b8b8b8"
-BEST, MEAN, RANDOM, LIMIT = "#0b4f8a", "#4c9bd4", "#b35806", "#8c2d04"
+INK = "#222222"
+GREY = "#767676"
+PALE = "#b8b8b8"
+BEST = "#0b4f8a"
+MEAN = "#4c9bd4"
+RANDOM = "#b35806"
+LIMIT = "#8c2d04"
 # Blues by kernel size, and orange for the other unit: distinct with every form of colour vision, and in greyscale.
 OPERATIONS = {
     "shufflenet_3x3": ("ShuffleNet 3x3", "3", "#bfdcf0", INK, 0.42),
@@ -60,7 +62,7 @@ def millions(number):
 
 
 def draw(run, random, folder):
-    """Draws all figures of a `SearchResults` and its `RandomSearch` into a folder; returns {name: SVG text}."""
+    """Draws all figures of a `SearchResults` and its `RandomSearch` into a folder; returns {name: SVG in bytes}."""
     with matplotlib.rc_context(STYLE):
         figures = {
             "generations": _generations(run, random),
@@ -69,66 +71,32 @@ def draw(run, random, folder):
             "best": _best(run),
             **{f"front-{cost}": _front(run, cost) for cost in run.objectives if cost != "acc1"},
         }
-        return {name: save_figure(name, *figure, folder) for name, figure in figures.items()}
+        return {name: save_figure(name, figure, folder) for name, figure in figures.items()}
 
 
-def save_figure(name, figure, titles, folder):
-    """Writes folder/name.svg and .png; `titles` has for each named group the title of each element. Returns the SVG."""
-    drawn, picture = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+def save_figure(name, figure, folder):
+    """Writes folder/name.svg and .png; returns the SVG."""
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     figure.set_layout_engine("none")  # keeps the layout of the SVG
-    figure.savefig(picture, format="png", facecolor="white", dpi=200)
-    svg = _name_elements(drawn.getvalue(), name, titles)
-    for kind, data in (
-        ("svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg}\n'.encode()),
-        ("png", picture.getvalue()),
-    ):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", facecolor="white", dpi=200)
+    for kind, drawn in (("svg", svg), ("png", png)):
         with atomic_write(folder / f"{name}.{kind}", "wb") as file:
-            file.write(data)
-    return svg
-
-
-def _name_elements(data, name, titles):
-    """Adds `name` before every id in an SVG, so that one page can hold several, and classes and titles to the marks."""
-    ET.register_namespace("", SVG)
-    ET.register_namespace("xlink", XLINK)
-    root = ET.fromstring(data)
-    root.remove(root.find(f"{{{SVG}}}metadata"))
-    groups = {element.get("id"): element for element in root.iter(f"{{{SVG}}}g")}
-    for group, texts in titles.items():
-        shapes = {id(e) for defs in groups[group].iter(f"{{{SVG}}}defs") for e in defs.iter()}
-        marks = [e for e in groups[group].iter(f"{{{SVG}}}use") if id(e) not in shapes]
-        marks = marks or [e for e in groups[group].iter(f"{{{SVG}}}path") if id(e) not in shapes]
-        for mark, text in zip(marks, texts, strict=True):
-            mark.set("class", "datum")
-            ET.SubElement(mark, f"{{{SVG}}}title").text = text
-    for element in root.iter():
-        for key, value in element.attrib.items():
-            if key == "id":
-                element.set(key, f"{name}-{value}")
-            elif key == f"{{{XLINK}}}href":
-                element.set(key, value.replace("#", f"#{name}-"))
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{name}-"))
-    return ET.tostring(root, encoding="unicode")
-
-
-def _describe(run, result):
-    accuracy = "failed" if result["acc1"] is None else f"top-1 {result['acc1']:.2f} %"
-    architecture = " ".join(map(str, result["architecture"]))
-    return f"generation {result['generation']}: {accuracy}, {millions(result['flops'])} FLOPs, {architecture}"
+            file.write(drawn.getvalue())
+    return svg.getvalue()
 
 
 def _generations(run, random):
     """Left: best, mean and spread by generation. Right: best so far and random search, by evaluated candidates."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    dots = [(g.number + _jitter(i), r) for g in run.generations for i, r in enumerate(g.succeeded)]
-    left.scatter(
-        [x for x, _ in dots], [r["acc1"] for _, r in dots], 9, PALE, linewidths=0, gid="candidates", label="a candidate"
-    )
+    x = [g.number + _jitter(i) for g in run.generations for i in range(len(g.succeeded))]
+    acc1 = [r["acc1"] for g in run.generations for r in g.succeeded]
+    left.scatter(x, acc1, 9, PALE, linewidths=0, gid="candidates", label="a candidate")
     shown = [g for g in run.generations if g.succeeded]
-    numbers, means = [g.number for g in shown], [g.mean for g in shown]
+    numbers = [g.number for g in shown]
+    means = [g.mean for g in shown]
     low, high = ([g.mean + sign * g.sd for g in shown] for sign in (-1, 1))
     if len(shown) > 1:
         left.fill_between(numbers, low, high, color=MEAN, alpha=0.22, linewidth=0, label="± 1 standard deviation")
@@ -149,11 +117,9 @@ def _generations(run, random):
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=2)
 
-    so_far = run.best_so_far()
-    right.plot(
-        [n for n, _ in so_far], [a for _, a in so_far], "s", color=BEST, markersize=4, gid="so-far", label="this search"
-    )
-    right.plot([n for n, _ in so_far], [a for _, a in so_far], color=BEST, drawstyle="steps-post")
+    n, best = zip(*run.best_so_far())
+    right.plot(n, best, "s", color=BEST, markersize=4, gid="so-far", label="this search")
+    right.plot(n, best, color=BEST, drawstyle="steps-post")
     if random.measured:
         n = range(1, len(random.measured) + 1)
         right.plot(
@@ -175,13 +141,7 @@ def _generations(run, random):
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.tick_params(labelleft=True)
     right.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1)
-    titles = {
-        "candidates": [_describe(run, r) for _, r in dots],
-        "mean": [f"generation {g.number}: mean {g.mean:.2f} %, standard deviation {g.sd:.2f}" for g in shown],
-        "best": [f"generation {g.number}: best {g.best['acc1']:.2f} %" for g in shown],
-        "so-far": [f"after {n} candidates: {a:.2f} %" for n, a in so_far],
-    }
-    return figure, titles
+    return figure
 
 
 def _jitter(i):
@@ -209,19 +169,15 @@ def _plane(run):
         gid="candidates",
     )
     front = run.front()
-    x, y = [r["flops"] / 1e6 for r in front], [r["acc1"] for r in front]
+    x = [r["flops"] / 1e6 for r in front]
+    y = [r["acc1"] for r in front]
     axes.plot(x, y, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
     axes.scatter(x, y, 2.6 * size, "none", edgecolors=INK, linewidths=1, gid="front", label="Pareto front")
-    titles = {
-        "candidates": [_describe(run, r) for r in run.succeeded],
-        "front": [_describe(run, r) for r in front],
-    }
     low, high = run.bounds.get("flops", (None, None))
     limits = [(gid, limit) for gid, limit in (("limit", high), ("lower-limit", low)) if limit is not None]
     for gid, limit in limits:
         label = f"limit, {millions(limit)}"
         axes.axvline(limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, gid=gid, label=label)
-        titles[gid] = [f"limit: {millions(limit)} FLOPs"]
     if failed := [r for r in run.results if r["acc1"] is None]:
         axes.scatter(
             [r["flops"] / 1e6 for r in failed],
@@ -234,7 +190,6 @@ def _plane(run):
             label="failed (no accuracy)",
             transform=axes.get_xaxis_transform(),
         )
-        titles["failed"] = [_describe(run, r) for r in failed]
     axes.set(xlabel="FLOPs (millions of multiply-adds)", ylabel="top-1 in the supernet (%)")
     flops = [r["flops"] / 1e6 for r in run.results] + [limit / 1e6 for _, limit in limits]
     margin = 0.03 * (max(flops) - min(flops)) or 1
@@ -244,7 +199,7 @@ def _plane(run):
     bar = figure.colorbar(points, label="generation", pad=0.015, aspect=30)
     bar.locator = MaxNLocator(integer=True, min_n_ticks=1)
     bar.outline.set_visible(False)
-    return figure, titles
+    return figure
 
 
 AXES = {  # of costs: label, and value of a result
@@ -257,9 +212,11 @@ AXES = {  # of costs: label, and value of a result
 def _front(run, cost):
     """Every candidate by a cost and top-1; those of the front of all objectives circled, and joined by that cost."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes, (label, value) = figure.subplots(), AXES[cost]
+    axes = figure.subplots()
+    label, value = AXES[cost]
     members = sorted((r for _, r in run.family()), key=value)
-    x, y = [value(r) for r in members], [r["acc1"] for r in members]
+    x = [value(r) for r in members]
+    y = [r["acc1"] for r in members]
     others = [value(r) for r in run.succeeded]
     axes.scatter(others, [r["acc1"] for r in run.succeeded], 14, PALE, linewidths=0, label="a candidate")
     axes.plot(x, y, color=BEST, linewidth=1, zorder=1.5)
@@ -268,7 +225,7 @@ def _front(run, cost):
         axes.axvline(limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, label=f"limit, {shown(cost, limit)}")
     axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
     axes.legend(loc="upper left", ncols=4, bbox_to_anchor=(0, 1.13), borderaxespad=0)
-    return figure, {"members": [_describe(run, r) for r in members]}
+    return figure
 
 
 def _look(space, name):
@@ -281,20 +238,21 @@ def _look(space, name):
 
 def _operations(run):
     """Shares of the operations by block: among all candidates and the last generation, then of each by generation."""
-    blocks, operations, generations = run.space.n_blocks, run.space.operations, run.generations
+    blocks = run.space.n_blocks
+    operations = run.space.operations
+    generations = run.generations
     labels = [_look(run.space, op)[0] for op in operations]
     rows = -(-len(operations) // 2)
     tall = min(max(0.17 * len(generations), 0.35), 3.2)
     figure = Figure(figsize=(9, 1.9 + rows * (tall + 0.62)), layout="constrained")
     grid = figure.subplots(1 + rows, 2, squeeze=False, sharex=True, height_ratios=[0.8, *[tall] * rows])
-    titles, ends = {}, [sum(run.space.stage_blocks[: i + 1]) for i in range(len(run.space.stage_blocks) - 1)]
 
-    def heat(axes, gid, shares, title, what):
+    def heat(axes, gid, shares, title):
         mesh = axes.pcolormesh(
             [0.5 + i for i in range(blocks + 1)], [0.5 + i for i in range(len(shares) + 1)], shares,
             cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6, gid=gid,
         )  # fmt: skip
-        for end in ends:
+        for end in _stage_ends(run.space):
             axes.axvline(end + 0.5, color=GREY, linewidth=0.8)
         axes.set_title(title)
         axes.set_ylim(len(shares) + 0.5, 0.5)
@@ -302,7 +260,6 @@ def _operations(run):
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        titles[gid] = [f"block {b}, {what(i)}: {s:.0%}" for i, row in enumerate(shares) for b, s in enumerate(row, 1)]
         return mesh
 
     last = generations[-1]
@@ -310,17 +267,14 @@ def _operations(run):
         (grid[0, 0], "all", run.results, f"All {len(run.results):,} candidates"),
         (grid[0, 1], "last", last.results, f"Generation {last.number}{'' if last.closed else ', not finished'}"),
     ):
-        heat(axes, gid, [run.shares(results, i) for i in range(len(operations))], title, lambda i: labels[i])
+        heat(axes, gid, [run.shares(results, i) for i in range(len(operations))], title)
     grid[0, 0].set_yticks(range(1, len(labels) + 1), labels)
     grid[0, 1].set_yticks([])
     for i, axes in enumerate(grid[1:].flat):
         if i >= len(operations):
             axes.set_visible(False)
             continue
-        shares = [run.shares(g.results, i) for g in generations]
-        mesh = heat(
-            axes, operations[i], shares, labels[i], lambda j, i=i: f"{labels[i]}, generation {generations[j].number}"
-        )
+        mesh = heat(axes, operations[i], [run.shares(g.results, i) for g in generations], labels[i])
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if i % 2 == 0:
             axes.set_ylabel("generation")
@@ -329,12 +283,13 @@ def _operations(run):
     figure.colorbar(
         mesh, ax=grid, label="share of candidates", format=PercentFormatter(1, 0), aspect=40, pad=0.015
     ).outline.set_visible(False)
-    return figure, titles
+    return figure
 
 
 def _best(run):
     """The best candidates as paths, a row each: a box for each block, with colour and height by operation."""
-    best, space = run.legal[:10], run.space
+    best = run.legal[:10]
+    space = run.space
     gaps = [0.45 * sum(i >= end for end in _stage_ends(space)) for i in range(space.n_blocks)]
     x = [i + gap for i, gap in enumerate(gaps)]
     right = x[-1] + 1
@@ -357,17 +312,14 @@ def _best(run):
         axes.add_patch(_box(i * 6, -1.75, height, colour))
         axes.text(i * 6 + 0.45, -1.75, short, ha="center", va="center_baseline", color=on, fontsize=7.5)
         axes.text(i * 6 + 1.2, -1.75, label, va="center_baseline", fontsize=8.5)
-    titles = {}
     for rank, result in enumerate(best, 1):
         y = rank - 0.5
         axes.plot([-0.7, right + 0.5], [y, y], color=PALE, linewidth=1.5, zorder=0)
         axes.text(-1.7, y, str(rank), ha="center", va="center_baseline")
         for block, (operation, scale) in enumerate(space.chosen(result["architecture"])):
-            label, short, colour, on, height = _look(space, operation)
+            _, short, colour, on, height = _look(space, operation)
             box = axes.add_patch(_box(x[block], y, height, colour, 0.3 + 0.6 * scale / max(space.widths)))
             box.set_gid(f"path-{rank}-block-{block + 1}")
-            at_width = f", width {scale:g}" * (space.n_widths > 1)
-            titles[box.get_gid()] = [f"rank {rank}, block {block + 1}: {label}{at_width}"]
             axes.text(x[block] + 0.45, y, short, ha="center", va="center_baseline", color=on, fontsize=7.5 * size)
         values = (
             f"{result['acc1']:.2f}",
@@ -379,7 +331,7 @@ def _best(run):
             axes.text(
                 right + offset, y, value, ha="right", va="center_baseline", weight="bold" if rank == 1 else "normal"
             )
-    return figure, titles
+    return figure
 
 
 def _stage_ends(space):

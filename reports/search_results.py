@@ -1,9 +1,7 @@
 """The results of a search in numbers: generations, Pareto front, shares of operations, and random search beside it."""
 
-import functools
 import math
 import pathlib
-import statistics
 
 import numpy as np
 
@@ -27,7 +25,7 @@ SAME = 0.95  # of a budget or more counts as the same budget, since a few candid
 
 
 class SearchResults:
-    """The results so far of the search in a folder. Raises UserError where there is no search or no accuracy yet.
+    """The results so far of the search in a folder. Raises UserError if there is no search or no accuracy yet.
 
     `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first; `legal` those
     of them that meet the limits after all that was measured (all of them where none does).
@@ -39,8 +37,10 @@ class SearchResults:
             raise UserError(f"{out}: no search here ({state_path(out)} is missing); name the --out folder of a search")
         self.state = read_json(state_path(out))
         try:
-            self.settings, closed = self.state["settings"], self.state["generation"]
-            self.space, self.bounds = SearchSpace.from_dict(self.settings["space"]), bounds_of(self.settings)
+            self.settings = self.state["settings"]
+            self.space = SearchSpace.from_dict(self.settings["space"])
+            self.bounds = bounds_of(self.settings)
+            closed = self.state["generation"]
             if counted := self.settings.get("counted"):
                 self.space = self.space.with_costs(*counted)
             if table := self.settings.get("latency"):
@@ -72,7 +72,7 @@ class SearchResults:
         return len(self.results) - len(self.succeeded)
 
     def warnings(self):
-        """Lines that speak against trusting the results: of the start of the search, and of its first generation."""
+        """Reasons to doubt the results, a line each: from the start of the search, and from its first generation."""
         first = first_generation_warning(self.generations[0].results, self.space.n_classes)
         none_holds = None
         if self.confirmations and not self.state["best"]:
@@ -86,10 +86,13 @@ class SearchResults:
 
     def best_so_far(self):
         """(number of candidates with an accuracy, the best top-1 of them) at the end of each generation."""
-        points, n, best = [], 0, -math.inf
+        points = []
+        n = 0
+        best = -math.inf
         for generation in self.generations:
             if generation.succeeded:
-                n, best = n + len(generation.succeeded), max(best, generation.best["acc1"])
+                n += len(generation.succeeded)
+                best = max(best, generation.best["acc1"])
                 points.append((n, best))
         return points
 
@@ -131,7 +134,8 @@ class RandomSearch:
 
     def __init__(self, run, other=None):
         source = other or run
-        self.other, self.budget = other, len(run.succeeded)
+        self.other = other
+        self.budget = len(run.succeeded)
         # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
         self.uniform = Limits(run.space, run.bounds).share() >= 0.02
         chosen = [r for r in source.results if source.is_random() or r["generation"] == 1]
@@ -140,7 +144,7 @@ class RandomSearch:
         self.measured = expected_best(sample)[: self.budget] if self.uniform else []
         self.extrapolated = []
         enough = self.uniform and FEWEST <= self.size < SAME * self.budget
-        self.skewed = enough and abs(skewness(sample)) > SKEWED
+        self.skewed = enough and is_skewed(sample)
         if enough and not self.skewed:
             step = max(1, (self.budget - self.size) // 60)
             self.extrapolated = extrapolate(sample, [*range(self.size, self.budget, step), self.budget])
@@ -158,7 +162,7 @@ class RandomSearch:
 
 
 def check_comparable(run, other):
-    """Raises UserError where `other` is not a random search under the conditions of `run`."""
+    """Raises UserError if `other` is not a random search under the conditions of `run`."""
     if not other.is_random():
         raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
     if changes := settings_difference(run.settings, other.settings, ignore=EVOLUTION):
@@ -171,43 +175,33 @@ def expected_best(values):
 
     P(maximum of n <= k-th smallest) = C(k, n) / C(N, n), that of n - 1 times (k - n + 1) / (N - n + 1).
     """
-    values, total, expected = np.sort(values), len(values), []
-    k, at_most = np.arange(1, total + 1), np.ones(total)
+    values = np.sort(values)
+    total = len(values)
+    k = np.arange(1, total + 1)
+    at_most = np.ones(total)
+    expected = []
     for n in range(1, total + 1):
         at_most *= np.maximum(k - n + 1, 0) / (total - n + 1)
         expected.append(float(values @ np.diff(at_most, prepend=0)))
     return expected
 
 
-def skewness(values):
-    """The third standardized moment: 0 of a symmetric distribution."""
-    deviations = np.asarray(values) - np.mean(values)
-    return float((deviations**3).mean() / max(deviations.std(), 1e-9) ** 3)
+def is_skewed(values):
+    """Whether the values are too skewed to count as normal."""
+    from scipy.stats import skew  # takes as long to import as the rest of a command
+
+    return len(set(values)) > 1 and abs(skew(values)) > SKEWED
 
 
-def extrapolate(values, numbers, resamples=1000):
+def extrapolate(values, numbers):
     """(n, expected maximum, low, high) of n normal draws with the values' mean and standard deviation, by bootstrap."""
-    rng = np.random.default_rng(0)
-    fits = [_fit(rng.choice(values, len(values))) for _ in range(resamples)]
-    mean, sd = _fit(np.asarray(values))
-    rows = []
-    for n in numbers:
-        factor = normal_maximum(n)
-        spread = sorted(m + factor * s for m, s in fits)
-        rows.append((n, mean + factor * sd, spread[int(0.025 * resamples)], spread[int(0.975 * resamples)]))
-    return rows
+    from scipy.stats import Normal, bootstrap, order_statistic
 
+    highest = order_statistic(Normal(), r=np.array(numbers), n=np.array(numbers)).mean()
 
-def _fit(values):
-    return float(values.mean()), float(values.std(ddof=1))
+    def expected(sample, axis=-1):
+        return sample.mean(axis) + np.multiply.outer(highest, sample.std(axis, ddof=1))
 
-
-def normal_maximum(n):
-    """Expected maximum of n standard normal draws, to 1e-3 for n up to a million: 8 minus the integral of CDF^n."""
-    return 8 - 0.01 * sum(p**n for p in _normal_cdf()) if n > 1 else 0.0
-
-
-@functools.cache
-def _normal_cdf():
-    """The CDF at the centres of steps of 0.01 from -8 to 8."""
-    return [statistics.NormalDist().cdf(-8 + 0.01 * (i + 0.5)) for i in range(1600)]
+    values = np.array(values)
+    interval = bootstrap([values], expected, n_resamples=1000, method="percentile", rng=0).confidence_interval
+    return list(zip(numbers, expected(values).tolist(), interval.low.tolist(), interval.high.tolist()))

@@ -46,11 +46,6 @@ def test_what_counts_as_agreement():
     assert study.agreement(found) == [("another seed", 1), ("half the steps", -1), ("FLOPs", 1), ("parameters", -1)]
 
 
-def test_a_percentile_is_the_share_below():
-    rows = [{"acc1": value} for value in (1, 2, 2, 3)]
-    assert [demo.percentile(value, rows) for value in (0, 1, 2, 3, 4)] == [0, 12.5, 50, 87.5, 100]
-
-
 @pytest.mark.parametrize("name", ["skip", "pointwise"])
 @pytest.mark.parametrize(("stride", "channels", "side"), [(1, 8, 7), (2, 16, 4)])
 def test_the_cheap_operations(space_and_limit, name, stride, channels, side):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from conftest import run
 from test_latency import SPACE, clock, table, timed, world  # noqa: F401
+from test_report import marks
 
 import search
 from engines.search_record import SearchRecord, prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
+from reports.page import write_report
 from reports.search_results import SearchResults
 from settings.subjects import COSTS
 from space.limits import by_fronts, crowding, fronts
@@ -146,9 +148,15 @@ def test_search_for_a_front_as_a_user_types_it(world, tmp_path):  # noqa: F811
     page = (tmp_path / "report.html").read_text()
     assert re.findall(r'<a href="([^"]+)">', page) == [path for path, _ in family]
     for cost in ("flops", "latency"):
-        svg = (tmp_path / "figures" / f"front-{cost}.svg").read_text()
-        assert svg.count('class="datum"') == len(files)
+        assert len(marks(tmp_path, f"front-{cost}")["members"]) == len(files)
     assert not (tmp_path / "figures" / "front-params.svg").exists()
+
+
+def test_a_report_of_a_front_needs_no_latency(tmp_path):
+    fill(tmp_path, settings("flops", "params") | {"space": SPACE.to_dict()})
+    page = write_report(tmp_path).read_text()
+    assert "predicted" not in page and page.count('<a href="checkpoints/front/') == len(members(tmp_path)) > 1
+    assert len(marks(tmp_path, "front-params")["members"]) == len(members(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,11 @@ from test_evolution import reward
 
 import search
 import tester
-from engines import local_engine
+from engines import latency, local_engine, page
 from engines.search_record import SearchRecord, prepare_search, read_results, state_path
 from evolution_tuner import Evolution
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
-from reports import latency, page
 from reports.search_results import RandomSearch, SearchResults
 from space.search_space import SearchSpace
 from utils import UserError, read_json, write_json
@@ -29,6 +28,7 @@ SPACE = SearchSpace(
 )  # fmt: skip
 CPU = torch.device("cpu")
 REAL = latency.run_timed, latency.rounds
+FIGURES = dict.fromkeys(("generations", "plane", "operations", "best"), b"")
 
 
 def ns_of(part):
@@ -288,7 +288,7 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     assert state["best"]["latency_ms"] == pytest.approx(true_ns(best) / 1e6, rel=1e-3)
     assert state["best"]["params"] == SPACE.params(best) and "params" in stdout.splitlines()[1]
     found = SearchResults(tmp_path)
-    text = page._latency(found) + page._tiles(found, RandomSearch(found), found.legal[0])
+    text = page.page(found, RandomSearch(found), FIGURES)
     assert "measured ms" in text and "ms measured" in text and "No network has been measured" not in text
     again, _ = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume")
     assert again == stdout and read_json(state_path(tmp_path))["confirmations"] == state["confirmations"]
@@ -306,7 +306,8 @@ def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measure
     _, stderr = run("search.py", *words, "--foreign-latency-table")
     assert "the winner's latency is not checked" in stderr
     assert "confirmations" not in read_json(state_path(tmp_path))
-    assert "No network has been measured as a whole" in page._latency(SearchResults(tmp_path))
+    found = SearchResults(tmp_path)
+    assert "No network has been measured as a whole" in page.page(found, RandomSearch(found), FIGURES)
 
 
 @pytest.mark.parametrize(

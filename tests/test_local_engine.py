@@ -161,14 +161,13 @@ def test_a_worker_that_never_starts_is_noticed(fake, monkeypatch):
         assert (results, error) == ([], "a worker gave no sign of life for 0.3 s")
 
 
-@pytest.mark.parametrize("concurrency, size", [(1, 3), (2, 2), (9, 1)])
-def test_lists_are_so_small_that_little_is_lost(tmp_path, fake, monkeypatch, concurrency, size):
-    """Of 30 candidates three may be in work, unless there are more workers; all results of a list are kept at once."""
-    monkeypatch.setattr("space.splitting.MORE", 10)
+@pytest.mark.parametrize(("concurrency", "per_trial", "size"), [(1, None, 5), (2, None, 5), (9, None, 4), (1, 2, 2)])
+def test_lists_are_so_small_that_little_is_lost(tmp_path, fake, concurrency, per_trial, size):
+    """A worker has at most five candidates in work; all results of a list are kept at once."""
     fake(evaluate)
     settings = SETTINGS | {"population": 30, "generations": 1}
     prepare_search(tmp_path, settings, False)
-    search_locally(SPACE, settings, tmp_path, CPU, concurrency=concurrency)
+    search_locally(SPACE, settings, tmp_path, CPU, concurrency=concurrency, candidates_per_trial=per_trial)
     lists = json.loads((tmp_path / "id2cand" / "000.json").read_text())
     assert sum(map(len, lists.values())) == 30 and max(map(len, lists.values())) == size
 

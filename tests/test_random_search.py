@@ -10,7 +10,7 @@ import pytest
 from test_report import make, on_disk
 
 from reports.page import write_report
-from reports.search_results import RandomSearch, SearchResults, expected_best, extrapolate, normal_maximum
+from reports.search_results import RandomSearch, SearchResults, expected_best, extrapolate, is_skewed
 from utils import UserError
 
 
@@ -30,8 +30,13 @@ def test_expected_best_is_the_mean_maximum_of_all_samples():
 
 def test_expected_maximum_of_normal_draws():
     """Tabulated values of order statistics (Harter 1961)."""
-    for n, expected in {1: 0, 2: 0.56419, 10: 1.53875, 100: 2.50759, 1000: 3.24144}.items():
-        assert normal_maximum(n) == pytest.approx(expected, abs=1e-4)
+    sample = [1.0, 2.0, 3.0]  # of mean 2 and standard deviation 1
+    found = [value - 2 for _, value, *_ in extrapolate(sample, [1, 2, 10, 100, 1000])]
+    assert found == pytest.approx([0, 0.56419, 1.53875, 2.50759, 3.24144], abs=1e-5)
+
+
+def test_a_value_far_from_the_others_makes_a_sample_skewed():
+    assert is_skewed([1.0, 2.0, 3.0] * 5 + [20.0]) and not is_skewed([1.0, 2.0, 3.0] * 5) and not is_skewed([2.0] * 9)
 
 
 def test_extrapolation_of_a_normal_sample():

@@ -120,7 +120,7 @@ OUTPUTS = {"nni_auto_gen_search_space.json", "latency.json", "report.html"}  # o
 @pytest.fixture
 def project(tmp_path):
     """(folder, environment) of a copy of the project without outputs, where python is the running interpreter."""
-    for pattern in ("*.*", "Makefile", "*/*.py", "*/*.js", "data/*.*", "bench/results/demo_truth.json"):
+    for pattern in ("*.*", "Makefile", "*/*.py", "*/*.js", "*/*.j2", "data/*.*", "bench/results/demo_truth.json"):
         for path in ROOT.glob(pattern):
             if path.is_file() and path.name not in OUTPUTS:
                 target = tmp_path / "project" / path.relative_to(ROOT)

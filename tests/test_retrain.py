@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import run
 
-import search
 from engines.search_record import prepare_search
 from images.dataset import DataConfig
 from space.custom import PRESETS
@@ -59,22 +58,6 @@ def test_a_contradiction_is_one_line(best, tree, tmp_path, flags, message):
     _, stderr = run("scratch.py", *words(tree, *flags), "--architecture", best, "--out", tmp_path, code=2)
     assert message in stderr and len(stderr.splitlines()) == 1
     assert not (tmp_path / "checkpoints" / "scratch").exists()
-
-
-def test_the_command_that_searches_the_channels_has_the_data_settings_of_the_search(best, tmp_path):
-    (tmp_path / "s.yml").write_text("common: {input-size: 32, crop-scale: [0.5, 1]}")
-    for words, expected in (
-        ([], "--input-size 32 --val-resize 36 --crop-scale 0.5 1.0 --jitter 0.0 --heldout-per-class 2"),
-        (["--config", str(tmp_path / "s.yml")], "--val-resize 36 --jitter 0.0 --heldout-per-class 2"),
-    ):
-        text, choose = search.channels_command(search.parse_args(["--out", str(tmp_path), *words])).splitlines()
-        command = ["python", "supernet.py", "--architecture", str(best), "--space", "channels", *expected.split()]
-        assert text.split()[: len(command)] == command and text.split()[len(command) :] == [
-            *words,
-            "--out",
-            str(tmp_path),
-        ]
-        assert "150,000 iterations" in choose
 
 
 def test_a_damaged_record_is_one_line(best, tree, tmp_path):

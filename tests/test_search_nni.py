@@ -557,5 +557,6 @@ def test_report_has_the_ten_best_and_the_next_command(capsys):
         "python",
         "scratch.py --architecture 'my runs/checkpoints/best.json' --data-dir tree --out 'my runs'",
     ]
+    assert "  python supernet.py --space channels --architecture 'my runs/checkpoints/best.json'" in lines
     with pytest.raises(UserError, match="none of 1 candidates could be evaluated"):
         search.report(results[15:], SPACE, args, args.out)

@@ -118,12 +118,6 @@ def test_signs_of_life_are_counted_and_are_no_results(tmp_path):
     assert nni.state["heard"]["abc"] == 3 and nni.state["evaluated"] == 1
 
 
-@pytest.mark.parametrize(("population", "concurrency", "sizes"), [(40, 1, [4]), (40, 3, [2, 1, 1]), (4, 2, [1, 1])])
-def test_trials_are_told_how_much_may_be_lost(tmp_path, population, concurrency, sizes):
-    nni = FakeNNI(tmp_path, concurrency, population=population)
-    assert sorted((p["at_once"] for _, p in nni.sent), reverse=True) == sizes
-
-
 @pytest.mark.parametrize(("concurrency", "per_trial", "total"), [(1, None, 4), (2, None, 4), (3, None, 4), (3, 1, 3)])
 def test_generation_is_split_for_the_trials(tmp_path, concurrency, per_trial, total):
     nni = FakeNNI(tmp_path, concurrency, **({"candidates_per_trial": per_trial} if per_trial else {}))

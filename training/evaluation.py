@@ -69,10 +69,10 @@ def _result(candidate, acc1, acc5, loss, n_images, seconds):
     return dict(zip(names, (list(candidate), acc1, acc5, loss, n_images, seconds)))
 
 
-def evaluate_in_lists(supernet, candidates, at_once, *args, **how):
+def evaluate_in_lists(supernet, candidates, *args, **how):
     """Yields the results of `evaluate`, of a few candidates at a time: those evaluated are kept, whatever comes."""
-    for part in cut(supernet.space, map(supernet.space.check, candidates), at_once):
-        yield from evaluate(supernet, part, *args, **how)
+    for few in cut(supernet.space, map(supernet.space.check, candidates)):
+        yield from evaluate(supernet, few, *args, **how)
 
 
 def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):

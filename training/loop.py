@@ -82,14 +82,14 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
                 interruption.end(newest(run.folder), stop)
             save(done)
         for step, (images, labels) in enumerate(meter.waits_for(loader.batches(plan)), done + 1):
-            with meter.computing():
-                loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
+            loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
             meter.add(loss, logits, labels)
             journal.progress.update()
             if step == done + PLAN_AFTER[recipe.device.type][1]:
                 _log_plan(recipe, run.folder, step, meter.step_seconds)
-                if recipe.device.type == "cpu" and (text := slow_threads(torch.get_num_threads(), *meter.computed)):
-                    log.warning("warning: %s", text)
+                if recipe.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
+                    text = "warning: %d threads compute less than one alone can; other programs run: try --threads 1"
+                    log.warning(text, torch.get_num_threads())
 
             stop = distributed.all_reduce_max(interruption.signal)
             closes = step == iterations or step % training.val_every == 0
@@ -130,18 +130,6 @@ def _log_plan(recipe, folder, step, step_seconds):
         log.warning(text, folder, free / 1e9, disk / 1e9)
 
 
-def slow_threads(threads, wall_s, cpu_s):
-    """A line that says that one thread may compute faster than several, or None.
-
-    `cpu_s` is the CPU time of all threads in `wall_s` seconds of computing. Where it is less, one thread that has a
-    core for itself does the same work in less time.
-    """
-    if threads == 1 or cpu_s >= wall_s:
-        return None
-    used = f"{threads} threads computed {cpu_s / wall_s:.0%} of the time on average, less than one alone can"
-    return f"{used}: other programs take the cores, and the threads wait for each other; try --threads 1"
-
-
 def _peak_memory(device):
     """Peak memory in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -164,7 +152,7 @@ class _Meter:
         self.logged = step, self.seconds
         self.untimed = step + PLAN_AFTER[recipe.device.type][0]
         self.first = None  # (step, seconds) after the untimed steps
-        self.computed = 0.0, 0.0  # seconds and CPU seconds of the steps after these, without loading
+        self.computed_s = self.cpu_s = 0.0  # of the steps so far: seconds, and CPU seconds of all threads
 
     @property
     def seconds(self):
@@ -178,14 +166,6 @@ class _Meter:
         return (self.seconds - seconds) / max(1, self.step - step)
 
     @contextlib.contextmanager
-    def computing(self):
-        wall_s, cpu_s = time.perf_counter(), time.process_time()
-        yield
-        if self.first:
-            wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-            self.computed = self.computed[0] + wall_s, self.computed[1] + cpu_s
-
-    @contextlib.contextmanager
     def paused(self):
         start = time.perf_counter()
         try:
@@ -194,12 +174,16 @@ class _Meter:
             self.pauses.append(time.perf_counter() - start)
 
     def waits_for(self, batches):
-        """Yields the batches, and notes how long each of them is waited for."""
+        """Yields the batches, and notes how long each of them is waited for and computed on."""
         start = time.perf_counter()
         for batch in batches:
-            self.waited += time.perf_counter() - start
+            ready = time.perf_counter()
+            ready_cpu_s = time.process_time()
+            self.waited += ready - start
             yield batch
             start = time.perf_counter()
+            self.computed_s += start - ready
+            self.cpu_s += time.process_time() - ready_cpu_s
 
     def add(self, loss, logits, labels):
         self.window.append(torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels))))

@@ -28,7 +28,8 @@ from evolution_tuner import Evolution
 from network import ShuffleNetV2, fold_bn
 from utils import UserError, cores, log, read_json, versions
 
-ROUNDS, SECONDS = 200, 240  # of a measurement, whichever ends first, but FEWEST rounds at least
+ROUNDS = 200  # of a measurement, or as many as begin within SECONDS, but FEWEST at least
+SECONDS = 240
 NETWORKS = 12  # of a table, measured as a whole
 REFERENCES = 4  # of these, measured beside the best candidates of a search
 FEWEST = 5
@@ -89,8 +90,10 @@ class Networks:
     """Candidates as whole networks, built anew; a round runs each of them."""
 
     def __init__(self, space, candidates, batch_size, device):
-        self.networks, self.x = [build(space, c, device) for c in candidates], images(space, batch_size, device)
-        self.times, self.seconds = [[] for _ in candidates], 0.0
+        self.networks = [build(space, c, device) for c in candidates]
+        self.x = images(space, batch_size, device)
+        self.times = [[] for _ in candidates]
+        self.seconds = 0.0
 
     def round(self):
         for network, own in zip(self.networks, self.times):
@@ -106,15 +109,19 @@ class Parts:
     """Every choice at every block; a round runs each once, in random networks."""
 
     def __init__(self, space, batch_size, device, rng):
-        self.rng, self.x, n = rng, images(space, batch_size, device), len(space.choice_flops[0])
-        self.whole = [
-            build(space, space.uniform_candidate(choice), device) for choice in range(n)
-        ]  # they lend their blocks
+        self.rng = rng
+        self.x = images(space, batch_size, device)
+        n = len(space.choice_flops[0])
+        # Networks whose blocks are run.
+        self.whole = [build(space, space.uniform_candidate(choice), device) for choice in range(n)]
         self.times = [[[] for _ in range(n)] for _ in range(space.n_blocks)]
-        self.ends, self.seconds = [], 0.0  # stem and head together
+        self.ends = []  # stem and head together
+        self.seconds = 0.0
 
     def round(self):
-        n, stem, head = len(self.whole), self.whole[0].first_conv, self.whole[0].head
+        n = len(self.whole)
+        stem = self.whole[0].first_conv
+        head = self.whole[0].head
         for choices in zip(*(self.rng.permutation(n).tolist() for _ in self.times)):
             parts = [stem, *(self.whole[choice].features[block] for block, choice in enumerate(choices)), head]
             for run in range(RUNS + 1):
@@ -147,11 +154,11 @@ def measure_table(space, batch_size, device, beside=()):
     """
     rng = np.random.default_rng(0)
     drawn = [tuple(int(rng.integers(n)) for n in space.choices) for _ in range(NETWORKS)]
-    parts, *twice = own = (
-        Parts(space, batch_size, device, rng), *(Networks(space, drawn, batch_size, device) for _ in range(2))
-    )  # fmt: skip
-    take_turns(*own, *beside)
-    (rows, fixed), (first, second) = parts.medians(), (networks.medians() for networks in twice)
+    parts = Parts(space, batch_size, device, rng)
+    twice = [Networks(space, drawn, batch_size, device) for _ in range(2)]
+    take_turns(parts, *twice, *beside)
+    rows, fixed = parts.medians()
+    first, second = (networks.medians() for networks in twice)
     summed = [fixed + sum(row[c] for row, c in zip(rows, space.block_choices(candidate))) for candidate in drawn]
     correction = statistics.median((a + b) / 2 / total for a, b, total in zip(first, second, summed))
     return {
@@ -167,7 +174,7 @@ def measure_table(space, batch_size, device, beside=()):
         "correction": correction,
         "spread": max(abs(a - b) / min(a, b) for a, b in zip(first, second)),
         "networks": {"architectures": drawn, "measured": [first, second]},
-        "seconds": round(sum(measurement.seconds for measurement in own), 1),
+        "seconds": round(sum(measurement.seconds for measurement in (parts, *twice)), 1),
     }
 
 
@@ -186,7 +193,8 @@ def measure_like(table, space, candidates):
     finally:
         torch.set_num_threads(before)
     medians = networks.medians()
-    now, measured = medians[: len(references)], medians[len(references) :]
+    now = medians[: len(references)]
+    measured = medians[len(references) :]
     then = map(statistics.fmean, zip(*table["networks"]["measured"]))
     scale = statistics.median(a / b for a, b in zip(then, now))
     return [int(ns * scale) for ns in measured], scale
@@ -199,13 +207,16 @@ FORMS = {"device": str, "kind": str, "threads": int, "batch_size": int, "torch":
 
 
 def read_table(path, space, foreign=False):
-    """The table in a file, for a space. Raises UserError where it is none, is of another space, or, unless `foreign`,
-    of another setting than this device has."""
+    """The table in a file, for a space.
+
+    Raises UserError if it is none, if it is of another space, or, unless `foreign`, if this device has another setting.
+    """
     table = read_json(path)
     no_table = UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
     if not isinstance(table, dict) or not all(isinstance(table.get(k), kind) for k, kind in FORMS.items()):
         raise no_table
-    rows, shape = table["medians"], [len(row) for row in space.choice_flops]
+    rows = table["medians"]
+    shape = [len(row) for row in space.choice_flops]
     numbers = [ns for row in rows for ns in (row if isinstance(row, list) else [None])] + [table["stem_and_tail"]]
     if not all(type(ns) is int and 0 < ns < 1e12 for ns in numbers) or not 0 <= table["spread"] < math.inf:
         raise no_table
@@ -222,7 +233,8 @@ def read_table(path, space, foreign=False):
 def _are_measured(networks, space):
     """Whether these are candidates of a space, with two measurements of each, in ns."""
     try:
-        candidates, (first, second) = [space.check(c) for c in networks["architectures"]], networks["measured"]
+        candidates = [space.check(c) for c in networks["architectures"]]
+        first, second = networks["measured"]
         return 0 < len(candidates) == len(first) == len(second) and all(ns > 0 for ns in (*first, *second))
     except (KeyError, TypeError, ValueError, UserError):
         return False

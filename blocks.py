@@ -89,7 +89,8 @@ class ShuffleNetBlock(ShuffleUnit):
 
     def __init__(self, shape, width, affine, kernel_size):
         super().__init__(shape, kernel_size, affine)
-        (inp, oup), mid = shape.branch_channels, shape.mid_channels(width)
+        inp, oup = shape.branch_channels
+        mid = shape.mid_channels(width)
         self.branch_main = nn.Sequential(
             *conv_bn(inp, mid, 1, affine=affine),
             *conv_bn(mid, mid, kernel_size, shape.stride, groups=mid, affine=affine, relu=False),
@@ -102,7 +103,8 @@ class ShuffleXceptionBlock(ShuffleUnit):
 
     def __init__(self, shape, width, affine, kernel_size=3):
         super().__init__(shape, kernel_size, affine)
-        (inp, oup), mid = shape.branch_channels, shape.mid_channels(width)
+        inp, oup = shape.branch_channels
+        mid = shape.mid_channels(width)
         self.branch_main = nn.Sequential(
             *conv_bn(inp, inp, kernel_size, shape.stride, groups=inp, affine=affine, relu=False),
             *conv_bn(inp, mid, 1, affine=affine),
@@ -151,7 +153,10 @@ class ChoiceBlock(nn.ModuleList):
 
     def __init__(self, operations, shape, widths=(1.0,), affine=False):
         super().__init__(build_block(operation, shape, max(widths), affine) for operation in operations)
-        self.operations, self.shape, self.widths, self.affine = operations, shape, widths, affine
+        self.operations = operations
+        self.shape = shape
+        self.widths = widths
+        self.affine = affine
         self.narrow = {}  # (operation, width) -> Narrow, made when it is first needed
 
     def forward(self, x, operation, width=0):
@@ -173,7 +178,8 @@ class Narrow:
     """`form`, a module without memory, run on the first channels of what `widest`, of the same structure, has."""
 
     def __init__(self, widest, form):
-        self.widest, self.form = widest, form
+        self.widest = widest
+        self.form = form
         self.modules = list(zip(form.modules(), widest.modules(), strict=True))
         self.tensors = []  # (module of widest, attribute, name in form, index)
         for (path, narrow), (_, module) in zip(form.named_modules(), self.modules):

@@ -57,7 +57,10 @@ class Loader:
     """
 
     def __init__(self, images, config, augment, seed=0, device="cpu", backend="auto", workers=None):
-        self.images, self.config, self.augment, self.seed = images, config, augment, seed
+        self.images = images
+        self.config = config
+        self.augment = augment
+        self.seed = seed
         self.device = torch.device(device)
         self.backend = resolve_backend(backend)
         self.workers = min(MAX_WORKERS, max(1, cores() // local_world_size())) if workers is None else workers
@@ -123,7 +126,8 @@ class Loader:
         import nvidia.dali
         from nvidia.dali import fn, pipeline_def, types
 
-        size, gpu = self.config.input_size, self.device.type == "cuda"
+        size = self.config.input_size
+        gpu = self.device.type == "cuda"
         sent = []  # batches in the pipeline, in order
         batches = self._made_by_workers(_EncodedImages, plan)
         first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
@@ -250,7 +254,10 @@ class _Images:
     """A dataset for worker processes: a batch of a plan -> (what `_make` makes of it, samples, error or None)."""
 
     def __init__(self, images, config, augment, seed):
-        self.images, self.config, self.augment, self.seed = images, config, augment, seed
+        self.images = images
+        self.config = config
+        self.augment = augment
+        self.seed = seed
 
     def __getitems__(self, samples):
         samples = np.asarray(samples)
@@ -350,7 +357,8 @@ def check_tree(folder, cache, accept=False):
         *(f"{folder}/{line}" for line in unreadable + mislabelled + shared),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
-    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stderr)
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
     counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled, {len(shared)} in train and val"
     if problems or unreadable or (mislabelled and not accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"

@@ -149,7 +149,9 @@ def together(function):
         call = f"call {_store.add(f'calls of {rank()}', 1)}"
         with heard_by(lambda: _store.add("signs", 1), every_s=POLL_S):
             result = function()
-        ready, signs, changed = _store.add(call, 1), 0, time.monotonic()
+        ready = _store.add(call, 1)
+        signs = 0
+        changed = time.monotonic()
         while ready < world_size():
             time.sleep(POLL_S)
             ready, before, signs = _store.add(call, 0), signs, _store.add("signs", 0)

@@ -84,10 +84,14 @@ class Evolution:
         self.choices = tuple(choices)
         if not self.choices or min(self.choices) < 1:
             raise UserError(f"search space: {self.choices} choices, each entry needs at least one")
-        self.cost, self.cost_limit, self.limits = cost, cost_limit, None
-        self.population_size, self.select = population_size, select
+        self.cost = cost
+        self.cost_limit = cost_limit
+        self.limits = None
+        self.population_size = population_size
+        self.select = select
         self.mutation, self.crossover, self.mutation_prob = mutation, crossover, mutation_prob
-        self.generations, self.objectives = generations, tuple(objectives)
+        self.generations = generations
+        self.objectives = tuple(objectives)
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
         self.population = []  # the open one, empty between generations
@@ -109,7 +113,9 @@ class Evolution:
 
     def restrict(self, limits):
         """From now on candidates have to meet these Limits."""
-        self.limits, self.cost, self.cost_limit = limits, limits.excess, 0
+        self.limits = limits
+        self.cost = limits.excess
+        self.cost_limit = 0
 
     @property
     def generation(self):
@@ -284,7 +290,8 @@ class EvolutionWithFlops(Tuner):
             space = space.with_costs(*costs)
         evolution = Evolution.from_settings(space, {**evolution, "flops_limit": flops_limit})
         self.record = SearchRecord(out, space, evolution)
-        self.concurrency, self.candidates_per_trial = concurrency, candidates_per_trial
+        self.concurrency = concurrency
+        self.candidates_per_trial = candidates_per_trial
         self.lock = threading.RLock()
         self.callback = None  # sends parameters to a trial
         self.ids, self.chunks = collections.deque(), collections.deque()  # of requests, and of candidates to send

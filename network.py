@@ -93,7 +93,8 @@ class ShuffleNetV2(_ShuffleNet):
         self.architecture = space.from_architecture(architecture)
         chosen = zip(space.chosen(self.architecture), space.blocks)
         super().__init__(space, affine, [build_block(name, shape, width, affine) for (name, width), shape in chosen])
-        self.config, self.classes = DataConfig(space.input_size, round(space.input_size * 256 / 224)), None
+        self.config = DataConfig(space.input_size, round(space.input_size * 256 / 224))
+        self.classes = None
 
     def forward(self, x):
         """Logits (N, n_classes) of images (N, 3, H, W)."""
@@ -104,7 +105,9 @@ class ShuffleNetV2(_ShuffleNet):
 
         In the paper's space these are four, of strides 4, 8, 16, 32 and 64, 160, 320, 640 channels.
         """
-        x, maps, ends = self.first_conv(x), [], self.stage_ends
+        x = self.first_conv(x)
+        maps = []
+        ends = self.stage_ends
         for number, block in enumerate(self.features):
             x = block(x)
             if number in ends:

@@ -109,7 +109,8 @@ def predict(args, folder):
 
 def summary(model, measured):
     acc1, acc5, n_images = measured
-    space, candidate = model.space, model.architecture
+    space = model.space
+    candidate = model.architecture
     return {
         "architecture": list(candidate), "flops": space.flops(candidate), "params": space.params(candidate),
         "acc1": acc1, "acc5": acc5, "n_images": n_images,
@@ -130,7 +131,8 @@ def data_config(args, search):
 
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
-    values, images = vars(args), Images.of(vars(args))
+    values = vars(args)
+    images = Images.of(vars(args))
     search = args.architecture and searched(args.architecture)
     config = data_config(args, search)
     data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))

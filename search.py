@@ -182,12 +182,14 @@ def check(args, out):
     if args.device == "cuda" and (args.engine == "local" or not machines) and not gpu_count():
         raise UserError(NO_GPU)  # trials initialise CUDA, this process does not
     table = args.flops_table and read_flops_table(args.flops_table)
-    values, images = vars(args), Images.of(vars(args))
+    values = vars(args)
+    images = Images.of(vars(args))
     prepare_images(images, args.demo)
     load_operations(args.operations)
     _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
-    space, costs = supernet.space, official_comparison(SearchSpace())
+    space = supernet.space
+    costs = official_comparison(SearchSpace())
     if table:
         space, differences = with_flops_table(space, table, args.flops_table)
         costs = comparison(differences, args.flops_table)
@@ -268,7 +270,9 @@ def run(search, args, out):
 
 def run_engine(search, args, out):
     """Runs the generations that are left on the engine of the flags."""
-    space, settings, experiment = search.space, search.settings, search.experiment
+    space = search.space
+    settings = search.settings
+    experiment = search.experiment
     trial = trial_settings(args, out, search.supernet)
     sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
     sizes["trial_timeout"] = args.trial_timeout
@@ -291,12 +295,14 @@ def report(results, space, args, out, winner=None):
         logs = state_path(out).parent
         raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {logs}")
     print(f"{len(best)} candidates evaluated" + (f", {failed} failed" if failed else ""))
-    columns = (("params", "params  "), ("latency_ms", "ms       "), *([("loss", "loss    ")] * ("score" in best[0])))
-    more = [(key, head) for key, head in columns if key in best[0]]
-    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head in more)}architecture")
+    # Results all have a loss; it is shown where it ranks.
+    columns = (("params", "params", "params  ", 0), ("latency_ms", "latency_ms", "ms       ", 3),
+               ("score", "loss", "loss    ", 3))  # fmt: skip
+    more = [(key, head, digits) for needed, key, head, digits in columns if needed in best[0]]
+    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head, _ in more)}architecture")
     for rank, result in enumerate(best[:10], 1):
         numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}  "
-        numbers += "".join(f"{result[key]:<{len(head)}.{3 * (key != 'params')}f}" for key, head in more)
+        numbers += "".join(f"{result[key]:<{len(head)}.{digits}f}" for key, head, digits in more)
         print(f"{numbers}{' '.join(map(str, result['architecture']))}")
     winner = winner or best[0]
     if winner != best[0]:

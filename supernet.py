@@ -54,7 +54,8 @@ def parse_args(argv=None):
 
 def make_sampler(sampling, space, seed, iterations):
     """The PathSampler of a Sampling, for so many steps of training."""
-    flops_range, warmup = None, sampling.width_warmup
+    flops_range = None
+    warmup = sampling.width_warmup
     if sampling.sampler == "flops-uniform":
         given = sampling.flops_range
         flops_range = [space.flops_value(v, "--flops-range") for v in given] if given else default_flops_range(space)
@@ -67,7 +68,8 @@ def make_sampler(sampling, space, seed, iterations):
 def main(args):
     distributed.join(args.device)
     values = vars(args)
-    training, images = Training.of(values), Images.of(values)
+    training = Training.of(values)
+    images = Images.of(values)
     config = DataConfig.resolve(DataConfig.given(values))
     data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
     device = resolve_device(args.device, args.threads)
@@ -76,7 +78,8 @@ def main(args):
     )
     sampler = make_sampler(Sampling.of(values), space, args.seed, args.iterations)
 
-    train_images, heldout = data.images("supernet"), data.images("search")
+    train_images = data.images("supernet")
+    heldout = data.images("search")
     check_batch_size(len(train_images), args.batch_size)
     loader = Loader(train_images, config, True, args.seed, device, args.loader, args.workers)
     calibration = calibration_batches(loader, args.bn_batches, args.bn_batch_size, args.seed, args.cache)

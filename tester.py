@@ -62,9 +62,11 @@ def open_space(args):
 
 def generate(args):
     """Writes the search space in NNI's form."""
-    path, space = pathlib.Path(args.out) / "nni_auto_gen_search_space.json", open_space(args)
+    path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
+    space = open_space(args)
     utils.write_json(path, space.nni_search_space(), indent=1)
-    operations, widths = len(space.block_operations[0]), f" at {space.n_widths} widths" if space.n_widths > 1 else ""
+    operations = len(space.block_operations[0])
+    widths = f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
     if line := official_comparison(SearchSpace()):
         print(line)
@@ -73,7 +75,8 @@ def generate(args):
 
 def measure(args):
     """Writes the latencies of the search space on this device."""
-    path, space = pathlib.Path(args.out) / "latency.json", open_space(args)
+    path = pathlib.Path(args.out) / "latency.json"
+    space = open_space(args)
     device = resolve_device(args.device, args.threads)
     start_logging(args, device)
     table = measure_table(space, args.latency_batch_size, device)
@@ -93,7 +96,8 @@ def start_logging(args, device):
 
 def open_supernet(args, listed=None):
     """(supernet on the device, calibration batches, validation batches) of the arguments; `listed` as for Data."""
-    values, images = vars(args), Images.of(vars(args))
+    values = vars(args)
+    images = Images.of(vars(args))
     if not listed:
         prepare(images, args.demo)
     load_operations(args.operations)

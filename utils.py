@@ -80,7 +80,8 @@ def signals(handler):
 
 def watch_parent():
     """Returns a function that says whether the process that started this one has ended since."""
-    parent, number = multiprocessing.parent_process(), os.getppid()
+    parent = multiprocessing.parent_process()
+    number = os.getppid()
     return lambda: os.getppid() != number or (parent is not None and not parent.is_alive())
 
 

@@ -59,17 +59,21 @@ def parse(content, path, kind, space=None):
     """As `load`, for a file's content."""
     weights = parse_state_dict(content, path)
     if "version" not in content:
-        space, classifier = space or SearchSpace(), weights.get("classifier.0.weight")
+        space = space or SearchSpace()
+        classifier = weights.get("classifier.0.weight")
         if classifier is not None and classifier.dim() == 2 and len(classifier):
             space = dataclasses.replace(space, n_classes=len(classifier))
         return Checkpoint(str(path), kind, space, weights)
-    version, found = content["version"], content.get("kind")
+    version = content["version"]
+    found = content.get("kind")
     if type(version) is not int or version != VERSION:
         raise UserError(f"{path}: checkpoint version {reprlib.repr(version)}, this program reads version {VERSION}")
     if type(found) is not str or found != kind:
         raise UserError(f"{path}: a {reprlib.repr(found).strip(chr(39))} checkpoint, not a {kind} one")
     try:
-        classes, split, architecture = content["classes"], content["split"], content.get("architecture")
+        classes = content["classes"]
+        split = content["split"]
+        architecture = content.get("architecture")
         if not all(type(name) is str for name in classes):
             raise TypeError("classes are not names")
         if split is not None and not (

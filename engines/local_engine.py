@@ -26,7 +26,8 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
     gave no sign of life for `trial_timeout` seconds, are evaluated again; those that fail again on their own have
     failed. Raises UserError where no candidate can be evaluated.
     """
-    record, progress = SearchRecord(out, space, Evolution.from_settings(space, settings)), Progress(out)
+    record = SearchRecord(out, space, Evolution.from_settings(space, settings))
+    progress = Progress(out)
     with Workers(trial, concurrency, trial_timeout) as workers:
         while waiting := record.pending():
             progress.read()
@@ -63,7 +64,9 @@ class Workers:
     def __init__(self, trial, concurrency, trial_timeout=300):
         self.trial_timeout = trial_timeout
         n_gpus = len(gpu_names()) if trial["device"] != "cpu" else 0
-        self.trial, self.n, self.pool = json.dumps(trial), min(concurrency, n_gpus or concurrency), None
+        self.trial = json.dumps(trial)
+        self.n = min(concurrency, n_gpus or concurrency)
+        self.pool = None
 
     def __enter__(self):
         return self
@@ -91,7 +94,8 @@ class Workers:
 
     def _finished(self, futures):
         """Yields (future, False) as they finish; where a worker hangs, ends all workers and yields (future, True)."""
-        left, changed = set(futures), time.monotonic()
+        left = set(futures)
+        changed = time.monotonic()
         while left:
             done, left = concurrent.futures.wait(left, POLL_S, concurrent.futures.FIRST_COMPLETED)
             changed = time.monotonic() if done else changed
@@ -111,7 +115,8 @@ class Workers:
     def _workers(self):
         if self.pool is None:
             # A worker's last sign of life, 0 while it has nothing to do; and how many workers have started.
-            self.signs, started = SPAWN.Array("d", self.n, lock=False), SPAWN.Value("i")
+            self.signs = SPAWN.Array("d", self.n, lock=False)
+            started = SPAWN.Value("i")
             arguments = self.n, SPAWN, _start, (self.signs, started)
             self.pool = concurrent.futures.ProcessPoolExecutor(*arguments)
         return self.pool
@@ -166,7 +171,8 @@ def _opened(trial):
     from training.evaluation import open_evaluation, resolve_device
 
     values = json.loads(trial)
-    run, evaluation = Run.of(values), Evaluation.of(values)
+    run = Run.of(values)
+    evaluation = Evaluation.of(values)
     take_gpu(run.device)
     load_operations(values["operations"])
     return evaluation, *open_evaluation(

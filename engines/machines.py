@@ -81,7 +81,9 @@ class Connections:
     """
 
     def __init__(self, machines, port, folder):
-        self.machines, self.port, self.folder = machines, port, folder
+        self.machines = machines
+        self.port = port
+        self.folder = folder
         self.links = []
 
     def __enter__(self):

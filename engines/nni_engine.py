@@ -103,7 +103,8 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
 
 def _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial):
     """The content of the experiment file, completed for this search."""
-    tuner, assessor = experiment["tuner"], experiment["assessor"]
+    tuner = experiment["tuner"]
+    assessor = experiment["assessor"]
     class_args = {
         "out": str(out),
         "space": space.to_dict(),
@@ -155,8 +156,10 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
     started_with = _environment(without_proxy_here())  # this process, NNI, the tuner and the trials
     with started_with, reserved_port(host, port) as port, Connections(machines, port, folder) as connections:
         me = psutil.Process()
-        earlier, started = set(me.children(recursive=True)), set()
-        experiment, progress = Experiment(ExperimentConfig(**config)), Progress(out)
+        earlier = set(me.children(recursive=True))
+        started = set()
+        experiment = Experiment(ExperimentConfig(**config))
+        progress = Progress(out)
         try:
             with _environment(node):
                 try:
@@ -271,7 +274,8 @@ class _Listener:
     """
 
     def __init__(self, trial_timeout):
-        self.trial_timeout, self.next_look = trial_timeout, 0.0
+        self.trial_timeout = trial_timeout
+        self.next_look = 0.0
         self.heard = {}  # running trial -> (its signs of life so far, time of the last one)
 
     def silent(self, experiment, signs):
@@ -281,7 +285,8 @@ class _Listener:
             return []
         self.next_look = now + min(LISTEN_S, self.trial_timeout / 4)
         running = [job.trialJobId for job in experiment.list_trial_jobs() if job.status == "RUNNING"]
-        before, self.heard = self.heard, {}
+        before = self.heard
+        self.heard = {}
         for job in running:
             n, since = before.get(job, (None, now))
             self.heard[job] = (n, since) if n == signs.get(job, 0) else (signs.get(job, 0), now)

@@ -73,10 +73,13 @@ class SearchRecord:
         corrects the limit, and a quarter of the generations follows, MAX_CORRECTIONS times; then there is no winner.
         Returns the row of the record.
         """
-        limits, settings, earlier = self.evolution.limits, self.state["settings"], confirmations(self.state)
+        limits = self.evolution.limits
+        settings = self.state["settings"]
+        earlier = confirmations(self.state)
         found = []
         for candidate, ns in measured.items():
-            predicted, holds = self.space.cost("latency", candidate), limits.holds("latency", ns)
+            predicted = self.space.cost("latency", candidate)
+            holds = limits.holds("latency", ns)
             found.append({"architecture": list(candidate), "predicted_ms": predicted / 1e6, "measured_ms": ns / 1e6})
             found[-1]["holds"] = holds
         row = {"after": self.evolution.generation, "measured": found, "correction": None, "generations": 0}
@@ -230,7 +233,8 @@ def prepare_search(out, settings, resume, warnings=()):
     A search that is resumed may have more generations than before. Raises UserError where `out` has a search and
     `resume` is false, or where that search has other settings.
     """
-    path, settings = state_path(out), json.loads(json.dumps(settings))
+    path = state_path(out)
+    settings = json.loads(json.dumps(settings))
     state = {"settings": settings, "generation": 0, "evaluated": 0, "best": None, "done": False}
     with _hold_writer_lock(out):
         if any((pathlib.Path(out) / "acc").glob("*.jsonl")):
@@ -242,7 +246,8 @@ def prepare_search(out, settings, resume, warnings=()):
                 raise UserError(f"{path}: not the state of a search; name another --out")
             before, now = found["settings"].get("generations"), settings.get("generations")
             if isinstance(before, int) and isinstance(now, int) and before < now:
-                found["settings"]["generations"], found["done"] = now, False
+                found["settings"]["generations"] = now
+                found["done"] = False
             if changes := settings_difference(found["settings"], settings):
                 text = ", ".join(f"{name} {change}" for name, change in changes.items())
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; use them, or another --out")
@@ -309,7 +314,9 @@ class Generation:
     """The results of a generation, numbered from 1; not `closed` while some are missing."""
 
     def __init__(self, number, results, closed):
-        self.number, self.results, self.closed = number, results, closed
+        self.number = number
+        self.results = results
+        self.closed = closed
         self.succeeded = [r for r in results if r["acc1"] is not None]
         self.best = max(self.succeeded, key=by_score, default=None)
 
@@ -337,7 +344,8 @@ def first_generation_warning(results, n_classes):
     if len(generation.succeeded) < 2:
         return None
     mean, sd = generation.mean, generation.sd
-    n, chance = generation.best["n_images"], 100 / n_classes
+    n = generation.best["n_images"]
+    chance = 100 / n_classes
     at_chance = mean <= chance + 3 * (chance * (100 - chance) / n) ** 0.5
     noise = (mean * (100 - mean) / n) ** 0.5
     if not at_chance and sd > noise:

@@ -189,7 +189,8 @@ class Data:
     @functools.cached_property
     def heldout(self):
         """Sorted indices of the training images that are held out for the search."""
-        per_class, counts = self.config.heldout_per_class, np.bincount(self.train.labels)
+        per_class = self.config.heldout_per_class
+        counts = np.bincount(self.train.labels)
         if counts.min() <= per_class:
             smallest = f"class {self.classes[counts.argmin()]!r} has {counts.min()} images"
             what = f"{per_class} held-out images per class leave nothing to train on: {smallest}"
@@ -234,7 +235,8 @@ def check_batch_size(n_images, batch_size):
 def training_plan(n_images, batch_size, seed, start=0, steps=None, rank=0, world_size=1):
     """Batches of a rank from step `start`: a new permutation every epoch, without the images of an incomplete batch."""
     check_batch_size(n_images, batch_size * world_size)
-    steps_per_epoch, epoch = n_images // (batch_size * world_size), None
+    steps_per_epoch = n_images // (batch_size * world_size)
+    epoch = None
     for step in itertools.count(start) if steps is None else range(start, steps):
         if step // steps_per_epoch != epoch:
             epoch = step // steps_per_epoch
@@ -253,7 +255,8 @@ def evaluation_plan(n_images, batch_size, rank=0, world_size=1):
 
 def calibration_plan(labels, batches, batch_size, seed):
     """`batches` of training images, equally many of each class; repeated images are augmented differently each time."""
-    n, order = batches * batch_size, stratified_order(labels, seed)
+    n = batches * batch_size
+    order = stratified_order(labels, seed)
     indices = np.resize(order, n)
     samples = np.stack([np.arange(n) // len(order), indices], axis=1)
     samples = np.random.default_rng([seed, CALIBRATE, 1]).permutation(samples)  # mixes the classes in each batch

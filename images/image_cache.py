@@ -33,7 +33,9 @@ class FixedBatches:
     """
 
     def __init__(self, loader, plan, cache=None, sharded=False):
-        self.loader, self.plan, self.cache = loader, plan, cache
+        self.loader = loader
+        self.plan = plan
+        self.cache = cache
         self.rank, self.world_size = (distributed.rank(), distributed.world_size()) if sharded else (0, 1)
 
     def __len__(self):

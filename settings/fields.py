@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import math
 import reprlib
+from typing import ClassVar
 
 from utils import UserError
 
@@ -78,11 +79,13 @@ class Settings:
     `TITLE` is the heading of its flags in --help.
     """
 
-    TITLE, ABSENT = "", {}
+    TITLE = ""
+    ABSENT: ClassVar[dict] = {}
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, form = getattr(self, field.name), field.metadata
+            value = getattr(self, field.name)
+            form = field.metadata
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)

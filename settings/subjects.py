@@ -115,7 +115,8 @@ class DataConfig(Settings):
         if not isinstance(values, dict):
             raise TypeError(f"data settings are a {type(values).__name__}")
         for field in dataclasses.fields(cls):
-            value, default = values.get(field.name, field.default), field.default
+            value = values.get(field.name, field.default)
+            default = field.default
             numbers = value if type(value) in (list, tuple) and len(value) == 2 else (value,)
             kinds = (int, float) if type(default) in (float, tuple) else (type(default),)
             if (type(default) is tuple) != (len(numbers) == 2) or any(type(n) not in kinds for n in numbers):

@@ -126,7 +126,8 @@ def with_flops_table(space, table, path="FLOPs table"):
         mid = shape.mid_channels()
         key = (shape.in_channels, shape.out_channels, mid, shape.in_size, shape.in_size, shape.stride)
         rows.append(tuple(look_up(f"{op}_stride_{shape.stride}", key, n) for op, n in zip(names, counted)))
-    size, last = space.input_size, space.blocks[-1]
+    size = space.input_size
+    last = space.blocks[-1]
     stem_key = (3, space.stem_channels, size, size, space.stem_stride)
     tail_key = (last.out_channels, space.n_classes, last.out_size, last.out_size, 1)
     stem = look_up("conv1", stem_key, space.costs.stem_flops)

@@ -95,7 +95,10 @@ class Limits:
     """
 
     def __init__(self, space, bounds, correction=1.0, banned=()):
-        self.space, self.bounds, self.correction, self.banned = space, bounds, correction, frozenset(banned)
+        self.space = space
+        self.bounds = bounds
+        self.correction = correction
+        self.banned = frozenset(banned)
         self.costs = [space.cost_rows(name) for name in bounds]
         factors = [correction if name == "latency" else 1 for name in bounds]
         self.low = [-math.inf if low is None else low / f for (low, _), f in zip(bounds.values(), factors)]
@@ -115,7 +118,8 @@ class Limits:
 
     def excess(self, candidate):
         """By how much a candidate breaks the limits; 0 where it meets all of them."""
-        choices, over = self.space.block_choices(candidate), 0.0
+        choices = self.space.block_choices(candidate)
+        over = 0.0
         for (rows, fixed), low, high, scale in zip(self.costs, self.low, self.high, self.scale):
             cost = fixed + sum(row[choice] for row, choice in zip(rows, choices))
             over += max(low - cost, cost - high, 0) / scale
@@ -252,7 +256,8 @@ class Limits:
                 outside = Limits(self.space, within, self.correction)._over(totals[:inner]) > 0
                 over = np.where(outside, np.inf, over)
             return totals[inner].flat[int(np.argmin(over))]
-        rng, found = random.Random(0), []
+        rng = random.Random(0)
+        found = []
         limits.scale = [s / 1000 if i < inner else s for i, s in enumerate(limits.scale)]  # `within` goes first
         for _ in range(STARTS):
             candidate = limits.repair(self.space.random_candidate(rng), rng)

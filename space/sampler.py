@@ -36,7 +36,9 @@ class PathSampler:
     """
 
     def __init__(self, space, seed=0, flops_range=None, n_bins=7, width_warmup=0):
-        self.space, self.seed, self.width_warmup = space, seed, width_warmup
+        self.space = space
+        self.seed = seed
+        self.width_warmup = width_warmup
         self._cached = None, None  # a chunk's number and its paths
         self.flops_range = None if flops_range is None else list(flops_range)
         self.edges = None
@@ -61,7 +63,8 @@ class PathSampler:
     def _widest(self, step):
         """A uniform candidate of the widths that the warm-up allows at a step, the widest first."""
         rng = np.random.default_rng([self.seed, STREAM, WARMUP, step])
-        n, allowed = self.space.n_widths, 1 + (self.space.n_widths - 1) * step // self.width_warmup
+        n = self.space.n_widths
+        allowed = 1 + (self.space.n_widths - 1) * step // self.width_warmup
         candidate = rng.integers(self.space.choices)
         candidate[self.space.width_entries] = rng.integers(n - allowed, n, self.space.n_blocks)
         return tuple(candidate.tolist())
@@ -108,7 +111,8 @@ class PathSampler:
             if hits.min() >= needed:
                 return
         rarest = int(hits.argmin())
-        (low, high), (usual_low, usual_high) = self.space.flops_range, default_flops_range(self.space)
+        low, high = self.space.flops_range
+        usual_low, usual_high = default_flops_range(self.space)
         rare = f"{rarest + 1} of {n_bins}, {self.edges[rarest]} to {self.edges[rarest + 1]}"
         raise UserError(
             f"--flops-range {self.edges[0]} {self.edges[-1]}: {hits[rarest]} of {MAX_BATCHES * BATCH} random "

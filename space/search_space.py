@@ -110,7 +110,8 @@ class SearchSpace:
         ):
             raise UserError(f"search space: widths {reprlib.repr(self.widths)} do not rise, or leave no middle channel")
         if self.architecture:
-            fixed, n = self.architecture, len(self.operations)
+            fixed = self.architecture
+            n = len(self.operations)
             if len(fixed) != self.n_blocks or max(fixed) >= n or len(self.widths) == 1:
                 shown = f"architecture {reprlib.repr(fixed)}, {n} operations, {len(self.widths)} widths"
                 raise UserError(f"search space: {shown}: needs an operation for each block, and widths to choose from")
@@ -118,8 +119,10 @@ class SearchSpace:
     @staticmethod
     def _check_entry(field, value):
         """Raises UserError where an entry is not of the form of its default."""
-        listed, shown = isinstance(value, (tuple, list)), reprlib.repr(value)  # short, whatever a damaged file holds
-        values, lowest = value if listed else (value,), 0 if field.name == "architecture" else 1
+        listed = isinstance(value, (tuple, list))
+        shown = reprlib.repr(value)  # short, whatever a damaged file holds
+        values = value if listed else (value,)
+        lowest = 0 if field.name == "architecture" else 1
         if listed != isinstance(field.default, tuple) or not (values or field.name == "architecture"):
             raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
         if field.name == "operations":
@@ -248,7 +251,8 @@ class SearchSpace:
             raise UserError(f"{found}, this search space has {len(self.choices)}")
         for i, (choice, n) in enumerate(zip(candidate, self.choices)):
             if type(choice) is not int or not 0 <= choice < n:
-                block, what = i % self.n_blocks + 1, reprlib.repr(choice)
+                block = i % self.n_blocks + 1
+                what = reprlib.repr(choice)
                 raise UserError(f"architecture: block {block} chooses {what}, not 0 to {n - 1}")
         return candidate
 
@@ -324,7 +328,9 @@ class SearchSpace:
                     for offset in offsets:
                         following[cell + offset] = following.get(cell + offset, 0) + n
                 counts = following
-            total, below, known[name] = sum(counts.values()), 0, []
+            total = sum(counts.values())
+            below = 0
+            known[name] = []
             for cell in sorted(counts):
                 below += counts[cell]
                 known[name].append((min(low + cell * step, high), below / total))

@@ -47,7 +47,8 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     `fold`, BN is folded into the convolutions for validation; `amp` "bf16" computes convolutions in bfloat16. The
     supernet is left in eval mode with its own BN statistics. Raises UserError where a candidate is not of its space.
     """
-    start, candidates = time.perf_counter(), [supernet.space.check(c) for c in candidates]
+    start = time.perf_counter()
+    candidates = [supernet.space.check(c) for c in candidates]
     tree = PrefixTree(supernet, candidates, fold, amp)  # whose nodes have new BN statistics
     with torch.inference_mode(), tree.own_statistics():
         update_bn(supernet, tree.forward, calibration, bn)
@@ -94,7 +95,8 @@ def update_bn(model, forward, batches, bn="ema"):
 
     BN is in training mode within, everything else in eval mode, in which the model is left.
     """
-    norms, n = batch_norms(model.eval()), 0
+    norms = batch_norms(model.eval())
+    n = 0
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train()

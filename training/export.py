@@ -43,8 +43,10 @@ class Program(nn.Module):
 
 def metadata(model, ckpt, config):
     """All that the file says about itself, by name; plain values."""
-    space, candidate = model.space, model.architecture
-    size, spos = config.input_size, config.preprocessing == "spos"
+    space = model.space
+    candidate = model.architecture
+    size = config.input_size
+    spos = config.preprocessing == "spos"
     return {
         "model": "one path of the Single Path One-Shot supernet (arXiv 1904.00420), retrained",
         "input": f"images: uint8 (N, {size}, {size}, 3), RGB from 0 to 255, any N",

@@ -40,7 +40,8 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
     nothing is kept on disk. SIGINT and SIGTERM end the process after it has saved the current step; a validation that
     they end is done again when the run is resumed. Each rank trains on its share of every batch.
     """
-    run, iterations = run or TrainingRun(), training.iterations
+    run = run or TrainingRun()
+    iterations = training.iterations
     batch_size = distributed.per_rank_batch_size(training.batch_size)
     recipe = Recipe(model.train(), training, device, seed)
     done, metrics, rows, validation_due = run.resume(recipe)
@@ -144,10 +145,14 @@ class _Meter:
     """
 
     def __init__(self, recipe, candidate_at, step, seconds, rows):
-        self.recipe, self.candidate_at, self.step = recipe, candidate_at, step
+        self.recipe = recipe
+        self.candidate_at = candidate_at
+        self.step = step
         self.rows = rows  # (n, 3): loss, images correct in top-1 and in top-5, over all ranks
         self.window = []  # the same of this rank, not fetched yet
-        self.before, self.started, self.pauses = seconds, time.perf_counter(), []
+        self.before = seconds
+        self.started = time.perf_counter()
+        self.pauses = []
         self.waited = 0.0  # seconds for batches, since the last line
         self.logged = step, self.seconds
         self.untimed = step + PLAN_AFTER[recipe.device.type][0]
@@ -203,15 +208,21 @@ class _Meter:
                 path = f", path {list(self.candidate_at(bad))}" if self.candidate_at else ""
                 where = f"learning rate {self.recipe.learning_rate(bad):.4g}{path}"
                 raise UserError(f"the loss of step {bad} is not finite ({where}); lower --lr, with another --out")
-            self.rows, self.window = torch.cat((self.rows, rows[finite])), []
+            self.rows = torch.cat((self.rows, rows[finite]))
+            self.window = []
         return self.rows
 
     def summary(self):
         """The means over the rows, which start anew."""
-        rows, self.rows, batch_size = self.fetch(), self.rows[:0], self.recipe.training.batch_size
+        rows = self.fetch()
+        self.rows = self.rows[:0]
+        batch_size = self.recipe.training.batch_size
         loss, top1, _ = rows.mean(dim=0).tolist()
-        (logged, before), self.logged = self.logged, (self.step, self.seconds)
-        seconds, waited, self.waited = max(1e-3, self.seconds - before), self.waited, 0.0
+        logged, before = self.logged
+        self.logged = self.step, self.seconds
+        seconds = max(1e-3, self.seconds - before)
+        waited = self.waited
+        self.waited = 0.0
         return {
             "train/loss": loss, "train/acc1": top1 * 100 / batch_size, "train/lr": self.recipe.learning_rate(self.step),
             "train/images_per_second": (self.step - logged) * batch_size / seconds,
@@ -224,7 +235,9 @@ class _Interruption:
     """Stores SIGINT and SIGTERM, whose handler is `note`, in `signal`; the death of torchrun counts as SIGTERM."""
 
     def __init__(self):
-        self.noted, self.raises, self.parent_ended = 0, False, watch_parent()
+        self.noted = 0
+        self.raises = False
+        self.parent_ended = watch_parent()
         self.lost = ""  # what has to be done again, for the log
 
     @contextlib.contextmanager

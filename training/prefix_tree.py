@@ -18,16 +18,21 @@ class _Part:
     """A part of the supernet that nodes run, with its norms and, where BN is folded, the copy to fold into."""
 
     def __init__(self, supernet, fold, key):
-        self.run, module = supernet.part(key), supernet.module_of(key)
+        self.run = supernet.part(key)
+        module = supernet.module_of(key)
         narrow = isinstance(self.run, Narrow)
         form = self.run.form if narrow else module
-        self.norms, forms = batch_norms(module), batch_norms(form)
+        self.norms = batch_norms(module)
+        forms = batch_norms(form)
         self.channels = [norm.num_features for norm in forms]
-        self.folded, self.pairs, self.others = self.run, [], []
+        self.folded = self.run
+        self.pairs = []
+        self.others = []
         if fold and not (narrow and _has_other_weights(form)):
             copy = fold_bn(form)
             self.folded = (lambda x: supernet.classify(copy(x))) if key == "head" else copy
-            names, copies = {m: name for name, m in form.named_modules()}, dict(copy.named_modules())
+            names = {m: name for name, m in form.named_modules()}
+            copies = dict(copy.named_modules())
             originals = dict(module.named_modules())
             # (convolution, index of its weights at this width, norm, folded convolution); norms that are not folded
             self.pairs = [
@@ -58,7 +63,8 @@ class _Node:
     """A part at the end of a prefix, with the BN statistics that it has behind that prefix."""
 
     def __init__(self, part):
-        self.part, self.children = part, {}
+        self.part = part
+        self.children = {}
         self.statistics = [
             (n.running_mean.new_zeros(c), n.running_var.new_ones(c)) for n, c in zip(part.norms, part.channels)
         ]
@@ -80,8 +86,12 @@ class PrefixTree:
     """
 
     def __init__(self, supernet, candidates, fold=True, amp="off"):
-        self.supernet, self.candidates, self.fold, self.amp = supernet.eval(), candidates, fold, amp
-        self.root, parts = _Node(_Part(supernet, fold, "stem")), {}
+        self.supernet = supernet.eval()
+        self.candidates = candidates
+        self.fold = fold
+        self.amp = amp
+        self.root = _Node(_Part(supernet, fold, "stem"))
+        parts = {}
         for candidate in candidates:
             node = self.root
             for key in (*enumerate(supernet.space.block_choices(candidate)), "head"):

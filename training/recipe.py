@@ -23,7 +23,8 @@ class Recipe:
     def __init__(self, model, training, device="cpu", seed=0):
         self.device = torch.device(device)
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.training, self.seed = training, seed
+        self.training = training
+        self.seed = seed
         groups = parameter_groups(model, training.weight_decay)
         self.optimizer = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")

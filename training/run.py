@@ -145,7 +145,11 @@ class Journal:
     """
 
     def __init__(self, folder, done, total, space, kept):
-        self.folder, self.done, self.total, self.space, self.kept = folder, done, total, space, kept
+        self.folder = folder
+        self.done = done
+        self.total = total
+        self.space = space
+        self.kept = kept
 
     def __enter__(self):
         shows = distributed.rank() == 0

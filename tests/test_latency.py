@@ -13,11 +13,12 @@ from test_evolution import reward
 
 import search
 import tester
-from engines import latency, local_engine, page
+from engines import latency, local_engine
 from engines.search_record import SearchRecord, prepare_search, read_results, state_path
 from evolution_tuner import Evolution
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
+from reports import page
 from reports.search_results import RandomSearch, SearchResults
 from space.search_space import SearchSpace
 from utils import UserError, read_json, write_json

@@ -9,7 +9,7 @@ normalised by ImageNet's mean and standard deviation.
 Source: official `src/Supernet/train.py` (transforms).
 """
 
-import utils  # first, so that Ctrl-C while torch is imported is one line
+import utils  # first, so that Ctrl-C while torch is imported prints one line
 
 # isort: split
 import contextlib
@@ -83,7 +83,7 @@ class Loader:
         """Like `batches`, with images as uint8 RGB (N, H, W, 3)."""
         backends = {"dali": self._dali, "torchvision": self._torchvision, "synthetic": self._synthetic}
         for images, samples in backends[self.backend](iter(plan)):
-            utils.sign_of_life()
+            utils.heartbeat()
             labels = torch.from_numpy(self.images.labels[samples[:, 1]])
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 

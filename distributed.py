@@ -1,4 +1,4 @@
-"""Distributed training, one rank a GPU (or a CPU process), started by torchrun on one machine or on several.
+"""Distributed training, one rank per GPU (or a CPU process), started by torchrun on one machine or on several.
 
     torchrun --nproc-per-node 8 supernet.py
     torchrun --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 supernet.py
@@ -6,7 +6,7 @@
 Each step, all ranks take equal shares of the batch and the same path, and average their gradients, so the weights
 stay equal on all ranks. Only the gradients of the path are reduced; those of the other operations are None on every
 rank. A script started without torchrun is a single process, for which every function here is a no-op or the identity.
-Source: paper section 3.3 (one path a step); the official code uses nn.DataParallel in one process.
+Source: paper section 3.3 (one path per step); the official code uses nn.DataParallel in one process.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from utils import UserError, heard_by, run_script
+from utils import UserError, heartbeats_to, run_script
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of a rank that is silent in `together`
 POLL_S = 0.2
@@ -141,13 +141,13 @@ def together(function):
     """Returns `function()`, when it has returned on every rank.
 
     For what may take longer than a collective, as reading a data set for the first time: a rank waits as long as any
-    rank gives signs of life.
+    rank has heartbeats.
     """
     if world_size() == 1:
         return function()
     try:
         call = f"call {_store.add(f'calls of {rank()}', 1)}"
-        with heard_by(lambda: _store.add("signs", 1), every_s=POLL_S):
+        with heartbeats_to(lambda: _store.add("signs", 1), every_s=POLL_S):
             result = function()
         ready = _store.add(call, 1)
         signs = 0
@@ -158,7 +158,7 @@ def together(function):
             if signs != before:
                 changed = time.monotonic()
             elif time.monotonic() - changed > TIMEOUT.total_seconds():
-                raise UserError(f"{LOST_RANK} (no sign of life for {TIMEOUT.total_seconds():.0f} s)")
+                raise UserError(f"{LOST_RANK} (no heartbeat for {TIMEOUT.total_seconds():.0f} s)")
         return result
     except RuntimeError as error:  # the store is gone
         raise UserError(f"{LOST_RANK} ({str(error).splitlines()[0][:100]})") from None

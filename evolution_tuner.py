@@ -58,13 +58,13 @@ class Evolution:
     candidate occurs twice. The same seed and rewards give the same populations, in whatever order the rewards are told.
 
     `objectives` are functions of a candidate that are to be low while the reward, or its first number, is high. Parents
-    are then those that no others beat in all of these, and of equally good ones, those with most room around them.
+    are then those that no others beat in all of these, and of equally good ones, those with largest crowding distance.
 
-    What is not given of `select`, `mutation` and `crossover` has the official share of the population.
+    Of `select`, `mutation` and `crossover`, those that are None get the official share of the population.
 
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
     its rewards by candidate, all at once or in parts. `restrict` puts Limits in the place of `cost` and `cost_limit`.
-    Raises UserError where the settings allow no search.
+    Raises UserError if the settings allow no search.
     """
 
     def __init__(

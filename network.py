@@ -50,7 +50,7 @@ class _ShuffleNet(nn.Module):
 
 
 class ShuffleNetV2OneShot(_ShuffleNet):
-    """The supernet: every operation of every block, of which `forward(x, candidate)` runs one a block.
+    """The supernet: every operation of every block, of which `forward(x, candidate)` runs one per block.
 
     `space` (a SearchSpace) takes the place of input_size and n_classes. BN is without affine parameters in a
     supernet (official); blocks that the architecture doesn't choose get no gradient at all.
@@ -123,7 +123,7 @@ class ShuffleNetV2(_ShuffleNet):
         """uint8 RGB (N, H, W, 3) -> the network's input (N, 3, input_size, input_size), float, as in validation.
 
         Resizes the shorter side, crops the centre, and applies the preprocessing that the network was trained with.
-        Raises UserError where the images are of another form.
+        Raises UserError if the images are of another form.
         """
         from torchvision.transforms.v2 import functional as F
 
@@ -140,7 +140,7 @@ def load(path, architecture=None, operations=None):
     """The retrained network in a file, a checkpoint of scratch.py or an official one, in eval mode on the CPU.
 
     An official file carries no architecture: that is read from the file `architecture`, by default the published
-    winner's. `operations` is a file of own operations. Raises UserError where a file is missing or damaged.
+    winner's. `operations` is a file of own operations. Raises UserError if a file is missing or damaged.
 
         model = network.load("checkpoints/scratch/bnps-checkpoint.pth")
         logits = model(model.preprocess(images))  # uint8 RGB (N, H, W, 3) -> (N, classes)
@@ -152,7 +152,7 @@ def load(path, architecture=None, operations=None):
 def read(path, architecture=None, space=None):
     """(the network that `load` returns, its Checkpoint); an official file is assumed to be of `space`.
 
-    Raises UserError where `architecture` contradicts the checkpoint.
+    Raises UserError if `architecture` contradicts the checkpoint.
     """
     ckpt = weight_files.load(path, "scratch", space)
     given = architecture and ckpt.space.load_architecture(architecture)

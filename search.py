@@ -129,7 +129,7 @@ def wants_latency(args):
 
 
 def default_concurrency(args):
-    """A trial a GPU of this machine, or a trial a remote machine, whose GPUs are not known here."""
+    """A trial per GPU of this machine, or a trial per remote machine, whose GPUs are not known here."""
     machines = read_experiment(args.experiment)["trainingService"].get("machineList") if args.engine == "nni" else None
     return len(machines) if machines else max(1, gpu_count() if args.device != "cpu" else 0)
 
@@ -144,7 +144,7 @@ def experiment_defaults(parser, path):
 
 
 def check_space_file(path, space):
-    """Raises UserError where the generated search space is missing or not the supernet's."""
+    """Raises UserError if the generated search space is missing or not the supernet's."""
     if not path.exists() or read_json(path) != space.nni_search_space():
         what = "is another search space than the checkpoint's" if path.exists() else "is missing"
         raise UserError(f"{path} {what}: run python tester.py --mode gen --out {path.parent}")
@@ -168,7 +168,7 @@ class Search:
     space: SearchSpace  # with the costs of --flops-table
     latency: dict | None  # the table of latencies, where it is of this device
     costs: str  # a line for the log about the space's FLOPs, or nothing
-    warnings: list  # what speaks against trusting the results, a line each
+    warnings: list  # reasons to doubt the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
     data: Data  # the images
 

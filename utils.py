@@ -104,23 +104,23 @@ def leave_signals_to_parent(*_):
     end_with_parent()
 
 
-_hearing = []  # (listener, every_s, [time of its last call])
+_listeners = []  # (listener, every_s, [time of its last call])
 
 
 @contextlib.contextmanager
-def heard_by(listener, every_s=0.0):
-    """Within the block, `listener()` hears the signs of life of this process, at most one in `every_s` seconds."""
+def heartbeats_to(listener, every_s=0.0):
+    """Within the block, each heartbeat of this process calls `listener()`, at most once in `every_s` seconds."""
     entry = listener, every_s, [-math.inf]
-    _hearing.append(entry)
+    _listeners.append(entry)
     try:
         yield
     finally:
-        _hearing.remove(entry)
+        _listeners.remove(entry)
 
 
-def sign_of_life():
-    """Says that this process makes progress: called for every batch or file of what takes long, and while it waits."""
-    for listener, every_s, last in _hearing:
+def heartbeat():
+    """Reports that this process makes progress; called for every batch or file of long work, and while it waits."""
+    for listener, every_s, last in _listeners:
         if (now := time.monotonic()) - last[0] >= every_s:
             last[0] = now
             listener()
@@ -152,7 +152,7 @@ def run_script(main, parse_args, may_print=lambda line: True):
 
 
 def _say_interrupted(kind, error, trace):
-    """Ctrl-C outside of `run_script`, above all while torch is imported, is one line too."""
+    """Prints one line for Ctrl-C outside of `run_script` too, above all while torch is imported."""
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     print(f"{pathlib.Path(sys.argv[0]).name}: {INTERRUPTED}", file=sys.stderr)

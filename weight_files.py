@@ -50,7 +50,7 @@ def load(path, kind, space=None):
     """A Checkpoint from our own or an official file.
 
     An official file carries no search space: it is assumed to be of `space`, with the class count of its classifier.
-    Raises UserError where the file is missing, damaged, of another kind or version.
+    Raises UserError if the file is missing, damaged, of another kind or version.
     """
     return parse(load_file(path), path, kind, space)
 
@@ -94,7 +94,7 @@ def parse(content, path, kind, space=None):
 def load_file(path):
     """What torch.save wrote to `path`, on the CPU: plain containers, tensors, and NumPy's numbers, texts and arrays.
 
-    No code in the file is executed. Raises UserError where it is missing, damaged, or holds anything else.
+    No code in the file is executed. Raises UserError if it is missing, damaged, or holds anything else.
     """
     if pathlib.Path(path).suffix in (".pt2", ".onnx"):
         raise UserError(f"{path}: an exported program, not weights; name the checkpoint that it was exported from")

@@ -2,11 +2,11 @@
 
     candidates   seconds of a candidate of 75,600 random images: one by one and as a tree, BN folded or not, bfloat16,
                  validation batches of 200 and 1,000; and which share of them is calibration
-    files        supernet.py itself on drawn JPEG files of 500 x 375 px: images a second, and the share of time waited,
+    files        supernet.py itself on drawn JPEG files of 500 x 375 px: images per second, the share of time waited
                  after its first 50 steps; then the loaders alone
     commands     seconds of the four commands with the demo's images and few steps, with NNI where it is installed
     processes    a group of one process: supernet.py by torchrun, and every collective of distributed.py on the GPU
-    training     images a second and peak memory of random paths: the official way; float32 and bfloat16
+    training     images per second and peak memory of random paths: the official way; float32 and bfloat16
     profile      a step of one path by kinds of operations, the kernels that take longest, and lower bounds
 
 A part is a process of its own and has its share of what is left of `--seconds`. Every result is written to
@@ -412,7 +412,7 @@ def scaling_rows(card, result):
         if not (row := of_most_images(rows, name)):
             continue
         rate, mb = row["images_per_second"], row["mb_per_image"]
-        measured = f"calculated: {rate:,.0f} images/s of random paths, {row['images']:,} images a step"
+        measured = f"calculated: {rate:,.0f} images/s of random paths, {row['images']:,} images per step"
         cells = f"{hours(SUPERNET_IMAGES / rate)} | {hours(RETRAIN_IMAGES / rate)} | {measured}"
         training.append(f"| one {card}, {name} | {cells} |")
         memory.append(

@@ -21,7 +21,7 @@ from PIL import Image
 
 HERE = pathlib.Path(__file__).resolve().parent
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")  # 0..9
-PARTS = {"train": ("train", 1000), "val": ("t10k", 500)}  # original file, images a class
+PARTS = {"train": ("train", 1000), "val": ("t10k", 500)}  # original file, images per class
 JPEG_QUALITY = 95  # mean error 0.9 of 255 grey levels; the archive is smaller than 8 MB
 SHA256 = {  # of the uncompressed contents, because copies of the files are compressed differently
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",

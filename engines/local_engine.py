@@ -13,9 +13,9 @@ from evolution_tuner import Evolution
 from settings.subjects import DataConfig, Evaluation, Images, Run
 from space.custom import load_operations
 from space.splitting import chunks, cut
-from utils import UserError, heard_by, leave_signals_to_parent, log, sign_of_life
+from utils import UserError, heartbeat, heartbeats_to, leave_signals_to_parent, log
 
-POLL_S = 1.0  # between looks at the workers' signs of life
+POLL_S = 1.0  # between looks at the workers' heartbeats
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 
 
@@ -23,8 +23,8 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
     """Runs the search for which `prepare_search` made `out` ready, to its end.
 
     `trial` has the flags of a trial. Candidates whose evaluation fails, or whose worker dies or is ended because it
-    gave no sign of life for `trial_timeout` seconds, are evaluated again; those that fail again on their own have
-    failed. Raises UserError where no candidate can be evaluated.
+    gave no heartbeat for `trial_timeout` seconds, are evaluated again; those that fail again on their own have
+    failed. Raises UserError if no candidate can be evaluated.
     """
     record = SearchRecord(out, space, Evolution.from_settings(space, settings))
     progress = Progress(out)
@@ -59,7 +59,7 @@ def _give_up(record, candidates, error):
 
 
 class Workers:
-    """Processes that evaluate lists of candidates: `concurrency` of them, at most one a GPU."""
+    """Processes that evaluate lists of candidates: `concurrency` of them, at most one per GPU."""
 
     def __init__(self, trial, concurrency, trial_timeout=300):
         self.trial_timeout = trial_timeout
@@ -75,12 +75,12 @@ class Workers:
         self._end()
 
     def evaluate(self, lists, together=True):
-        """Yields (list, results, error) as lists finish, in parallel or one by one; error is one line, or None."""
+        """Yields (list, results, error) as lists finish, in parallel or one by one; error is a line, or None."""
         for group in [lists] if together else [[one] for one in lists]:
             futures = {self._submit(candidates): candidates for candidates in group}
             for future, hung in self._finished(futures):
                 if hung:
-                    yield futures[future], [], f"a worker gave no sign of life for {self.trial_timeout} s"
+                    yield futures[future], [], f"a worker gave no heartbeat for {self.trial_timeout} s"
                     continue
                 try:
                     yield futures[future], future.result(), None
@@ -114,7 +114,7 @@ class Workers:
 
     def _workers(self):
         if self.pool is None:
-            # A worker's last sign of life, 0 while it has nothing to do; and how many workers have started.
+            # A worker's last heartbeat, 0 while it has nothing to do; and how many workers have started.
             self.signs = SPAWN.Array("d", self.n, lock=False)
             started = SPAWN.Value("i")
             arguments = self.n, SPAWN, _start, (self.signs, started)
@@ -132,7 +132,7 @@ class Workers:
 
 # --- in a worker ---------------------------------------------------------------------------------------------
 
-_sign = None  # of this worker, writes the time of a sign of life
+_sign = None  # of this worker, writes the time of a heartbeat
 
 
 def _start(signs, started):
@@ -145,10 +145,10 @@ def _start(signs, started):
 
 
 def _work(evaluation, trial, candidates):
-    """`evaluation(trial, candidates)`, whose signs of life the search hears."""
-    with heard_by(lambda: _sign(time.monotonic())):
+    """`evaluation(trial, candidates)`, whose heartbeats the search hears."""
+    with heartbeats_to(lambda: _sign(time.monotonic())):
         try:
-            sign_of_life()
+            heartbeat()
             return evaluation(trial, candidates)
         finally:
             _sign(0.0)

@@ -65,7 +65,7 @@ def _check_machine(name, folder, machine):
 
 
 def check_keys(path, machines):
-    """Raises UserError where the key file of a checked entry cannot be read."""
+    """Raises UserError if the key file of a checked entry cannot be read."""
     for number, machine in enumerate(machines, 1):
         key_file = pathlib.Path(machine["sshKeyFile"])
         if not key_file.is_file() or not os.access(key_file, os.R_OK):

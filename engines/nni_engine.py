@@ -131,7 +131,7 @@ def _nni_config(space, command, settings, out, experiment, concurrency, candidat
 def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300):
     """Starts NNI, waits until the search in `out` is done, and stops all of NNI's processes, however it ends.
 
-    Raises UserError where the search or NNI fails, MachinesLost, and Interrupted. With a tuner of one's own NNI reports
+    Raises UserError if the search or NNI fails, MachinesLost, and Interrupted. With a tuner of one's own NNI reports
     neither the end of a search nor its failure: the state file does.
     """
     try:
@@ -176,7 +176,7 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
                 connections.check()
                 _check_alive(progress, manager, folder / experiment.id)
                 for job in listener.silent(experiment, progress.state["heard"]):
-                    log.warning("trial %s gave no sign of life for %d s: ending it", job, trial_timeout)
+                    log.warning("trial %s gave no heartbeat for %d s: ending it", job, trial_timeout)
                     experiment.kill_trial_job(job)
         except UserError as error:
             connections.check(NOTICE_S)  # a machine that stopped may be the cause, and is noticed some seconds later
@@ -223,7 +223,7 @@ def reserved_port(host, port=None):
     """`port`, or the first free one from 8080, which no other search of this user takes within the block.
 
     Without the lock, two searches that start at once find the same port free; the one that fails would then stop the
-    other's NNI. Raises UserError where the port is taken.
+    other's NNI. Raises UserError if the port is taken.
     """
     for candidate in [port] if port else range(8080, 8180):
         if lock := try_lock(lock_folder() / f"port-{candidate}.lock"):
@@ -247,7 +247,7 @@ def _is_free(host, port):
 
 
 def _check_alive(progress, manager, folder):
-    """Raises UserError where NNI's manager or the tuner has ended."""
+    """Raises UserError if NNI's manager or the tuner has ended."""
     import psutil
 
     advice = f"; its logs are in {folder / 'log'}; resume the search with --resume"
@@ -268,7 +268,7 @@ def _last_line(folder):
 
 
 class _Listener:
-    """Finds trials that hang: those that give no sign of life for `trial_timeout` seconds.
+    """Finds trials that hang: those that give no heartbeat for `trial_timeout` seconds.
 
     The tuner sends the candidates of a trial that was ended for it to other ones.
     """
@@ -276,10 +276,10 @@ class _Listener:
     def __init__(self, trial_timeout):
         self.trial_timeout = trial_timeout
         self.next_look = 0.0
-        self.heard = {}  # running trial -> (its signs of life so far, time of the last one)
+        self.heard = {}  # running trial -> (its heartbeats so far, time of the last one)
 
     def silent(self, experiment, signs):
-        """The running trials that hang; `signs` counts the signs of life of each."""
+        """The running trials that hang; `signs` counts the heartbeats of each."""
         now = time.monotonic()
         if now < self.next_look:
             return []

@@ -28,7 +28,7 @@ class SearchRecord:
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer), heard (signs of life of each NNI trial), and where latency is
+                                   pid (of the writer), heard (heartbeats of each NNI trial), and where latency is
                                    limited, confirmations: for each time that the best were measured as whole networks,
                                    what was found and what followed
 
@@ -119,7 +119,7 @@ class SearchRecord:
         return self._append(candidate, {**numbers, "error": error}, trial)
 
     def hear(self, trial):
-        """Counts a sign of life of a trial, for nni_engine.py, which ends a silent one."""
+        """Counts a heartbeat of a trial, for nni_engine.py, which ends a silent one."""
         heard = self.state["heard"]
         heard[trial] = heard.get(trial, 0) + 1
         self._write_state()
@@ -139,7 +139,7 @@ class SearchRecord:
         return True
 
     def _costs(self, candidate):
-        """The costs of a candidate that belong into its result, by name."""
+        """The costs of a candidate that belong in its result, by name."""
         names = costs_of(self.state["settings"])
         costs = {name: self.space.cost(name, candidate) for name in names if name != "latency"}
         return costs | ({"latency_ms": self.space.cost("latency", candidate) / 1e6} if "latency" in names else {})
@@ -230,7 +230,7 @@ def listed_images(out):
 def prepare_search(out, settings, resume, warnings=()):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
-    A search that is resumed may have more generations than before. Raises UserError where `out` has a search and
+    A search that is resumed may have more generations than before. Raises UserError if `out` has a search and
     `resume` is false, or where that search has other settings.
     """
     path = state_path(out)
@@ -277,7 +277,7 @@ def read_generations(out, repair=False, skip=0):
     """The results in acc/*.jsonl, a list for each generation but the first `skip`, whose files are not opened.
 
     An incomplete last line, of a search that was killed while writing it, is ignored, and removed if `repair` is true.
-    Raises UserError where another line is damaged.
+    Raises UserError if another line is damaged.
     """
     paths = sorted((pathlib.Path(out) / "acc").glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
     return [_read_generation(path, repair) for path in paths[skip:]]

@@ -7,7 +7,7 @@ import stat
 import tempfile
 import time
 
-from utils import UserError, heard_by, log, sign_of_life, try_lock
+from utils import UserError, heartbeat, heartbeats_to, log, try_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
 # NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
@@ -15,7 +15,7 @@ from utils import UserError, heard_by, log, sign_of_life, try_lock
 # architecture that was evaluated: NNI may swap the parameters of concurrent trials, so only what a trial reports
 # counts. "default" is the number that NNI's web UI shows.
 
-ALIVE_S = 5  # between signs of life
+ALIVE_S = 5  # between heartbeats
 
 
 def parameters(candidates, until):
@@ -43,10 +43,10 @@ def read_final(message):
 
 @contextlib.contextmanager
 def heard():
-    """In a trial: within the block, NNI hears its signs of life."""
+    """In a trial: within the block, NNI hears its heartbeats."""
     import nni
 
-    with heard_by(lambda: nni.report_intermediate_result(intermediate()), ALIVE_S):
+    with heartbeats_to(lambda: nni.report_intermediate_result(intermediate()), ALIVE_S):
         yield
 
 
@@ -109,12 +109,12 @@ def take_device(names, folder):
         if not waiting:
             log.warning("all of %d GPUs are taken by other processes; waiting for one", len(names))
         waiting = True
-        sign_of_life()
+        heartbeat()
         time.sleep(POLL_S)
 
 
 def lock_folder():
-    """This user's folder of locks, on a local disk. Raises UserError where another user could write to it."""
+    """This user's folder of locks, on a local disk. Raises UserError if another user could write to it."""
     folder = pathlib.Path(tempfile.gettempdir()) / f"spos-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = os.lstat(folder)

@@ -20,7 +20,7 @@ import numpy as np
 
 from images import bundled, image_check
 from settings.subjects import DataConfig
-from utils import UserError, sign_of_life, write_json
+from utils import UserError, heartbeat, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in image_check.SUFFIXES.values() for suffix in suffixes)
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
@@ -71,7 +71,7 @@ def scan(folder, problems=None):
         report(f"{folder}: has no class folders; images belong in {folder}/<class>/")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        sign_of_life()
+        heartbeat()
         entries = [e for e in os.scandir(folder / name) if not e.name.startswith(".")]
         for nested in sorted(e.name for e in entries if e.is_dir()):
             report(f"{folder / name / nested}: a folder inside a class folder; images belong in {folder}/<class>/")
@@ -140,7 +140,7 @@ class Data:
         data = Data("data/fashion-mnist", DataConfig(28, 28))
         training_images = data.images("supernet")
 
-    Raises UserError where an image can't be read or has two labels, or a class is in only one of train and val.
+    Raises UserError if an image can't be read or has two labels, or a class is in only one of train and val.
     """
 
     def __init__(self, folder, config=None, cache=None, listed=None):

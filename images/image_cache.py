@@ -18,7 +18,7 @@ import torch
 
 import distributed
 from images.dataset import calibration_plan, evaluation_plan
-from utils import atomic_write, log, sign_of_life, try_lock
+from utils import atomic_write, heartbeat, log, try_lock
 
 VERSION = 1
 HEADER_BYTES = 4096
@@ -162,7 +162,7 @@ def _lock(path):
         if not waiting:
             log.info("%s: another process is decoding these images; waiting for it", path)
         waiting = True
-        sign_of_life()
+        heartbeat()
         time.sleep(0.2)
     with file:
         yield

@@ -16,7 +16,7 @@ import pathlib
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from utils import UserError, cores, log, read_json, sign_of_life, write_json
+from utils import UserError, cores, heartbeat, log, read_json, write_json
 
 SUFFIXES = {  # of the formats that both DALI and Pillow decode, by Pillow's names; MPO is JPEG with several images
     "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "PPM": (".ppm", ".pgm"),
@@ -80,7 +80,7 @@ def inspect_all(folder, paths):
                 elif other.split("/")[0] != path.split("/")[0]:
                     shared.append(f"{path}: the same image as {other}")
             progress.update(len(chunk))
-            sign_of_life()
+            heartbeat()
     return unreadable, mislabelled, shared
 
 
@@ -110,7 +110,7 @@ def fingerprint(folder, paths):
     """A hash of the names, sizes and modification times of the files."""
     digest = hashlib.sha256()
     for path in paths:
-        sign_of_life()
+        heartbeat()
         try:
             status = os.stat(os.path.join(folder, path))
             digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))

@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**values | {"config": path and str(path)})
 
     def refuse(self, cause, *flags):
-        """Raises UserError where one of `flags` is given that has no effect with `cause`; a default may be repeated."""
+        """Raises UserError if one of `flags` is given that has no effect with `cause`; a default may be repeated."""
         for name in flags:
             attribute = name.replace("-", "_")
             if self.given.get(attribute, self.get_default(attribute)) != self.get_default(attribute):
@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _words(path, action, name, value):
-    """A setting of a file as the words of a command line. Raises UserError where the value has no such form."""
+    """A setting of a file as the words of a command line. Raises UserError if the value has no such form."""
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, not true or false")

@@ -73,7 +73,7 @@ def setting(
 
 
 class Settings:
-    """Base of the frozen dataclasses of settings. Raises UserError where a value is out of bounds.
+    """Base of the frozen dataclasses of settings. Raises UserError if a value is out of bounds.
 
     Where an older file lacks a field, its default is what the absence means; another meaning stands in `ABSENT`.
     `TITLE` is the heading of its flags in --help.

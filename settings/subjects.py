@@ -87,7 +87,7 @@ class DataConfig(Settings):
     def resolve(cls, given, stored=None, source=None):
         """The config of the given values (name -> value), or `stored` of the file `source`.
 
-        Without `stored`, val_resize is 256/224 of the input size by default. Raises UserError where a given value
+        Without `stored`, val_resize is 256/224 of the input size by default. Raises UserError if a given value
         contradicts `stored`, or where the values do not go together.
         """
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
@@ -154,7 +154,7 @@ class Training(Settings):
     TITLE = "training"
 
     iterations: int = setting(150_000, "optimizer steps (default: {default})", count())
-    batch_size: int = setting(1024, "images a step (default: 1024)", count(2, 1_000_000))
+    batch_size: int = setting(1024, "images per step (default: 1024)", count(2, 1_000_000))
     lr: float = setting(0.5, "initial learning rate, decays linearly to 0 (default: 0.5)", real(0, 1000))
     warmup: int = setting(0, "steps of linear warm-up (default: 0)", count(0), unit="N")
     momentum: float = setting(0.9, "momentum of SGD (default: 0.9)", real(0, 1))
@@ -254,10 +254,10 @@ class Search(Settings):
         "acc1", "what makes a candidate the better one: accuracy, or a low loss on the same images (acc1)",
         choices=("acc1", "loss"),
     )  # fmt: skip
-    population: int = setting(50, "candidates a generation (50)", count(1, 100_000))
+    population: int = setting(50, "candidates per generation (50)", count(1, 100_000))
     select: int = setting(None, "parents: this many of the best so far (a fifth)", count(1, 100_000))
-    mutation: int = setting(None, "children by mutation a generation (half)", count(0, 100_000))
-    crossover: int = setting(None, "children by crossover a generation (half)", count(0, 100_000))
+    mutation: int = setting(None, "children by mutation per generation (half)", count(0, 100_000))
+    crossover: int = setting(None, "children by crossover per generation (half)", count(0, 100_000))
     mutation_prob: float = setting(0.1, "of redrawing each block (0.1)", real(0, 1))
     generations: int = setting(20, "populations to evaluate (20)", count(1, 1_000_000))
 
@@ -296,14 +296,14 @@ class Trials(Settings):
     resume: bool = setting(False, "resume the search in OUT", decides=False)
     engine: str = setting("nni", "what runs the evaluations (default: nni)", choices=("nni", "local"), decides=False)
     concurrency: int = setting(
-        None, "trials at a time (that of the experiment file, else one a GPU, or one a remote machine)",
+        None, "trials at a time (that of the experiment file, else one per GPU, or one per remote machine)",
         count(1, 1000), decides=False,
     )  # fmt: skip
     candidates_per_trial: int = setting(
         None, "default: a generation is split over the trials at a time", count(1, 100_000), unit="N", decides=False
     )
     trial_timeout: int = setting(
-        300, "seconds without a sign of life after which a trial is ended (300)", count(1), unit="S", decides=False
+        300, "seconds without a heartbeat after which a trial is ended (300)", count(1), unit="S", decides=False
     )
 
 
@@ -331,7 +331,7 @@ class Testing(Settings):
 
     mode: str = setting("test", "default: test", choices=("gen", "test", "latency"))
     split: str = setting("search", "held-out training images, or val (default: search)", choices=("search", "val"))
-    latency_batch_size: int = setting(1, "images a run (1)", count(1, 100_000), unit="N")
+    latency_batch_size: int = setting(1, "images per run (1)", count(1, 100_000), unit="N")
 
 
 @dataclasses.dataclass(frozen=True)

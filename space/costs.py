@@ -25,7 +25,7 @@ class Costs(NamedTuple):
 
 
 def count_costs(space):
-    """The Costs of a SearchSpace, with affine BN. Raises UserError where an operation does not fit its block."""
+    """The Costs of a SearchSpace, with affine BN. Raises UserError if an operation does not fit its block."""
     import torch
 
     from blocks import OPERATIONS, conv_bn

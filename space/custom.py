@@ -39,7 +39,7 @@ def make_space(name=None, architecture=None, operations=None, input_size=224, n_
     `name` is a preset, a YAML file with a section `space`, or the content of such a section, which stands in the file
     `where`. `architecture` is a file of one, `operations` a file of own operations. Without a name, an architecture
     that a search wrote is of that search's space, and one with widths of `joint`.
-    Raises UserError where these make no space.
+    Raises UserError if these make no space.
     """
     load_operations(operations)
     given = {}
@@ -120,7 +120,7 @@ def _stages(stages, where):
 def load_operations(path):
     """Executes a user's file, which registers operations by `blocks.register`; None does nothing.
 
-    Raises UserError where it can't be executed, registers nothing, or a name that is taken.
+    Raises UserError if it can't be executed, registers nothing, or a name that is taken.
     """
     if path is None:
         return
@@ -146,7 +146,7 @@ def load_operations(path):
 
 
 def with_hash(space):
-    """The space with the hash of the file of its own operations. Raises UserError where one is not loaded."""
+    """The space with the hash of the file of its own operations. Raises UserError if one is not loaded."""
     own = [name for name in space.operations if name not in OPERATIONS]
     for name in own:
         if name not in loaded:
@@ -156,6 +156,6 @@ def with_hash(space):
 
 
 def check_operations(space, where):
-    """Raises UserError where the space of a file has operations that are not loaded, or are not what they were then."""
+    """Raises UserError if the space of a file has operations that are not loaded, or are not what they were then."""
     if with_hash(space).operations_hash != space.operations_hash:
         raise UserError(f"{where}: its operations come from another version of the file of --operations; use that one")

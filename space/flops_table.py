@@ -64,7 +64,7 @@ def _check_opcodes(data):
 def read_flops_table(path):
     """The table in a file, {group: {key: multiply-adds}}; keys are tuples of ints.
 
-    Raises UserError where the file is missing or larger than any table, or holds anything but a table.
+    Raises UserError if the file is missing or larger than any table, or holds anything but a table.
     """
     try:
         with open(path, "rb") as file:
@@ -149,7 +149,7 @@ def official_comparison(space):
 
 
 def comparison(differences, path):
-    """The line that says how a table compares with the analytic count; the differences are with_flops_table's."""
+    """A line about how a table compares with the analytic count; the differences are with_flops_table's."""
     if not differences:
         return f"{path}: all entries agree with the analytic count"
     named = [f"{group} {key} is {flops}, not {analytic}" for (group, key), (flops, analytic) in differences.items()]

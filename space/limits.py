@@ -223,7 +223,7 @@ class Limits:
     # --- what is possible ------------------------------------------------------------------------------------
 
     def check(self):
-        """Raises UserError where no candidate meets all limits, which names the tightest one and what can be reached.
+        """Raises UserError if no candidate meets all limits, which names the tightest one and what can be reached.
 
         In spaces of up to ENUMERABLE candidates this is exact; in larger ones it is what STARTS repairs find.
         """
@@ -277,7 +277,7 @@ class Limits:
         return np.array(totals)
 
     def _impossible(self, name, within, nearest):
-        """The line that says so."""
+        """The message of `check`."""
         low, high = self.bounds[name]
         where = f" with {describe(within)}" if within else ""
         flag = "--flops-limit" if self.bounds.keys() == {"flops"} else f"--limit {name}"

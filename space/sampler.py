@@ -31,7 +31,7 @@ class PathSampler:
 
     `flops_range` is (low, high) in multiply-adds. A bin holds low <= cost < high, the last one its upper edge too. The
     first `width_warmup` steps begin with the widest choices alone and add one width after the other; their paths are
-    uniform, for the widest ones are in no bin. Raises UserError where a bin is so rare that a path would cost some
+    uniform, for the widest ones are in no bin. Raises UserError if a bin is so rare that a path would cost some
     1,000 random candidates (0.2 ms) or more.
     """
 

@@ -5,7 +5,7 @@ large each block is, and what a candidate costs, is in this file. It needs the s
 where costs are asked for that nobody gave it.
 
     candidate      a tuple of ints: the index of an operation for each block, then of a width for each block,
-                   without the part in which nothing is to choose
+                   without the part that offers no choice
     architecture   a candidate as stored: NNI's one-hot form {"LayerChoice1": [false, true, ...], "ChannelChoice1": ...}
                    or a plain list of ints; both are read, the one-hot form is written
     choice         a block's pair of operation and width, as one index
@@ -69,7 +69,7 @@ class SearchSpace:
     `architecture` fixes the operations, so that widths alone are chosen. `operations_hash` is that of the file that
     operations other than the official ones come from. `given_costs` take the place of counted ones.
     input_size is in px. `stem_stride` and `stage_strides` say where the image shrinks: the first block of a
-    stage has the stage's stride. Raises UserError where the numbers make no network.
+    stage has the stage's stride. Raises UserError if the numbers make no network.
     """
 
     input_size: int = 224
@@ -118,7 +118,7 @@ class SearchSpace:
 
     @staticmethod
     def _check_entry(field, value):
-        """Raises UserError where an entry is not of the form of its default."""
+        """Raises UserError if an entry is not of the form of its default."""
         listed = isinstance(value, (tuple, list))
         shown = reprlib.repr(value)  # short, whatever a damaged file holds
         values = value if listed else (value,)
@@ -243,7 +243,7 @@ class SearchSpace:
             yield names[operation], self.widths[width]
 
     def check(self, candidate):
-        """The candidate as a tuple of ints. Raises UserError where it is not one of this space."""
+        """The candidate as a tuple of ints. Raises UserError if it is not one of this space."""
         candidate = tuple(candidate)
         if len(candidate) != len(self.choices):
             unit = "blocks" if len(self.choices) == self.n_blocks else "entries"

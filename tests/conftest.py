@@ -41,7 +41,7 @@ def coloured_image(rng, height, width):
 
 
 def make_tree(root, train=12, val=7):
-    """A `{train,val}/<class>/` tree of JPEG files of several sizes, `train` and `val` images a class."""
+    """A `{train,val}/<class>/` tree of JPEG files of several sizes, `train` and `val` images per class."""
     rng = np.random.default_rng(0)
     for part, n in (("train", train), ("val", val)):
         for name in CLASSES:

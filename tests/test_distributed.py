@@ -323,7 +323,7 @@ def test_a_long_first_image_check_is_no_hang(monkeypatch, lives):
         for _ in range(25 if os.environ["RANK"] == "0" else 0):
             time.sleep(0.1)
             if lives:
-                utils.sign_of_life()
+                utils.heartbeat()
         return "data"
 
     def main(rank):
@@ -331,7 +331,7 @@ def test_a_long_first_image_check_is_no_hang(monkeypatch, lives):
         distributed.all_reduce_max(1)
 
     (_, _), (code, stderr) = outcomes(main)
-    assert code == 0 if lives else (code == 2 and "no sign of life for 1 s" in stderr), stderr
+    assert code == 0 if lives else (code == 2 and "no heartbeat for 1 s" in stderr), stderr
 
 
 def test_the_code_has_a_version(tmp_path, monkeypatch):

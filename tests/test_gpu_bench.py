@@ -37,7 +37,7 @@ def test_lines_of_the_scaling_page_are_calculated_from_a_measurement():
     result["candidates"] = {"rows": {"tree, BN folded": {"seconds": 7.2}}}
     assert load("bench/gpu.py").scaling_rows("GPU", result) == {
         "Training": [
-            "| one GPU, bf16 | 10.7 h | 21.4 h | calculated: 4,000 images/s of random paths, 64 images a step |"
+            "| one GPU, bf16 | 10.7 h | 21.4 h | calculated: 4,000 images/s of random paths, 64 images per step |"
         ],
         "What else it takes": ["| memory of one GPU, bf16 | 26 GB | 25.0 MB an image, measured; times 1,024 |"],
         "Search": ["| one GPU, tree, BN folded | 2.0 h | calculated: 7.2 s a candidate |"],

@@ -17,7 +17,7 @@ from engines.local_engine import search_locally
 from engines.search_record import prepare_search, read_results
 from evolution_tuner import Evolution
 from space.search_space import SearchSpace
-from utils import Interrupted, UserError, interrupt, sign_of_life, signals
+from utils import Interrupted, UserError, heartbeat, interrupt, signals
 
 SPACE = SearchSpace.for_images(28, 10)
 EVOLUTION = {
@@ -128,7 +128,7 @@ def evaluate_and_hang(trial, candidates):
         if sum(candidate) % 5 == 0:
             time.sleep(600)
         for _ in range(10):
-            sign_of_life()
+            heartbeat()
             time.sleep(0.5)
     return evaluate(trial, candidates)
 
@@ -141,7 +141,7 @@ def test_a_worker_that_hangs_is_noticed_by_its_silence(tmp_path, fake, monkeypat
     healthy = next(c for c in candidates if sum(c) % 5)
     with local_engine.Workers(CPU, 2, trial_timeout=4) as workers:
         found = {tuple(c): (results, error) for (c,), results, error in workers.evaluate([[healthy], [hangs]], False)}
-        assert found[hangs] == ([], "a worker gave no sign of life for 4 s")
+        assert found[hangs] == ([], "a worker gave no heartbeat for 4 s")
         assert found[healthy] == ([result(healthy)], None)  # by a new worker
         assert all(error is None for _, _, error in workers.evaluate([[healthy]] * 2))
         time.sleep(2)  # silence of workers that have nothing to do
@@ -158,7 +158,7 @@ def test_a_worker_that_never_starts_is_noticed(fake, monkeypatch):
     monkeypatch.setattr(local_engine, "_start", never_start)
     with local_engine.Workers(CPU, 1, trial_timeout=0.3) as workers:
         ((_, results, error),) = workers.evaluate([[generations()[0][0]]])
-        assert (results, error) == ([], "a worker gave no sign of life for 0.3 s")
+        assert (results, error) == ([], "a worker gave no heartbeat for 0.3 s")
 
 
 @pytest.mark.parametrize(("concurrency", "per_trial", "size"), [(1, None, 5), (2, None, 5), (9, None, 4), (1, 2, 2)])

@@ -185,13 +185,13 @@ def test_a_trial_reports_each_result_as_it_comes_and_lives_meanwhile(monkeypatch
 
     def results():
         for c in candidates:
-            utils.sign_of_life()
+            utils.heartbeat()
             yield {"architecture": c, "acc1": 50.0}
             assert nni.messages[-1]["result"]["architecture"] == c
 
     with trial.heard():
         trial.report(results())
-    utils.sign_of_life()  # nobody hears it
+    utils.heartbeat()  # nobody hears it
     *messages, (_, final) = nni.messages
     assert len(messages) == 4 and trial.read_intermediate(messages) == final["results"] == trial.read_final(final)[1]
     assert [r["architecture"] for r in final["results"]] == candidates
@@ -200,9 +200,9 @@ def test_a_trial_reports_each_result_as_it_comes_and_lives_meanwhile(monkeypatch
 def test_signs_of_life_are_passed_on_now_and_then(monkeypatch):
     clock, heard = [100.0], []
     monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
-    with utils.heard_by(lambda: heard.append(clock[0]), every_s=5):
+    with utils.heartbeats_to(lambda: heard.append(clock[0]), every_s=5):
         for clock[0] in (100.0, 101.0, 104.9, 105.0, 109.0, 117.0):
-            utils.sign_of_life()
+            utils.heartbeat()
     assert heard == [100.0, 105.0, 117.0]
 
 
@@ -210,7 +210,7 @@ def test_who_waits_for_a_device_lives(monkeypatch, tmp_path):
     signs = []
     holder = utils.try_lock(tmp_path / "0.lock")
     monkeypatch.setattr(trial, "POLL_S", 0.01)
-    with utils.heard_by(lambda: signs.append(holder.close()) if len(signs) == 2 else signs.append(None)):
+    with utils.heartbeats_to(lambda: signs.append(holder.close()) if len(signs) == 2 else signs.append(None)):
         trial.take_device(["0"], tmp_path)
     assert len(signs) == 3
     trial.held.pop().close()

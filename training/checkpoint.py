@@ -15,7 +15,7 @@ from weight_files import VERSION, load, load_weights
 
 
 def save(path, **content):
-    """Writes a checkpoint under a temporary name, then renames it. Raises UserError where the disk is full."""
+    """Writes a checkpoint under a temporary name, then renames it. Raises UserError if the disk is full."""
     try:
         with atomic_write(path, "wb") as file:
             torch.save({"version": VERSION, **content}, file)
@@ -61,7 +61,7 @@ def open_supernet(path, out, images, given, listed=None):
     """(supernet, its Checkpoint, DataConfig, Data): the supernet of `load_supernet`, and the images that go with it.
 
     `images` is an Images; `given` has the values of a DataConfig that are given (name -> value), which must be those of
-    the checkpoint; `listed` is as for Data. Raises UserError where checkpoint, settings and images don't go together.
+    the checkpoint; `listed` is as for Data. Raises UserError if checkpoint, settings and images don't go together.
     """
     model, ckpt = load_supernet(path, out, SearchSpace.for_images(given.get("input_size", 224)))
     config = DataConfig.resolve(given, ckpt.data, ckpt.path)
@@ -81,7 +81,7 @@ def unfinished(ckpt):
 
 
 def check_split(ckpt, split):
-    """Raises UserError where the supernet was trained on another split, so perhaps on images that are held out now."""
+    """Raises UserError if the supernet was trained on another split, so perhaps on images that are held out now."""
     if ckpt.split is None:
         log.warning("%s carries no split: the search images were probably seen in training", ckpt.path)
     elif ckpt.split != split:
@@ -90,7 +90,7 @@ def check_split(ckpt, split):
 
 
 def check_classes(ckpt, classes):
-    """Raises UserError where the data's classes are not the checkpoint's."""
+    """Raises UserError if the data's classes are not the checkpoint's."""
     if ckpt.space.n_classes != len(classes):
         counts = f"has {ckpt.space.n_classes} classes, the data {len(classes)}"
         raise UserError(f"{ckpt.path}: {counts}; use the same --data-dir")

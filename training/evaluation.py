@@ -45,7 +45,7 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     where it is not finite), n_images, seconds (its share).
     `calibration` and `validation` yield batches (images (N, 3, H, W), labels (N,)), the same at every iteration. With
     `fold`, BN is folded into the convolutions for validation; `amp` "bf16" computes convolutions in bfloat16. The
-    supernet is left in eval mode with its own BN statistics. Raises UserError where a candidate is not of its space.
+    supernet is left in eval mode with its own BN statistics. Raises UserError if a candidate is not of its space.
     """
     start = time.perf_counter()
     candidates = [supernet.space.check(c) for c in candidates]
@@ -165,7 +165,7 @@ def _all_reduce_counts(counts, n_images, width):
 def resolve_device(name="auto", threads=None):
     """The torch device "auto", "cpu" or "cuda"; sets the CPU threads, and makes cuDNN deterministic (official search).
 
-    Raises UserError where there is no GPU to use.
+    Raises UserError if there is no GPU to use.
     """
     if threads:
         torch.set_num_threads(threads)

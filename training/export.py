@@ -71,7 +71,7 @@ def metadata(model, ckpt, config):
 def export(path, model, ckpt, config):
     """Writes the network to `path`, .pt2 or .onnx; returns the largest difference of its logits and its latency.
 
-    Raises UserError where the suffix is another, a package is missing, the file can't be written or its logits differ.
+    Raises UserError if the suffix is another, a package is missing, the file can't be written or its logits differ.
     """
     path = pathlib.Path(path)
     if path.suffix not in (".pt2", ".onnx"):

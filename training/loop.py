@@ -198,7 +198,7 @@ class _Meter:
             self.first = self.step, self.seconds
 
     def fetch(self):
-        """The rows so far. Raises UserError where a loss was not finite, unless --amp fp16 can still scale lower."""
+        """The rows so far. Raises UserError if a loss was not finite, unless --amp fp16 can still scale lower."""
         if self.window:
             rows = distributed.all_reduce_sum(torch.stack(self.window).double().cpu())
             rows[:, 0] /= distributed.world_size()

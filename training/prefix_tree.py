@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from blocks import Narrow, conv_bn_pairs, first_channels
 from network import autocast, batch_norms, fold_bn
-from utils import sign_of_life
+from utils import heartbeat
 
 
 class _Part:
@@ -130,7 +130,7 @@ class PrefixTree:
         stack = [(self.root, images)]
         with autocast(images.device, self.amp):
             while stack:
-                sign_of_life()
+                heartbeat()
                 node, x = stack.pop()
                 node.attach()
                 if fold:

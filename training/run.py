@@ -43,7 +43,7 @@ class TrainingRun:
 
         `config` (name -> value) are the settings that config.yml says.
 
-        Raises UserError where another run holds the lock, or where the ranks do not agree on settings, images (of the
+        Raises UserError if another run holds the lock, or where the ranks do not agree on settings, images (of the
         hash `images`) or code.
         """
         distributed.check_same(self._identity(images))
@@ -89,7 +89,7 @@ class TrainingRun:
         return content["step"], metrics, content["rows"], validation_due
 
     def _newest(self):
-        """The content of the newest whole checkpoint, or None. Raises UserError where it is of another run."""
+        """The content of the newest whole checkpoint, or None. Raises UserError if it is of another run."""
         for left in self.folder.glob(".checkpoint-*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
         damaged = {}
@@ -110,7 +110,7 @@ class TrainingRun:
         return None
 
     def _check(self, path, content):
-        """Raises UserError where a checkpoint is not one that this run can resume from."""
+        """Raises UserError if a checkpoint is not one that this run can resume from."""
         found = weight_files.parse(content, path, self.kind)
         if found.content is None:
             raise UserError(f"{path}: not a checkpoint of this program; use another --out, or --resume none")

@@ -1,7 +1,7 @@
 """The search without NNI: the same evolution and files, with worker processes, each on a GPU of its own or a CPU."""
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import itertools
 import json
@@ -13,7 +13,7 @@ from engines.search_record import SearchRecord, listed_images
 from engines.trial import gpu_names, take_gpu
 from evolution_tuner import Evolution
 from space.splitting import at_once, chunks, cut
-from utils import UserError, heard_by, leave_signals_to_parent, log, sign_of_life
+from utils import UserError, check_shared_memory, heard_by, leave_signals_to_parent, log, sign_of_life
 
 POLL_S = 1.0  # between looks at the workers' signs of life
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
@@ -115,6 +115,7 @@ class Workers:
 
     def _workers(self):
         if self.pool is None:
+            check_shared_memory(self.n)
             # A worker's last sign of life, 0 while it has nothing to do; and how many workers have started.
             self.signs, started = SPAWN.Array("d", self.n, lock=False), SPAWN.Value("i")
             arguments = self.n, SPAWN, _start, (self.signs, started)

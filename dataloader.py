@@ -13,10 +13,13 @@ import utils  # first, so that Ctrl-C while torch is imported prints one line
 
 # isort: split
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import io
 import itertools
+import math
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -102,6 +105,9 @@ class Loader:
 
     def _made_by_workers(self, dataset, plan, pin_memory=False):
         """Yields (what `dataset` makes of a batch, samples), made by worker processes, in the order of the plan."""
+        if self.workers:
+            utils.check_shared_memory(self.workers)
+        told, tell = multiprocessing.Pipe(duplex=False)
         batches = torch.utils.data.DataLoader(
             dataset(self.images, self.config, self.augment, self.seed),
             batch_sampler=plan,
@@ -109,7 +115,7 @@ class Loader:
             num_workers=self.workers,
             pin_memory=pin_memory,
             prefetch_factor=AHEAD if self.workers else None,
-            worker_init_fn=utils.leave_signals_to_parent,
+            worker_init_fn=functools.partial(utils.leave_signals_to_parent, told),
         )
         try:
             for made, samples, error in batches:
@@ -120,7 +126,10 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             what = f"one of {self.workers} loader processes ended: {str(error).splitlines()[0]}"
-            raise UserError(f"{what} (too little memory?); resume with the same command and fewer --workers") from None
+            memory = " ".join(["too little memory?", utils.shared_memory()]).strip()
+            raise UserError(f"{what} ({memory}); resume with the same command and fewer --workers") from None
+        finally:  # a worker may be in the midst of a batch: DataLoader would wait for each for five seconds, twice
+            tell.send_bytes(b"end")
 
     def _dali(self, plan):
         import nvidia.dali
@@ -168,14 +177,14 @@ class Loader:
                 images = fn.color_twist(images, **others)
             return images if flip is None else fn.flip(images, horizontal=flip)
 
-        pipeline = pipeline_def(operators)(
-            batch_size=len(first[1]),
-            num_threads=max(1, self.workers),
-            device_id=torch.cuda.current_device() if gpu else None,
-            prefetch_queue_depth=2,
-        )
-        pipeline.build()
         with contextlib.closing(batches):
+            pipeline = pipeline_def(operators)(
+                batch_size=len(first[1]),
+                num_threads=max(1, self.workers),
+                device_id=torch.cuda.current_device() if gpu else None,
+                prefetch_queue_depth=2,
+            )
+            pipeline.build()
             while True:
                 try:
                     (output,) = pipeline.run()
@@ -250,6 +259,25 @@ def _as_it_is(batch):
     return batch
 
 
+def _share(made, n, ahead):
+    """Moves the tensors of a batch of `n` images into shared memory, of which `ahead` batches may take a part.
+
+    A queue would do so in a thread, print its error and lose the batch. Raises UserError if there is no room.
+    """
+    tensors = [value for value in (made.values() if isinstance(made, dict) else [made]) if torch.is_tensor(value)]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        mib = sum(tensor.nbytes for tensor in tensors) / 2**20
+        why = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+        raise UserError(
+            f"no shared memory for a batch of {n} images ({why}): it takes {mib:.2f} MiB, up to {ahead} wait there, "
+            f"and {utils.shared_memory()}; give fewer --workers (0 needs none), smaller batches, or more memory, "
+            f"as docker run --shm-size {math.ceil(2 * mib * ahead / 1024)}g"
+        ) from None
+
+
 class _Images:
     """A dataset for worker processes: a batch of a plan -> (what `_make` makes of it, samples, error or None)."""
 
@@ -262,7 +290,10 @@ class _Images:
     def __getitems__(self, samples):
         samples = np.asarray(samples)
         try:
-            return self._make(samples), samples, None
+            made = self._make(samples)
+            if worker := torch.utils.data.get_worker_info():
+                _share(made, len(samples), AHEAD * worker.num_workers)
+            return made, samples, None
         except UserError as error:  # DataLoader would raise a worker's error as the text of a traceback
             return None, samples, str(error)
 

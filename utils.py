@@ -10,12 +10,14 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import platform
 import re
 import reprlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,23 +87,51 @@ def watch_parent():
     return lambda: os.getppid() != number or (parent is not None and not parent.is_alive())
 
 
-def end_with_parent():
-    """Ends this process within a second after its parent has ended, for whatever reason."""
+def end_with_parent(told=None):
+    """Ends this process within a second after its parent has ended, for whatever reason.
+
+    `told` is a Connection, which nobody reads: the process ends too once the parent has written to it.
+    """
     parent_ended = watch_parent()
 
     def watch():
-        while not parent_ended():
-            time.sleep(0.5)
-        os._exit(1)
+        while not parent_ended() and not (told.poll(0.5) if told else time.sleep(0.5)):
+            pass
+        os._exit(int(parent_ended()))
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave_signals_to_parent(*_):
-    """Makes this worker process ignore SIGINT and SIGTERM, and end when its parent ends."""
+def leave_signals_to_parent(told=None, *_):
+    """Makes this worker process ignore SIGINT and SIGTERM, and end when its parent ends or tells it to."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(told)
+
+
+def shared_memory():
+    """What /dev/shm holds, in words, or "" on a system without it."""
+    with contextlib.suppress(OSError):
+        size = shutil.disk_usage("/dev/shm")
+        return f"/dev/shm has {size.total / 2**20:.2f} MiB, {size.free / 2**20:.2f} of them free"
+    return ""
+
+
+def check_shared_memory(n):
+    """Raises UserError if `n` worker processes can't share what they need: semaphores, and sockets in TMPDIR.
+
+    DataLoader's own errors come with a traceback, or in a thread of a worker, for whose batch it then waits for ever.
+    """
+    try:
+        _ = [multiprocessing.Semaphore() for _ in range(5 * n + 10)]  # more than DataLoader and a pool take
+    except OSError as error:
+        text = f"/dev/shm: {error.strerror or error}: no room for the semaphores of {n} worker processes"
+        raise UserError(f"{text}; {shared_memory()}; give it more memory, as docker run --shm-size 1g") from None
+    try:
+        multiprocessing.connection.Listener().close()
+    except OSError as error:
+        text = f"TMPDIR {tempfile.gettempdir()}: worker processes can't open a socket there ({error.strerror or error})"
+        raise UserError(f"{text}; set TMPDIR to a folder that can be written and has a short path, as /tmp") from None
 
 
 _listeners = []  # (listener, every_s, [time of its last call])

@@ -1,6 +1,6 @@
 """The search without NNI: the same evolution and files, with worker processes, each on a GPU of its own or a CPU."""
 
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from evolution_tuner import Evolution
 from settings.subjects import DataConfig, Evaluation, Images, Run
 from space.custom import load_operations
 from space.splitting import chunks, cut
-from utils import UserError, heartbeat, heartbeats_to, leave_signals_to_parent, log
+from utils import UserError, check_shared_memory, heartbeat, heartbeats_to, leave_signals_to_parent, log
 
 POLL_S = 1.0  # between looks at the workers' heartbeats
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
@@ -114,6 +114,7 @@ class Workers:
 
     def _workers(self):
         if self.pool is None:
+            check_shared_memory(self.n)
             # A worker's last heartbeat, 0 while it has nothing to do; and how many workers have started.
             self.signs = SPAWN.Array("d", self.n, lock=False)
             started = SPAWN.Value("i")

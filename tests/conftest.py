@@ -1,6 +1,7 @@
 """Shared fixtures: small trees of coloured images, bundled ones as tensors, and scripts in this process or another."""
 
 import contextlib
+import errno
 import functools
 import gc
 import importlib.util
@@ -109,6 +110,16 @@ def folders(tmp_path_factory):
 def forked(monkeypatch):
     """The local engine forks its workers: spawned ones would import torch again."""
     monkeypatch.setattr(local_engine, "SPAWN", multiprocessing.get_context("fork"))
+
+
+@pytest.fixture
+def no_semaphores(monkeypatch):
+    """A /dev/shm that is full: no process gets a semaphore."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
+import signal
+import time
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -31,7 +34,7 @@ from images.dataset import (
     training_plan,
     validation_geometry,
 )
-from utils import UserError
+from utils import Interrupted, UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=37, heldout_per_class=3)
 BACKENDS = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(
@@ -345,6 +348,83 @@ def test_workers_start_in_every_way(tree, backend, method):
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert len(found) == 3 and all(map(torch.equal, found, expected))
+
+
+@pytest.fixture
+def in_workers(monkeypatch):
+    """Calls a function in the worker processes, before each batch."""
+
+    def install(function):
+        for images in (dataloader._TorchvisionImages, dataloader._EncodedImages):
+
+            def make(self, samples, make=images._make):
+                function()
+                return make(self, samples)
+
+            monkeypatch.setattr(images, "_make", make)
+
+    return install
+
+
+def waited_for(tree, backend, after_s=30, error=TimeoutError):
+    """Decodes with two workers; raises `error` after some seconds. Returns (sizes of the batches, workers)."""
+    workers, images = [], scan(tree / "val")
+
+    def stop(*_):
+        workers.extend(multiprocessing.active_children())
+        raise error
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, after_s)
+    try:
+        loader = Loader(images, CONFIG, False, backend=backend, workers=2)
+        return [len(batch) for batch, _ in loader.decode(evaluation_plan(len(images), 8))], workers
+    except Interrupted:
+        return None, workers
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_that_does_not_fit_into_shared_memory_is_named(tree, backend, in_workers):
+    """As with a full /dev/shm; a limit on the sizes of files needs no right to mount one."""
+    in_workers(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1)))
+    text = r"8 images \(File too large .*takes [0-9.]+ MiB, up to 4 .*/dev/shm has .* MiB.*--workers.*--shm-size 1g"
+    with pytest.raises(UserError, match=text):
+        waited_for(tree, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tmpdir_whose_path_is_too_long_for_a_socket_is_named(tree, tmp_path, backend, monkeypatch):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: str(folder))
+    with pytest.raises(UserError, match=r"^TMPDIR .*too long.*short path"):
+        waited_for(tree, backend)
+
+
+def test_a_dev_shm_without_room_for_semaphores_is_named(tree, no_semaphores):
+    with pytest.raises(UserError, match=r"^/dev/shm: No space left on device: .*semaphores.*--shm-size"):
+        waited_for(tree, "torchvision")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_worker_in_the_midst_of_a_batch_ends_with_the_wait_for_it(tree, backend, in_workers):
+    """The process would wait for it when it ends."""
+    in_workers(lambda: time.sleep(60))
+    sizes, workers = waited_for(tree, backend, 0.3, Interrupted)
+    assert sizes is None and len(workers) == 2
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_may_take_its_time(tree, backend, in_workers):
+    in_workers(lambda: time.sleep(90))
+    assert waited_for(tree, backend, 600)[0] == [8, 8, 5]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

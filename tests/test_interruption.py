@@ -11,13 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, run
 
+import dataloader
 import search
 from engines.search_record import read_generations
 from reports.search_results import SearchResults
+from training import loop
+from training.checkpoint import checkpoints
 
 CALIBRATION = "--bn-batches 1 --bn-batch-size 4"
 SUPERNET = f"--iterations 1 --batch-size 4 --val-paths 1 --space small {CALIBRATION}"
@@ -77,6 +81,34 @@ def test_ctrl_c_ends_a_command_in_one_line(data, out, tree, tmp_path, monkeypatc
         assert not lines and "stopped by SIGINT: 0 candidates are kept, at most 4 that were being" in stderr
     else:
         assert [line for line in lines if not re.search(r"\d+%|\dit/s|step/s", line)] == [f"{script}: {LINE}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_that_waits_for_a_batch_ends_with_its_last_step(data, tmp_path, monkeypatch, number):
+    """The signal comes while a worker makes the third batch, with which it goes on."""
+    make, add, made, trained = dataloader._TorchvisionImages._make, loop._Meter.add, [], tmp_path / "trained"
+
+    def stuck(images, samples):
+        made.append(samples)  # by this worker
+        while len(made) == 3:
+            if trained.exists():
+                os.kill(os.getppid(), number)
+                time.sleep(60)
+                break
+            time.sleep(0.01)
+        return make(images, samples)
+
+    def added(meter, *values):
+        add(meter, *values)
+        if meter.step == 2:
+            trained.touch()
+
+    monkeypatch.setattr(dataloader._TorchvisionImages, "_make", stuck)
+    monkeypatch.setattr(loop._Meter, "add", added)
+    words = (SUPERNET, "--iterations 9 --workers 1", "--out", tmp_path)
+    _, stderr = run("supernet.py", *data, *words, code=128 + number)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints" / "supernet")] == ["checkpoint-0000002.pth"]
+    assert "checkpoint-0000002.pth; the same command resumes from there" in stderr
 
 
 @pytest.mark.parametrize("command", ["supernet.py", "report.py", "bench/demo.py"])

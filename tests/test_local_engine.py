@@ -182,6 +182,11 @@ def test_what_a_user_can_put_right_ends_the_search(tmp_path, fake):
         searched(tmp_path)
 
 
+def test_a_dev_shm_without_room_for_semaphores_is_named(tmp_path, fake, no_semaphores):
+    with pytest.raises(UserError, match=r"^/dev/shm: No space left on device: .*semaphores.*--shm-size"):
+        searched(tmp_path)
+
+
 def test_where_nothing_works_the_search_stops(tmp_path, fake):
     fake(evaluate_in_vain)
     with pytest.raises(UserError, match=r"no candidate can be evaluated.*out of memory"):

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 import types
 
 import pytest
@@ -377,6 +379,70 @@ def test_a_signal_saves_and_ends(tmp_path, number):
     assert images.taken == 16
     supernet_run(tmp_path / "straight", settings())
     assert_same_end(tmp_path, tmp_path / "straight")
+
+
+class Ending(Images):
+    """`how()` is called while the batch of step `at` is waited for, which then still comes."""
+
+    def __init__(self, at, how):
+        super().__init__()
+        self.at, self.how = at, how
+
+    def batches(self, plan):
+        for batch in super().batches(plan):
+            if self.taken == self.at:
+                self.how()
+            yield batch
+
+
+def kill(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # the handler runs
+
+
+def fail():
+    raise UserError("no batch")
+
+
+@pytest.mark.parametrize("at, ends", [(4, signal.SIGTERM), (4, signal.SIGINT), (4, None), (1, signal.SIGTERM)])
+def test_what_ends_the_wait_for_a_batch_leaves_the_last_step_saved(tmp_path, caplog, at, ends):
+    """A signal, or an error of the loader."""
+    how, error = (lambda: kill(ends), SystemExit) if ends else (fail, UserError)
+    caplog.set_level("INFO", "spos")
+    with pytest.raises(error):
+        supernet_run(tmp_path, settings(iterations=5), images=Ending(at, how))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000003.pth"] * (at == 4)
+    assert ("the same command resumes from there" in caplog.text) == (at == 4)
+    images = Images()
+    supernet_run(tmp_path, settings(iterations=5), images=images)
+    assert images.taken == 6 - at
+    supernet_run(tmp_path / "straight", settings(iterations=5))
+    assert_same_end(tmp_path, tmp_path / "straight")
+
+
+def test_a_validation_that_fails_leaves_its_step_saved(tmp_path):
+    with pytest.raises(UserError, match="no batch"):
+        supernet_run(tmp_path, settings(iterations=4, val_every=2), validate=lambda step: fail())
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000002.pth"]
+    supernet_run(tmp_path, settings(iterations=4, val_every=2))
+    assert [row["step"] for row in log_rows(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("same_s, saved", [(0, []), (1000, ["checkpoint-0000004.pth"])])
+def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch, same_s, saved):
+    """Unless it is the first one, sent twice."""
+
+    class Twice(Stopping):
+        def candidate(self, step):
+            return super().candidate(step) and super().candidate(step)
+
+    monkeypatch.setattr(loop, "SAME_SIGNAL_S", same_s)
+    run = multiprocessing.get_context("fork").Process(
+        target=supernet_run, args=(tmp_path, settings()), kwargs={"sampler": Twice(SPACE, 0)}
+    )
+    run.start()
+    run.join()
+    assert run.exitcode == 128 + signal.SIGTERM and [path.name for path in checkpoints(tmp_path)] == saved
 
 
 def test_a_signal_in_the_last_step_leaves_its_validation_to_the_next_run(tmp_path):

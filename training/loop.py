@@ -6,6 +6,7 @@ ends with the same bits as an uninterrupted one. The step itself is in recipe.py
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ from training.checkpoint import newest
 from training.evaluation import correct_counts
 from training.recipe import Recipe
 from training.run import Journal, TrainingRun
-from utils import Interrupted, UserError, duration, log, signals, watch_parent
+from utils import INTERRUPTED, Interrupted, UserError, duration, log, signals, watch_parent
 
 try:
     import resource
@@ -29,6 +30,8 @@ LOG_EVERY = 50  # steps
 # The plan of a run is said after some steps, the first of which are not timed: a GPU builds plans at the first use of
 # every operation.
 PLAN_AFTER = {"cpu": (1, 5), "cuda": (LOG_EVERY // 2, LOG_EVERY)}  # device: steps not timed, steps
+SAME_SIGNAL_S = 0.2  # within it a signal is the same again: a shell's timeout sends it to the process and to its group
+ERRORS = UserError, OSError  # of images and of worker processes
 
 
 def train(model, loader, training, candidate_at=None, validate=None, run=None, device="cpu", seed=0):
@@ -37,8 +40,9 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
     `loader` is a Loader that augments. `candidate_at(step)` is the candidate that a supernet trains at a step, which
     count from 1. `validate(step)`, where there is one, returns {"val/...": percent}; it is called every
     training.val_every steps and at the end. `run` (a TrainingRun) keeps checkpoints and logs, and resumes; without it
-    nothing is kept on disk. SIGINT and SIGTERM end the process after it has saved the current step; a validation that
-    they end is done again when the run is resumed. Each rank trains on its share of every batch.
+    nothing is kept on disk. SIGINT and SIGTERM end a process that has a run after it has saved the current step, or the
+    last one where it waits for a batch; a validation that they end is done again when the run is resumed. Each rank
+    trains on its share of every batch.
     """
     run = run or TrainingRun()
     iterations = training.iterations
@@ -57,7 +61,7 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
     meter = _Meter(recipe, candidate_at, done, metrics["seconds"], rows)
     interruption = _Interruption()
     journal = Journal(run.folder, done, iterations, model.space, done - 1 if validation_due else done)
-    with journal, signals(interruption.note):
+    with journal, signals(interruption.note) if run.folder else contextlib.nullcontext():
 
         def save(step, validation_due=False):
             metrics["seconds"] = meter.seconds
@@ -71,6 +75,9 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
             except Interrupted as error:
                 interruption.lost = f"; the validation, {duration(meter.pauses[-1])} so far, is done again"
                 return error.args[0]
+            except ERRORS:
+                keep(step, validation_due=True)
+                raise
             finally:
                 model.train()
             left = iterations // training.val_every - step // training.val_every
@@ -78,11 +85,27 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
             journal.write(step, metrics, candidate_at)
             return 0
 
+        def keep(step, validation_due=False):
+            """Saves a finished step before an error ends the run, unless other ranks are in another collective."""
+            if run.folder and step > done and world_size == 1:
+                log.info("saved %s; the same command resumes from there", save(step, validation_due))
+
+        def waited_for(batches):
+            """Yields the batches. What ends the wait for one, a signal or an error, leaves the last step saved."""
+            try:
+                yield from meter.waits_for(interruption.ends_waits_for(batches))
+            except Interrupted as error:
+                saved = save(meter.step) if meter.step > done else newest(run.folder)
+                interruption.end(saved, *error.args)
+            except ERRORS:
+                keep(meter.step)
+                raise
+
         if validation_due:
             if stop := validated(done):
                 interruption.end(newest(run.folder), stop)
             save(done)
-        for step, (images, labels) in enumerate(meter.waits_for(loader.batches(plan)), done + 1):
+        for step, (images, labels) in enumerate(waited_for(loader.batches(plan)), done + 1):
             loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
             meter.add(loss, logits, labels)
             journal.progress.update()
@@ -232,10 +255,14 @@ class _Meter:
 
 
 class _Interruption:
-    """Stores SIGINT and SIGTERM, whose handler is `note`, in `signal`; the death of torchrun counts as SIGTERM."""
+    """Stores SIGINT and SIGTERM, whose handler is `note`, in `signal`; the death of torchrun counts as SIGTERM.
+
+    A second signal ends a process at once, unless it is one of several ranks, to which torchrun passes its own on.
+    """
 
     def __init__(self):
         self.noted = 0
+        self.noted_at = math.inf
         self.raises = False
         self.parent_ended = watch_parent()
         self.lost = ""  # what has to be done again, for the log
@@ -251,17 +278,33 @@ class _Interruption:
         finally:
             self.raises = False
 
+    def ends_waits_for(self, batches):
+        """Yields the batches; a signal ends the wait for one. Ranks end together instead, after a step."""
+        batches = iter(batches)
+        while True:
+            with contextlib.nullcontext() if distributed.world_size() > 1 else self.raised():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
     @property
     def signal(self):
         orphaned = distributed.world_size() > 1 and self.parent_ended()  # nothing would restart the other ranks
         return self.noted or (signal.SIGTERM if orphaned else 0)
 
     def note(self, number, _):
-        self.noted = number
+        again = time.monotonic() - self.noted_at > SAME_SIGNAL_S
+        if again and distributed.world_size() == 1:
+            os._exit(128 + number)
+        self.noted, self.noted_at = number, min(self.noted_at, time.monotonic())
         if self.raises:
             raise Interrupted(number)
 
     def end(self, saved, number):
         """Ends the process; `saved` is the checkpoint from which the run is resumed."""
-        log.info("interrupted: saved %s; the same command resumes from there%s", saved, self.lost)
+        if saved:
+            log.info("interrupted: saved %s; the same command resumes from there%s", saved, self.lost)
+        else:
+            log.info(INTERRUPTED)
         raise SystemExit(128 + number)

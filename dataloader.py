@@ -132,58 +132,21 @@ class Loader:
             tell.send_bytes(b"end")
 
     def _dali(self, plan):
-        import nvidia.dali
-        from nvidia.dali import fn, pipeline_def, types
-
-        size = self.config.input_size
-        gpu = self.device.type == "cuda"
-        sent = []  # batches in the pipeline, in order
         batches = self._made_by_workers(_EncodedImages, plan)
         first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
         if first is None:
             return
+        sent = []  # the samples of the batches in the pipeline, in order
 
-        def source():
-            for inputs, samples in itertools.chain([first], batches):
+        def inputs():
+            """Yields the inputs of the pipeline, batch by batch."""
+            for values, samples in itertools.chain([first], batches):
                 sent.append(samples)
-                files = np.split(inputs["encoded"].numpy(), inputs["ends"][:-1])
-                yield files, *(inputs[name] for name in names[1:])
-
-        names = ["encoded", "shape", "corner"]
-        if self.augment and self.config.jitter:
-            names += ["brightness", "contrast", "saturation"]
-        if self.augment and self.config.mirror:
-            names += ["horizontal_flip"]
-
-        def operators():
-            outputs = fn.external_source(source(), num_outputs=len(names), batch=True)
-            encoded, shape, corner, *others = outputs
-            others = dict(zip(names[3:], others))
-            decoder = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
-            if int(nvidia.dali.__version__.split(".")[0]) >= 2:
-                decoder["adjust_orientation"] = False  # ignores EXIF, like DALI 1, torchvision and the official code
-            resize = {"interp_type": types.INTERP_LINEAR}
-            if not self.augment:
-                images = fn.resize(
-                    fn.decoders.image(encoded, **decoder), size=shape, antialias=False, subpixel_scale=False, **resize
-                )
-                return fn.crop(images, crop=(size, size), crop_pos_y=corner[0], crop_pos_x=corner[1], rounding="round")
-            images = fn.decoders.image_slice(
-                encoded, corner, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False, **decoder
-            )
-            images = fn.resize(images, resize_x=size, resize_y=size, antialias=True, **resize)
-            flip = others.pop("horizontal_flip", None)
-            if others:
-                images = fn.color_twist(images, **others)
-            return images if flip is None else fn.flip(images, horizontal=flip)
+                files = np.split(values["encoded"].numpy(), values["ends"][:-1])
+                yield files, *(values[name] for name in self._dali_inputs[1:])
 
         with contextlib.closing(batches):
-            pipeline = pipeline_def(operators)(
-                batch_size=len(first[1]),
-                num_threads=max(1, self.workers),
-                device_id=torch.cuda.current_device() if gpu else None,
-                prefetch_queue_depth=2,
-            )
+            pipeline = self._dali_pipeline(inputs(), len(first[1]))
             pipeline.build()
             while True:
                 try:
@@ -194,6 +157,52 @@ class Loader:
                     raise UserError(self._undecodable(sent) or f"DALI: {str(error).splitlines()[0]}") from None
                 samples = sent.pop(0)
                 yield self._dali_tensor(output, len(samples)), samples
+
+    @property
+    def _dali_inputs(self):
+        """The names of the pipeline's inputs, as `_EncodedImages` makes them."""
+        names = ["encoded", "shape", "corner"]
+        if self.augment and self.config.jitter:
+            names += ["brightness", "contrast", "saturation"]
+        if self.augment and self.config.mirror:
+            names += ["horizontal_flip"]
+        return names
+
+    def _dali_pipeline(self, inputs, batch_size):
+        """Decode, resize and crop, and in training color_twist and flip; `inputs` yields those of each batch."""
+        import nvidia.dali
+        from nvidia.dali import fn, pipeline_def, types
+
+        size = self.config.input_size
+        gpu = self.device.type == "cuda"
+        decoder = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+        if int(nvidia.dali.__version__.split(".")[0]) >= 2:
+            decoder["adjust_orientation"] = False  # ignores EXIF, like DALI 1, torchvision and the official code
+        bilinear = {"interp_type": types.INTERP_LINEAR}
+
+        def validation(encoded, shape, corner):
+            images = fn.decoders.image(encoded, **decoder)
+            images = fn.resize(images, size=shape, antialias=False, subpixel_scale=False, **bilinear)
+            return fn.crop(images, crop=(size, size), crop_pos_y=corner[0], crop_pos_x=corner[1], rounding="round")
+
+        def training(encoded, shape, corner, horizontal_flip=None, **jitter):
+            window = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+            images = fn.decoders.image_slice(encoded, corner, shape, **window, **decoder)
+            images = fn.resize(images, resize_x=size, resize_y=size, antialias=True, **bilinear)
+            if jitter:
+                images = fn.color_twist(images, **jitter)
+            return images if horizontal_flip is None else fn.flip(images, horizontal=horizontal_flip)
+
+        def operators():
+            outputs = fn.external_source(inputs, num_outputs=len(self._dali_inputs), batch=True)
+            return (training if self.augment else validation)(**dict(zip(self._dali_inputs, outputs)))
+
+        return pipeline_def(operators)(
+            batch_size=batch_size,
+            num_threads=max(1, self.workers),
+            device_id=torch.cuda.current_device() if gpu else None,
+            prefetch_queue_depth=2,
+        )
 
     def _dali_tensor(self, output, n):
         shape = (n, self.config.input_size, self.config.input_size, 3)

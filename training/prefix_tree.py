@@ -15,35 +15,50 @@ from utils import heartbeat
 
 
 class _Part:
-    """A part of the supernet that nodes run, with its norms and, where BN is folded, the copy to fold into."""
+    """A part of the supernet that nodes run: `run`, or `folded` where BN is folded; `norms` have its statistics."""
 
     def __init__(self, supernet, fold, key):
         self.run = supernet.part(key)
-        module = supernet.module_of(key)
+        module = supernet.module_of(key)  # has the weights
         narrow = isinstance(self.run, Narrow)
-        form = self.run.form if narrow else module
+        form = self.run.form if narrow else module  # has the shapes at this width
         self.norms = batch_norms(module)
-        forms = batch_norms(form)
-        self.channels = [norm.num_features for norm in forms]
+        self.channels = [norm.num_features for norm in batch_norms(form)]
         self.folded = self.run
-        self.pairs = []
-        self.others = []
+        self.copy = None
         if fold and not (narrow and _has_other_weights(form)):
-            copy = fold_bn(form)
-            self.folded = (lambda x: supernet.classify(copy(x))) if key == "head" else copy
-            names = {m: name for name, m in form.named_modules()}
-            copies = dict(copy.named_modules())
-            originals = dict(module.named_modules())
-            # (convolution, index of its weights at this width, norm, folded convolution); norms that are not folded
-            self.pairs = [
-                (originals[names[conv]], first_channels(conv.weight.shape), originals[names[norm]], copies[names[conv]])
-                for conv, norm in conv_bn_pairs(form)
-            ]
-            folds = {norm for _, _, norm, _ in self.pairs}
-            self.others = [(n, copies[names[f]]) for n, f in zip(self.norms, forms) if n not in folds]
+            self.copy = copy = _FoldedCopy(form, module)
+            self.folded = (lambda x: supernet.classify(copy.module(x))) if key == "head" else copy.module
 
     def fold(self):
-        """Folds the statistics of the norms into the copy."""
+        """Brings `folded` up to date with the statistics of the norms."""
+        if self.copy:
+            self.copy.update()
+
+
+class _FoldedCopy:
+    """`form` as a `module` of its own whose BN is folded, with the weights and statistics of `widest`."""
+
+    def __init__(self, form, widest):
+        self.module = fold_bn(form)
+        names = {module: name for name, module in form.named_modules()}
+        originals = dict(widest.named_modules())
+        copies = dict(self.module.named_modules())
+        # (convolution, index of its weights at this width, norm, folded convolution)
+        self.pairs = [
+            (originals[names[conv]], first_channels(conv.weight.shape), originals[names[norm]], copies[names[conv]])
+            for conv, norm in conv_bn_pairs(form)
+        ]
+        folded = {norm for _, _, norm, _ in self.pairs}
+        # (norm, its copy) of norms that stand behind no convolution
+        self.others = [
+            (originals[names[norm]], copies[names[norm]])
+            for norm in batch_norms(form)
+            if originals[names[norm]] not in folded
+        ]
+
+    def update(self):
+        """Folds the present statistics."""
         for conv, index, norm, folded in self.pairs:
             bias = None if conv.bias is None else conv.bias[index[:1]]
             folded.weight, folded.bias = fuse_conv_bn_weights(

@@ -311,7 +311,7 @@ class EvolutionWithFlops(Tuner):
         return []
 
     def receive_trial_result(self, parameter_id, parameters, value, **kwargs):
-        self.keep(*trial.read_final(value))
+        self.keep(value["trial"], value["results"])  # as trial.report has sent them
 
     def trial_end(self, parameter_id, success, **kwargs):
         self._count_end()

@@ -36,11 +36,6 @@ def read_intermediate(messages):
     return [message["result"] for message in messages if "result" in message]
 
 
-def read_final(message):
-    """(trial id, results) of a `final` message."""
-    return message["trial"], message["results"]
-
-
 @contextlib.contextmanager
 def heard():
     """In a trial: within the block, NNI hears its heartbeats."""

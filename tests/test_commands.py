@@ -157,7 +157,7 @@ def test_a_trial_looks_at_its_own_images_alone(typed, data, tmp_path, monkeypatc
     """Not at the folders, nor at the other files: a data set may have a million. With both engines."""
     out, reported = typed[0], []
     settings = out / "checkpoints" / "search" / "trial.yml"
-    monkeypatch.setattr("engines.trial.receive_candidates", lambda: ([[0] * 20, [1] * 20], 1))
+    monkeypatch.setattr("engines.trial.receive_candidates", lambda: [[0] * 20, [1] * 20])
     monkeypatch.setattr("engines.trial.heard", contextlib.nullcontext)
     monkeypatch.setattr("engines.trial.report", lambda results: reported.extend(results))
     monkeypatch.setattr("utils.end_with_parent", lambda: None)

@@ -57,7 +57,7 @@ def evaluate(candidate):
     return {{"architecture": candidate, "flops": 0, "n_images": 10, "seconds": seconds, **accuracies}}
 
 
-candidates, _ = trial.receive_candidates()
+candidates = trial.receive_candidates()
 trial.report(map(evaluate, candidates))
 """
 

@@ -26,7 +26,7 @@ from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
 from space.limits import make_bounds
 from space.search_space import SearchSpace
-from utils import UserError, read_json
+from utils import HERE, UserError, read_json
 
 SPACE = SearchSpace.for_images(28, 10)
 SETTINGS = {
@@ -74,7 +74,7 @@ def main(arguments):
     out = pathlib.Path(out)
     space = SearchSpace.for_images(28, 10)
     prepare_search(out, settings, resume)
-    experiment = nni_engine.read_experiment(search.HERE / "config_search.yml")
+    experiment = nni_engine.read_experiment(HERE / "config_search.yml")
     try:
         with signals(interrupt):
             nni_engine.search_with_nni(space, command, settings, out, experiment, 2, port=port)
@@ -88,7 +88,7 @@ run_script(main, lambda: sys.argv[1])
 @contextlib.contextmanager
 def hosted(out, seconds=0.0, resume=False):
     """A process that runs search_with_nni in `out`, and the port of the web UI; all of it ends with the block."""
-    (out / "trial.py").write_text(TRIAL.format(str(search.HERE)))
+    (out / "trial.py").write_text(TRIAL.format(str(HERE)))
     (out / "nni_auto_gen_search_space.json").write_text(json.dumps(SPACE.nni_search_space()))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,7 +96,7 @@ def hosted(out, seconds=0.0, resume=False):
     command = [sys.executable, str(out / "trial.py"), str(out), str(seconds)]
     arguments = json.dumps([str(out), SETTINGS, command, port, resume])
     with open(out / "log", "a") as log:
-        process = subprocess.Popen([sys.executable, "-c", HOST, arguments], cwd=search.HERE, stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, "-c", HOST, arguments], cwd=HERE, stdout=log, stderr=log)
     try:
         yield process, port
     finally:
@@ -263,7 +263,7 @@ def test_a_trial_that_hangs_is_noticed_by_its_silence(monkeypatch):
 
 def experiment(tmp_path, **changes):
     """A changed config_search.yml; a change to None takes an entry out."""
-    content = yaml.safe_load((search.HERE / "config_search.yml").read_text()) | changes
+    content = yaml.safe_load((HERE / "config_search.yml").read_text()) | changes
     path = tmp_path / "experiment.yml"
     path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
     return path
@@ -301,7 +301,7 @@ def test_damaged_experiment_is_named(tmp_path, changes, message):
         nni_engine.read_experiment(experiment(tmp_path, **changes))
 
 
-def test_experiment_sets_defaults_under_config_and_command_line(tmp_path, monkeypatch):
+def test_experiment_sets_defaults_under_config_and_command_line(tmp_path):
     tuner = {"codeDirectory": ".", "className": "evolution_tuner.EvolutionWithFlops"}
     (tmp_path / "config_search.yml").write_text(
         experiment(
@@ -309,14 +309,14 @@ def test_experiment_sets_defaults_under_config_and_command_line(tmp_path, monkey
         ).read_text()
     )
     (tmp_path / "mine.yml").write_text("search: {mutation: 7, crossover: 6}")
-    monkeypatch.setattr(search, "HERE", tmp_path)
-    args = search.parse_args(["--config", str(tmp_path / "mine.yml"), "--crossover", "5"])
+    words = ["--experiment", str(tmp_path / "config_search.yml")]
+    args = search.parse_args([*words, "--config", str(tmp_path / "mine.yml"), "--crossover", "5"])
     assert (args.population, args.mutation, args.crossover, args.concurrency) == (30, 7, 5, 3)
     (tmp_path / "config_search.yml").write_text(
         experiment(tmp_path, tuner=tuner | {"classArgs": {"populaton": 30}}).read_text()
     )
     with pytest.raises(UserError, match=r"config_search\.yml: search\.py has no setting .populaton"):
-        search.parse_args([])
+        search.parse_args(words)
 
 
 LISTEN = "s = require('net').createServer().listen(0, () => { console.log(s.address().address); s.close(); })"
@@ -449,7 +449,7 @@ def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
     monkeypatch.setattr(nni_engine, "host_experiment", lambda config, out: caught.update(config))
     prepare_search(tmp_path, settings, resume=False)
     nni_engine.search_with_nni(
-        space, ["trial"], settings, tmp_path, nni_engine.read_experiment(search.HERE / "config_search.yml")
+        space, ["trial"], settings, tmp_path, nni_engine.read_experiment(HERE / "config_search.yml")
     )
     tuner = EvolutionWithFlops(**json.loads(json.dumps(caught["tuner"]["classArgs"])))
     while population := tuner.record.evolution.ask():
@@ -496,10 +496,10 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
         ]
     )
     trial = search.trial_settings(args, out, "net.pth")
-    command = nni_engine.trial_command(nni_engine.read_experiment(search.HERE / "config_search.yml"), out, trial)
+    command = nni_engine.trial_command(nni_engine.read_experiment(HERE / "config_search.yml"), out, trial)
     assert command == [
         sys.executable,
-        str(search.HERE / "tester.py"),
+        str(HERE / "tester.py"),
         "--mode",
         "test",
         "--config",

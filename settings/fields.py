@@ -46,10 +46,11 @@ def real(low=0.0, high=1e6):
     return Number(float, low, high)
 
 
-def setting(
-    default, help, type=None, *, unit=None, choices=None, nargs=None, path=False, decides=True, in_files=True,
-    extends=False, excludes=None,
-):  # fmt: skip
+FORM = {"type": None, "unit": None, "choices": None, "nargs": None, "path": False, "decides": True, "in_files": True,
+        "extends": False, "excludes": None}  # fmt: skip
+
+
+def setting(default, help, type=None, **form):
     """A field of a Settings class.
 
     Args:
@@ -65,11 +66,9 @@ def setting(
         extends: whether the command line adds to the values of a file
         excludes: a name that is common to settings of which one at most may be given
     """
-    metadata = {
-        "help": help, "type": type, "unit": unit, "choices": choices, "nargs": nargs, "path": path, "decides": decides,
-        "in_files": in_files, "extends": extends, "excludes": excludes,
-    }  # fmt: skip
-    return dataclasses.field(default=default, metadata=metadata)
+    if not form.keys() <= FORM.keys():
+        raise TypeError(f"a setting has no {', '.join(form.keys() - FORM.keys())}")
+    return dataclasses.field(default=default, metadata={**FORM, "help": help, "type": type, **form})
 
 
 class Settings:

@@ -17,11 +17,13 @@ from torch import nn
 
 import scratch
 import supernet
+import training.checkpoint
 import training.run
 import utils
 from images.dataset import training_plan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from settings.subjects import Training, deciding
+from settings.fields import setting
+from settings.subjects import SUBJECTS, Training, deciding
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
 from training import loop
@@ -443,6 +445,33 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch, same_s, saved
     run.start()
     run.join()
     assert run.exitcode == 128 + signal.SIGTERM and [path.name for path in checkpoints(tmp_path)] == saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Later(Training):
+    """Training with a setting that runs of before do not have."""
+
+    average: bool = setting(False, "")
+
+
+def test_a_run_of_before_a_setting_existed_resumes_to_the_bit(tmp_path, monkeypatch):
+    supernet_run(tmp_path / "straight", settings(iterations=6))
+    with pytest.raises(SystemExit):
+        supernet_run(tmp_path / "old", settings(iterations=6), sampler=Stopping(SPACE, 0))
+    monkeypatch.setattr(training.checkpoint, "SUBJECTS", (*SUBJECTS, Later))
+    for average, images in ((True, None), (False, Images())):
+        run = training_run(tmp_path / "old", settings(iterations=6))
+        run.settings["average"] = average
+        torch.manual_seed(0)
+        model, sampler = ShuffleNetV2OneShot(space=SPACE), PathSampler(SPACE, 0)
+        how = (settings(iterations=6), sampler.candidate, lambda step: {"val/acc1": 1.0}, run)
+        if average:
+            with pytest.raises(UserError, match=r"--average True \(was False\)"):
+                train(model, Images(), *how)
+        else:
+            train(model, images, *how)
+            assert images.taken == 2
+    assert_same_end(tmp_path / "old", tmp_path / "straight")
 
 
 def test_a_signal_in_the_last_step_leaves_its_validation_to_the_next_run(tmp_path):

@@ -85,7 +85,7 @@ def test_ctrl_c_ends_a_command_in_one_line(data, out, tree, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_training_that_waits_for_a_batch_ends_with_its_last_step(data, tmp_path, monkeypatch, number):
-    """The signal comes while a worker makes the third batch, with which it goes on."""
+    """The signal comes while a worker makes the third batch, with which it then continues."""
     make, add, made, trained = dataloader._TorchvisionImages._make, loop._Meter.add, [], tmp_path / "trained"
 
     def stuck(images, samples):

@@ -24,7 +24,8 @@ SETTINGS = frozenset(
     val-resize warmup weight-decay width-warmup workers limit
     foreign-latency-table latency-batch-size latency-table objectives rank-by strategy""".split()  # noqa: SIM905
 )  # of all scripts: section `common` may hold those that this script doesn't have
-NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
+# Characters that neither a command line nor a file name can contain; \udc80 to \udcff are bytes that are not UTF-8.
+NOT_A_WORD = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 class Parser(argparse.ArgumentParser):

@@ -164,7 +164,7 @@ def run_script(main, parse_args, may_print=lambda line: True):
     except UserError as error:
         line = f"error: {error}"
     except OSError as error:  # above all a full disk
-        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+        if isinstance(error, BrokenPipeError) and sys.stdout and _nobody_reads(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
             sys.exit(128 + signal.SIGPIPE)
         what = f"{error.filename or 'a file'}: {error.strerror or error}"

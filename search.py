@@ -33,7 +33,7 @@ from distributed import gpu_count
 from engines.latency import confirm, difference, read_table, with_latency
 from engines.local_engine import search_locally
 from engines.machines import check_keys
-from engines.nni_engine import read_experiment, search_with_nni, trial_command
+from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
 from engines.search_record import (
     confirmations,
     images_path,
@@ -178,6 +178,7 @@ def check(args, out):
     experiment = read_experiment(args.experiment)
     machines = experiment["trainingService"].get("machineList", [])
     if args.engine == "nni":
+        check_name(out)
         check_keys(args.experiment, machines)
     if args.device == "cuda" and (args.engine == "local" or not machines) and not gpu_count():
         raise UserError(NO_GPU)  # trials initialise CUDA, this process does not

@@ -16,6 +16,7 @@ import pathlib
 import platform
 import re
 import reprlib
+import select
 import shlex
 import shutil
 import signal
@@ -158,38 +159,64 @@ def heartbeat():
 
 def run_script(main, parse_args, may_print=lambda line: True):
     """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2, Ctrl-C
-    one line and exit code 130.
+    one line and exit code 130. A reader of standard output that has ended (`| head -1`) ends it with 141, in silence.
 
-    The line is printed only if `may_print(line)`.
+    The line is printed only if `may_print(line)`. File names that are not UTF-8 are printed with escapes.
     """
     UserError.of_commands = True
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     code = 2
     try:
         main(parse_args())
+        print(end="", flush=True)  # what can't be written fails here, not at exit
         return
     except UserError as error:
         line = f"error: {error}"
     except OSError as error:  # above all a full disk
+        if isinstance(error, BrokenPipeError) and sys.stdout and _nobody_reads(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
+            sys.exit(128 + signal.SIGPIPE)
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         line = f"error: {what}; files written before are intact: fix this, then give the same command again"
     except KeyboardInterrupt:
         code, line = 128 + signal.SIGINT, INTERRUPTED
     line = f"{pathlib.Path(sys.argv[0]).name}: {' '.join(line.split())}"
+    line = line.encode(errors="backslashreplace").decode()
     if may_print(line):
         with above_progress_bars():
             print(line, file=sys.stderr)
     sys.exit(code)
 
 
-def _say_interrupted(kind, error, trace):
-    """Prints one line for Ctrl-C outside of `run_script` too, above all while torch is imported."""
-    if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, trace)
-    print(f"{pathlib.Path(sys.argv[0]).name}: {INTERRUPTED}", file=sys.stderr)
+def _nobody_reads(stream):
+    """Whether a stream is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _say_in_one_line(kind, error, trace):
+    """What happens outside of `run_script`, while torch is imported: Ctrl-C, or that a package is not there."""
+    script = pathlib.Path(sys.argv[0]).name
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{script}: {INTERRUPTED}", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError) and error.name and not _is_ours(error.name):
+        install = f"make, which installs it for .venv/bin/python {script}, or pip install -r requirements.txt"
+        print(f"{script}: error: {sys.executable} has no module {error.name}: run {install}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _is_ours(module):
+    first = module.partition(".")[0]
+    return (HERE / first).is_dir() or (HERE / f"{first}.py").is_file()
 
 
 if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of this project, not a program that imports it
-    sys.excepthook = _say_interrupted
+    sys.excepthook = _say_in_one_line
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -255,7 +282,8 @@ def atomic_write(path, mode="w"):
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, mode) as file:
+        texts = {} if "b" in mode else {"errors": "backslashreplace"}  # of file names that are not UTF-8
+        with os.fdopen(descriptor, mode, **texts) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -355,7 +383,7 @@ def start_logging(folder, device, seed):
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    for handler in (Screen(sys.stderr), _LogFile(folder / "run.log")):
+    for handler in (Screen(sys.stderr), _LogFile(folder / "run.log", errors="backslashreplace")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.info("command: %s", shlex.join(sys.argv))

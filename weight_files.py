@@ -220,7 +220,7 @@ def load_weights(model, state_dict, path):
         instead = f", {other} has {like[0]!r} instead" if like else ""
         kind = f"the model is {type(model).__name__}, {model.space.n_classes} classes"
         raise UserError(f"{path}: entry {name!r} is {where}; {kind}{instead}; {len(differing)} names differ")
-    for name, tensor in own.items():
+    for name, tensor in sorted(own.items()):
         if tensor.shape != state_dict[name].shape:
             shapes = f"{tuple(state_dict[name].shape)}, the model needs {tuple(tensor.shape)}"
             raise UserError(f"{path}: entry {name!r} has shape {shapes}")

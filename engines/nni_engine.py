@@ -63,6 +63,15 @@ def read_experiment(path):
     return experiment
 
 
+def check_name(out):
+    """Raises UserError if NNI, a Node program, would take the output folder or that of the project for another."""
+    for path in (out, HERE):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: NNI needs names that are UTF-8; rename it, or use --engine local") from None
+
+
 def trial_command(experiment, out, settings):
     """The command of a trial as a list of words; its settings go into a file, so that none passes through a shell.
 

@@ -99,9 +99,9 @@ class Progress:
         """Adds newly closed generations to TensorBoard's curves; the first call adds all, replacing what is there."""
         closed = [g for g in self.generations if g.closed and g.succeeded]
         if closed and self.board is None:
-            from torch.utils.tensorboard import SummaryWriter
+            from training.run import curves
 
-            self.board = SummaryWriter(state_path(self.out).with_name("tensorboard"), purge_step=0)
+            self.board = curves(state_path(self.out).with_name("tensorboard"), 0)
         for g in closed:
             if g.number <= (self.n_closed or 0):
                 continue

@@ -17,7 +17,8 @@ from settings.subjects import FIELDS, is_path
 from utils import HERE, UserError, atomic_write, read_yaml
 
 SCRIPTS = ("supernet", "tester", "search", "scratch")  # that read settings; each has a section of its name
-NOT_A_WORD = re.compile("[\0\ud800-\udfff]")  # characters that neither a command line nor a file name can contain
+# Characters that neither a command line nor a file name can contain; \udc80 to \udcff are bytes that are not UTF-8.
+NOT_A_WORD = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 class Extend(argparse.Action):

@@ -177,7 +177,7 @@ def run(script, *words, code=0, cwd=None):
     """Runs a script in this process, as `launch` does in another; returns (standard output, standard error)."""
     module = load(script) if "/" in script else importlib.import_module(script.removesuffix(".py"))
     words = _words(script, words)
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors, "\n") for errors in ("strict", "backslashreplace"))
     with _restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         sys.argv = [str(ROOT / script), *words]
         os.chdir(cwd or os.getcwd())
@@ -186,8 +186,9 @@ def run(script, *words, code=0, cwd=None):
             returned = 0
         except SystemExit as end:
             returned = end.code or 0
-    assert returned == code, out.getvalue() + err.getvalue()
-    return out.getvalue(), err.getvalue()
+    out, err = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, err))
+    assert returned == code, out + err
+    return out, err
 
 
 def _words(script, words):

@@ -6,7 +6,11 @@ FLOPs tables in test_flops_table.py, ports in test_search_nni.py, settings of th
 
 import importlib
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -349,3 +353,20 @@ def test_killed_loader_process_is_one_line(world, monkeypatch):
     ) as error:
         list(loader.batches(evaluation_plan(12, 4)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", [*(f"{script}.py" for script in SCRIPTS), "report.py", "dataloader.py"])
+def test_python_without_the_packages_is_one_line(command):
+    """-S leaves them out, as outside of the environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-S", ROOT / command, "--help"]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    line = rf"{command}: error: \S+ has no module \w+: run make, .*, or pip install -r requirements\.txt\n"
+    assert re.fullmatch(line, result.stderr)
+
+
+def test_a_module_of_the_project_that_is_missing_is_a_traceback():
+    program = f"import sys; sys.argv = ['{ROOT / 'scratch.py'}']; import utils; import training.none"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "training.none" in result.stderr

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, launch, run
+from conftest import ROOT, launch, make_tree, run
 
 import search
 import tester
@@ -396,3 +396,30 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(out, data):
     for flag, value in (("--input-size", 32), ("--heldout-per-class", 5)):
         _, stderr = run(*words, flag, value, code=2)
         assert f"{flag} {value} contradicts" in stderr
+
+
+def test_names_that_are_not_utf8_are_printed_with_escapes(tmp_path, forked):
+    """Of output folder, class and image. Standard output is strict here; only TensorBoard's curves are not written."""
+    tree, out = make_tree(tmp_path / "tree", 4, 2), tmp_path / os.fsdecode(b"o\xff")
+    for part in ("train", "val"):
+        (tree / part / "car").rename(tree / part / os.fsdecode(b"c\xe9"))
+    image = (tree / "val" / "bird" / "000.jpg").rename(tree / "val" / "bird" / os.fsdecode(b"\xe0.jpg"))
+    data = (f"--data-dir {tree}", "--input-size 16 --heldout-per-class 1 --loader torchvision --workers 0 --threads 1")
+    words = (*data, "--device cpu", "--out", out)
+    training = "--iterations 1 --batch-size 4"
+    _, stderr = run("supernet.py", *words, f"--space small {training} --val-paths 1 --sampler uniform", CALIBRATION)
+    escaped = f"{tmp_path}/o\\udcff"
+    warning = f"{escaped}/checkpoints/supernet/tensorboard: no curves, since TensorBoard needs names that are UTF-8"
+    assert warning in stderr and f"--out '{escaped}'" in (out / "checkpoints/supernet/run.log").read_text()
+    _, stderr = run("supernet.py", "--config", out / "checkpoints/supernet/config.yml")  # which has the names too
+    assert "supernet: finished, nothing to do" in stderr
+    assert run("tester.py", "--mode gen", "--out", out)[0].startswith(escaped)
+    search = "--population 2 --generations 1 --select 1 --mutation 1 --crossover 1 --concurrency 1"
+    _, stderr = run("search.py", *words, search, CALIBRATION, code=2)
+    assert f"{escaped}: NNI needs names that are UTF-8" in stderr and not (out / "acc").exists()
+    stdout, stderr = run("search.py", *words, "--engine local", search, CALIBRATION)
+    assert "2 candidates evaluated" in stdout and escaped in (out / "report.html").read_text()
+    assert "search/tensorboard: no curves" in stderr
+    run("scratch.py", *words, training, "--bn-pass 0", "--architecture", out / "checkpoints/best.json")
+    stdout, _ = run("scratch.py", *words, "--predict", image)
+    assert stdout.startswith(f"{tree}/val/bird/\\udce0.jpg: ") and "c\\udce9 " in stdout

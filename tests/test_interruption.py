@@ -121,6 +121,28 @@ def test_ctrl_c_is_one_line_while_modules_are_imported(command):
     assert result.stderr == f"{os.path.basename(command)}: {LINE}\n"
 
 
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_ends_early_ends_a_command_in_silence(flush):
+    """As `python scratch.py --predict *.jpg | head -1` does; the exit code is that of other tools under pipefail."""
+    program = f"import utils; utils.run_script(lambda _: [print('line', flush={flush}) for _ in range(3)], list)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        words = [sys.executable, "-c", program]
+        result = subprocess.run(words, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_pipe_to_another_process_that_breaks_is_an_error():
+    program = """import utils
+def main(_):
+    print("line")
+    raise BrokenPipeError(32, "Broken pipe")
+utils.run_script(main, list)"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stdout == "line\n" and "error: a file: Broken pipe" in result.stderr
+
+
 def test_an_extended_search_finds_what_a_longer_one_finds(data, out, tmp_path, forked, monkeypatch):
     """Finished with one generation, and extended by two."""
     reports = []

@@ -158,10 +158,8 @@ class Journal:
         shown = {"unit": "step", "dynamic_ncols": True, "disable": None if shows else True}
         self.progress = self.closing.enter_context(tqdm(total=self.total, initial=self.done, **shown))
         if self.writes:
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(self.folder / "tensorboard", purge_step=self.kept + 1)
-            self.board = self.closing.enter_context(board)
+            self.board = curves(self.folder / "tensorboard", self.kept + 1)
+            self.closing.callback(self.board.close)
             path = self.folder / "log.jsonl"
             self.step = _cut(path, self.kept)
             self.file = self.closing.enter_context(open(path, "a"))
@@ -189,6 +187,22 @@ class Journal:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
         self.step = step
+
+
+def curves(folder, purge_step):
+    """TensorBoard's SummaryWriter in a folder, or one that writes nothing where its name is not UTF-8."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(folder, purge_step=purge_step)
+    except UnicodeEncodeError:
+        log.warning("warning: %s: no curves, since TensorBoard needs names that are UTF-8", folder)
+        return _NoCurves()
+
+
+class _NoCurves:
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
 
 
 def _cut(path, step):

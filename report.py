@@ -8,11 +8,13 @@ RUN/figures/*.svg and *.png. search.py does the same when it ends. For a random 
 random.
 """
 
+import utils  # first: says in one line that a package is missing
+
+# isort: split
 import pathlib
 
 from reports.page import write_report
 from settings.command_line import Parser
-from utils import run_script
 
 
 def parse_args(argv=None):
@@ -29,4 +31,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    utils.run_script(main, parse_args)

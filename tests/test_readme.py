@@ -27,6 +27,9 @@ import yaml
 from conftest import ROOT
 from test_layout import ORDER, ROOMS
 
+from settings.fields import flag
+from settings.subjects import FIELDS
+
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "readme.md", *sorted(ROOT.glob("docs/*.md")))}
 IN_ORDER = "run in order by a test"
 TAGS = ("run by a test", "run small by a test", "need ImageNet", "take long")
@@ -235,9 +238,10 @@ TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
 @every_page
 def test_flags_exist(page):
-    known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page])) - {"--help"} - TORCHRUN:
-        assert f'"{flag}"' in known, flag
+    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+    settings = {flag(name) for name in FIELDS} | {f"--no-{flag(name)[2:]}" for name in FIELDS}
+    for named in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page])) - {"--help"} - TORCHRUN - settings:
+        assert f'"{named}"' in code, named
 
 
 # --- what is named -------------------------------------------------------------------------------------------

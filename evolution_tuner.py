@@ -4,7 +4,7 @@
     EvolutionWithFlops  the NNI tuner, which hands the candidates of an evolution to trials
     KeepResults         the NNI assessor, which passes the trials' intermediate results to the tuner
 
-Source: paper section 3.4 and algorithm 1; official `src/Search/search.py`; the differences are in the readme's table.
+Source: paper section 3.4 and algorithm 1; official `src/Search/search.py`; docs/fidelity.md has the differences.
 """
 
 import collections

@@ -63,8 +63,9 @@ class ShuffleNetV2OneShot(_ShuffleNet):
 
     def forward(self, x, candidate):
         """Logits (N, n_classes) of images (N, 3, H, W) through the candidate."""
+        choices = self.space.block_choices(self.space.check(candidate))
         x = self.first_conv(x)
-        for block, choice in zip(self.features, self.space.block_choices(candidate), strict=True):
+        for block, choice in zip(self.features, choices):
             x = block(x, *self.space.operation_and_width(choice))
         return self.head(x)
 

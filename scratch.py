@@ -36,7 +36,7 @@ from space.custom import make_space, searched
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
 from training.loop import train
-from training.run import TrainingRun
+from training.run import TrainingRun, contents_of
 
 
 def parse_args(argv=None):
@@ -147,10 +147,7 @@ def retrain(args, folder):
     check_batch_size(len(data.train), args.batch_size)
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
     validation = val_batches(args, data.val, config, device)
-    contents = {
-        "space": space.to_dict(), "data": config.to_dict(), "split": None, "classes": list(data.classes),
-        "architecture": list(candidate),
-    }  # fmt: skip
+    contents = contents_of(space, config, data.classes, architecture=list(candidate))
     run = TrainingRun(folder, "scratch", contents, deciding(values) | {"loader": loader.backend}, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
     if args.architecture and not search:

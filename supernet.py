@@ -32,7 +32,7 @@ from space.custom import make_space
 from space.sampler import PathSampler, default_flops_range
 from training.evaluation import evaluate, resolve_device
 from training.loop import train
-from training.run import TrainingRun
+from training.run import TrainingRun, contents_of
 
 
 def parse_args(argv=None):
@@ -86,10 +86,7 @@ def main(args):
     heldout_loader = Loader(heldout, config, False, args.seed, device, args.loader, args.workers)
     validation = validation_batches(heldout_loader, args.eval_batch_size, args.cache)
     folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    contents = {
-        "space": space.to_dict(), "data": config.to_dict(), "split": data.split, "classes": list(data.classes),
-        "flops_range": sampler.flops_range,
-    }  # fmt: skip
+    contents = contents_of(space, config, data.classes, data.split, flops_range=sampler.flops_range)
     run = TrainingRun(folder, "supernet", contents, deciding(values) | {"loader": loader.backend}, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
     if sampler.flops_range:

@@ -1,4 +1,14 @@
-"""What a trial, a process that evaluates candidates, needs beside the evaluation: messages, and a GPU of its own."""
+"""What a trial, a process that evaluates candidates, needs beside the evaluation: messages, and a GPU of its own.
+
+The way of a trial with NNI:
+
+    search.py::run_engine                       the command of a trial, `nni_engine.trial_command`, goes to NNI
+    EvolutionWithFlops._send                    a list of candidates: `parameters`
+    tester.py::run_trial                        `receive_candidates`, evaluates, `report`
+    KeepResults.assess_trial                    each result as it comes: `intermediate`
+    EvolutionWithFlops.receive_trial_result     all of them again: `final`
+    SearchRecord.add                            writes those that are new
+"""
 
 import contextlib
 import os

@@ -1,7 +1,7 @@
 """Limits on what a candidate may cost: which candidates meet them, how one that doesn't is changed, what is possible.
 At the end, fronts of several objectives.
 
-    bounds    {cost: (low, high)} of costs in search_space.COSTS; None where there is no bound
+    bounds    {cost: (low, high)} of costs in settings.subjects.COSTS; None where there is no bound
     excess    by how much a candidate breaks the limits, in standard deviations of uniform candidates; 0: it is legal
 
 The official search knows one limit, on FLOPs.

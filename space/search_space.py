@@ -1,8 +1,8 @@
 """The single path search space: what a candidate is, what it costs, how it is written down.
 
 Everything that knows how many choice blocks there are, which operations and widths a block offers, how wide and how
-large each block is, and what a candidate costs, is in this file. It needs the standard library alone, and torch once
-where costs are asked for that nobody gave it.
+large each block is, and how a candidate is written down, is in this file; space/costs.py counts what a choice costs. It
+needs the standard library alone, and torch once where costs are asked for that nobody gave it.
 
     candidate      a tuple of ints: the index of an operation for each block, then of a width for each block,
                    without the part that offers no choice

@@ -1,7 +1,6 @@
 """network.load: a trained network in a line of Python, its feature maps, and torch.fx."""
 
 import os
-import random
 import re
 
 import numpy as np
@@ -159,7 +158,7 @@ def test_the_method_in_python_runs_as_the_page_has_it(few_images, tmp_path, monk
         for before, after in SMALL:
             assert before in text
             text = text.replace(before, after)
-        found = {"folder": few_images, "random": random}
+        found = {"folder": few_images}
         exec(text, found)
         assert len(found["evolution"].rewards) == 8 and found["winner"] in found["evolution"].rewards
         assert found["limits"].excess(found["winner"]) == 0 and 0 <= found["top1"] <= 100 and found["n_images"] == 100

@@ -206,10 +206,11 @@ def test_operations_that_were_not_sampled_get_no_gradient():
         assert not sampled or weight.grad.abs().sum() > 0, name
 
 
-def test_a_path_of_another_length_is_no_path():
+@pytest.mark.parametrize("path", [(0, 1), (-1,) * SMALL.n_blocks, (9,) * SMALL.n_blocks, torch.zeros(SMALL.n_blocks)])
+def test_what_is_no_candidate_is_no_path(path):
     model = network.ShuffleNetV2OneShot(space=SMALL)
-    with pytest.raises(ValueError, match="zip"):
-        model(torch.zeros(2, 3, 16, 16), (0, 1))
+    with pytest.raises(UserError, match="architecture"):
+        model(torch.zeros(2, 3, 16, 16), path)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------

@@ -41,6 +41,9 @@ def open_evaluation(path, out, images, given, evaluation, device, seed=0, split=
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):
     """Recalibrates BN for each candidate and measures it, all of them as one tree of prefixes.
 
+    The nodes of the tree have BN statistics of their own, which begin at mean 0 and variance 1. A forward pass attaches
+    them to the supernet's norms, node by node, so that `update_bn` updates them.
+
     Returns a result each, in order: architecture, acc1 and acc5 in percent, loss (mean cross-entropy in nats, None
     where it is not finite), n_images, seconds (its share).
     `calibration` and `validation` yield batches (images (N, 3, H, W), labels (N,)), the same at every iteration. With
@@ -77,8 +80,9 @@ def evaluate_in_lists(supernet, candidates, *args, **how):
 
 
 def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):
-    """Recalculates the BN statistics of `model` that `forward(images)` passes through, from new ones on.
+    """Recalculates the BN statistics of one network that `forward(images)` passes through, from new ones on.
 
+    For candidates of a supernet see `evaluate`.
     `batches` yields (images, labels). For `bn` see `bn_momentum`. `sharded` says that each rank has other batches,
     whose plain averages are then averaged over the ranks. Dropout stays off; the model is left in eval mode.
     """

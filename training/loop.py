@@ -38,11 +38,11 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
     """Trains `model` by the settings `training`; returns the metrics at the end, with the seconds that it took.
 
     `loader` is a Loader that augments. `candidate_at(step)` is the candidate that a supernet trains at a step, which
-    count from 1. `validate(step)`, where there is one, returns {"val/...": percent}; it is called every
-    training.val_every steps and at the end. `run` (a TrainingRun) keeps checkpoints and logs, and resumes; without it
-    nothing is kept on disk. SIGINT and SIGTERM end a process that has a run after it has saved the current step, or the
-    last one where it waits for a batch; a validation that they end is done again when the run is resumed. Each rank
-    trains on its share of every batch.
+    count from 1: a pure function, which is called more than once, with the same values on all ranks. `validate(step)`,
+    where there is one, returns {"val/...": percent}; it is called every training.val_every steps and at the end. `run`
+    (a TrainingRun) keeps checkpoints and logs, and resumes; without it nothing is kept on disk. SIGINT and SIGTERM end
+    a process that has a run after it has saved the current step, or the last one where it waits for a batch; a
+    validation that they end is done again when the run is resumed. Each rank trains on its share of every batch.
     """
     run = run or TrainingRun()
     iterations = training.iterations

@@ -6,7 +6,6 @@ included. The results are those of one candidate after the other, to the bit. Wh
 
 import contextlib
 
-import torch
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from blocks import Narrow, conv_bn_pairs, first_channels
@@ -86,7 +85,10 @@ class _Node:
         self.candidate = None  # at a leaf
 
     def attach(self):
-        """Makes the node's BN statistics those of the supernet's norms, which update them in training mode."""
+        """Makes the node's BN statistics those of the supernet's norms, which update them in training mode.
+
+        At a narrow width they are shorter than the norm, of which a Narrow runs the first channels.
+        """
         for norm, (mean, variance) in zip(self.part.norms, self.statistics):
             norm.running_mean, norm.running_var = mean, variance
 
@@ -122,9 +124,8 @@ class PrefixTree:
         """Within the block the supernet's norms have the nodes' statistics; afterwards they have their own again."""
         norms = batch_norms(self.supernet)
         before = [(n, n.momentum, n.running_mean, n.running_var, n.num_batches_tracked) for n in norms]
-        for norm in norms:
-            norm.running_mean, norm.running_var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
-            norm.num_batches_tracked = None  # counting would cost a kernel a norm
+        for norm in norms:  # whose statistics `_Node.attach` replaces, part by part
+            norm.num_batches_tracked = None  # counting would cost a kernel per norm
         try:
             yield
         finally:

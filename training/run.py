@@ -20,12 +20,18 @@ from utils import UserError, atomic_write, code_version, hold_lock, log, output_
 STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs
 
 
+def contents_of(space, config, classes, split=None, **more):
+    """The `contents` of a run: its SearchSpace, its DataConfig, the names of the classes, the split of the images."""
+    return {"space": space.to_dict(), "data": config.to_dict(), "split": split, "classes": list(classes), **more}
+
+
 @dataclasses.dataclass
 class TrainingRun:
     """What a training run keeps in `folder`; without one nothing is kept. Rank 0 alone writes.
 
-    `kind` ("supernet" or "scratch") and `contents` go into every checkpoint. `settings` (name -> value) are those that
-    decide about the result: a run that is resumed must have them again. `keep` is the number of checkpoints.
+    `kind` ("supernet" or "scratch") and `contents` (see `contents_of`) go into every checkpoint. `settings` (name ->
+    value) are those that decide about the result: a run that is resumed must have them again. `keep` is the number of
+    checkpoints.
     """
 
     folder: pathlib.Path | None = None
@@ -35,6 +41,8 @@ class TrainingRun:
     keep: int = 3
 
     def __post_init__(self):
+        if self.folder is not None:
+            self.folder = pathlib.Path(self.folder)
         if distributed.world_size() > 1:
             self.settings = self.settings | {"processes": distributed.world_size()}
 
@@ -90,6 +98,7 @@ class TrainingRun:
 
     def _newest(self):
         """The content of the newest whole checkpoint, or None. Raises UserError if it is of another run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".checkpoint-*.tmp"):  # of a process that was killed while it wrote
             left.unlink()
         damaged = {}

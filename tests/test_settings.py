@@ -25,6 +25,10 @@ Every flag of the four commands is a setting of the file of `--config` too: in a
 the file over the defaults. `space` is a section of its own ([spaces.md](spaces.md)). Paths are relative to the file,
 and `~` is the home folder. A key given twice, and a section or setting that no command knows, are errors.
 
+A setting is a field of a class in `settings/subjects.py`, from which all of this follows. To add one: the field, with
+`decides=False` if the result does not depend on it, and in `ABSENT` if its absence in an older file means something
+else than the default; then the code that takes its class.
+
 Made from the parsers by `python tests/test_settings.py`. A cross marks the commands that have the setting: supernet.py,
 tester.py, search.py, scratch.py.
 
@@ -75,6 +79,14 @@ def page():
 
 def test_the_page_of_settings_is_that_of_the_parsers():
     assert PAGE.read_text() == page()
+
+
+def test_fields_of_one_name_are_alike():
+    """`resume` is of training and of a search; FIELDS has one of them."""
+    for subject in SUBJECTS:
+        for field in dataclasses.fields(subject):
+            same = ("path", "decides", "in_files", "extends")
+            assert [field.metadata[key] for key in same] == [FIELDS[field.name].metadata[key] for key in same]
 
 
 def test_every_field_is_a_setting():

@@ -44,99 +44,125 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
     a process that has a run after it has saved the current step, or the last one where it waits for a batch; a
     validation that they end is done again when the run is resumed. Each rank trains on its share of every batch.
     """
-    run = run or TrainingRun()
-    iterations = training.iterations
     batch_size = distributed.per_rank_batch_size(training.batch_size)
-    recipe = Recipe(model.train(), training, device, seed)
-    done, metrics, rows, validation_due = run.resume(recipe)
+    state = _State(run or TrainingRun(), Recipe(model.train(), training, device, seed), candidate_at, validate)
     distributed.broadcast_from_rank0(model.state_dict().values())
-    if done >= iterations and not validation_due:
-        log.info("%s: finished, nothing to do (another --out or --resume none starts anew)", run.folder)
-        return metrics
-    epochs = iterations * training.batch_size / len(loader.images)
-    where = f"resuming at step {done}" if done else "from the start"
-    log.info("%d iterations of %d images, %.1f epochs; %s", iterations, training.batch_size, epochs, where)
+    if state.done >= training.iterations and not state.validation_due:
+        log.info("%s: finished, nothing to do (another --out or --resume none starts anew)", state.run.folder)
+        return state.metrics
+    epochs = training.iterations * training.batch_size / len(loader.images)
+    where = f"resuming at step {state.done}" if state.done else "from the start"
+    log.info("%d iterations of %d images, %.1f epochs; %s", training.iterations, training.batch_size, epochs, where)
     rank, world_size = distributed.rank(), distributed.world_size()
-    plan = training_plan(len(loader.images), batch_size, seed, done, iterations, rank, world_size)
-    meter = _Meter(recipe, candidate_at, done, metrics["seconds"], rows)
-    interruption = _Interruption()
-    journal = Journal(run.folder, done, iterations, model.space, done - 1 if validation_due else done)
-    with journal, signals(interruption.note) if run.folder else contextlib.nullcontext():
+    plan = training_plan(len(loader.images), batch_size, seed, state.done, training.iterations, rank, world_size)
+    with state:
+        state.finish_validation()
+        for step, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
+            candidate = candidate_at(step) if candidate_at else None
+            loss, logits = state.recipe.train_one_step(step, images, labels, candidate)
+            state.after(step, loss, logits, labels)
+    return state.metrics
 
-        def save(step, validation_due=False):
-            metrics["seconds"] = meter.seconds
-            return run.save(step, recipe, metrics, meter.fetch(), validation_due)
 
-        def validated(step):
-            """Adds validation metrics and writes all of them. Returns the signal that interrupted it, or 0."""
-            try:
-                with meter.paused(), interruption.raised():
-                    metrics.update(validate(step))
-            except Interrupted as error:
-                interruption.lost = f"; the validation, {duration(meter.pauses[-1])} so far, is done again"
-                return error.args[0]
-            except ERRORS:
-                keep(step, validation_due=True)
-                raise
-            finally:
-                model.train()
-            left = iterations // training.val_every - step // training.val_every
-            log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
-            journal.write(step, metrics, candidate_at)
-            return 0
+class _State:
+    """A training run between its steps: metrics, validation, checkpoints, interruption."""
 
-        def keep(step, validation_due=False):
-            """Saves a finished step before an error ends the run, unless other ranks are in another collective."""
-            if run.folder and step > done and world_size == 1:
-                log.info("saved %s; the same command resumes from there", save(step, validation_due))
+    def __init__(self, run, recipe, candidate_at, validate):
+        self.run = run
+        self.recipe = recipe
+        self.candidate_at = candidate_at
+        self.validate = validate
+        self.done, self.metrics, rows, self.validation_due = run.resume(recipe)
+        self.meter = _Meter(recipe, candidate_at, self.done, self.metrics["seconds"], rows)
+        self.interruption = _Interruption()
 
-        def waited_for(batches):
-            """Yields the batches. What ends the wait for one, a signal or an error, leaves the last step saved."""
-            try:
-                yield from meter.waits_for(interruption.ends_waits_for(batches))
-            except Interrupted as error:
-                saved = save(meter.step) if meter.step > done else newest(run.folder)
-                interruption.end(saved, *error.args)
-            except ERRORS:
-                keep(meter.step)
-                raise
+    def __enter__(self):
+        kept = self.done - 1 if self.validation_due else self.done
+        iterations, space = self.recipe.training.iterations, self.recipe.model.space
+        self.closing = contextlib.ExitStack()
+        self.journal = self.closing.enter_context(Journal(self.run.folder, self.done, iterations, space, kept))
+        if self.run.folder:
+            self.closing.enter_context(signals(self.interruption.note))
 
+    def __exit__(self, *error):
+        return self.closing.__exit__(*error)
+
+    def finish_validation(self):
+        """Does the validation that was due when the run was stopped."""
+        if self.validation_due:
+            if stop := self.validated(self.done):
+                self.interruption.end(newest(self.run.folder), stop)
+            self.save(self.done)
+
+    def waits_for(self, batches):
+        """Yields the batches. What ends the wait for one, a signal or an error, leaves the last step saved."""
+        try:
+            yield from self.meter.waits_for(self.interruption.ends_waits_for(batches))
+        except Interrupted as error:
+            saved = self.save(self.meter.step) if self.meter.step > self.done else newest(self.run.folder)
+            self.interruption.end(saved, *error.args)
+        except ERRORS:
+            self.keep(self.meter.step)
+            raise
+
+    def after(self, step, loss, logits, labels):
+        """Counts a step; logs, validates and saves where they are due; ends the process where a signal has come."""
+        training = self.recipe.training
+        self.meter.add(loss, logits, labels)
+        self.journal.progress.update()
+        if step == self.done + PLAN_AFTER[self.recipe.device.type][1]:
+            _log_plan(self.recipe, self.run.folder, step, self.meter)
+        stop = distributed.all_reduce_max(self.interruption.signal)
+        closes = step == training.iterations or step % training.val_every == 0
+        validation_due = bool(closes and self.validate)
+        if closes or step % LOG_EVERY == 0:
+            self.metrics = self.meter.summary()
+            self.journal.log(step, self.metrics)
+            if not validation_due:
+                self.journal.write(step, self.metrics, self.candidate_at)
         if validation_due:
-            if stop := validated(done):
-                interruption.end(newest(run.folder), stop)
-            save(done)
-        for step, (images, labels) in enumerate(waited_for(loader.batches(plan)), done + 1):
-            loss, logits = recipe.train_one_step(step, images, labels, candidate_at and candidate_at(step))
-            meter.add(loss, logits, labels)
-            journal.progress.update()
-            if step == done + PLAN_AFTER[recipe.device.type][1]:
-                _log_plan(recipe, run.folder, step, meter.step_seconds)
-                if recipe.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
-                    text = "warning: %d threads compute less than one alone can; other programs run: try --threads 1"
-                    log.warning(text, torch.get_num_threads())
+            if step == training.iterations:
+                self.save(step, validation_due)  # a kill during the last validation loses no step
+            stop = stop or self.validated(step)
+            validation_due = bool(stop)
+        if step == training.iterations or stop or step % training.save_every == 0:
+            saved = self.save(step, validation_due)
+        if stop:
+            self.interruption.end(saved, stop)
 
-            stop = distributed.all_reduce_max(interruption.signal)
-            closes = step == iterations or step % training.val_every == 0
-            validation_due = bool(closes and validate)
-            if closes or step % LOG_EVERY == 0:
-                metrics = meter.summary()
-                journal.log(step, metrics)
-                if not validation_due:
-                    journal.write(step, metrics, candidate_at)
-            if validation_due:
-                if step == iterations:
-                    save(step, validation_due)  # a kill during the last validation loses no step
-                stop = stop or validated(step)
-                validation_due = bool(stop)
-            if step == iterations or stop or step % training.save_every == 0:
-                saved = save(step, validation_due)
-            if stop:
-                interruption.end(saved, stop)
-    return metrics
+    def validated(self, step):
+        """Adds validation metrics and writes all of them. Returns the signal that interrupted it, or 0."""
+        training, meter = self.recipe.training, self.meter
+        try:
+            with meter.paused(), self.interruption.raised():
+                self.metrics.update(self.validate(step))
+        except Interrupted as error:
+            self.interruption.lost = f"; the validation, {duration(meter.pauses[-1])} so far, is done again"
+            return error.args[0]
+        except ERRORS:
+            self.keep(step, validation_due=True)
+            raise
+        finally:
+            self.recipe.model.train()
+        left = training.iterations // training.val_every - step // training.val_every
+        log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
+        self.journal.write(step, self.metrics, self.candidate_at)
+        return 0
+
+    def save(self, step, validation_due=False):
+        """Saves a checkpoint and returns its path."""
+        self.metrics["seconds"] = self.meter.seconds
+        return self.run.save(step, self.recipe, self.metrics, self.meter.fetch(), validation_due)
+
+    def keep(self, step, validation_due=False):
+        """Saves a finished step before an error ends the run, unless other ranks are in another collective."""
+        if self.run.folder and step > self.done and distributed.world_size() == 1:
+            log.info("saved %s; the same command resumes from there", self.save(step, validation_due))
 
 
-def _log_plan(recipe, folder, step, step_seconds):
+def _log_plan(recipe, folder, step, meter):
     """Logs what the run will take in time, disk and memory, estimated from its first steps."""
+    step_seconds = meter.step_seconds  # on all ranks, which add up their rows for it
     if distributed.rank():
         return
     training = recipe.training
@@ -152,6 +178,9 @@ def _log_plan(recipe, folder, step, step_seconds):
     if disk > free:
         text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
         log.warning(text, folder, free / 1e9, disk / 1e9)
+    if recipe.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
+        text = "warning: %d threads compute less than one alone can; other programs run: try --threads 1"
+        log.warning(text, torch.get_num_threads())
 
 
 def _peak_memory(device):

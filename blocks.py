@@ -44,7 +44,7 @@ def channel_shuffle(x):
 
 
 def conv_bn(inp, oup, kernel_size, stride=1, groups=1, affine=True, relu=True):
-    """Convolution without bias, BN, and ReLU where wanted, as a list of modules."""
+    """Convolution without bias, BN and, with `relu`, ReLU, as a list of modules."""
     layers = [
         nn.Conv2d(inp, oup, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(oup, affine=affine),
@@ -53,7 +53,7 @@ def conv_bn(inp, oup, kernel_size, stride=1, groups=1, affine=True, relu=True):
 
 
 def conv_bn_pairs(model):
-    """(convolution, the BN behind it) of all such pairs in the Sequentials of a model, as `conv_bn` makes them."""
+    """Yields each (convolution, BN directly behind it) in the Sequentials of a model, as `conv_bn` makes them."""
     for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
         for conv, norm in itertools.pairwise(layers):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -126,7 +126,7 @@ OPERATIONS = {
 
 
 def register(name):
-    """A class decorator that makes an operation of a search space, by name.
+    """A class decorator that registers an operation for search spaces, by name.
 
     The class is a module (N, in_channels, H, W) -> (N, out_channels, H/stride, W/stride). Its constructor takes a
     search_space.BlockShape, the width (a scale of the middle channels), and whether BN is affine.
@@ -140,15 +140,15 @@ def register(name):
 
 
 def build_block(operation, shape, width=1.0, affine=True):
-    """The module of an operation's name at a block."""
+    """Builds the operation of that name for a block, a BlockShape."""
     return OPERATIONS[operation](shape, width, affine)
 
 
 class ChoiceBlock(nn.ModuleList):
-    """A choice block of the supernet: its operations, of which a path runs one, at one of `widths`.
+    """A choice block of the supernet: a path runs one of its operations, at one of `widths`.
 
-    Every operation has the weights of its widest form. At another width it runs on the first channels of these weights,
-    and of their BN statistics.
+    Every operation has the weights of its widest form. At another width it uses the first channels of these weights and
+    of their BN statistics.
     """
 
     def __init__(self, operations, shape, widths=(1.0,), affine=False):
@@ -157,14 +157,14 @@ class ChoiceBlock(nn.ModuleList):
         self.shape = shape
         self.widths = widths
         self.affine = affine
-        self.narrow = {}  # (operation, width) -> Narrow, made when it is first needed
+        self.narrow = {}  # (operation, width) -> Narrow, built on first use
 
     def forward(self, x, operation, width=0):
         """Runs an operation at a width, both by index."""
         return self.part(operation, width)(x)
 
     def part(self, operation, width=0):
-        """What runs an operation at a width: its module where the width is the widest, else a Narrow."""
+        """The callable of an operation at a width: its module for the widest, else a Narrow."""
         if self.widths[width] == max(self.widths):
             return self[operation]
         if (operation, width) not in self.narrow:
@@ -175,7 +175,10 @@ class ChoiceBlock(nn.ModuleList):
 
 
 class Narrow:
-    """`form`, a module without memory, run on the first channels of what `widest`, of the same structure, has."""
+    """Runs `form`, a module on the meta device, with the first channels of the weights and statistics of `widest`.
+
+    Both modules have the same structure.
+    """
 
     def __init__(self, widest, form):
         self.widest = widest
@@ -198,5 +201,5 @@ class Narrow:
 
 
 def first_channels(shape):
-    """The index of the first channels of a larger tensor: of an output, of an input, or of both."""
+    """The index that cuts a larger tensor to `shape`: to the first output channels, input channels, or both."""
     return tuple(slice(n) for n in shape)

@@ -23,17 +23,17 @@ import torch.distributed as dist
 
 from utils import UserError, heartbeats_to, run_script
 
-TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of a rank that is silent in `together`
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of ranks without heartbeats in `together`
 POLL_S = 0.2
 LOST_RANK = "another rank of this run ended or hangs; the same command resumes from the last checkpoint"
 
-_store = None  # of this run's ranks
+_store = None  # the key-value store that the ranks share
 
 
 def run(main, parse_args):
-    """`utils.run_script` on every rank; an error message that several ranks raise is printed once.
+    """`utils.run_script` on every rank; prints an error that several ranks raise once.
 
-    `main` has to call `join`.
+    `main` must call `join`.
     """
     global _store
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
@@ -81,9 +81,9 @@ def local_world_size():
 
 
 def gpu_count():
-    """How many GPUs this process may use. Leaves CUDA uninitialised, so that CUDA_VISIBLE_DEVICES can still be set.
+    """The number of GPUs that this process may use. CUDA stays uninitialised, so that CUDA_VISIBLE_DEVICES can be set.
 
-    NVML counts them; where a driver comes without it, another process asks CUDA.
+    NVML counts them; for a driver without NVML, another process asks CUDA.
     """
     if torch.cuda._device_count_nvml() >= 0:
         return torch.cuda.device_count()
@@ -96,14 +96,14 @@ def gpu_count():
 
 
 def unused_gpus(device):
-    """A line that says how to use all GPUs of this machine, or None where none is left unused."""
+    """A line that says how to use all GPUs of this machine, or None if none is idle."""
     if device.type != "cuda" or world_size() > 1 or (n := gpu_count()) < 2:
         return None
     return f"one of {n} GPUs is used; all of them: torchrun --nproc-per-node {n} {shlex.join(sys.argv)}"
 
 
 def check_same(values):
-    """Raises UserError, on all ranks, where `values` (name -> value) of a rank differ from those of rank 0."""
+    """Raises UserError on all ranks if the `values` (name -> value) of a rank differ from those of rank 0."""
     if world_size() == 1:
         return
     all_values = [None] * world_size()
@@ -138,24 +138,25 @@ def per_rank_batch_size(batch_size):
 
 
 def together(function):
-    """Returns `function()`, when it has returned on every rank.
+    """Returns `function()` once it has returned on every rank.
 
-    For what may take longer than a collective, as reading a data set for the first time: a rank waits as long as any
-    rank has heartbeats.
+    For work that may take longer than a collective, such as the first reading of a data set: a rank waits as long as
+    any rank has heartbeats. Raises UserError if a rank ended or hangs.
     """
     if world_size() == 1:
         return function()
     try:
         call = f"call {_store.add(f'calls of {rank()}', 1)}"
-        with heartbeats_to(lambda: _store.add("signs", 1), every_s=POLL_S):
+        with heartbeats_to(lambda: _store.add("heartbeats", 1), every_s=POLL_S):
             result = function()
         ready = _store.add(call, 1)
-        signs = 0
+        heartbeats = 0
         changed = time.monotonic()
         while ready < world_size():
             time.sleep(POLL_S)
-            ready, before, signs = _store.add(call, 0), signs, _store.add("signs", 0)
-            if signs != before:
+            ready = _store.add(call, 0)
+            before, heartbeats = heartbeats, _store.add("heartbeats", 0)
+            if heartbeats != before:
                 changed = time.monotonic()
             elif time.monotonic() - changed > TIMEOUT.total_seconds():
                 raise UserError(f"{LOST_RANK} (no heartbeat for {TIMEOUT.total_seconds():.0f} s)")
@@ -165,7 +166,7 @@ def together(function):
 
 
 def local_rank0_first(function):
-    """Returns `function()`, called on local rank 0 of each machine first, whose files the other ranks then find."""
+    """Returns `function()`, called on local rank 0 of each machine first, so that the others find its files."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     result = together(function if first else lambda: None)
     return result if first else function()
@@ -217,7 +218,7 @@ def _all_reduce_mean(tensors):
 
 
 def all_reduce_sum(values):
-    """Returns the sum over ranks of a CPU tensor, which stays as it is."""
+    """Returns the sum over ranks of a CPU tensor, which is not changed."""
     return _all_reduce(values, dist.ReduceOp.SUM)
 
 

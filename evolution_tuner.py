@@ -33,13 +33,13 @@ except ImportError:  # NNI is not installed, and a search without it needs neith
 TRIES = 10  # draws for each wanted child (official)
 RANDOM_TRIES = 100  # draws for each wanted random candidate
 ENUMERABLE = 10_000  # spaces up to this size are listed where random draws find nothing new
-GRACE_S = 3  # for results that are still on their way when NNI reports the end of a trial
+GRACE_S = 3  # for results that arrive after NNI reports the end of a trial
 
 
 def official_shares(population, select=None, mutation=None, crossover=None):
-    """(parents, children by mutation, by crossover) of a population; None: a fifth and a half each, as official.
+    """(parents, children by mutation, by crossover) of a population; by default a fifth, and half each (official).
 
-    Where one kind of children is given, the other gets at most the rest of the population.
+    If only one kind of children is given, the other gets at most the rest of the population.
     """
     half = population // 2
     if mutation is None:
@@ -55,16 +55,16 @@ class Evolution:
     The first population is random. Each later one has up to `mutation` children of one parent, whose blocks are redrawn
     with probability `mutation_prob`, up to `crossover` children, which take each block from one of two parents, and
     random candidates up to `population_size`. Parents are drawn from the `select` best of all populations so far. No
-    candidate occurs twice. The same seed and rewards give the same populations, in whatever order the rewards are told.
+    candidate occurs twice. The same seed and rewards give the same populations, whatever the order of the rewards.
 
-    `objectives` are functions of a candidate that are to be low while the reward, or its first number, is high. Parents
-    are then those that no others beat in all of these, and of equally good ones, those with largest crowding distance.
+    `objectives` are functions of a candidate that are minimised, while the reward, or its first number, is maximised.
+    Parents are then taken front by front (NSGA-II), in the last front by crowding distance.
 
-    Of `select`, `mutation` and `crossover`, those that are None get the official share of the population.
+    If `select`, `mutation` or `crossover` is None, it is the official share of the population.
 
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
-    its rewards by candidate, all at once or in parts. `restrict` puts Limits in the place of `cost` and `cost_limit`.
-    Raises UserError if the settings allow no search.
+    its rewards by candidate, all at once or in parts. `restrict` replaces `cost` and `cost_limit` by Limits.
+    Raises UserError if the settings are not valid.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Evolution:
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
         self.population = []  # the open one, empty between generations
-        self.rewards = {}  # candidate -> its reward, None where it failed
+        self.rewards = {}  # candidate -> its reward, None if it failed
         self.finished = False
 
     @classmethod
     def from_settings(cls, space, settings):
-        """The evolution in a SearchSpace by the settings of a search, which may contain others too."""
+        """The evolution in a SearchSpace with the settings of a search, which may have others too."""
         names = {"population": "population_size"}
         own = {names.get(name, name): settings[name] for name in EVOLUTION if name in settings}
         limits = Limits(space, bounds_of(settings))
@@ -112,19 +112,19 @@ class Evolution:
         return evolution
 
     def restrict(self, limits):
-        """From now on candidates have to meet these Limits."""
+        """From now on, candidates must meet these Limits."""
         self.limits = limits
         self.cost = limits.excess
         self.cost_limit = 0
 
     @property
     def generation(self):
-        """How many generations are closed."""
+        """The number of closed generations."""
         return len(self.history)
 
     @property
     def best(self):
-        """(candidate, reward), None while nothing legal has succeeded; with objectives, the first of the front."""
+        """(candidate, reward), or None while no legal one has succeeded; with objectives, the first of the front."""
         ranked = self.front() if self.objectives else self.legal_ranked()
         return (ranked[0], self.rewards[ranked[0]]) if ranked else None
 
@@ -136,7 +136,7 @@ class Evolution:
         return sorted(succeeded, key=lambda c: _values(self.rewards[c]), reverse=True)
 
     def legal_ranked(self):
-        """All candidates that succeeded and are legal, best first; others are there where limits were made stricter."""
+        """The candidates that succeeded and are legal, best first; `restrict` may have made others illegal."""
         return [c for c in self.ranked() if self.cost(c) <= self.cost_limit]
 
     def parents(self):
@@ -147,12 +147,12 @@ class Evolution:
         return legal[: self.select]
 
     def front(self):
-        """The legal candidates to which no other one is equal in all objectives and better in one, by accuracy."""
+        """The legal candidates that no other one dominates, by falling accuracy."""
         legal = self.legal_ranked()
         return [legal[i] for i in next(fronts(self._points(legal)), [])]
 
     def _points(self, candidates):
-        """What is to be low of each candidate, as an array (candidates, 1 + objectives)."""
+        """The objectives of each candidate, all to be minimised, as an array (candidates, 1 + objectives)."""
         costs = [[-_values(self.rewards[c])[0], *(cost(c) for cost in self.objectives)] for c in candidates]
         return np.array(costs, dtype=float).reshape(len(candidates), 1 + len(self.objectives))
 
@@ -210,7 +210,7 @@ class Evolution:
         if missing and math.prod(self.choices) <= ENUMERABLE:
             left = [c for c in itertools.product(*map(range, self.choices)) if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))
-        elif missing and self.limits:  # there is little room: look beside what there is, and what that adds
+        elif missing and self.limits:  # few are legal: try neighbours, also of those that this loop adds
             for candidate in population:
                 wanted = self.population_size - len(population)
                 self._add_new(population, wanted, self.limits.neighbours(candidate, self.rng))
@@ -225,6 +225,7 @@ class Evolution:
         return candidate not in self.rewards and candidate not in population and self.cost(candidate) <= self.cost_limit
 
     def random_candidate(self):
+        """A uniform candidate."""
         return tuple(self.rng.randrange(n) for n in self.choices)
 
     def mutate(self, parent):
@@ -244,7 +245,7 @@ def _values(reward):
 
 
 def _stops_search_on_error(method):
-    """For a tuner's method: holds the tuner's lock; an exception ends the search and is written to its state file."""
+    """Decorates a tuner's method to hold its lock; an exception ends the search and is written to its state file."""
 
     @functools.wraps(method)
     def run(self, *args):
@@ -328,7 +329,7 @@ class EvolutionWithFlops(Tuner):
 
     @_stops_search_on_error
     def hear(self, trial_id, results):
-        """Notes that a trial lives, and keeps its results so far."""
+        """Counts a heartbeat of a trial, and keeps its results so far."""
         self.record.hear(trial_id)
         if results:
             self.keep(trial_id, results)
@@ -358,7 +359,7 @@ class EvolutionWithFlops(Tuner):
             return
         any_succeeded = any(result["acc1"] is not None for result in self.record.results.values())
         for candidate in missing:
-            if self.times_sent[candidate] > 1 and any_succeeded:  # else the fault is elsewhere
+            if self.times_sent[candidate] > 1 and any_succeeded:  # else the candidates are not the cause
                 self.record.fail(candidate, "two trials ended without a result")
             else:
                 self.chunks.append([candidate])  # on its own: if it crashes its trial, no other is lost

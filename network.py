@@ -1,6 +1,6 @@
-"""The supernet, and one architecture of it as a network of its own.
+"""The supernet, and one architecture of it as a stand-alone network.
 
-`load(path)` gives a retrained network, from a file of this project or an official one.
+`load(path)` returns a retrained network, from a file of this project or an official one.
 Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/network.py`.
 """
 
@@ -50,10 +50,10 @@ class _ShuffleNet(nn.Module):
 
 
 class ShuffleNetV2OneShot(_ShuffleNet):
-    """The supernet: every operation of every block, of which `forward(x, candidate)` runs one per block.
+    """The supernet: all operations of every block; `forward(x, candidate)` runs one per block.
 
-    `space` (a SearchSpace) takes the place of input_size and n_classes. BN is without affine parameters in a
-    supernet (official); blocks that the architecture doesn't choose get no gradient at all.
+    `space` (a SearchSpace) replaces input_size and n_classes. BN has no affine parameters in a supernet (official);
+    operations that are not in the candidate get no gradient at all.
     """
 
     def __init__(self, input_size=224, n_classes=1000, affine=False, space=None):
@@ -83,10 +83,10 @@ class ShuffleNetV2OneShot(_ShuffleNet):
 
 
 class ShuffleNetV2(_ShuffleNet):
-    """One architecture as a stand-alone network, with affine BN (official). `architecture` is of any form.
+    """One architecture, in any form, as a stand-alone network, with affine BN (official).
 
-    `preprocess` makes its input of images: BGR in [0, 255] by default, so RGB in [0, 1] gives plausible nonsense.
-    `config` (a DataConfig) says what it does; `classes` are the names of the logits, where `load` found them.
+    `preprocess` turns images into its input: BGR in [0, 255] by default, so RGB in [0, 1] gives plausible nonsense.
+    `config` (a DataConfig) determines how; `classes` are the names of the logits, None unless `load` found them.
     """
 
     def __init__(self, architecture, input_size=224, n_classes=1000, affine=True, space=None):
@@ -124,7 +124,7 @@ class ShuffleNetV2(_ShuffleNet):
         """uint8 RGB (N, H, W, 3) -> the network's input (N, 3, input_size, input_size), float, as in validation.
 
         Resizes the shorter side, crops the centre, and applies the preprocessing that the network was trained with.
-        Raises UserError if the images are of another form.
+        Raises UserError if the images have another type or shape.
         """
         from torchvision.transforms.v2 import functional as F
 
@@ -190,6 +190,7 @@ def get_candidate_flops(architecture, input_size=224, n_classes=1000):
 
 
 def batch_norms(module):
+    """The BN layers in a module, in order."""
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 

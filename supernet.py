@@ -1,4 +1,4 @@
-"""Trains the supernet: at every step one path, drawn flat over FLOPs bins.
+"""Trains the supernet: one path per step, drawn flat over FLOPs bins.
 
     python supernet.py                                  ImageNet at data/imagenet, official settings
     python supernet.py --demo                           the bundled images, minutes on two CPU cores
@@ -53,7 +53,7 @@ def parse_args(argv=None):
 
 
 def make_sampler(sampling, space, seed, iterations):
-    """The PathSampler of a Sampling, for so many steps of training."""
+    """The PathSampler with the settings `sampling`, for `iterations` steps of training."""
     flops_range = None
     warmup = sampling.width_warmup
     if sampling.sampler == "flops-uniform":

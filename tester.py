@@ -97,7 +97,7 @@ def start_logging(args, device):
 def open_supernet(args, listed=None):
     """(supernet on the device, calibration batches, validation batches) of the arguments; `listed` as for Data."""
     values = vars(args)
-    images = Images.of(vars(args))
+    images = Images.of(values)
     if not listed:
         prepare(images, args.demo)
     load_operations(args.operations)
@@ -111,7 +111,7 @@ def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     candidates = trial.receive_candidates()
-    with trial.heard():
+    with trial.heartbeats():
         trial.take_gpu(args.device)
         supernet, *batches = open_supernet(args, listed_images(args.out))
         trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))

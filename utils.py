@@ -46,7 +46,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 class UserError(Exception):
     """An error that the user can fix: printed as one line that names the cause, its value and the fix; exit code 2.
 
-    Messages name flags, as "--batch-size 7"; outside of the commands, in Python, they name arguments: "batch_size 7".
+    Messages name flags, such as "--batch-size 7"; in Python, outside the commands, they name arguments: "batch_size 7".
     """
 
     of_commands = False  # set by `run_script`
@@ -55,7 +55,7 @@ class UserError(Exception):
         text = super().__str__()
         if self.of_commands:
             return text
-        # A command in the text, as "run tester.py --mode gen", stays what it is.
+        # A command in the text, such as "run tester.py --mode gen", is not changed.
         return re.sub(r"(\.py [^;,)]*)|--([a-z][a-z0-9-]*)", lambda m: m[1] or m[2].replace("-", "_"), text)
 
 
@@ -67,6 +67,7 @@ class Interrupted(BaseException):
 
 
 def interrupt(number, _frame):
+    """A signal handler that raises Interrupted."""
     raise Interrupted(number)
 
 
@@ -82,16 +83,16 @@ def signals(handler):
 
 
 def watch_parent():
-    """Returns a function that says whether the process that started this one has ended since."""
+    """Returns a function that tells whether the parent process has ended since this call."""
     parent = multiprocessing.parent_process()
     number = os.getppid()
     return lambda: os.getppid() != number or (parent is not None and not parent.is_alive())
 
 
 def end_with_parent(told=None):
-    """Ends this process within a second after its parent has ended, for whatever reason.
+    """Ends this process within a second of the end of its parent, whatever the cause.
 
-    `told` is a Connection, which nobody reads: the process ends too once the parent has written to it.
+    It also ends once the parent has written to `told`, a Connection that nothing else reads.
     """
     parent_ended = watch_parent()
 
@@ -104,14 +105,14 @@ def end_with_parent(told=None):
 
 
 def leave_signals_to_parent(told=None, *_):
-    """Makes this worker process ignore SIGINT and SIGTERM, and end when its parent ends or tells it to."""
+    """Makes this worker process ignore SIGINT and SIGTERM, and end when its parent ends or writes to `told`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(told)
 
 
 def shared_memory():
-    """What /dev/shm holds, in words, or "" on a system without it."""
+    """The size of /dev/shm in words, or "" on a system without it."""
     with contextlib.suppress(OSError):
         size = shutil.disk_usage("/dev/shm")
         return f"/dev/shm has {size.total / 2**20:.2f} MiB, {size.free / 2**20:.2f} of them free"
@@ -119,20 +120,20 @@ def shared_memory():
 
 
 def check_shared_memory(n):
-    """Raises UserError if `n` worker processes can't share what they need: semaphores, and sockets in TMPDIR.
+    """Raises UserError if there is no room for what `n` worker processes share: semaphores, and sockets in TMPDIR.
 
-    DataLoader's own errors come with a traceback, or in a thread of a worker, for whose batch it then waits for ever.
+    Without this check DataLoader prints a traceback, or fails in a worker's thread and waits forever for its batch.
     """
     try:
         _ = [multiprocessing.Semaphore() for _ in range(5 * n + 10)]  # more than DataLoader and a pool take
     except OSError as error:
         text = f"/dev/shm: {error.strerror or error}: no room for the semaphores of {n} worker processes"
-        raise UserError(f"{text}; {shared_memory()}; give it more memory, as docker run --shm-size 1g") from None
+        raise UserError(f"{text}; {shared_memory()}; give it more memory (docker run --shm-size 1g)") from None
     try:
         multiprocessing.connection.Listener().close()
     except OSError as error:
         text = f"TMPDIR {tempfile.gettempdir()}: worker processes can't open a socket there ({error.strerror or error})"
-        raise UserError(f"{text}; set TMPDIR to a folder that can be written and has a short path, as /tmp") from None
+        raise UserError(f"{text}; set TMPDIR to a writable folder with a short path, such as /tmp") from None
 
 
 _listeners = []  # (listener, every_s, [time of its last call])
@@ -140,7 +141,7 @@ _listeners = []  # (listener, every_s, [time of its last call])
 
 @contextlib.contextmanager
 def heartbeats_to(listener, every_s=0.0):
-    """Within the block, each heartbeat of this process calls `listener()`, at most once in `every_s` seconds."""
+    """Within the block, each heartbeat of this process calls `listener()`, at most once per `every_s` seconds."""
     entry = listener, every_s, [-math.inf]
     _listeners.append(entry)
     try:
@@ -159,9 +160,9 @@ def heartbeat():
 
 def run_script(main, parse_args, may_print=lambda line: True):
     """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2, Ctrl-C
-    one line and exit code 130. A reader of standard output that has ended (`| head -1`) ends it with 141, in silence.
+    one line and exit code 130. If the reader of standard output has ended (`| head -1`): no line, exit code 141.
 
-    The line is printed only if `may_print(line)`. File names that are not UTF-8 are printed with escapes.
+    A line is printed only if `may_print(line)`. File names that are not UTF-8 are printed with escapes.
     """
     UserError.of_commands = True
     for stream in (sys.stdout, sys.stderr):
@@ -170,11 +171,11 @@ def run_script(main, parse_args, may_print=lambda line: True):
     code = 2
     try:
         main(parse_args())
-        print(end="", flush=True)  # what can't be written fails here, not at exit
+        print(end="", flush=True)  # a failed write raises here, not at exit
         return
     except UserError as error:
         line = f"error: {error}"
-    except OSError as error:  # above all a full disk
+    except OSError as error:  # mostly a full disk
         if isinstance(error, BrokenPipeError) and sys.stdout and _nobody_reads(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at exit
             sys.exit(128 + signal.SIGPIPE)
@@ -198,7 +199,7 @@ def _nobody_reads(stream):
 
 
 def _say_in_one_line(kind, error, trace):
-    """What happens outside of `run_script`, while torch is imported: Ctrl-C, or that a package is not there."""
+    """Prints one line for Ctrl-C or a missing package before `run_script`, while modules are imported."""
     script = pathlib.Path(sys.argv[0]).name
     if issubclass(kind, KeyboardInterrupt):
         print(f"{script}: {INTERRUPTED}", file=sys.stderr)
@@ -238,7 +239,7 @@ def read_json(path):
 
 def read_yaml(path):
     """The mapping in a YAML file, read by safe_load. Raises UserError that names the file."""
-    import yaml  # here, because the search space and its users need only the standard library
+    import yaml  # here, because the search space needs only the standard library
 
     try:
         with open(path, "rb") as file:
@@ -262,7 +263,7 @@ def read_yaml(path):
 
 @functools.cache
 def _unique_keys_loader():
-    """yaml.SafeLoader that raises UserError for a key that is given twice, which YAML forbids and PyYAML ignores."""
+    """yaml.SafeLoader that raises UserError for a key that is given twice, which YAML forbids and PyYAML accepts."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -282,7 +283,7 @@ def atomic_write(path, mode="w"):
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        texts = {} if "b" in mode else {"errors": "backslashreplace"}  # of file names that are not UTF-8
+        texts = {} if "b" in mode else {"errors": "backslashreplace"}  # for file names that are not UTF-8
         with os.fdopen(descriptor, mode, **texts) as file:
             yield file
             file.flush()
@@ -298,6 +299,7 @@ def atomic_write(path, mode="w"):
 
 
 def write_json(path, value, **kwargs):
+    """Writes a value as JSON, atomically; `kwargs` are those of json.dump."""
     with atomic_write(path) as file:
         json.dump(value, file, **kwargs)
         file.write("\n")
@@ -315,7 +317,7 @@ def output_folder(path):
 
 
 def try_lock(path):
-    """Locks a file and returns it open; closing it ends the lock. Returns None if another process holds the lock."""
+    """Locks a file. Returns it open, and closing it releases the lock; None if another process holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")  # noqa: SIM115
     try:
@@ -354,7 +356,7 @@ def duration(seconds):
 
 
 def above_progress_bars():
-    """A context in which lines on standard error are printed above tqdm's progress bars, if there are any."""
+    """A context in which lines on standard error are printed above tqdm's progress bars, if any."""
     tqdm = sys.modules.get("tqdm")  # not imported here, because the search space needs only the standard library
     return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
 
@@ -368,7 +370,7 @@ class Screen(logging.StreamHandler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that ignores a full disk: files that matter raise the error themselves."""
+    """A log file that ignores a full disk, because more important files raise the error themselves."""
 
     def handleError(self, record):
         if not isinstance(sys.exception(), OSError):

@@ -2,7 +2,7 @@
 
 Our checkpoints hold plain containers and tensors: version, kind ("supernet" or "scratch"), step, model, optimizer, the
 search space, the data settings (preprocessing, augmentation, split), class names, the architecture (scratch) and the
-settings of the run. Official files hold a state dict alone.
+settings of the run. Official files hold only a state dict.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ VERSION = 1
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checkpoint that was read. Of an official file, `data`, `split`, `classes` and `content` are None."""
+    """A checkpoint as read. For an official file, `data`, `split`, `classes` and `content` are None."""
 
     path: str
     kind: str
@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def class_names(self):
-        """The names of the classes; an official file has none, and gets numbers."""
+        """The names of the classes; numbered names for an official file, which has none."""
         return self.classes or tuple(f"class {i}" for i in range(self.space.n_classes))
 
 
@@ -56,7 +56,7 @@ def load(path, kind, space=None):
 
 
 def parse(content, path, kind, space=None):
-    """As `load`, for a file's content."""
+    """As `load`, for the content of a file."""
     weights = parse_state_dict(content, path)
     if "version" not in content:
         space = space or SearchSpace()
@@ -109,10 +109,10 @@ def load_file(path):
 
 
 def _reason(path, error):
-    """Why a file was not read, and what to do: a damaged one is replaced, weights beside other types written again."""
+    """Why a file can't be read, and what to do: replace a damaged one, save weights again without other types."""
     text = re.sub("\033\\[\\d*m", "", str(error)).rpartition("WeightsUnpickler error:")[2].strip()
     types = set(re.findall(r"GLOBAL (\S+) w", text))
-    with contextlib.suppress(Exception), torch.serialization.safe_globals(NUMPY):  # it reads zip files alone
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(NUMPY):  # fails for other than zip files
         types.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if not types:
         return f"({(text or type(error).__name__).splitlines()[0][:100]}); remove or replace it"
@@ -129,7 +129,7 @@ def _reason(path, error):
 
 
 class _Dtype:
-    """Stands for numpy.dtype while a file is read. A real one takes a state that can make bytes into pointers."""
+    """Replaces numpy.dtype while a file is read, because its state could turn bytes into pointers."""
 
     def __init__(self, code, *_):
         if not re.fullmatch(r"[biufc]\d+|[US][1-9]\d*|O8?", code):
@@ -141,7 +141,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """Stands for numpy.ndarray, and for the function that makes one, while a file is read."""
+    """Replaces numpy.ndarray, and the function that creates one, while a file is read."""
 
     def __new__(cls, *_):
         return super().__new__(cls, (0,))
@@ -156,16 +156,16 @@ class _Array(np.ndarray):
 
 
 def _scalar(stand_in, value):
-    """Stands for the function that makes a NumPy number or text."""
+    """Replaces the function that creates a NumPy number or text."""
     return np.frombuffer(value, stand_in.dtype, 1)[0]
 
 
 def _no_bytes():
-    """Stands for the values of an empty array."""
+    """Replaces the function that creates the values of an empty array."""
     return b""
 
 
-# What NumPy 1 and 2 call these in files.
+# The names of these in files of NumPy 1 and 2.
 NUMPY = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"), (_no_bytes, "builtins.bytes")] + [
     (stand_in, f"numpy.{core}.multiarray.{name}")
     for core in ("core", "_core")
@@ -174,9 +174,9 @@ NUMPY = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"), (_no_bytes, "builti
 
 
 def load_and_parse_state_dict(path):
-    """The state dict in an official or our own file: taken out of "state_dict" or "model", without WRAPPERS in names.
+    """The state dict in an official or our own file, which may lie in "state_dict" or "model"; names lose WRAPPERS.
 
-    Raises UserError as `load_file` does, and where there is no state dict in it.
+    Raises UserError as `load_file` does, and if the file has no state dict.
     """
     return parse_state_dict(load_file(path), path)
 
@@ -185,7 +185,7 @@ WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of Da
 
 
 def parse_state_dict(content, path):
-    """As `load_and_parse_state_dict`, for a file's content."""
+    """As `load_and_parse_state_dict`, for the content of a file."""
     if isinstance(content, dict):
         for key in ("state_dict", "model"):
             if isinstance(content.get(key), dict):
@@ -205,12 +205,12 @@ def _is_plain_tensor(value):
 
 
 def load_weights(model, state_dict, path):
-    """Loads strictly. Raises UserError that names the first entry that does not fit, and what is there instead.
+    """Loads strictly. Raises UserError that names the first entry that does not fit, and the most similar one.
 
-    A model on the meta device gets its memory after that: the space of a damaged file may ask for terabytes.
+    A model on the meta device gets memory only then, because the space of a damaged file may need terabytes.
     """
     own = model.state_dict()
-    # Counts that old versions of torch did not have; no result depends on them.
+    # Counts that old versions of torch did not write; no result depends on them.
     counts = {name: torch.zeros((), dtype=torch.long) for name in own if name.endswith(".num_batches_tracked")}
     state_dict = counts | state_dict
     if differing := sorted(own.keys() ^ state_dict.keys()):

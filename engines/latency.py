@@ -1,15 +1,15 @@
 """Latency on a device: the table that a search reads, and networks measured as a whole.
 
-A table is measured in context. Random networks of the space run as a whole, and each operation is timed where it
-stands, between its neighbours: timed alone, its input would lie in the cache. The latency of a network is then the sum
-of the medians of its parts, times a correction: the median ratio of whole networks, measured as such, to their sums.
+A table is measured in context. Random networks of the space run as a whole, and each operation is timed between its
+neighbours: timed alone, it would find its input in the cache. The latency of a network is then the sum of the medians
+of its parts, times a correction: the median ratio of the latencies of whole networks to such sums.
 
-A device is not always equally fast: clocks change, and other processes run. So what is compared is measured in turns:
-the parts of a table and its whole networks, and later the best candidates of a search and networks of the table, by
-which the scale of the table is found again.
+The speed of a device varies: clocks change, and other processes run. So measurements that are compared take turns: the
+parts of a table and its whole networks, and later the best candidates of a search and networks of the table, which
+show how the speed differs from that time.
 
-    setting    device, threads, batch size and version of torch; a network has another latency in another one
-    ns         the unit of all latencies here and in latency.json; those of a batch, not of an image
+    setting    device, threads, batch size and version of torch, on which the latency of a network depends
+    ns         the unit of all latencies here and in latency.json; latencies are per batch, not per image
 """
 
 import itertools
@@ -28,10 +28,10 @@ from evolution_tuner import Evolution
 from network import ShuffleNetV2, fold_bn
 from utils import UserError, cores, log, read_json, versions
 
-ROUNDS = 200  # of a measurement, or as many as begin within SECONDS, but FEWEST at least
+ROUNDS = 200  # of a measurement, or as many as begin within SECONDS, but at least FEWEST
 SECONDS = 240
-NETWORKS = 12  # of a table, measured as a whole
-REFERENCES = 4  # of these, measured beside the best candidates of a search
+NETWORKS = 12  # that a table measures as a whole
+REFERENCES = 4  # of these, measured again with the best candidates of a search
 FEWEST = 5
 RUNS = 2  # timed runs of a network in a round, after one that is not timed
 
@@ -40,7 +40,7 @@ RUNS = 2  # timed runs of a network in a round, after one that is not timed
 
 
 def device_name(device):
-    """The name of a torch device, as the table has it."""
+    """The name of a torch device, as in the table."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     path = pathlib.Path("/proc/cpuinfo")
@@ -59,12 +59,13 @@ def build(space, candidate, device):
 
 
 def images(space, batch_size, device):
+    """Random images (batch_size, 3, input_size, input_size), channels last."""
     size = (batch_size, 3, space.input_size, space.input_size)
     return torch.randn(size, device=device).to(memory_format=torch.channels_last)
 
 
 def run_timed(parts, x):
-    """Runs callables one after the other on x; the ns that each took."""
+    """Runs callables one after the other on x. Returns the ns that each took."""
     if x.device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
         marks[0].record()
@@ -81,13 +82,13 @@ def run_timed(parts, x):
 
 
 def rounds(most, seconds):
-    """Counts rounds: up to `most`, or as many as begin within so many seconds, but FEWEST at least."""
+    """Counts rounds: up to `most`, or as many as begin within `seconds`, but at least FEWEST."""
     end = time.monotonic() + seconds
     return itertools.takewhile(lambda i: i < FEWEST or time.monotonic() < end, range(most))
 
 
 class Networks:
-    """Candidates as whole networks, built anew; a round runs each of them."""
+    """Candidates as whole networks; a round runs each of them."""
 
     def __init__(self, space, candidates, batch_size, device):
         self.networks = [build(space, c, device) for c in candidates]
@@ -106,13 +107,13 @@ class Networks:
 
 
 class Parts:
-    """Every choice at every block; a round runs each once, in random networks."""
+    """Every choice at every block; a round runs each of them, in random networks."""
 
     def __init__(self, space, batch_size, device, rng):
         self.rng = rng
         self.x = images(space, batch_size, device)
         n = len(space.choice_flops[0])
-        # Networks whose blocks are run.
+        # A network for each choice; random networks are made of their blocks.
         self.whole = [build(space, space.uniform_candidate(choice), device) for choice in range(n)]
         self.times = [[[] for _ in range(n)] for _ in range(space.n_blocks)]
         self.ends = []  # stem and head together
@@ -139,7 +140,7 @@ class Parts:
 
 @torch.inference_mode()
 def take_turns(*measurements):
-    """Rounds of all measurements, in turns; counts the seconds of each."""
+    """Runs rounds of all measurements in turns; adds up the seconds of each."""
     for _ in rounds(ROUNDS, SECONDS):
         for measurement in measurements:
             start = time.monotonic()
@@ -150,7 +151,7 @@ def take_turns(*measurements):
 def measure_table(space, batch_size, device, beside=()):
     """The content of latency.json: latencies in a space on this device, with the threads that torch has.
 
-    `beside` are other measurements, to be compared with the table: their rounds take turns with those of the table.
+    `beside` are other measurements to compare with the table; their rounds and those of the table take turns.
     """
     rng = np.random.default_rng(0)
     drawn = [tuple(int(rng.integers(n)) for n in space.choices) for _ in range(NETWORKS)]
@@ -181,8 +182,8 @@ def measure_table(space, batch_size, device, beside=()):
 def measure_like(table, space, candidates):
     """(the latency of each candidate as a whole network, in ns, at the scale of a table; that scale).
 
-    Networks of the table are measured beside the candidates. The scale is the median ratio of their latencies in the
-    table to those of now; all latencies are multiplied by it.
+    Networks of the table are measured with the candidates. The scale is the median ratio of their latencies in the
+    table to those measured now; all latencies are multiplied by it.
     """
     references = [space.check(c) for c in table["networks"]["architectures"][:REFERENCES]]
     before = torch.get_num_threads()
@@ -209,7 +210,7 @@ FORMS = {"device": str, "kind": str, "threads": int, "batch_size": int, "torch":
 def read_table(path, space, foreign=False):
     """The table in a file, for a space.
 
-    Raises UserError if it is none, if it is of another space, or, unless `foreign`, if this device has another setting.
+    Raises UserError if the file has no table, or one of another space, or, unless `foreign`, of another setting.
     """
     table = read_json(path)
     no_table = UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
@@ -241,7 +242,7 @@ def _are_measured(networks, space):
 
 
 def difference(table):
-    """What differs between the setting of a table and this device, in words, or None."""
+    """How the setting of a table differs from this device, in words, or None."""
     if table["kind"] == "cuda" and not torch.cuda.is_available():
         return f"on {reprlib.repr(table['device'])}, and this machine has no GPU"
     if (here := device_name(torch.device(table["kind"]))) != table["device"]:
@@ -262,7 +263,7 @@ def with_latency(space, table):
 def confirm(space, settings, out, table):
     """Measures the ten best of the search in `out`, whose generations are complete, as whole networks on this device.
 
-    Its record says what follows: a winner, or more generations under a corrected limit.
+    The record of the search then has a winner, or more generations to run under a corrected limit.
     """
     record = SearchRecord(out, space, Evolution.from_settings(space, settings))
     record.pending()  # replays the search
@@ -270,7 +271,7 @@ def confirm(space, settings, out, table):
     log.info("measuring the %d best candidates as whole networks", len(best))
     measured, scale = measure_like(table, space, best)
     if abs(scale - 1) > 0.05:
-        text = "this device takes %.2f times as long as when the table was measured: latencies are given as of then"
+        text = "this device takes %.2f times as long as when the table was measured: latencies are scaled to that time"
         log.warning(text, 1 / scale)
     row = record.confirm(dict(zip(best, measured)))
     record.lock.close()

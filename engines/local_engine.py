@@ -1,4 +1,4 @@
-"""The search without NNI: the same evolution and files, with worker processes, each on a GPU of its own or a CPU."""
+"""The search without NNI: the same evolution and files, with worker processes, each with its own GPU or on the CPU."""
 
 import concurrent.futures.process
 import functools
@@ -20,11 +20,11 @@ SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive 
 
 
 def search_locally(space, settings, out, trial, concurrency=1, candidates_per_trial=None, trial_timeout=300):
-    """Runs the search for which `prepare_search` made `out` ready, to its end.
+    """Runs the search that `prepare_search` has set up in `out`, to its end.
 
-    `trial` has the flags of a trial. Candidates whose evaluation fails, or whose worker dies or is ended because it
-    gave no heartbeat for `trial_timeout` seconds, are evaluated again; those that fail again on their own have
-    failed. Raises UserError if no candidate can be evaluated.
+    `trial` has the settings of a trial (name -> value). Candidates whose evaluation fails, whose worker dies, or whose
+    worker gives no heartbeat for `trial_timeout` seconds, are evaluated again; those that fail again, on their own,
+    count as failed. Raises UserError if no candidate can be evaluated.
     """
     record = SearchRecord(out, space, Evolution.from_settings(space, settings))
     progress = Progress(out)
@@ -36,8 +36,8 @@ def search_locally(space, settings, out, trial, concurrency=1, candidates_per_tr
             lists = [few for candidates in trials for few in cut(space, candidates)]
             generation = record.evolution.generation
             names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
-            # First in lists; then those that failed, each on its own; then one at a time, since the death of a worker
-            # loses the others' work too.
+            # First in lists; then those that failed, each on its own; then one at a time, because a worker that dies
+            # takes the others' work with it.
             for together in (True, True, False):
                 for candidates, results, error in workers.evaluate(lists, together):
                     for result in results:
@@ -93,14 +93,14 @@ class Workers:
                     yield futures[future], [], f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
     def _finished(self, futures):
-        """Yields (future, False) as they finish; where a worker hangs, ends all workers and yields (future, True)."""
+        """Yields (future, False) as they finish; if a worker hangs, ends all workers and yields (future, True)."""
         left = set(futures)
         changed = time.monotonic()
         while left:
             done, left = concurrent.futures.wait(left, POLL_S, concurrent.futures.FIRST_COMPLETED)
             changed = time.monotonic() if done else changed
             yield from ((future, False) for future in done)
-            if left and time.monotonic() - min(filter(None, self.signs), default=changed) > self.trial_timeout:
+            if left and time.monotonic() - min(filter(None, self.heartbeats), default=changed) > self.trial_timeout:
                 self._end()
                 yield from ((future, True) for future in left)
                 return
@@ -115,11 +115,10 @@ class Workers:
     def _workers(self):
         if self.pool is None:
             check_shared_memory(self.n)
-            # A worker's last heartbeat, 0 while it has nothing to do; and how many workers have started.
-            self.signs = SPAWN.Array("d", self.n, lock=False)
+            # The time of each worker's last heartbeat, 0 while it is idle; and how many workers have started.
+            self.heartbeats = SPAWN.Array("d", self.n, lock=False)
             started = SPAWN.Value("i")
-            arguments = self.n, SPAWN, _start, (self.signs, started)
-            self.pool = concurrent.futures.ProcessPoolExecutor(*arguments)
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.heartbeats, started))
         return self.pool
 
     def _end(self):
@@ -133,26 +132,26 @@ class Workers:
 
 # --- in a worker ---------------------------------------------------------------------------------------------
 
-_sign = None  # of this worker, writes the time of a heartbeat
+_note_heartbeat = None  # function of a time, for this worker
 
 
-def _start(signs, started):
-    global _sign
+def _start(heartbeats, started):
+    global _note_heartbeat
     leave_signals_to_parent()
     with started.get_lock():
         number = started.value
         started.value += 1
-    _sign = functools.partial(signs.__setitem__, number)
+    _note_heartbeat = functools.partial(heartbeats.__setitem__, number)
 
 
 def _work(evaluation, trial, candidates):
-    """`evaluation(trial, candidates)`, whose heartbeats the search hears."""
-    with heartbeats_to(lambda: _sign(time.monotonic())):
+    """Returns `evaluation(trial, candidates)`; its heartbeats reach the search."""
+    with heartbeats_to(lambda: _note_heartbeat(time.monotonic())):
         try:
             heartbeat()
             return evaluation(trial, candidates)
         finally:
-            _sign(0.0)
+            _note_heartbeat(0.0)
 
 
 def _evaluate(trial, candidates):

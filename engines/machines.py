@@ -22,7 +22,7 @@ NOTICE_S = 20
 
 
 class MachinesLost(Exception):
-    """There is no connection to these `machines`, a list of entries, or no longer."""
+    """The connection to `machines`, a list of entries, failed or was lost."""
 
     def __init__(self, machines, reason):
         super().__init__(reason)
@@ -30,9 +30,9 @@ class MachinesLost(Exception):
 
 
 def check_machines(path, machines):
-    """The entries of machineList, checked, with absolute paths of key files.
+    """Checks the entries of machineList. Returns them with absolute paths of key files.
 
-    Raises UserError that names the file, the machine and the entry.
+    Raises UserError, naming the file, the machine and the entry, if one is not valid.
     """
     if not isinstance(machines, list) or not machines:
         raise UserError(f"{path}: machineList is {machines!r}, not a list of machines")
@@ -46,17 +46,17 @@ def _check_machine(name, folder, machine):
         raise UserError(f"{name} is {machine!r}, not a mapping of {', '.join(known)}")
     machine = {"port": 22, **machine}
     if unknown := [str(key) for key in machine if key not in known]:
-        raise UserError(f"{name} has the unknown entry {unknown[0]!r}; those of a machine are {', '.join(known)}")
+        raise UserError(f"{name} has the unknown entry {unknown[0]!r}; known entries: {', '.join(known)}")
     for key in known:
         value = machine.get(key)
         if key == "port":
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
                 raise UserError(f"{name}: port is {value!r}, not a number from 1 to 65535")
         elif not isinstance(value, str) or not value:
-            raise UserError(f"{name}: {key} is {value!r}, not a text")
+            raise UserError(f"{name}: {key} is {value!r}, not a string")
         # NNI puts these into shell commands.
         elif key != "sshKeyFile" and (shlex.quote(value) != value or value.startswith("-")):
-            raise UserError(f"{name}: {key} is {value!r}, which has characters with a meaning to a shell")
+            raise UserError(f"{name}: {key} is {value!r}, which has characters that a shell interprets")
     python = machine["pythonPath"]
     if not python.startswith("/"):
         raise UserError(f"{name}: pythonPath is {python!r}, not the absolute path of a folder with python in it")
@@ -76,8 +76,8 @@ def check_keys(path, machines):
 class Connections:
     """SSH connections to machines that forward `port` from there to this one; a context manager, which ends them.
 
-    `folder` keeps the host keys: a machine whose key has changed is refused. Raises MachinesLost where a machine cannot
-    be reached.
+    `folder` keeps the host keys: a machine whose key has changed is refused. Raises MachinesLost if a machine cannot be
+    reached.
     """
 
     def __init__(self, machines, port, folder):
@@ -103,7 +103,7 @@ class Connections:
         return [machine for machine, link in zip(self.machines, self.links) if link.poll() is not None]
 
     def check(self, wait_s=0):
-        """Raises MachinesLost where connections have ended or end within `wait_s`."""
+        """Raises MachinesLost if connections have ended or end within `wait_s` seconds."""
         deadline = time.monotonic() + wait_s
         self._check(self.lost())
         while self.links and time.monotonic() < deadline:

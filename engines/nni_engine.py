@@ -1,4 +1,4 @@
-"""The search as an NNI experiment: started, watched, and stopped with all of its processes, however it ends."""
+"""The search as an NNI experiment: starts it, watches it, and stops all of its processes, however it ends."""
 
 import atexit
 import contextlib
@@ -26,12 +26,12 @@ LOOPBACK = "127.0.0.1", "localhost", "::1"
 POLL_S = 0.5
 LISTEN_S = 5  # between looks at the running trials
 START_S = 60  # for NNI's manager and for the tuner to start; NNI's own 3 s and 10 s are too few on a busy machine
-# NNI's daemon on a machine waits 15 s for a manager that it lost, and would mistake the next one for it.
+# NNI's daemon on a machine waits 15 s for a lost manager, and would mistake the next one for it.
 FORGET_S = 20
 
 
 def read_experiment(path):
-    """The NNI experiment in a YAML file, checked. Raises UserError that names the file and the entry."""
+    """Reads and checks the NNI experiment in a YAML file. Raises UserError that names the file and the entry."""
     forms = {
         "experimentName": str,
         "trialConcurrency": int,
@@ -46,7 +46,7 @@ def read_experiment(path):
     experiment = read_yaml(path)
     for key in itertools.chain(forms, experiment):
         if key not in forms:
-            raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; those of this search are {', '.join(forms)}")
+            raise UserError(f"{path}: unknown entry {reprlib.repr(key)}; known entries: {', '.join(forms)}")
         if not isinstance(experiment.get(key), forms[key]) and (key in experiment or key != "trialConcurrency"):
             value = reprlib.repr(experiment.get(key))
             raise UserError(f"{path}: {key} is {value}, not of type {forms[key].__name__}")
@@ -58,13 +58,13 @@ def read_experiment(path):
     if service.keys() == {"platform", "machineList"} and service["platform"] == "remote":
         return experiment | {"trainingService": service | {"machineList": check_machines(path, service["machineList"])}}
     if service != {"platform": "local"}:  # refuses trialGpuNumber, for the reason given in config_search.yml
-        allowed = "platform: local alone, nor platform: remote with machineList alone"
-        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not {allowed}")
+        allowed = "platform: local, or platform: remote with a machineList"
+        raise UserError(f"{path}: trainingService is {reprlib.repr(service)}, not just {allowed}")
     return experiment
 
 
 def check_name(out):
-    """Raises UserError if NNI, a Node program, would take the output folder or that of the project for another."""
+    """Raises UserError if the path of the output folder or of the project is not UTF-8: NNI would misread it."""
     for path in (out, HERE):
         try:
             str(path).encode()
@@ -73,7 +73,7 @@ def check_name(out):
 
 
 def trial_command(experiment, out, settings):
-    """The command of a trial as a list of words; its settings go into a file, so that none passes through a shell.
+    """The command of a trial as a list of words; its settings go into a file, so that no shell interprets them.
 
     On other machines the trial runs the code that NNI copies there, with the Python in pythonPath.
     """
@@ -88,11 +88,11 @@ def trial_command(experiment, out, settings):
 
 
 def search_with_nni(space, command, settings, out, experiment, concurrency=1, candidates_per_trial=None, **hosting):
-    """Runs the search for which `prepare_search` made `out` ready as an NNI experiment, to its end.
+    """Runs the search that `prepare_search` has set up in `out`, as an NNI experiment, to its end.
 
-    `command` is the trial's, a list of words; `experiment` the content of config_search.yml; `hosting` the arguments of
-    host_experiment. When a machine of the remote service stops, NNI may wait for it forever, so a new experiment
-    resumes the search on the other machines.
+    `command` is that of a trial, as a list of words; `experiment` is the content of config_search.yml; `hosting` are
+    arguments of host_experiment. When a machine of the remote service stops, NNI may wait for it forever, so a new
+    experiment resumes the search on the other machines.
     """
     while True:
         config = _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial)
@@ -140,8 +140,8 @@ def _nni_config(space, command, settings, out, experiment, concurrency, candidat
 def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300):
     """Starts NNI, waits until the search in `out` is done, and stops all of NNI's processes, however it ends.
 
-    Raises UserError if the search or NNI fails, MachinesLost, and Interrupted. With a tuner of one's own NNI reports
-    neither the end of a search nor its failure: the state file does.
+    Raises UserError if the search or NNI fails, MachinesLost, and Interrupted. With a custom tuner, NNI reports neither
+    the end of a search nor its failure; the state file does.
     """
     try:
         import nni
@@ -221,7 +221,7 @@ def _environment(variables):
 
 
 def without_proxy_here():
-    """The environment variables with which clients reach this machine without a proxy, and others as before."""
+    """Environment variables by which clients reach this machine without a proxy, and others as before."""
     found = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
     either = found["no_proxy"] or found["NO_PROXY"]
     return {name: ",".join(filter(None, [hosts or either, *LOOPBACK])) for name, hosts in found.items()}
@@ -229,7 +229,7 @@ def without_proxy_here():
 
 @contextlib.contextmanager
 def reserved_port(host, port=None):
-    """`port`, or the first free one from 8080, which no other search of this user takes within the block.
+    """Reserves `port`, or the first free one from 8080, among the searches of this user within the block.
 
     Without the lock, two searches that start at once find the same port free; the one that fails would then stop the
     other's NNI. Raises UserError if the port is taken.
@@ -268,7 +268,7 @@ def _check_alive(progress, manager, folder):
 
 
 def _last_line(folder):
-    """The last line that the latest trial with any output wrote to its standard error."""
+    """The last line on standard error of the latest trial that wrote any."""
     logs = folder.glob("environments/*/trials/*/trial.stderr")
     for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
         if lines := path.read_text(errors="replace").strip().splitlines():
@@ -279,7 +279,7 @@ def _last_line(folder):
 class _Listener:
     """Finds trials that hang: those that give no heartbeat for `trial_timeout` seconds.
 
-    The tuner sends the candidates of a trial that was ended for it to other ones.
+    The tuner sends the candidates of a trial that was ended to other trials.
     """
 
     def __init__(self, trial_timeout):
@@ -287,8 +287,8 @@ class _Listener:
         self.next_look = 0.0
         self.heard = {}  # running trial -> (its heartbeats so far, time of the last one)
 
-    def silent(self, experiment, signs):
-        """The running trials that hang; `signs` counts the heartbeats of each."""
+    def silent(self, experiment, heartbeats):
+        """The running trials that hang; `heartbeats` maps trials to their numbers of heartbeats."""
         now = time.monotonic()
         if now < self.next_look:
             return []
@@ -298,12 +298,13 @@ class _Listener:
         self.heard = {}
         for job in running:
             n, since = before.get(job, (None, now))
-            self.heard[job] = (n, since) if n == signs.get(job, 0) else (signs.get(job, 0), now)
+            found = heartbeats.get(job, 0)
+            self.heard[job] = (n, since) if n == found else (found, now)
         return [job for job, (_, since) in self.heard.items() if now - since > self.trial_timeout]
 
 
 def _end_processes(processes):
-    """Terminates those of these processes that still run, and kills what is left after ten seconds."""
+    """Terminates the processes that still run, and kills those left after ten seconds."""
     import psutil
 
     for process in processes:

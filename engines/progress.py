@@ -20,15 +20,15 @@ LINE_S = 30  # between lines in the log within a generation
 
 
 class Progress:
-    """Follows the files of a running search; `read` looks for news.
+    """Follows the files of a running search; `read` shows what is new in them.
 
-    On a terminal a bar shows the candidates done, the best so far and the generation; elsewhere a line in the log does
-    so every half minute. A closed generation adds a line to the log and a step to OUT/checkpoints/search/tensorboard.
+    On a terminal, a bar shows the candidates done, the best so far and the generation; elsewhere, a line in the log
+    does so every half minute. Each generation adds a line to the log and a step to OUT/checkpoints/search/tensorboard.
     """
 
     def __init__(self, out):
         self.out = out
-        self.generations = []  # a Generation each; closed ones are read once
+        self.generations = []  # Generations; closed ones are read once
         self.n_closed = None
         self.evaluated = None
         self.bar = None
@@ -42,7 +42,7 @@ class Progress:
         return time.monotonic() - self.changed
 
     def read(self):
-        """Returns the state, and shows what is new. Raises UserError if the tuner gave up."""
+        """Shows what is new, and returns the state of the search. Raises UserError if the tuner gave up."""
         state = self.state = read_json(state_path(self.out))
         if state["error"]:
             raise UserError(f"the search cannot continue: {state['error']}")

@@ -1,12 +1,12 @@
-"""What a trial, a process that evaluates candidates, needs beside the evaluation: messages, and a GPU of its own.
+"""What a trial (a process that evaluates candidates) needs besides the evaluation: messages, and its own GPU.
 
-The way of a trial with NNI:
+A trial with NNI, step by step:
 
-    search.py::run_engine                       the command of a trial, `nni_engine.trial_command`, goes to NNI
-    EvolutionWithFlops._send                    a list of candidates: `parameters`
-    tester.py::run_trial                        `receive_candidates`, evaluates, `report`
-    KeepResults.assess_trial                    each result as it comes: `intermediate`
-    EvolutionWithFlops.receive_trial_result     all of them again: `final`
+    search.py::run_engine                       passes the command of a trial, `nni_engine.trial_command`, to NNI
+    EvolutionWithFlops._send                    sends a list of candidates: `parameters`
+    tester.py::run_trial                        `receive_candidates`, evaluates them, `report`
+    KeepResults.assess_trial                    receives each result as it comes: `intermediate`
+    EvolutionWithFlops.receive_trial_result     receives all of them again: `final`
     SearchRecord.add                            writes those that are new
 """
 
@@ -21,7 +21,7 @@ from utils import UserError, heartbeat, heartbeats_to, log, try_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
 # NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
-# `final` one; between results, intermediate messages without one say that it lives. A result is a dict with the
+# `final` one; between results, intermediate messages without one are heartbeats. A result is a dict with the
 # architecture that was evaluated: NNI may swap the parameters of concurrent trials, so only what a trial reports
 # counts. "default" is the number that NNI's web UI shows.
 
@@ -34,10 +34,12 @@ def parameters(candidates, until):
 
 
 def intermediate(result=None):
+    """The message with a result, or a heartbeat."""
     return {"default": result["acc1"], "result": result} if result else {"default": 0.0}
 
 
 def final(trial_id, results):
+    """The message with all results of a trial."""
     return {"default": max(result["acc1"] for result in results), "trial": trial_id, "results": results}
 
 
@@ -47,8 +49,8 @@ def read_intermediate(messages):
 
 
 @contextlib.contextmanager
-def heard():
-    """In a trial: within the block, NNI hears its heartbeats."""
+def heartbeats():
+    """In a trial: within the block, its heartbeats are sent to NNI."""
     import nni
 
     with heartbeats_to(lambda: nni.report_intermediate_result(intermediate()), ALIVE_S):
@@ -56,11 +58,11 @@ def heard():
 
 
 def receive_candidates():
-    """In a trial: the candidates that NNI asks for."""
+    """In a trial: the candidates to evaluate, from NNI."""
     import nni
 
     received = nni.get_next_parameter()
-    while received["until"] <= nni.get_sequence_id():  # meant for an earlier trial, which died before it asked
+    while received["until"] <= nni.get_sequence_id():  # for an earlier trial, which died before it asked
         received = nni.get_next_parameter()
     return received["candidates"]
 
@@ -77,8 +79,8 @@ def report(results):
 
 
 # --- a GPU for each process ----------------------------------------------------------------------------------
-# There is a lock for each device, which all searches of a user on a machine share. The locks are named as
-# CUDA_VISIBLE_DEVICES names the devices: searches that share a machine must all use numbers, or all use UUIDs.
+# Each device has a lock, which all searches of a user on a machine share. A lock has the device's name in
+# CUDA_VISIBLE_DEVICES: searches that share a machine must all use numbers, or all use UUIDs.
 
 POLL_S = 1.0
 
@@ -112,7 +114,7 @@ def take_device(names, folder):
                 held.append(file)
                 return name
         if not waiting:
-            log.warning("all of %d GPUs are taken by other processes; waiting for one", len(names))
+            log.warning("all %d GPUs are taken by other processes; waiting for one", len(names))
         waiting = True
         heartbeat()
         time.sleep(POLL_S)

@@ -1,1 +1,1 @@
-"""The settings of the commands as values: what each one is, and how flags and YAML files give it."""
+"""The settings of the commands, as frozen dataclasses that flags and YAML files fill in."""

@@ -1,6 +1,6 @@
-"""The command line of all scripts, made from the settings of settings/subjects.py.
+"""The command line of all scripts, built from the settings in settings/subjects.py.
 
-Values come from, in rising order of precedence: the defaults of the fields (the official settings), the NNI experiment
+Sources of values, lowest precedence first: the defaults of the fields (the official settings), the NNI experiment
 (search.py), a YAML file (`--config`, or the committed demo.yml with `--demo`), the command line. Needs the standard
 library, and PyYAML to read YAML.
 """
@@ -16,13 +16,13 @@ from settings.fields import flag
 from settings.subjects import FIELDS, is_path
 from utils import HERE, UserError, atomic_write, read_yaml
 
-SCRIPTS = ("supernet", "tester", "search", "scratch")  # that read settings; each has a section of its name
+SCRIPTS = ("supernet", "tester", "search", "scratch")  # each has a section in YAML files
 # Characters that neither a command line nor a file name can contain; \udc80 to \udcff are bytes that are not UTF-8.
 NOT_A_WORD = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 class Extend(argparse.Action):
-    """Adds the values to those that the same flag gave before."""
+    """Appends the values to those of earlier uses of the same flag."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
@@ -30,9 +30,9 @@ class Extend(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and settings of a YAML file between defaults and command line.
+    """argparse with one-line errors, no abbreviations, and a YAML file whose settings replace the defaults.
 
-    `section` is the name of the script, and of its section in a YAML file.
+    `section` is the name of the script and of its section in YAML files.
     """
 
     def __init__(self, doc, section):
@@ -45,13 +45,13 @@ class Parser(argparse.ArgumentParser):
         self.section = section
 
     def add(self, subject, only=None, defaults=None, said=""):
-        """Adds the flags of a class of settings, or those in `only`.
+        """Adds the flags of a class of settings, or only those in `only`.
 
-        `defaults` (name -> value) replace those of the fields; `said` is the default in the words of a help.
+        `defaults` (name -> value) replace those of the fields; `said` replaces {default} in help texts.
         """
         defaults = defaults or {}
         group = self.add_argument_group(subject.TITLE)
-        instead = {}  # groups of which one flag at most may be given, by name
+        exclusive = {}  # name -> group of mutually exclusive flags
         for field in dataclasses.fields(subject):
             if only and field.name not in only:
                 continue
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
                 options |= {"metavar": form["unit"], "action": Extend if form["extends"] else "store"}
             adder = group
             if name := form["excludes"]:
-                adder = instead[name] = instead.get(name) or group.add_mutually_exclusive_group()
+                adder = exclusive[name] = exclusive.get(name) or group.add_mutually_exclusive_group()
             adder.add_argument(flag(field.name), **options)
 
     def error(self, message):
@@ -76,9 +76,9 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv=None, more=None):
         """Returns the arguments as a namespace; `config` is the path of the YAML file that was read, or None.
 
-        `more(given)`, where there is one, returns values (attribute -> value) that take precedence over the defaults,
-        where `given` are the values without them. Afterwards `given` maps the attributes that the command line or the
-        file sets to their values; `typed` holds those that the command line sets.
+        `more(values)` is called with the values so far, and returns values (attribute -> value) that override the
+        defaults. Afterwards the parser's `given` maps the attributes that the command line or the file sets to their
+        values; `typed` holds the attributes that the command line sets.
         """
         unset = argparse.Namespace(**{action.dest: self for action in self._actions})  # no flag has this value
         typed = {k: v for k, v in vars(self.parse_args(argv, unset)).items() if v is not self and k != "help"}
@@ -96,19 +96,19 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**values | {"config": path and str(path)})
 
     def refuse(self, cause, *flags):
-        """Raises UserError if one of `flags` is given that has no effect with `cause`; a default may be repeated."""
+        """Raises UserError if a flag that has no effect with `cause` is given; giving its default is allowed."""
         for name in flags:
             attribute = name.replace("-", "_")
             if self.given.get(attribute, self.get_default(attribute)) != self.get_default(attribute):
                 raise UserError(f"--{name} has no effect with {cause}: leave one of them out")
 
     def _read_settings(self, path):
-        """The checked settings of a YAML file: those of section `common`, then those of this script's section."""
+        """The checked settings of a YAML file: section `common`, overridden by the section of this script."""
         document = read_yaml(path)
         for name, section in document.items():
             if name not in ("common", "space", *SCRIPTS, self.section):
                 known = ", ".join(("common", "space", *SCRIPTS))
-                raise UserError(f"{path}: unknown section {reprlib.repr(name)}; there are {known}")
+                raise UserError(f"{path}: unknown section {reprlib.repr(name)}; known sections: {known}")
             if not isinstance(section, dict):
                 raise UserError(f"{path}: {name!r} is not a section with settings, but {reprlib.repr(section)}")
         own = {name.removeprefix("--") for name in self._option_string_actions}
@@ -121,9 +121,9 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def check_settings(self, path, section, settings):
-        """Returns {attribute: value} of the flags that `settings` (flag without dashes -> value) of a file set.
+        """Checks settings from a file (flag without dashes -> value). Returns them as {attribute: value}.
 
-        Values are checked with the type and choices of their flags; file names are relative to the folder of `path`.
+        Values must have the type and choices of their flags; file names are relative to the folder of `path`.
         Raises UserError that begins with `path` for an unknown flag or a wrong value.
         """
         words, attributes = [], []
@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(f"--{name}")
             if action is None or action.dest == "help" or not FIELDS[action.dest].metadata["in_files"]:
                 raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(name)} (section {section!r})")
-            if value is False and "off" in (action.choices or ()):  # PyYAML's reading of `off`
+            if value is False and "off" in (action.choices or ()):  # PyYAML reads `off` as False
                 value = "off"
             words += _words(path, action, name, value)
             attributes.append(action.dest)
@@ -143,7 +143,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _words(path, action, name, value):
-    """A setting of a file as the words of a command line. Raises UserError if the value has no such form."""
+    """Converts a setting of a file to words of a command line. Raises UserError if it is not a plain value."""
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, not true or false")
@@ -159,26 +159,27 @@ def _words(path, action, name, value):
 
 
 def _beside(path, name):
-    """A file name in a settings file, which is relative to the folder of that file."""
+    """Resolves a file name in the settings file `path`: it is relative to the folder of that file."""
     return os.path.join(os.path.dirname(path), os.path.expanduser(name))
 
 
 def write_settings(path, section, values):
-    """Writes settings (attribute -> value) as YAML that `--config` reads: paths absolute, None left out."""
+    """Writes settings (attribute -> value) as YAML for `--config`; makes paths absolute and leaves out None."""
     import yaml
 
     words = {}
     for name, value in values.items():
         if value is not None and FIELDS[name].metadata["in_files"]:
             words[flag(name).removeprefix("--")] = os.path.abspath(value) if is_path(name, value) else value
-    space = words.pop("space", None)  # a mapping, of a section of its own, or a name
-    document = {section: words if space is None or isinstance(space, dict) else {**words, "space": space}}
+    document = {section: words}
+    if isinstance(words.get("space"), dict):  # a description has a section of its own, a name has not
+        document["space"] = words.pop("space")
     with atomic_write(path) as file:
-        yaml.safe_dump({**document, "space": space} if isinstance(space, dict) else document, file)
+        yaml.safe_dump(document, file)
 
 
 def command(script, run, operations, *words):
-    """The command line of another script with these words, on the settings file and outputs of a Run."""
+    """The command line of another script: these words, with the settings file and output folder of a Run."""
     words = ["python", script, *words]
     if run.demo:
         words += ["--demo"]

@@ -1,6 +1,6 @@
-"""What a setting is: a field of a frozen dataclass; flags, checks of YAML files, help and comparisons follow from it.
+"""A setting is a field of a frozen dataclass. Flags, YAML checks, help and comparisons are derived from it.
 
-Needs the standard library alone.
+Needs only the standard library.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from utils import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """The numbers from `low` to `high` of a kind, int or float; called with a word, it is an argparse type."""
+    """The numbers of a kind, int or float, from `low` to `high` inclusive. An argparse type: call it with a word."""
 
     kind: type
     low: float
@@ -39,10 +39,12 @@ class Number:
 
 
 def count(low=1, high=1_000_000_000):
+    """The whole numbers from `low` to `high`."""
     return Number(int, low, high)
 
 
 def real(low=0.0, high=1e6):
+    """The real numbers from `low` to `high`."""
     return Number(float, low, high)
 
 
@@ -54,17 +56,17 @@ def setting(default, help, type=None, **form):
     """A field of a Settings class.
 
     Args:
-        default: its value where neither a flag nor a file gives one; a bool makes it a switch (--x and --no-x)
-        help: what it means, in the words of --help; "{default}" stands for the default in words
-        type: a Number, or a function of a word that raises argparse.ArgumentTypeError
-        unit: unit of the value, or what it is, as --help shows it: PX, S, N, FILE
-        choices: the words that it may be
-        nargs: how many values it takes, as argparse has it
-        path: whether it is a path, which in a YAML file is relative to that file
-        decides: whether it decides about the result: then a run that is resumed must have it again, on all ranks
-        in_files: whether a YAML file may have it
-        extends: whether the command line adds to the values of a file
-        excludes: a name that is common to settings of which one at most may be given
+        default: the value if neither a flag nor a file sets one; a bool makes it a switch (--x and --no-x)
+        help: the text of --help, in which "{default}" is replaced
+        type: a Number, or another argparse type
+        unit: what --help shows for the value: its unit (PX, S) or kind (N, FILE)
+        choices: the allowed values
+        nargs: the number of values, as in argparse
+        path: whether it is a path; in a YAML file it is relative to that file
+        decides: whether it affects the result; if so, a resumed run must have the same value, and so must all ranks
+        in_files: whether a YAML file may set it
+        extends: whether values on the command line are appended to those in a file instead of replacing them
+        excludes: the name of a group of settings that exclude each other
     """
     if not form.keys() <= FORM.keys():
         raise TypeError(f"a setting has no {', '.join(form.keys() - FORM.keys())}")
@@ -74,8 +76,7 @@ def setting(default, help, type=None, **form):
 class Settings:
     """Base of the frozen dataclasses of settings. Raises UserError if a value is out of bounds.
 
-    Where an older file lacks a field, its default is what the absence means; another meaning stands in `ABSENT`.
-    `TITLE` is the heading of its flags in --help.
+    A field that an older file lacks has the value in `ABSENT`, or else its default. `TITLE` is the heading in --help.
     """
 
     TITLE = ""
@@ -91,7 +92,7 @@ class Settings:
             if value is None:
                 continue
             if form["choices"] and value not in form["choices"]:
-                raise UserError(f"{flag(field.name)} {reprlib.repr(value)} is none of {', '.join(form['choices'])}")
+                raise UserError(f"{flag(field.name)} {reprlib.repr(value)} is not one of {', '.join(form['choices'])}")
             if isinstance(form["type"], Number):
                 for v in value if isinstance(value, tuple) else (value,):
                     if not form["type"].contains(v):
@@ -99,7 +100,7 @@ class Settings:
 
     @classmethod
     def of(cls, values):
-        """The settings of this class in a mapping of names to values that may hold others too."""
+        """Creates the settings from a mapping (name -> value), which may hold others too."""
         return cls(**{name: values[name] for name in names(cls)})
 
 
@@ -114,10 +115,10 @@ def flag(name):
 
 
 def difference(subjects, before, now, ignore=()):
-    """{name: "0.5 (was 0.3)"} of what decides and differs between two mappings of settings' names to values.
+    """Compares two mappings of settings (name -> value). Returns {name: "0.5 (was 0.3)"} for those that differ.
 
-    `subjects` are the classes that say which names do not decide, and what the absence of one means; names that they
-    do not have are compared too. Names in `ignore` are not.
+    `subjects` are the classes of the settings: those that don't affect the result are not compared, and absent ones
+    have their `ABSENT` value. Names that no class has are compared; names in `ignore` are not.
     """
     known = {field.name: (cls, field) for cls in subjects for field in dataclasses.fields(cls)}
 

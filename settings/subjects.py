@@ -1,7 +1,7 @@
 """The settings of the commands by subject, one frozen dataclass each; the defaults are the official values.
 
-A field is a flag of every command that has it, and a setting of YAML files. A function below the commands takes the
-settings of its subject, or plain arguments. Needs the standard library alone.
+Each field is a flag of the commands that use it, and a setting of YAML files. Functions below the commands take the
+settings of their subject, or plain arguments. Needs only the standard library.
 """
 
 import argparse
@@ -14,10 +14,10 @@ COSTS = ("flops", "params", "latency")  # of a candidate: multiply-adds, paramet
 
 
 def objectives(text):
-    """An argparse type: names by commas, accuracy and one or two costs."""
+    """An argparse type: acc1 and one or two costs, separated by commas."""
     found = text.split(",")
     if "acc1" not in found or len(found) not in (2, 3) or len(set(found)) < len(found) or {*found} - {"acc1", *COSTS}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not acc1 and one or two of {', '.join(COSTS)}, by commas")
+        raise argparse.ArgumentTypeError(f"{text!r} is not acc1 and one or two of {', '.join(COSTS)}, with commas")
     return text
 
 
@@ -45,7 +45,7 @@ class Run(Settings):
 class DataConfig(Settings):
     """How images are transformed and how many are held out; sizes in px.
 
-    As flags all are None by default: as in the checkpoint, else the official value.
+    The flags default to None: the value in the checkpoint, or without one the official value.
     """
 
     TITLE = "data"
@@ -80,15 +80,15 @@ class DataConfig(Settings):
 
     @classmethod
     def given(cls, values):
-        """{name: value} of the settings of this class that a mapping has, those that are not None."""
+        """The entries of a mapping (name -> value) that are settings of this class and not None."""
         return {name: values[name] for name in names(cls) if values.get(name) is not None}
 
     @classmethod
     def resolve(cls, given, stored=None, source=None):
-        """The config of the given values (name -> value), or `stored` of the file `source`.
+        """The DataConfig with the given values (name -> value); `stored` is that of the file `source`.
 
-        Without `stored`, val_resize is 256/224 of the input size by default. Raises UserError if a given value
-        contradicts `stored`, or where the values do not go together.
+        Without `stored`, val_resize defaults to 256/224 of the input size. Raises UserError if a given value
+        contradicts `stored`, or if the values contradict each other.
         """
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         for name, value in values.items():
@@ -107,11 +107,12 @@ class DataConfig(Settings):
         return config
 
     def to_dict(self):
+        """Plain values and lists, as checkpoints store them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of `to_dict`, also of a file with fewer settings. Raises TypeError if it holds anything else."""
+        """The inverse of `to_dict`; settings may be absent. Raises TypeError for an unknown one or another type."""
         if not isinstance(values, dict):
             raise TypeError(f"data settings are a {type(values).__name__}")
         for field in dataclasses.fields(cls):
@@ -126,7 +127,7 @@ class DataConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Images(Settings):
-    """Where the images are, and who loads them."""
+    """Where the images are and how they are loaded."""
 
     TITLE = "images"
 
@@ -149,7 +150,7 @@ class Images(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Training(Settings):
-    """The recipe of training, and what is kept of a run."""
+    """The training recipe, and when a run validates and saves."""
 
     TITLE = "training"
 
@@ -190,7 +191,7 @@ class Evaluation(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Space(Settings):
-    """The search space, own operations, and an architecture of it."""
+    """The search space, custom operations, and an architecture in the space."""
 
     TITLE = "search space"
 
@@ -289,7 +290,7 @@ class CostLimits(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Trials(Settings):
-    """What runs the evaluations of a search."""
+    """How the trials of a search are run."""
 
     TITLE = "trials"
 
@@ -358,18 +359,18 @@ SUBJECTS = (
     Run, DataConfig, Images, Training, Evaluation, Space, Weights, Sampling, Search, CostLimits, Trials, NNI, Testing,
     Retraining,
 )  # fmt: skip
-SEARCH = (Run, DataConfig, Images, Evaluation, Search, CostLimits)  # what a search's settings are made of
+SEARCH = (Run, DataConfig, Images, Evaluation, Search, CostLimits)  # the subjects of a search's settings
 EVOLUTION = ("population", "select", "mutation", "crossover", "mutation_prob", "generations", "seed")
 FIELDS = {field.name: field for subject in SUBJECTS for field in dataclasses.fields(subject)}
 
 
 def deciding(values):
-    """Of a mapping of settings' names to values those that decide about the result."""
+    """The entries of a mapping (name -> value) that are settings and affect the result."""
     return {name: value for name, value in values.items() if name in FIELDS and FIELDS[name].metadata["decides"]}
 
 
 def is_path(name, value):
-    """Whether the value of a setting is a path; that of `space` is one where it names a YAML file."""
+    """Whether the value of a setting is a path; that of `space` is one if it names a YAML file."""
     if name == "space":
         return str(value).endswith((".yml", ".yaml"))
     return name in FIELDS and FIELDS[name].metadata["path"]

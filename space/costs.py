@@ -1,6 +1,6 @@
 """Multiply-adds and parameters, counted from the modules themselves on the meta device, where they take no memory.
 
-torch is imported when something is counted: who is given costs, as NNI's tuner is, needs none of it.
+torch is imported only when something is counted: NNI's tuner, which is given the costs, does without it.
 """
 
 import functools
@@ -10,9 +10,10 @@ from utils import UserError
 
 
 class Costs(NamedTuple):
-    """Multiply-adds and parameters: of every choice at every block, of the stem, of last convolution and classifier.
+    """Costs of every choice at every block, of the stem, and of the tail (last convolution and classifier).
 
-    The latency of both, in ns, where a table of a device was given; `fixed_latency` is that of stem and tail.
+    FLOPs are multiply-adds; `fixed_params` and `fixed_latency` are those of stem and tail together. Latencies, in
+    ns, need a table of the device.
     """
 
     flops: tuple

@@ -1,4 +1,4 @@
-"""Spaces and operations that a user gives: presets by name, a YAML file or section, a file of own operations."""
+"""Search spaces and operations of the user: presets by name, a YAML file or section, a file of operations."""
 
 import dataclasses
 import hashlib
@@ -15,31 +15,31 @@ PRESETS = {
     "blocks": {},
     "joint": {"widths": WIDTHS},
     "channels": {"widths": WIDTHS},
-    # What a laptop trains in minutes on small images: six narrow blocks in three stages.
+    # Six narrow blocks in three stages, which a laptop trains in minutes on small images.
     "small": {
         "stem_channels": 16, "stage_blocks": (2, 2, 2), "stage_channels": (32, 64, 128), "stage_strides": (2, 2, 2),
         "last_channels": 256,
     },
 }  # fmt: skip
 STAGE = {"blocks": "stage_blocks", "channels": "stage_channels", "stride": "stage_strides"}
-ENTRIES = {  # of a YAML's space, and of a mapping in it -> fields of a SearchSpace
+ENTRIES = {  # entries of a space in YAML, or of a mapping in it -> fields of a SearchSpace
     "stem": {"channels": "stem_channels", "stride": "stem_stride"},
     "last": {"channels": "last_channels", "classifier-bias": "classifier_bias"},
     "operations": "operations",
     "widths": "widths",
-    "architecture": "architecture",  # operations that are fixed, one index for each block
+    "architecture": "architecture",  # the index of a fixed operation for each block
 }
 
 loaded = {}  # name of an operation of the user -> SHA-256 of its file
 
 
 def make_space(name=None, architecture=None, operations=None, input_size=224, n_classes=1000, where="space"):
-    """The SearchSpace by name, for images and classes.
+    """The SearchSpace `name` for images of `input_size` px and `n_classes` classes.
 
-    `name` is a preset, a YAML file with a section `space`, or the content of such a section, which stands in the file
-    `where`. `architecture` is a file of one, `operations` a file of own operations. Without a name, an architecture
-    that a search wrote is of that search's space, and one with widths of `joint`.
-    Raises UserError if these make no space.
+    `name` is a preset, a YAML file with a section `space`, or the content of such a section, named `where` in errors.
+    `architecture` is the path of an architecture, `operations` that of a file of operations. Without a name, the space
+    is that of the search which wrote the architecture, else `joint` for an architecture with widths, else the paper's.
+    Raises UserError if the space is not valid.
     """
     load_operations(operations)
     given = {}
@@ -65,7 +65,7 @@ def make_space(name=None, architecture=None, operations=None, input_size=224, n_
 
 
 def searched(path):
-    """The settings of the search whose record lies beside an architecture's file, or None. Raises UserError."""
+    """The settings of the search with a record next to an architecture, or None. Raises UserError if it is damaged."""
     state = pathlib.Path(path).with_name("search") / "state.json"
     if not state.exists():
         return None
@@ -77,11 +77,11 @@ def searched(path):
 
 
 def _space_of(path):
-    """The fields of the space in which a search found the architecture in a file, if its record lies beside it."""
+    """The fields of the space in which a search found the architecture in a file, if there is a record next to it."""
     if settings := searched(path):
         space = settings["space"]
         check_operations(space, settings["state"])
-        own = {"input_size", "n_classes", "architecture", "operations_hash"}  # of the images, of the choice, computed
+        own = {"input_size", "n_classes", "architecture", "operations_hash"}  # of the images, of `channels`, computed
         return {field.name: getattr(space, field.name) for field in dataclasses.fields(space) if field.name not in own}
     architecture = read_json(path)
     return dict(PRESETS["joint"]) if isinstance(architecture, dict) and "ChannelChoice1" in architecture else {}
@@ -94,7 +94,7 @@ def _fields(section, where):
         if name == "stages":
             fields |= _stages(value, where)
         elif name not in ENTRIES:
-            raise UserError(f"{where}: unknown entry {reprlib.repr(name)}; there are stages, {', '.join(ENTRIES)}")
+            raise UserError(f"{where}: unknown entry {reprlib.repr(name)}; known entries: stages, {', '.join(ENTRIES)}")
         elif isinstance(ENTRIES[name], str):
             fields[ENTRIES[name]] = value
         else:
@@ -118,9 +118,9 @@ def _stages(stages, where):
 
 
 def load_operations(path):
-    """Executes a user's file, which registers operations by `blocks.register`; None does nothing.
+    """Executes a user's file, which registers operations with `blocks.register`; does nothing for None.
 
-    Raises UserError if it can't be executed, registers nothing, or a name that is taken.
+    Raises UserError if the file fails, registers no operation, or registers an official name.
     """
     if path is None:
         return
@@ -151,11 +151,11 @@ def with_hash(space):
     for name in own:
         if name not in loaded:
             known = ", ".join(blocks.OPERATIONS)
-            raise UserError(f"search space: operation {name!r} is none of {known}; name its file by --operations")
+            raise UserError(f"search space: operation {name!r} is not one of {known}; name its file by --operations")
     return dataclasses.replace(space, operations_hash=loaded[own[0]][:16] if own else "")
 
 
 def check_operations(space, where):
-    """Raises UserError if the space of a file has operations that are not loaded, or are not what they were then."""
+    """Raises UserError if operations of the space in a file are not loaded, or have changed since it was written."""
     if with_hash(space).operations_hash != space.operations_hash:
         raise UserError(f"{where}: its operations come from another version of the file of --operations; use that one")

@@ -5,9 +5,8 @@
      "shufflenet_3x3_stride_1": {(64, 64, 32, 56, 56, 1): n},   # full width in and out, middle, input size, stride
      ...}
 
-The count of space/costs.py needs no table; a table is for comparing, and for costs of one's own
-(`search.py --flops-table FILE`).
-Needs the standard library alone.
+space/costs.py counts without a table; a table serves for comparison, and for other costs (`search.py --flops-table
+FILE`). Needs only the standard library.
 """
 
 import io
@@ -17,9 +16,7 @@ import reprlib
 
 from utils import HERE, UserError
 
-OFFICIAL = (
-    HERE / "data" / "op_flops_dict.pkl"
-)  # not part of this project; where a copy of the official file is looked for
+OFFICIAL = HERE / "data" / "op_flops_dict.pkl"  # where a user may put the official file; not part of this project
 MAX_BYTES = 1_000_000  # the official table has a few kB
 _INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
 _OTHERS = {
@@ -30,7 +27,7 @@ _OTHERS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Names nothing outside the file: neither classes nor functions, which is where execution begins."""
+    """Refuses to import classes and functions, without which a pickle executes nothing."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"names {module}.{name}")
@@ -40,12 +37,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_opcodes(data):
-    """Raises UnpicklingError unless `data` makes dicts, strings, numbers and flat tuples of integers only.
+    """Raises UnpicklingError unless `data` consists of dicts, strings, numbers and flat tuples of integers.
 
-    That much has to be known before a byte is unpickled, since classes are not the only danger: tuples of tuples cost
-    exponential time or the whole stack as keys, huge integers make keys collide, a memo index of 2^31 costs 34 GB.
+    Checked before anything is unpickled, since classes are not the only danger: nested tuples as keys take exponential
+    time or overflow the stack, huge integers make keys collide, a memo index of 2^31 takes 34 GB.
     """
-    mark, integers = False, 0  # how many integers were pushed last, and whether a mark stands before them
+    mark, integers = False, 0  # the integers pushed last: whether a mark precedes them, and how many they are
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in _INTEGERS and abs(argument) < 2**60:
@@ -70,7 +67,7 @@ def read_flops_table(path):
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise UserError(f"{path}: over {MAX_BYTES} bytes, which no FLOPs table has")
+            raise UserError(f"{path}: over {MAX_BYTES} bytes, larger than any FLOPs table")
         _check_opcodes(data)
         table = _Unpickler(io.BytesIO(data)).load()
     except OSError as error:
@@ -136,9 +133,9 @@ def with_flops_table(space, table, path="FLOPs table"):
 
 
 def official_comparison(space):
-    """A line that says how the official table compares with the analytic count; None where it isn't there.
+    """A line that compares the official table with the analytic count; None if there is no such file.
 
-    `space` is the paper's, which that table is of. It is only looked at, so one that can't be read is no error.
+    `space` is the paper's, as in that table. A table that can't be read gives a warning, since no cost comes from it.
     """
     if not OFFICIAL.exists():
         return None
@@ -149,7 +146,7 @@ def official_comparison(space):
 
 
 def comparison(differences, path):
-    """A line about how a table compares with the analytic count; the differences are with_flops_table's."""
+    """A line that compares a table with the analytic count, by the differences that with_flops_table returns."""
     if not differences:
         return f"{path}: all entries agree with the analytic count"
     named = [f"{group} {key} is {flops}, not {analytic}" for (group, key), (flops, analytic) in differences.items()]

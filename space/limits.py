@@ -1,10 +1,10 @@
-"""Limits on what a candidate may cost: which candidates meet them, how one that doesn't is changed, what is possible.
+"""Limits on the costs of a candidate: which candidates meet them, how others are repaired, which limits can be met.
 At the end, fronts of several objectives.
 
-    bounds    {cost: (low, high)} of costs in settings.subjects.COSTS; None where there is no bound
-    excess    by how much a candidate breaks the limits, in standard deviations of uniform candidates; 0: it is legal
+    bounds    {cost: (low, high)} of costs in settings.subjects.COSTS; None stands for no bound
+    excess    by how much a candidate exceeds the limits, in standard deviations of uniform candidates; 0: it is legal
 
-The official search knows one limit, on FLOPs.
+The official search has one limit, on FLOPs.
 """
 
 import functools
@@ -17,18 +17,18 @@ import numpy as np
 from settings.subjects import COSTS
 from utils import UserError
 
-ENUMERABLE = 1_000_000  # candidates of a space that is looked through as a whole
-STARTS = 20  # random candidates from which a legal one is looked for in other spaces
-KICKS = 3  # times that a repair which is stuck redraws some blocks
-# At 224 px and 1000 classes, and the share of candidates that it admits there: the limit in all other search spaces.
+ENUMERABLE = 1_000_000  # spaces of up to so many candidates are enumerated
+STARTS = 20  # random candidates that are repaired, to find a legal one in other spaces
+KICKS = 3  # times that a stuck repair redraws some blocks
+# The limit in the paper's space, and the share of its candidates that meet it, which is the limit in other spaces.
 OFFICIAL_LIMIT = "330M", "59%"
 EXAMPLES = "flops=330M, params=3.5M, latency=8ms, flops=290M:330M, flops=59%"
 
 
 def read_limits(space, texts):
-    """The bounds in texts such as "flops=290M:330M"; of two texts for one cost the last one counts.
+    """The bounds in texts such as "flops=290M:330M"; of several texts for one cost, the last one counts.
 
-    Raises UserError that names the text.
+    Raises UserError, naming the text, if one is not valid.
     """
     bounds = {}
     for text in texts:
@@ -49,7 +49,7 @@ def read_limits(space, texts):
 
 
 def make_bounds(space, texts=(), flops_limit=None):
-    """The bounds in texts such as "flops=290M:330M", and in a limit on FLOPs alone ("330M"); else the official one."""
+    """The bounds in texts such as "flops=290M:330M" and in flops_limit ("330M"); without any, the official one."""
     official, share = OFFICIAL_LIMIT
     bounds = read_limits(space, texts)
     if flops_limit is not None:
@@ -60,7 +60,7 @@ def make_bounds(space, texts=(), flops_limit=None):
 
 
 def bounds_of(settings):
-    """The bounds in the settings of a search; those of a search with one limit on FLOPs are `flops_limit` alone."""
+    """The bounds in the settings of a search; an upper bound on FLOPs alone is stored as `flops_limit`."""
     if "limits" in settings:
         return {name: tuple(ends) for name, ends in settings["limits"].items()}
     return {"flops": (None, settings["flops_limit"])}
@@ -89,9 +89,9 @@ def describe(bounds):
 
 
 class Limits:
-    """What the candidates of a space must cost. `banned` candidates meet no limit.
+    """Limits on the costs of a space's candidates. `banned` candidates are illegal whatever they cost.
 
-    `correction` is the ratio of real to predicted latency, by which the bounds on the latter are divided.
+    `correction` is the ratio of measured to predicted latency; the bounds on predicted latency are divided by it.
     """
 
     def __init__(self, space, bounds, correction=1.0, banned=()):
@@ -111,13 +111,13 @@ class Limits:
         return math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0
 
     def after(self, row):
-        """These limits after a confirmation in the record of a search: measured candidates that don't hold are banned,
-        and where none did, latency is corrected."""
+        """These limits after a confirmation in the record of a search: measured candidates that break a limit
+        are banned, and if all of them do, latency is corrected."""
         broken = {tuple(m["architecture"]) for m in row["measured"] if not m["holds"]}
         return Limits(self.space, self.bounds, row["correction"] or self.correction, self.banned | broken)
 
     def excess(self, candidate):
-        """By how much a candidate breaks the limits; 0 where it meets all of them."""
+        """By how much a candidate exceeds the limits; 0 if it meets all of them."""
         choices = self.space.block_choices(candidate)
         over = 0.0
         for (rows, fixed), low, high, scale in zip(self.costs, self.low, self.high, self.scale):
@@ -126,15 +126,15 @@ class Limits:
         return over or float(tuple(candidate) in self.banned)
 
     def holds(self, name, cost):
-        """Whether a cost that was measured meets its limit."""
+        """Whether a measured cost meets its limit."""
         low, high = self.bounds[name]
         return (low is None or cost >= low) and (high is None or cost <= high)
 
     def repair(self, candidate, rng):
-        """Moves random blocks to choices that break the limits less, until the candidate is legal.
+        """Changes random entries to values that lower the excess, until the candidate is legal.
 
-        Where no single block helps, two are moved together, and where these don't help, some are drawn again, KICKS
-        times. Returns what it has then, which may be illegal.
+        If no single change helps, two blocks are changed together; if that does not help either, some entries are
+        redrawn, up to KICKS times. Returns the last candidate, which may be illegal.
         """
         kicks = 0
         while over := self.excess(candidate):
@@ -163,7 +163,7 @@ class Limits:
         return moves, blocks, [np.array(rows, dtype=np.int64) for rows, _ in self.costs]
 
     def _moves(self, candidate):
-        """(every change of one entry, what the candidate costs after it: an array (costs, changes))."""
+        """(all changes of one entry, the candidate's costs after each: an array (costs, changes))."""
         moves, _, arrays = self._tables
         entries, values = np.array(moves).T
         changed = np.tile(candidate, (len(moves), 1))
@@ -181,8 +181,8 @@ class Limits:
         return over
 
     def _pairs(self, candidate, moves, totals):
-        """(excess after every two changes in different blocks: (changes, changes), function of an index into it flat
-        that returns the changed candidate)."""
+        """(excess after every two changes in different blocks: (changes, changes), function from a flat index into
+        that array to the changed candidate)."""
         _, block, _ = self._tables
         current = np.array([self.space.cost(name, candidate) for name in self.bounds])
         pairs = self._over(totals[:, :, None] + totals[:, None, :] - current[:, None, None])
@@ -196,7 +196,7 @@ class Limits:
 
     def _pair(self, candidate, moves, totals, over, rng):
         """The candidate after two changes in different blocks, drawn from those that make it legal, else from those
-        that break the limits by less than `over`; None where there are none."""
+        with an excess below `over`; None if there are none."""
         pairs, changed = self._pairs(candidate, moves, totals)
         found = np.flatnonzero(pairs == 0)
         if not len(found):
@@ -223,9 +223,9 @@ class Limits:
     # --- what is possible ------------------------------------------------------------------------------------
 
     def check(self):
-        """Raises UserError if no candidate meets all limits, which names the tightest one and what can be reached.
+        """Raises UserError if no candidate meets all limits; it names the tightest one and the nearest possible cost.
 
-        In spaces of up to ENUMERABLE candidates this is exact; in larger ones it is what STARTS repairs find.
+        In spaces of up to ENUMERABLE candidates this is exact; in larger ones, STARTS repairs have to fail.
         """
         if self._nearest({}, self.bounds) is None:
             return
@@ -243,8 +243,8 @@ class Limits:
         return max(self.low[i] - mean, mean - self.high[i]) / self.scale[i]
 
     def _nearest(self, within, bounds):
-        """None where a candidate meets `within` and `bounds`, else the cost nearest to the one bound in `bounds` that
-        one which meets `within` has."""
+        """None if a candidate meets `within` and `bounds`; else the cost nearest to the one bound in `bounds`, of the
+        candidates that meet `within`."""
         limits = Limits(self.space, {**within, **bounds}, self.correction)
         inner = len(within)
         if math.prod(self.space.choices) <= ENUMERABLE:
@@ -294,36 +294,35 @@ class Limits:
 
 
 def fronts(points):
-    """Yields the fronts of points (n, objectives), each a list of indices, rising: the points that no other one is at
-    most as high as in all objectives and lower in one, then those of the rest, and so on."""
+    """Yields the fronts of points (n, objectives), each a list of rising indices: the points that no other one
+    dominates (is at most as high in all objectives, and lower in one), then those of the rest, and so on."""
     at_most = (points[:, None] <= points[None, :]).all(axis=2)
-    beats = at_most & ~at_most.T
+    dominates = at_most & ~at_most.T
     left = np.ones(len(points), bool)
     while left.any():
-        front = left & ~beats[left].any(axis=0)
+        front = left & ~dominates[left].any(axis=0)
         yield np.flatnonzero(front).tolist()
         left &= ~front
 
 
 def crowding(points):
-    """How much room each point (n, objectives) of a front has: the sum over the objectives of the distance between its
-    two neighbours, as a share of the range; infinite at the ends."""
-    room = np.zeros(len(points))
+    """The crowding distance of each point (n, objectives) of a front: the sum over the objectives of the distance
+    between its two neighbours, as a share of the range; infinite at the ends."""
+    distance = np.zeros(len(points))
     for values in points.T:
         order = np.argsort(values, kind="stable")
         span = values[order[-1]] - values[order[0]]
-        room[order[[0, -1]]] = np.inf
+        distance[order[[0, -1]]] = np.inf
         if span:
-            room[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
-    return room
+            distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
+    return distance
 
 
 def by_fronts(points, n):
-    """Indices of at least `n` points, or of all: front by front, in each those with more room first."""
+    """Indices of at least `n` points, or of all: front by front, each by falling crowding distance."""
     order = []
     for front in fronts(points):
-        room = crowding(points[front])
-        order += [front[i] for i in np.argsort(-room, kind="stable")]
+        order += [front[i] for i in np.argsort(-crowding(points[front]), kind="stable")]
         if len(order) >= n:
             break
     return order

@@ -16,7 +16,7 @@ from utils import UserError
 STREAM, WARMUP = 0x50617468, 0x57696465  # separate these draws from others of the same seed
 CHUNK = 1024  # steps that are drawn together
 BATCH = 16_384  # random candidates that are costed together
-MAX_BATCHES = 62  # about a million candidates, which have to fill the bins of an average chunk
+MAX_BATCHES = 62  # about a million candidates, which must fill the bins of an average chunk
 
 
 def default_flops_range(space):
@@ -30,8 +30,8 @@ class PathSampler:
     """Candidates for training steps, uniform or, with `flops_range`, flat over `n_bins` equal bins of FLOPs.
 
     `flops_range` is (low, high) in multiply-adds. A bin holds low <= cost < high, the last one its upper edge too. The
-    first `width_warmup` steps begin with the widest choices alone and add one width after the other; their paths are
-    uniform, for the widest ones are in no bin. Raises UserError if a bin is so rare that a path would cost some
+    first `width_warmup` steps start with only the widest choices and add one width after the other; their paths are
+    uniform, because the widest ones are in no bin. Raises UserError if a bin is so rare that a path would cost some
     1,000 random candidates (0.2 ms) or more.
     """
 
@@ -45,7 +45,7 @@ class PathSampler:
         if self.flops_range:
             low, high = self.flops_range
             if not low < high:
-                raise UserError(f"--flops-range {low} {high}: the first has to be the lower one")
+                raise UserError(f"--flops-range {low} {high}: the first must be the lower one")
             self.edges = np.array([low + (high - low) * i // n_bins for i in range(n_bins + 1)])
             self._check_bins()
 
@@ -75,7 +75,7 @@ class PathSampler:
             return self._candidates(rng, CHUNK)
         n_bins = len(self.edges) - 1
         wanted = rng.integers(n_bins, size=CHUNK)
-        steps = [np.flatnonzero(wanted == b) for b in range(n_bins)]  # that still have no path
+        steps = [np.flatnonzero(wanted == b) for b in range(n_bins)]  # still without a path, by bin
         paths = np.empty((CHUNK, len(self.space.choices)), np.uint8)
         for candidates, bins in self._binned(rng, 4 * MAX_BATCHES):  # no chunk is that far from the average
             for b in range(n_bins):
@@ -116,6 +116,6 @@ class PathSampler:
         rare = f"{rarest + 1} of {n_bins}, {self.edges[rarest]} to {self.edges[rarest + 1]}"
         raise UserError(
             f"--flops-range {self.edges[0]} {self.edges[-1]}: {hits[rarest]} of {MAX_BATCHES * BATCH} random "
-            f"candidates fall into bin {rare}, and {needed} have to; candidates cost {low} to {high}, "
+            f"candidates fall into bin {rare}, but {needed} are needed; candidates cost {low} to {high}, "
             f"99.7% of them {usual_low} to {usual_high}: choose a range in there, or --sampler uniform"
         )

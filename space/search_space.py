@@ -1,8 +1,8 @@
 """The single path search space: what a candidate is, what it costs, how it is written down.
 
 Everything that knows how many choice blocks there are, which operations and widths a block offers, how wide and how
-large each block is, and how a candidate is written down, is in this file; space/costs.py counts what a choice costs. It
-needs the standard library alone, and torch once where costs are asked for that nobody gave it.
+large each block is, and how a candidate is written down, is in this file; space/costs.py counts what a choice costs.
+Needs only the standard library, and torch to count costs that were not given.
 
     candidate      a tuple of ints: the index of an operation for each block, then of a width for each block,
                    without the part that offers no choice
@@ -26,7 +26,7 @@ from space.costs import Costs, count_costs
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
-UNITS = {  # of the costs: their forms in words, and factors by unit
+UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "flops": ("multiply-adds (330000000, 330M)", {"": 1, "M": 1e6}),
     "params": ("parameters (3500000, 3.5M)", {"": 1, "M": 1e6}),
     "latency": ("milliseconds (8ms)", {"ms": 1e6}),
@@ -43,7 +43,7 @@ class BlockShape(NamedTuple):
     in_size: int
 
     def mid_channels(self, width=1.0):
-        """Channels in the middle of the main branch, at a scale of them."""
+        """Channels in the middle of the main branch, scaled by `width`."""
         return int(self.out_channels // 2 * width)
 
     @property
@@ -66,10 +66,9 @@ class BlockShape(NamedTuple):
 class SearchSpace:
     """Choice blocks in stages, each with one of `operations` at one of `widths`; the defaults are the paper's space.
 
-    `architecture` fixes the operations, so that widths alone are chosen. `operations_hash` is that of the file that
-    operations other than the official ones come from. `given_costs` take the place of counted ones.
-    input_size is in px. `stem_stride` and `stage_strides` say where the image shrinks: the first block of a
-    stage has the stage's stride. Raises UserError if the numbers make no network.
+    `architecture` fixes the operations, so that only widths are chosen. `operations_hash` is the hash of the file of
+    custom operations. `given_costs` replace counted ones. input_size is in px. The first block of a stage has the
+    stride of the stage. Raises UserError if the fields describe no network.
     """
 
     input_size: int = 224
@@ -120,7 +119,7 @@ class SearchSpace:
     def _check_entry(field, value):
         """Raises UserError if an entry is not of the form of its default."""
         listed = isinstance(value, (tuple, list))
-        shown = reprlib.repr(value)  # short, whatever a damaged file holds
+        shown = reprlib.repr(value)  # short, even if the file is damaged
         values = value if listed else (value,)
         lowest = 0 if field.name == "architecture" else 1
         if listed != isinstance(field.default, tuple) or not (values or field.name == "architecture"):
@@ -153,7 +152,7 @@ class SearchSpace:
         return cls(**values)
 
     def to_dict(self):
-        """Plain numbers, strings and lists, for JSON and checkpoints; without what only some spaces have."""
+        """Plain numbers, strings and lists, for JSON and checkpoints; leaves out defaults that older files lack."""
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -164,14 +163,14 @@ class SearchSpace:
 
     @property
     def is_papers(self):
-        """Whether stages, sizes and operations are the paper's, whatever is chosen or fixed of them."""
+        """Whether stages, sizes and operations are the paper's; widths and a fixed architecture don't count."""
         return dataclasses.replace(self, widths=(1.0,), architecture=(), given_costs=None) == SearchSpace()
 
     # --- shape -------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def blocks(self):
-        """A BlockShape for every choice block, from the stem on."""
+        """A BlockShape for every choice block, in order."""
         shapes, channels, size = [], self.stem_channels, self.stem_size
         for stride, depth, out in zip(self.stage_strides, self.stage_blocks, self.stage_channels):
             for i in range(depth):
@@ -193,7 +192,7 @@ class SearchSpace:
 
     @functools.cached_property
     def block_operations(self):
-        """The names of the operations that each block offers; one each where an architecture is fixed."""
+        """The names of the operations that each block offers; one each if an architecture is fixed."""
         if self.architecture:
             return tuple((self.operations[operation],) for operation in self.architecture)
         return (self.operations,) * self.n_blocks
@@ -268,7 +267,7 @@ class SearchSpace:
         return self.given_costs or count_costs(self)
 
     def with_costs(self, *costs):
-        """This space with these Costs, or the fields of them, instead of counted ones."""
+        """This space with given costs, the fields of a Costs, instead of counted ones."""
         return dataclasses.replace(self, given_costs=Costs(*costs))
 
     @property
@@ -278,7 +277,7 @@ class SearchSpace:
 
     @property
     def fixed_flops(self):
-        """Multiply-adds of what every candidate has: stem, last convolution and classifier."""
+        """Multiply-adds that all candidates have in common: stem, last convolution and classifier."""
         return self.costs.stem_flops + self.costs.tail_flops
 
     def flops(self, candidate):
@@ -296,7 +295,7 @@ class SearchSpace:
         return self.fixed_flops + sum(map(min, rows)), self.fixed_flops + sum(map(max, rows))
 
     def cost_rows(self, name):
-        """(cost of every choice at every block, cost of what every candidate has), whole numbers, of one of COSTS."""
+        """(cost of every choice at every block, cost common to all candidates), whole numbers, of one of COSTS."""
         costs = self.costs
         return {
             "flops": (costs.flops, self.fixed_flops),
@@ -305,14 +304,14 @@ class SearchSpace:
         }[name]
 
     def cost(self, name, candidate):
-        """What a candidate costs of one of COSTS: multiply-adds, parameters, or ns."""
+        """One of COSTS of a candidate: multiply-adds, parameters, or ns."""
         rows, fixed = self.cost_rows(name)
         return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
     def _distribution(self, name):
         """(upper cost, share of uniform candidates at or under it), rising; costs are rounded to a grid.
 
-        Adds the blocks up one by one on a grid of 1/8192 of the range, which is off by some 1e-4 of it: exact
+        Adds the blocks up one by one on a grid of 1/8192 of the range, with an error of about 1e-4 of it: exact
         enumeration of 4^20 candidates is out of reach and sampling would need a seed.
         """
         known = vars(self).setdefault("_distributions", {})
@@ -381,9 +380,9 @@ class SearchSpace:
         return hot
 
     def from_architecture(self, architecture):
-        """The candidate in an architecture of either form; widths that it does not name are 1.0.
+        """The candidate in an architecture of either form; without widths, these are 1.0.
 
-        Raises UserError that names what is wrong.
+        Raises UserError, naming the entry, if it is not one of this space.
         """
         if isinstance(architecture, (list, tuple)):
             operations_alone = self.n_widths > 1 and not self.architecture and len(architecture) == self.n_blocks

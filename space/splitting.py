@@ -1,7 +1,7 @@
 """What candidates cost together when their common first blocks are computed once, and how to split a list of them.
 
 Two candidates that choose the same operations up to a block have the same activations up to there, BN statistics
-included: training/prefix_tree.py evaluates a list as the tree of its prefixes. Standard library alone.
+included: training/prefix_tree.py evaluates a list as the tree of its prefixes. Needs only the standard library.
 """
 
 # The multiply-adds that take as long as reading or writing one element of a block's input or output. Early blocks have
@@ -16,12 +16,12 @@ def tree_flops(space, candidates):
 
 
 def tree_cost(space, candidates):
-    """As `tree_flops`, with the elements that blocks read and write: in proportion to the time."""
+    """As `tree_flops`, with the elements that blocks read and write: proportional to the time."""
     return sum(more for _, _, more in _marginal_costs(space, candidates))
 
 
 def chunks(space, candidates, n, size=None):
-    """The lists that `n` workers evaluate: `split`, or of `size` candidates each where that is given."""
+    """Lists of candidates for `n` workers: those of `split`, or, if `size` is given, lists of that size."""
     return cut(space, candidates, size) if size else split(space, candidates, n)
 
 
@@ -49,7 +49,7 @@ def split(space, candidates, n):
 
 
 def _marginal_costs(space, candidates, element=ELEMENT):
-    """(candidate, its cost, what of it is not shared with the one before), sorted, each candidate once."""
+    """(candidate, its cost, the part of it not shared with the one before), sorted, each candidate once."""
     more_of_block = [
         element * (shape.in_channels * shape.in_size**2 + shape.out_channels * shape.out_size**2)
         for shape in space.blocks

@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_one_line(world, tmp_path, capsys, monkeypatch, scr
 
 # What goes wrong in a first hour: a command line, a settings file or None, and the line that answers.
 NEWCOMER = [
-    ("supernet", "super-net: {iterations: 5}", "unknown section 'super-net'; there are common, space, supernet"),
+    ("supernet", "super-net: {iterations: 5}", "unknown section 'super-net'; known sections: common, space, supernet"),
     ("supernet", "supernet: {lr: 1}\nsupernet: {lr: 2}", "'supernet' is given twice"),
     ("supernet", "supernet: {lr: 1, lr: 2}", "'lr' is given twice"),
     ("supernet", "common: {learning-rate: 1}", "has no setting 'learning-rate' (section 'common')"),

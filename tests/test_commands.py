@@ -158,7 +158,7 @@ def test_a_trial_looks_at_its_own_images_alone(typed, data, tmp_path, monkeypatc
     out, reported = typed[0], []
     settings = out / "checkpoints" / "search" / "trial.yml"
     monkeypatch.setattr("engines.trial.receive_candidates", lambda: [[0] * 20, [1] * 20])
-    monkeypatch.setattr("engines.trial.heard", contextlib.nullcontext)
+    monkeypatch.setattr("engines.trial.heartbeats", contextlib.nullcontext)
     monkeypatch.setattr("engines.trial.report", lambda results: reported.extend(results))
     monkeypatch.setattr("utils.end_with_parent", lambda: None)
     args = tester.parse_args(["--config", str(settings), "--cache", str(tmp_path / "cache")])

@@ -99,7 +99,7 @@ def test_the_record_beside_an_architecture_is_checked(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stagess": []}, "unknown entry 'stagess'; there are stages, stem"),
+        ({"stagess": []}, "unknown entry 'stagess'; known entries: stages, stem"),
         ({"stages": []}, r"stages is \[\], not a list"),
         ({"stages": [{"blocks": 2, "channels": 8}]}, "stage 1 is .*not a mapping of blocks, channels, stride"),
         ({"stages": [{"blocks": 0, "channels": 8, "stride": 2}]}, "stage_blocks is"),
@@ -107,7 +107,7 @@ def test_the_record_beside_an_architecture_is_checked(tmp_path):
         ({"stem": {"channels": "4"}}, "stem_channels is '4'"),
         ({"widths": [1.0, 0.5]}, "widths .* do not rise"),
         ({"widths": ["wide"]}, "widths"),
-        ({"operations": ["swin"]}, "operation 'swin' is none of shufflenet_3x3.*--operations"),
+        ({"operations": ["swin"]}, "operation 'swin' is not one of shufflenet_3x3.*--operations"),
         ({"operations": ["identity", "identity"]}, "has a name twice"),
         ({"stem": {"channels": 16}}, "do not grow"),
     ],
@@ -218,7 +218,7 @@ def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
     checkpoint.save(path, model=ShuffleNetV2OneShot(space=space).state_dict(), **content)
     assert checkpoint.load_supernet(path, None)[1].space == space
     custom.loaded.clear()
-    with pytest.raises(UserError, match=r"operation 'identity' is none of .*--operations"):
+    with pytest.raises(UserError, match=r"operation 'identity' is not one of .*--operations"):
         checkpoint.load_supernet(path, None)
     custom.load_operations(written(tmp_path / "own.py", EXAMPLE + "\n# another version\n"))
     with pytest.raises(UserError, match=r"supernet\.pth: its operations come from another version"):

@@ -146,7 +146,7 @@ def test_a_bin_that_is_too_rare_is_an_error_at_the_start():
 @pytest.mark.parametrize("flops_range", [(360_000_000, 290_000_000), (300_000_000, 300_000_000)])
 def test_an_empty_range_is_an_error(flops_range):
     with pytest.raises(
-        UserError, match=f"--flops-range {flops_range[0]} {flops_range[1]}: the first has to be the lower"
+        UserError, match=f"--flops-range {flops_range[0]} {flops_range[1]}: the first must be the lower"
     ):
         PathSampler(SPACE, 0, flops_range)
 

@@ -292,8 +292,8 @@ def test_committed_experiment_has_the_official_numbers():
         ({"trialCommand": None}, "trialCommand is None, not of type str"),
         ({"trialConcurrency": "two"}, "trialConcurrency is 'two', not of type int"),
         ({"tuner": {"name": "TPE"}}, "tuner has entries other than"),
-        ({"trainingService": {"platform": "kubeflow"}}, "not platform: local alone"),
-        ({"trainingService": {"platform": "local", "trialGpuNumber": 1}}, "not platform: local alone"),
+        ({"trainingService": {"platform": "kubeflow"}}, "not just platform: local"),
+        ({"trainingService": {"platform": "local", "trialGpuNumber": 1}}, "not just platform: local"),
     ],
 )
 def test_damaged_experiment_is_named(tmp_path, changes, message):

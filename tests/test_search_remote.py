@@ -70,10 +70,10 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
 @pytest.mark.parametrize(
     ("service", "message"),
     [
-        ({"platform": "remote"}, "trainingService is .* not platform: local alone, nor platform: remote"),
+        ({"platform": "remote"}, "trainingService is .* not just platform: local, or platform: remote"),
         (
             {"platform": "remote", "machineList": [MACHINE], "trialGpuNumber": 1},
-            "trainingService is .* not platform: local alone, nor",
+            "trainingService is .* not just platform: local, or",
         ),
         ({"platform": "remote", "machineList": []}, r"machineList is \[\], not a list of machines"),
         ({"platform": "remote", "machineList": MACHINE}, "machineList is .*, not a list of machines"),
@@ -88,7 +88,7 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
         ),
         (
             {"platform": "remote", "machineList": [{k: v for k, v in MACHINE.items() if k != "user"}]},
-            "machine 1: user is None, not a text",
+            "machine 1: user is None, not a string",
         ),
         ({"platform": "remote", "machineList": [MACHINE | {"port": 0}]}, "machine 1: port is 0, not a number"),
         ({"platform": "remote", "machineList": [MACHINE | {"port": "22"}]}, "machine 1: port is '22', not a number"),
@@ -106,7 +106,7 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
         ),
         (
             {"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": ""}]},
-            "machine 1: sshKeyFile is '', not a text",
+            "machine 1: sshKeyFile is '', not a string",
         ),
     ],
 )

@@ -163,7 +163,7 @@ def test_what_an_older_file_lacks_means_what_its_absence_means(subjects, before)
     [
         (lambda: Training(batch_size=1), "batch_size 1 is not a whole number from 2 to 1000000"),
         (lambda: Training(lr=float("nan")), "lr nan is not a number from 0 to 1000"),
-        (lambda: Training(amp="half"), "amp 'half' is none of off, bf16, fp16"),
+        (lambda: Training(amp="half"), "amp 'half' is not one of off, bf16, fp16"),
         (lambda: DataConfig(crop_scale=(0.5, 2)), "crop_scale 2 is not a number from 0.001 to 1"),
         (lambda: DataConfig.resolve({"val_resize": 16}), "val_resize 16 is smaller than the input size, 224"),
     ],

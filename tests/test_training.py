@@ -551,7 +551,7 @@ def test_threads_that_wait_for_each_other_are_said(tmp_path, monkeypatch, caplog
         monkeypatch.setattr(loop.time, name, lambda name=name: calls[name])
     caplog.set_level("INFO", "spos")
     supernet_run(tmp_path, settings(iterations=6))
-    text = f"{threads} threads compute less than one alone can"
+    text = f"{threads} threads compute less than one would"
     assert (text in caplog.text) == ("try --threads 1" in caplog.text) == warns
 
 
@@ -610,7 +610,7 @@ def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validati
     assert [row.get("val/acc1") for row in rows] == [None, 2.0, None, 3.5]
     assert metrics == {name: value for name, value in rows[-1].items() if name != "step"}
     assert "images/s, waited for 80% of the time" in caplog.text
-    assert "plan: 2 s for 2 more steps of 1.25 s, beside 1 validations; 3 checkpoints" in caplog.text
+    assert "plan: 2 s for 2 more steps of 1.25 s, plus 1 validations; 3 checkpoints" in caplog.text
     assert "step 2/7 " in caplog.text and "lower --keep" not in caplog.text
 
     for path in checkpoints(tmp_path)[1:]:  # as if killed after step 4, and later lines were written

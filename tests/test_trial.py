@@ -189,7 +189,7 @@ def test_a_trial_reports_each_result_as_it_comes_and_lives_meanwhile(monkeypatch
             yield {"architecture": c, "acc1": 50.0}
             assert nni.messages[-1]["result"]["architecture"] == c
 
-    with trial.heard():
+    with trial.heartbeats():
         trial.report(results())
     utils.heartbeat()  # nobody hears it
     *messages, (_, final) = nni.messages

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, complete enough to resume it; a supernet and the images that it goes with."""
+"""Checkpoints, from which a run can be resumed, and a supernet with the images that it was trained on."""
 
 import pathlib
 import re
@@ -19,19 +19,19 @@ def save(path, **content):
     try:
         with atomic_write(path, "wb") as file:
             torch.save({"version": VERSION, **content}, file)
-    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where a write failed
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if a write fails
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
         raise UserError(f"{path}: can't be written ({reason}); free some space, and the same command resumes") from None
 
 
 def newest(folder):
-    """The checkpoint of the highest step in a folder, None where there is none."""
+    """The checkpoint of the highest step in a folder, or None."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
 
 def checkpoints(folder):
-    """The checkpoints in a folder, by rising step."""
+    """The paths of the checkpoints in a folder, by rising step."""
     found = [p for p in pathlib.Path(folder).glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+\.pth", p.name)]
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
 
@@ -44,7 +44,7 @@ def prune(folder, keep):
 
 
 def load_supernet(path, out, space=None):
-    """(the supernet, its Checkpoint) from `path`, or from the newest checkpoint below `out` where path is None."""
+    """(the supernet, its Checkpoint) from `path`, or if that is None from the newest checkpoint in `out`."""
     if path is None:
         folder = pathlib.Path(out) / "checkpoints" / "supernet"
         path = newest(folder)
@@ -60,8 +60,8 @@ def load_supernet(path, out, space=None):
 def open_supernet(path, out, images, given, listed=None):
     """(supernet, its Checkpoint, DataConfig, Data): the supernet of `load_supernet`, and the images that go with it.
 
-    `images` is an Images; `given` has the values of a DataConfig that are given (name -> value), which must be those of
-    the checkpoint; `listed` is as for Data. Raises UserError if checkpoint, settings and images don't go together.
+    `images` is an Images; `given` (name -> value) are settings of a DataConfig, which must equal the checkpoint's;
+    `listed` is as for Data. Raises UserError if checkpoint, settings and images don't match.
     """
     model, ckpt = load_supernet(path, out, SearchSpace.for_images(given.get("input_size", 224)))
     config = DataConfig.resolve(given, ckpt.data, ckpt.path)
@@ -72,7 +72,7 @@ def open_supernet(path, out, images, given, listed=None):
 
 
 def unfinished(ckpt):
-    """A line that says that the training of a checkpoint has not ended, or None; official files don't say."""
+    """A line stating that the training of a checkpoint has not ended, or None; official files don't tell."""
     content = ckpt.content or {}
     step, iterations = content.get("step"), (content.get("settings") or {}).get("iterations")
     if isinstance(step, int) and isinstance(iterations, int) and step < iterations:
@@ -81,7 +81,7 @@ def unfinished(ckpt):
 
 
 def check_split(ckpt, split):
-    """Raises UserError if the supernet was trained on another split, so perhaps on images that are held out now."""
+    """Raises UserError if the supernet was trained on another split, and so perhaps on images held out now."""
     if ckpt.split is None:
         log.warning("%s carries no split: the search images were probably seen in training", ckpt.path)
     elif ckpt.split != split:
@@ -99,7 +99,7 @@ def check_classes(ckpt, classes):
 
 
 def check_settings(ckpt, settings, folder):
-    """Raises UserError that names the flags in which a run differs from the one that it would resume."""
+    """Raises UserError, naming the flags, if a run has other settings than the one that it would resume."""
     if changes := difference(SUBJECTS, ckpt.content["settings"], settings):
         flags = {name: flag(name) for name in changes} | {"processes": "processes"}  # not a flag
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())

@@ -1,4 +1,4 @@
-"""How good candidates are: BN statistics recalibrated for each, then exact accuracy.
+"""Evaluation of candidates: recalibrates the BN statistics of each, then measures its accuracy exactly.
 
 Source: paper section 3.4 (BN statistics are recalculated before inference); official `src/Search/tester.py`.
 """
@@ -24,7 +24,7 @@ def open_evaluation(path, out, images, given, evaluation, device, seed=0, split=
     """(supernet on the device, calibration batches, validation batches) of a supernet's checkpoint.
 
     The first four arguments and `listed` are those of checkpoint.open_supernet; `evaluation` is an Evaluation; `split`
-    names the images of validation, "search" or "val". With `listed`, a trial does not look at all images again.
+    names the validation images, "search" or "val".
     """
     supernet, _, config, data = checkpoint.open_supernet(path, out, images, given, listed)
     supernet.to(device, memory_format=torch.channels_last)
@@ -39,20 +39,20 @@ def open_evaluation(path, out, images, given, evaluation, device, seed=0, split=
 
 
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):
-    """Recalibrates BN for each candidate and measures it, all of them as one tree of prefixes.
+    """Recalibrates BN for each candidate and measures its accuracy; computes what candidates have in common once.
 
     The nodes of the tree have BN statistics of their own, which begin at mean 0 and variance 1. A forward pass attaches
     them to the supernet's norms, node by node, so that `update_bn` updates them.
 
-    Returns a result each, in order: architecture, acc1 and acc5 in percent, loss (mean cross-entropy in nats, None
-    where it is not finite), n_images, seconds (its share).
+    Returns a dict for each candidate, in order: architecture, acc1 and acc5 in percent, loss (mean cross-entropy in
+    nats, None if it is not finite), n_images, seconds (its share).
     `calibration` and `validation` yield batches (images (N, 3, H, W), labels (N,)), the same at every iteration. With
     `fold`, BN is folded into the convolutions for validation; `amp` "bf16" computes convolutions in bfloat16. The
     supernet is left in eval mode with its own BN statistics. Raises UserError if a candidate is not of its space.
     """
     start = time.perf_counter()
     candidates = [supernet.space.check(c) for c in candidates]
-    tree = PrefixTree(supernet, candidates, fold, amp)  # whose nodes have new BN statistics
+    tree = PrefixTree(supernet, candidates, fold, amp)  # its nodes have fresh BN statistics
     with torch.inference_mode(), tree.own_statistics():
         update_bn(supernet, tree.forward, calibration, bn)
         sums, n_images = dict.fromkeys(candidates, 0), 0
@@ -74,17 +74,17 @@ def _result(candidate, acc1, acc5, loss, n_images, seconds):
 
 
 def evaluate_in_lists(supernet, candidates, *args, **how):
-    """Yields the results of `evaluate`, of a few candidates at a time: those evaluated are kept, whatever comes."""
+    """Yields the results of `evaluate`, a few candidates at a time, so that an interruption loses only a few."""
     for few in cut(supernet.space, map(supernet.space.check, candidates)):
         yield from evaluate(supernet, few, *args, **how)
 
 
 def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):
-    """Recalculates the BN statistics of one network that `forward(images)` passes through, from new ones on.
+    """Resets the BN statistics of one network and recalculates them by `forward(images)` over the batches.
 
     For candidates of a supernet see `evaluate`.
-    `batches` yields (images, labels). For `bn` see `bn_momentum`. `sharded` says that each rank has other batches,
-    whose plain averages are then averaged over the ranks. Dropout stays off; the model is left in eval mode.
+    `batches` yields (images, labels). For `bn` see `bn_momentum`. With `sharded`, each rank has batches of its own, and
+    the ranks' plain averages are averaged. Dropout stays off; the model is left in eval mode.
     """
     norms = batch_norms(model)
     for norm in norms:
@@ -95,9 +95,9 @@ def recalibrate_bn(model, forward, batches, bn="ema", sharded=False):
 
 
 def update_bn(model, forward, batches, bn="ema"):
-    """Updates the BN statistics of `model` by `forward(images)` over the batches; returns how many batches there were.
+    """Updates the BN statistics of `model` by `forward(images)` over the batches; returns the number of batches.
 
-    BN is in training mode within, everything else in eval mode, in which the model is left.
+    Meanwhile BN is in training mode and everything else in eval mode; the model is left in eval mode.
     """
     norms = batch_norms(model.eval())
     n = 0
@@ -125,7 +125,7 @@ def bn_momentum(bn, n):
 
 
 def correct_counts(logits, labels):
-    """Numbers of images correct in top-1 and top-5, as a tensor (2,) on the device: no synchronisation."""
+    """Numbers of images correct in top-1 and top-5, as a tensor (2,) on the device, without synchronisation."""
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = top == labels[:, None]
     return torch.stack((hits[:, 0].sum(), hits.sum()))
@@ -137,7 +137,7 @@ LOSS_UNITS = 1_000_000  # in one nat
 def loss_sum(logits, labels):
     """The sum of the images' cross-entropies, as a tensor (1,) on the device.
 
-    In whole LOSS_UNITS, so that it is the same in whatever order and batches it is summed up.
+    In whole LOSS_UNITS, so that neither the order of the images nor their batches change the sum.
     """
     losses = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     return (losses * LOSS_UNITS).round().sum(0, keepdim=True)
@@ -159,7 +159,7 @@ def accuracy(forward, batches):
 
 
 def _all_reduce_counts(counts, n_images, width):
-    """The sums over all ranks: of `counts`, a tensor (width,) for each candidate, as one tensor; and of the images."""
+    """Sums over all ranks: of `counts`, a tensor (width,) per candidate, as (candidates, width); and of n_images."""
     here = torch.zeros(len(counts), width, dtype=torch.double)
     if n_images:
         here += torch.stack(counts).cpu()
@@ -167,9 +167,9 @@ def _all_reduce_counts(counts, n_images, width):
 
 
 def resolve_device(name="auto", threads=None):
-    """The torch device "auto", "cpu" or "cuda"; sets the CPU threads, and makes cuDNN deterministic (official search).
+    """The torch device of "auto", "cpu" or "cuda"; sets CPU threads and makes cuDNN deterministic (official search).
 
-    Raises UserError if there is no GPU to use.
+    Raises UserError for "cuda" without a GPU.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -27,22 +27,23 @@ except ImportError:  # not on Windows
     resource = None
 
 LOG_EVERY = 50  # steps
-# The plan of a run is said after some steps, the first of which are not timed: a GPU builds plans at the first use of
-# every operation.
-PLAN_AFTER = {"cpu": (1, 5), "cuda": (LOG_EVERY // 2, LOG_EVERY)}  # device: steps not timed, steps
-SAME_SIGNAL_S = 0.2  # within it a signal is the same again: a shell's timeout sends it to the process and to its group
+# The plan of a run is logged after some steps. The first of them are not timed: on a GPU, the first use of an operation
+# is slow.
+PLAN_AFTER = {"cpu": (1, 5), "cuda": (LOG_EVERY // 2, LOG_EVERY)}  # device: untimed steps, steps
+SAME_SIGNAL_S = 0.2  # signals within this time count as one: `timeout` sends its own to the process and to its group
 ERRORS = UserError, OSError  # of images and of worker processes
 
 
 def train(model, loader, training, candidate_at=None, validate=None, run=None, device="cpu", seed=0):
-    """Trains `model` by the settings `training`; returns the metrics at the end, with the seconds that it took.
+    """Trains `model` with the settings `training` (a Training). Returns the last metrics, among them `seconds`.
 
-    `loader` is a Loader that augments. `candidate_at(step)` is the candidate that a supernet trains at a step, which
-    count from 1: a pure function, which is called more than once, with the same values on all ranks. `validate(step)`,
-    where there is one, returns {"val/...": percent}; it is called every training.val_every steps and at the end. `run`
-    (a TrainingRun) keeps checkpoints and logs, and resumes; without it nothing is kept on disk. SIGINT and SIGTERM end
-    a process that has a run after it has saved the current step, or the last one where it waits for a batch; a
-    validation that they end is done again when the run is resumed. Each rank trains on its share of every batch.
+    `loader` is a Loader that augments. `candidate_at(step)` returns the candidate that a supernet trains at a step;
+    steps count from 1. It must be a pure function, the same on all ranks, because it is called more than once for a
+    step. `validate(step)` returns {"val/...": percent}; it is called every training.val_every steps and at the end.
+    `run` (a TrainingRun) keeps checkpoints and logs, and resumes; without it nothing is kept on disk. With a run,
+    SIGINT and SIGTERM end the process after the current step is saved, or the last step while it waits for a batch; a
+    validation that they interrupt is repeated when the run is resumed. Each rank trains on its share of every batch.
+    Raises UserError if a loss is not finite.
     """
     batch_size = distributed.per_rank_batch_size(training.batch_size)
     state = _State(run or TrainingRun(), Recipe(model.train(), training, device, seed), candidate_at, validate)
@@ -88,14 +89,14 @@ class _State:
         return self.closing.__exit__(*error)
 
     def finish_validation(self):
-        """Does the validation that was due when the run was stopped."""
+        """Does the validation that was still due when the run stopped."""
         if self.validation_due:
             if stop := self.validated(self.done):
                 self.interruption.end(newest(self.run.folder), stop)
             self.save(self.done)
 
     def waits_for(self, batches):
-        """Yields the batches. What ends the wait for one, a signal or an error, leaves the last step saved."""
+        """Yields the batches. If a signal or an error ends the wait for one, saves the last step."""
         try:
             yield from self.meter.waits_for(self.interruption.ends_waits_for(batches))
         except Interrupted as error:
@@ -106,7 +107,7 @@ class _State:
             raise
 
     def after(self, step, loss, logits, labels):
-        """Counts a step; logs, validates and saves where they are due; ends the process where a signal has come."""
+        """Counts a step; logs, validates and saves if due; ends the process if a signal has come."""
         training = self.recipe.training
         self.meter.add(loss, logits, labels)
         self.journal.progress.update()
@@ -131,7 +132,7 @@ class _State:
             self.interruption.end(saved, stop)
 
     def validated(self, step):
-        """Adds validation metrics and writes all of them. Returns the signal that interrupted it, or 0."""
+        """Validates, and writes all metrics. Returns the number of the signal that interrupted it, or 0."""
         training, meter = self.recipe.training, self.meter
         try:
             with meter.paused(), self.interruption.raised():
@@ -155,14 +156,14 @@ class _State:
         return self.run.save(step, self.recipe, self.metrics, self.meter.fetch(), validation_due)
 
     def keep(self, step, validation_due=False):
-        """Saves a finished step before an error ends the run, unless other ranks are in another collective."""
+        """Saves a finished step before an error ends the run; not if other ranks may be in another collective."""
         if self.run.folder and step > self.done and distributed.world_size() == 1:
             log.info("saved %s; the same command resumes from there", self.save(step, validation_due))
 
 
 def _log_plan(recipe, folder, step, meter):
     """Logs what the run will take in time, disk and memory, estimated from its first steps."""
-    step_seconds = meter.step_seconds  # on all ranks, which add up their rows for it
+    step_seconds = meter.step_seconds  # on all ranks, because it sums over them
     if distributed.rank():
         return
     training = recipe.training
@@ -170,7 +171,7 @@ def _log_plan(recipe, folder, step, meter):
     size = 2 * sum(t.nbytes for t in recipe.model.state_dict().values())  # with momentum
     kept = f" {training.keep} checkpoints of {size / 1e6:.0f} MB;" if folder else ""
     log.info(
-        "plan: %s for %d more steps of %.3g s, beside %d validations;%s peak memory so far %.1f GB",
+        "plan: %s for %d more steps of %.3g s, plus %d validations;%s peak memory so far %.1f GB",
         duration(steps * step_seconds), steps, step_seconds, -(-steps // training.val_every), kept,
         _peak_memory(recipe.device) / 1e9,
     )  # fmt: skip
@@ -179,7 +180,7 @@ def _log_plan(recipe, folder, step, meter):
         text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
         log.warning(text, folder, free / 1e9, disk / 1e9)
     if recipe.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
-        text = "warning: %d threads compute less than one alone can; other programs run: try --threads 1"
+        text = "warning: %d threads compute less than one would; other programs run: try --threads 1"
         log.warning(text, torch.get_num_threads())
 
 
@@ -201,11 +202,11 @@ class _Meter:
         self.candidate_at = candidate_at
         self.step = step
         self.rows = rows  # (n, 3): loss, images correct in top-1 and in top-5, over all ranks
-        self.window = []  # the same of this rank, not fetched yet
+        self.window = []  # the same of this rank, still on the device
         self.before = seconds
         self.started = time.perf_counter()
         self.pauses = []
-        self.waited = 0.0  # seconds for batches, since the last line
+        self.waited = 0.0  # seconds spent waiting for batches since the last line
         self.logged = step, self.seconds
         self.untimed = step + PLAN_AFTER[recipe.device.type][0]
         self.first = None  # (step, seconds) after the untimed steps
@@ -231,7 +232,7 @@ class _Meter:
             self.pauses.append(time.perf_counter() - start)
 
     def waits_for(self, batches):
-        """Yields the batches, and notes how long each of them is waited for and computed on."""
+        """Yields the batches, and measures the time spent waiting for them and computing on them."""
         start = time.perf_counter()
         for batch in batches:
             ready = time.perf_counter()
@@ -250,7 +251,7 @@ class _Meter:
             self.first = self.step, self.seconds
 
     def fetch(self):
-        """The rows so far. Raises UserError if a loss was not finite, unless --amp fp16 can still scale lower."""
+        """The rows so far. Raises UserError if a loss is not finite, unless --amp fp16 can still lower its scale."""
         if self.window:
             rows = distributed.all_reduce_sum(torch.stack(self.window).double().cpu())
             rows[:, 0] /= distributed.world_size()
@@ -265,7 +266,7 @@ class _Meter:
         return self.rows
 
     def summary(self):
-        """The means over the rows, which start anew."""
+        """The means over the rows since the last call, as metrics."""
         rows = self.fetch()
         self.rows = self.rows[:0]
         batch_size = self.recipe.training.batch_size
@@ -284,9 +285,9 @@ class _Meter:
 
 
 class _Interruption:
-    """Stores SIGINT and SIGTERM, whose handler is `note`, in `signal`; the death of torchrun counts as SIGTERM.
+    """Records SIGINT and SIGTERM, whose handler is `note`, in `signal`; the end of torchrun counts as SIGTERM.
 
-    A second signal ends a process at once, unless it is one of several ranks, to which torchrun passes its own on.
+    A second signal ends the process at once, except with several ranks, to which torchrun forwards its own signals.
     """
 
     def __init__(self):
@@ -294,11 +295,11 @@ class _Interruption:
         self.noted_at = math.inf
         self.raises = False
         self.parent_ended = watch_parent()
-        self.lost = ""  # what has to be done again, for the log
+        self.lost = ""  # what the resumed run repeats, for the log
 
     @contextlib.contextmanager
     def raised(self):
-        """Within the block a signal is raised as Interrupted too."""
+        """Within the block, a signal also raises Interrupted."""
         self.raises = True
         try:
             if self.noted:
@@ -308,7 +309,7 @@ class _Interruption:
             self.raises = False
 
     def ends_waits_for(self, batches):
-        """Yields the batches; a signal ends the wait for one. Ranks end together instead, after a step."""
+        """Yields the batches; a signal ends the wait for one. Several ranks end together instead, after a step."""
         batches = iter(batches)
         while True:
             with contextlib.nullcontext() if distributed.world_size() > 1 else self.raised():

@@ -1,7 +1,7 @@
-"""Many candidates at once: the tree of their prefixes, so that candidates share what their common first blocks compute.
+"""Runs many candidates at once, as the tree of their prefixes, so that common first blocks are computed once.
 
 Two candidates that choose the same operations up to a block have the same activations up to there, BN statistics
-included. The results are those of one candidate after the other, to the bit. What a tree costs: space/splitting.py.
+included. The results equal those of one candidate at a time, to the bit. For the cost see space/splitting.py.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from utils import heartbeat
 
 
 class _Part:
-    """A part of the supernet that nodes run: `run`, or `folded` where BN is folded; `norms` have its statistics."""
+    """A part of the supernet that nodes run: as `run`, or as `folded`, with BN folded; `norms` are its BN layers."""
 
     def __init__(self, supernet, fold, key):
         self.run = supernet.part(key)
@@ -36,7 +36,7 @@ class _Part:
 
 
 class _FoldedCopy:
-    """`form` as a `module` of its own whose BN is folded, with the weights and statistics of `widest`."""
+    """A copy of `form`, as `module`, with BN folded, made of the weights and statistics of `widest`."""
 
     def __init__(self, form, widest):
         self.module = fold_bn(form)
@@ -49,7 +49,7 @@ class _FoldedCopy:
             for conv, norm in conv_bn_pairs(form)
         ]
         folded = {norm for _, _, norm, _ in self.pairs}
-        # (norm, its copy) of norms that stand behind no convolution
+        # (norm, its copy) of norms that follow no convolution
         self.others = [
             (originals[names[norm]], copies[names[norm]])
             for norm in batch_norms(form)
@@ -57,7 +57,7 @@ class _FoldedCopy:
         ]
 
     def update(self):
-        """Folds the present statistics."""
+        """Folds the current statistics."""
         for conv, index, norm, folded in self.pairs:
             bias = None if conv.bias is None else conv.bias[index[:1]]
             folded.weight, folded.bias = fuse_conv_bn_weights(
@@ -68,13 +68,13 @@ class _FoldedCopy:
 
 
 def _has_other_weights(form):
-    """Whether a module has weights other than those of convolutions and the norms behind them: then none are folded."""
+    """Whether a module has weights outside of convolutions and the norms behind them; then nothing is folded."""
     folds = {module for pair in conv_bn_pairs(form) for module in pair}
-    return any(module not in folds and any(True for _ in module.parameters(recurse=False)) for module in form.modules())
+    return any(module not in folds and list(module.parameters(recurse=False)) for module in form.modules())
 
 
 class _Node:
-    """A part at the end of a prefix, with the BN statistics that it has behind that prefix."""
+    """A part of the supernet at the end of a prefix, with its BN statistics for that prefix."""
 
     def __init__(self, part):
         self.part = part
@@ -85,18 +85,18 @@ class _Node:
         self.candidate = None  # at a leaf
 
     def attach(self):
-        """Makes the node's BN statistics those of the supernet's norms, which update them in training mode.
+        """Makes the supernet's norms use the node's BN statistics; in training mode they update them in place.
 
-        At a narrow width they are shorter than the norm, of which a Narrow runs the first channels.
+        At a narrow width the statistics are shorter than the norm's, since a Narrow uses only the first channels.
         """
         for norm, (mean, variance) in zip(self.part.norms, self.statistics):
             norm.running_mean, norm.running_var = mean, variance
 
 
 class PrefixTree:
-    """The candidates' prefixes as a tree: the stem is the root, every level a choice block, the head the leaves.
+    """The tree of the candidates' prefixes: the stem is the root, each level is a choice block, the head is the leaves.
 
-    A forward pass goes depth first, batch by batch. A node holds BN statistics alone (the convolutions are the
+    A forward pass goes depth first, batch by batch. A node holds only BN statistics (the convolutions are the
     supernet's), and an activation lives until its children are computed, so memory grows with the depth of the tree and
     hardly with the number of candidates. With `fold`, `logits` runs a copy whose BN is folded into the convolutions;
     `amp` "bf16" computes convolutions in bfloat16.
@@ -121,10 +121,10 @@ class PrefixTree:
 
     @contextlib.contextmanager
     def own_statistics(self):
-        """Within the block the supernet's norms have the nodes' statistics; afterwards they have their own again."""
+        """Within the block the supernet's norms use the nodes' statistics; afterwards their own are restored."""
         norms = batch_norms(self.supernet)
         before = [(n, n.momentum, n.running_mean, n.running_var, n.num_batches_tracked) for n in norms]
-        for norm in norms:  # whose statistics `_Node.attach` replaces, part by part
+        for norm in norms:  # `_Node.attach` replaces their statistics, part by part
             norm.num_batches_tracked = None  # counting would cost a kernel per norm
         try:
             yield

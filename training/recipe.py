@@ -11,11 +11,11 @@ from torch import nn
 import distributed
 from network import autocast
 
-DROPOUT = 0x44726F70  # separates these draws from others of the same seed
+DROPOUT = 0x44726F70  # separates these draws from others with the same seed
 
 
 class Recipe:
-    """Model, optimizer, gradient scaler and criterion of a training run by the settings `training` (a Training).
+    """Model, optimizer, gradient scaler and criterion of a training run with the settings `training` (a Training).
 
     A step's dropout is a pure function of `seed`, step and rank. The model is moved to `device`.
     """
@@ -31,10 +31,10 @@ class Recipe:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
 
     def train_one_step(self, step, images, labels, candidate=None):
-        """Trains the candidate's weights (or a stand-alone network's) on this rank's images (N, 3, H, W) of a step.
+        """Trains the candidate's weights, or a stand-alone network, on this rank's share of a batch.
 
-        Steps count from 1. Returns the loss and the logits (N, classes). Parameters of operations that the candidate
-        does not choose have no gradient, so neither decay nor momentum moves them.
+        Takes images (N, 3, H, W) and labels (N,); steps count from 1. Returns the loss and the logits (N, classes).
+        Operations that are not in the candidate get no gradient, so neither weight decay nor momentum changes them.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)

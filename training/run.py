@@ -1,4 +1,4 @@
-"""The folder of a training run: its lock, its checkpoints, and what is written down as it goes."""
+"""The folder of a training run: its lock, checkpoints and logs."""
 
 import contextlib
 import dataclasses
@@ -27,11 +27,11 @@ def contents_of(space, config, classes, split=None, **more):
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What a training run keeps in `folder`; without one nothing is kept. Rank 0 alone writes.
+    """What a training run keeps in `folder`; without a folder nothing is kept. Only rank 0 writes.
 
     `kind` ("supernet" or "scratch") and `contents` (see `contents_of`) go into every checkpoint. `settings` (name ->
-    value) are those that decide about the result: a run that is resumed must have them again. `keep` is the number of
-    checkpoints.
+    value) are those that affect the result: a resumed run must have the same ones. `keep` is the number of checkpoints
+    that are kept.
     """
 
     folder: pathlib.Path | None = None
@@ -47,18 +47,16 @@ class TrainingRun:
             self.settings = self.settings | {"processes": distributed.world_size()}
 
     def start(self, device, seed, anew=False, warnings=(), images=None, config=None):
-        """Locks the folder and starts its log, with the `warnings`; if `anew`, an earlier run in it is renamed.
+        """Locks the folder, starts its log, and logs the `warnings`; with `anew`, an earlier run in it is renamed.
 
-        `config` (name -> value) are the settings that config.yml says.
-
-        Raises UserError if another run holds the lock, or where the ranks do not agree on settings, images (of the
-        hash `images`) or code.
+        `config` (name -> value) are the settings for config.yml; `images` is a hash of the images. Raises UserError if
+        another run holds the lock, or if settings, images or code differ between ranks.
         """
         distributed.check_same(self._identity(images))
         distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
 
     def _identity(self, images):
-        """What must be the same on all ranks, by the names that an error gives it."""
+        """What must be the same on all ranks, by its name in error messages."""
         if distributed.world_size() == 1:
             return {}
         flags = {flag(name): value for name, value in self.settings.items()}
@@ -75,7 +73,7 @@ class TrainingRun:
         start_logging(self.folder, device, seed)
         write_settings(self.folder / "config.yml", self.kind, config)
         if aside:
-            log.info("the run before is in %s", aside)
+            log.info("the previous run was moved to %s", aside)
         if text := distributed.unused_gpus(device):
             log.info(text)
         for text in warnings:
@@ -84,7 +82,7 @@ class TrainingRun:
     def resume(self, recipe):
         """Loads the newest whole checkpoint, if there is one.
 
-        Returns its (step, metrics, rows of the log, whether the validation of this step is still to be done).
+        Returns its (step, metrics, rows of the log, whether the validation of this step is still due).
         """
         content = distributed.on_rank0(self._newest) if self.folder else None
         if content is None:
@@ -99,7 +97,7 @@ class TrainingRun:
     def _newest(self):
         """The content of the newest whole checkpoint, or None. Raises UserError if it is of another run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".checkpoint-*.tmp"):  # of a process that was killed while it wrote
+        for left in self.folder.glob(".checkpoint-*.tmp"):  # of a process that was killed while writing
             left.unlink()
         damaged = {}
         for path in reversed(checkpoint.checkpoints(self.folder)):
@@ -110,7 +108,7 @@ class TrainingRun:
                 damaged[path] = error
                 continue
             self._check(path, content)
-            for later in damaged:  # no longer the newest, nor one of --keep
+            for later in damaged:  # so that it is neither the newest nor counted by --keep
                 later.rename(later.with_name(f"{later.name}.damaged"))
             return content
         if damaged:
@@ -121,26 +119,26 @@ class TrainingRun:
     def _check(self, path, content):
         """Raises UserError if a checkpoint is not one that this run can resume from."""
         found = weight_files.parse(content, path, self.kind)
+        advice = "another --out, or --resume none"
         if found.content is None:
-            raise UserError(f"{path}: not a checkpoint of this program; use another --out, or --resume none")
+            raise UserError(f"{path}: not a checkpoint of this program; use {advice}")
         if missing := STATE - content.keys():
-            lacks = f"{path}: has no {min(missing)} to resume from"
-            raise UserError(f"{lacks}; use another --out, or --resume none")
+            raise UserError(f"{path}: has no {min(missing)} to resume from; use {advice}")
         checkpoint.check_settings(found, self.settings, self.folder)
-        odd = [k for k in ("space", "split", "classes", "architecture") if content.get(k) != self.contents.get(k)]
-        if odd:
-            raise UserError(f"{path}: was trained with another {odd[0]}; use that, another --out, or --resume none")
+        for name in ("space", "split", "classes", "architecture"):
+            if content.get(name) != self.contents.get(name):
+                raise UserError(f"{path}: was trained with another {name}; use that, {advice}")
 
     def save(self, step, recipe, metrics, rows, validation_due=False):
-        """Writes a checkpoint, removes the oldest, and returns its path; None where nothing is kept."""
+        """Writes a checkpoint, removes the oldest, and returns its path; without a folder returns None."""
         if self.folder is None:
             return None
         path = self.folder / f"checkpoint-{step:07d}.pth"
         if distributed.rank() == 0:
             if validation_due:
                 metrics = {**metrics, "validation_due": True}
-            state = {"model": recipe.model, "optimizer": recipe.optimizer, "scaler": recipe.scaler}
-            state = {name: part.state_dict() for name, part in state.items()}
+            parts = {"model": recipe.model, "optimizer": recipe.optimizer, "scaler": recipe.scaler}
+            state = {name: part.state_dict() for name, part in parts.items()}
             values = {"kind": self.kind, "step": step, "metrics": metrics, "rows": rows, "settings": self.settings}
             checkpoint.save(path, **values, **state, **self.contents)
             checkpoint.prune(self.folder, self.keep)
@@ -148,9 +146,9 @@ class TrainingRun:
 
 
 class Journal:
-    """log.jsonl, TensorBoard and, on a terminal, a progress bar, of a run in `folder`; written by rank 0.
+    """Writes log.jsonl and TensorBoard's files in `folder`, and shows a progress bar on a terminal; on rank 0 only.
 
-    Removes the lines that a killed run wrote after step `kept`. Without a folder there is the bar alone.
+    Removes the lines that a killed run wrote after step `kept`. Without a folder, only the bar is shown.
     """
 
     def __init__(self, folder, done, total, space, kept):
@@ -178,7 +176,7 @@ class Journal:
         self.closing.close()
 
     def log(self, step, metrics):
-        """A line of the log."""
+        """Logs the metrics of a step as one line."""
         text = "step %d/%d  loss %.4f  top-1 %.2f%%  lr %.4f  %.0f images/s, waited for %.0f%% of the time"
         names = ("loss", "acc1", "lr", "images_per_second", "wait_percent")
         log.info(text, step, self.total, *(metrics[f"train/{name}"] for name in names))
@@ -199,7 +197,7 @@ class Journal:
 
 
 def curves(folder, purge_step):
-    """TensorBoard's SummaryWriter in a folder, or one that writes nothing where its name is not UTF-8."""
+    """TensorBoard's SummaryWriter in a folder; one that writes nothing if the folder's name is not UTF-8."""
     from torch.utils.tensorboard import SummaryWriter
 
     try:

@@ -272,4 +272,4 @@ def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine)
     assert json.loads(stdout.splitlines()[-1])["acc1"] == retrained["acc1"]
     run("scratch.py", *words, "--export", tmp_path / "best.pt2")
     report = (out / "report.html").read_text()
-    assert (", width " in report) == (kind != "small") and ("identity" in report) == (kind == "own")
+    assert ("widths" in report) == (kind != "small") and ("identity" in report) == (kind == "own")

@@ -18,11 +18,11 @@ import pathlib
 
 import numpy as np
 
-from images import bundled, image_check
+from images import bundled, image_check, pictures
 from settings.subjects import DataConfig
 from utils import UserError, heartbeat, write_json
 
-EXTENSIONS = tuple(suffix for suffixes in image_check.SUFFIXES.values() for suffix in suffixes)
+EXTENSIONS = tuple(suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes)
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
 
 

@@ -13,16 +13,12 @@ import io
 import os
 import pathlib
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
+from images import pictures
 from utils import UserError, cores, heartbeat, log, read_json, write_json
 
-SUFFIXES = {  # of the formats that both DALI and Pillow decode, by Pillow's names; MPO is JPEG with several images
-    "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "PPM": (".ppm", ".pgm"),
-    "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
-}  # fmt: skip
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
 RECORD = "checked.json"  # in the folder of --cache: {folder: [fingerprint, shared images]} of the trees that passed
 CHUNK = 64  # files a task of a thread
 
@@ -34,18 +30,13 @@ def inspect(path):
         if not data:
             return None, "an empty file", None
         with Image.open(io.BytesIO(data)) as image:
-            suffixes = SUFFIXES.get(image.format)
-            if suffixes is None:
-                return None, f"a {image.format} file, which not every loader reads", None
-            if image.mode[0] in "IF":
-                reason = f"greyscale with more than 8 bits (mode {image.mode}), which the loaders read differently"
+            if reason := pictures.refusal(image):
                 return None, reason, None
             image.draft("RGB", (1, 1))
-            image.convert("RGB")
-    except UnidentifiedImageError:
-        return None, "not an image", None
-    except UNDECODABLE as error:
-        return None, getattr(error, "strerror", None) or f"a damaged image ({error})", None
+            image.load()
+    except pictures.UNDECODABLE as error:
+        return None, pictures.problem(error), None
+    suffixes = pictures.SUFFIXES[image.format]
     wrong_suffix = pathlib.Path(path).suffix.lower() not in suffixes
     return hashlib.blake2b(data, digest_size=16).digest(), None, suffixes[0] if wrong_suffix else None
 

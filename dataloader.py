@@ -23,11 +23,9 @@ import multiprocessing
 import os
 import pathlib
 import re
-import sys
 
 import numpy as np
 import torch
-from PIL import Image
 
 from distributed import local_world_size
 from images import image_check, pictures
@@ -222,7 +220,7 @@ class Loader:
         paths = [os.path.join(self.images.root, self.images.paths[index]) for index in samples[:, 1]]
         for path in paths:
             try:
-                _decode(path)
+                _decode(path, self.config)
             except UserError as undecodable:
                 return str(undecodable)
         cause = (DALI_CAUSE.findall(error) or error.splitlines())[0]
@@ -259,10 +257,10 @@ def _read_file(path):
     return data
 
 
-def _decode(path):
-    """The picture in a file, RGB, completely decoded. Raises UserError that names the file."""
-    with pictures.named(path), Image.open(path) as image:
-        return pictures.rgb(image)
+def _decode(path, config):
+    """The picture in a file that a DataConfig asks for, decoded, in RGB. Raises UserError that names the file."""
+    with pictures.named(path), pictures.open_image(path) as image:
+        return pictures.rgb(image, config)
 
 
 def _resized(image, config, window=None):
@@ -339,9 +337,9 @@ class _EncodedImages(_Images):
         path = os.path.join(self.images.root, self.images.paths[index])
         encoded = _read_file(path)
         size = self.config.input_size
-        with pictures.named(path), Image.open(io.BytesIO(encoded)) as image:
-            if not (dali := pictures.is_for_dali(image)):
-                image = pictures.rgb(image)
+        with pictures.named(path), pictures.open_image(io.BytesIO(encoded)) as image:
+            if not (dali := pictures.is_for_dali(image, self.config)):
+                image = pictures.rgb(image, self.config)
         width, height = image.size
         if self.augment:
             a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
@@ -375,7 +373,7 @@ class _TorchvisionImages(_Images):
     def _image(self, epoch, index):
         from torchvision.transforms.v2 import functional as F
 
-        image = _decode(os.path.join(self.images.root, self.images.paths[index]))
+        image = _decode(os.path.join(self.images.root, self.images.paths[index]), self.config)
         if not self.augment:
             return _resized(image, self.config)
         a = draw_augmentation(self.config, self.seed, epoch, index, image.height, image.width)
@@ -396,18 +394,19 @@ def parse_args(argv=None):
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
-    parser.add(Images, only=("cache",))
+    parser.add(Images, only=("cache", "max_pixels"))
     return parser.parse_args(argv)
 
 
-def check_tree(folder, cache, accept=False):
-    """Prints a line for each problem of a tree on standard error. Raises UserError with counts if there are any."""
+def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels):
+    """Prints a line for each problem of a tree. Raises UserError with counts if there are any."""
     problems = []
     train, val = (scan(f"{folder}/{part}", problems) for part in ("train", "val"))
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
-    found = image_check.fingerprint(folder, paths)  # before files are read, so that one that changes is checked again
-    unreadable, mislabelled, shared = image_check.inspect_all(folder, paths)
+    before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
+    found = image_check.inspect_all(folder, paths, max_pixels)
+    unreadable, mislabelled, shared = found.unreadable, found.mislabelled, found.shared
     files = [
         path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()
     ]
@@ -418,18 +417,20 @@ def check_tree(folder, cache, accept=False):
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
     if lines:
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*lines, sep="\n", flush=True)
     counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled, {len(shared)} in train and val"
+    if found.turned:
+        counts += f", {found.turned} with an EXIF orientation"
     if problems or unreadable or (mislabelled and not accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
-    image_check.remember(folder, found, len(shared), cache)
+    image_check.remember(folder, before, found.counts, cache)
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
     print(f"{folder}: {sizes}, {counts}; recorded")
 
 
 def main(parsed):
-    check_tree(parsed.check, parsed.cache, parsed.accept)
+    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import pathlib
 import numpy as np
 
 from images import bundled, image_check, pictures
-from settings.subjects import DataConfig
-from utils import UserError, heartbeat, write_json
+from settings.subjects import DataConfig, Images
+from utils import UserError, heartbeat, log, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes)
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
@@ -143,7 +143,7 @@ class Data:
     Raises UserError if an image can't be read or has two labels, or a class is in only one of train and val.
     """
 
-    def __init__(self, folder, config=None, cache=None, listed=None):
+    def __init__(self, folder, config=None, cache=None, listed=None, max_pixels=Images.max_pixels):
         self.config = config or DataConfig()
         self.warnings = []  # what makes results meaningless or too good, a line each
         if listed:
@@ -159,15 +159,23 @@ class Data:
         if len(self.classes) == 1:
             self.warnings.append(f"{folder}: a single class, {self.classes[0]!r}: every network is right")
         if folder is not None:
-            n_shared = image_check.check_images(folder, tree_paths(self.train, self.val), cache)
-            if n_shared:
-                text = f"{folder}: {n_shared} images of val are in train too: accuracies on val are too high"
-                self.warnings.append(text)
+            counts = image_check.check_images(folder, tree_paths(self.train, self.val), cache, max_pixels)
+            if n := counts["shared"]:
+                self.warnings.append(f"{folder}: {n} images of val are in train too: accuracies on val are too high")
+            if (n := counts["turned"]) and self.config.exif == "ignored":
+                advice = "train with exif: apply (--exif apply) to see them as viewers show them"
+                self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
 
     @classmethod
     def of(cls, images, config, listed=None):
         """The Data of an Images."""
-        return cls(None if images.loader == "synthetic" else images.data_dir, config, images.cache, listed)
+        folder = None if images.loader == "synthetic" else images.data_dir
+        return cls(folder, config, images.cache, listed, images.max_pixels)
+
+    def warn(self):
+        """Logs the warnings."""
+        for text in self.warnings:
+            log.warning("warning: %s", text)
 
     def write_list(self, path):
         """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""

@@ -6,6 +6,7 @@ settings of its subject, or plain arguments. Needs the standard library alone.
 
 import argparse
 import dataclasses
+from typing import ClassVar
 
 from settings.fields import Settings, count, flag, names, real, setting
 from utils import HERE, UserError
@@ -72,6 +73,16 @@ class DataConfig(Settings):
         50, "training images of each class held out for the search (50)", count(1, 1_000_000), unit="N"
     )
     split_seed: int = setting(0, "seed that selects the held-out images (0)", count(0), unit="N")
+    alpha: str = setting(
+        "white", "what is seen through transparent pixels; dropped: the colours that they have in the file (white)",
+        choices=("white", "black", "dropped"),
+    )  # fmt: skip
+    exif: str = setting(
+        "ignored", "apply turns images as their EXIF orientation says, and as viewers show them (ignored)",
+        choices=("ignored", "apply"),
+    )  # fmt: skip
+
+    ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored"}
 
     @classmethod
     def unset(cls):
@@ -106,8 +117,15 @@ class DataConfig(Settings):
                 raise UserError(f"{flag(name)} {low} {high}: the first must not be larger than the second")
         return config
 
+    @property
+    def newer(self):
+        """{name: value} of the settings that older files lack."""
+        return {name: getattr(self, name) for name in self.ABSENT}
+
     def to_dict(self):
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain values by name; what absence means is absent, as in older files."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if self.ABSENT.get(name) != value}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values):
@@ -139,6 +157,10 @@ class Images(Settings):
         choices=("auto", "dali", "torchvision", "synthetic"),
     )  # fmt: skip
     eval_batch_size: int = setting(200, "batch size of validation (default: 200)", count(1, 100_000), unit="N")
+    max_pixels: int = setting(
+        178_956_970, "larger images are refused, which may be made to fill the memory (178956970)",
+        count(1, 10_000_000_000), unit="N", decides=False,
+    )  # fmt: skip
     cache: str = setting(
         str(HERE / "data" / "cache"),
         "folder of decoded calibration and validation images, and of the record of checked trees (data/cache)",

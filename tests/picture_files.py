@@ -160,7 +160,7 @@ def accepted():
     add("bmp_palette.bmp", encoded(few, "BMP"), np.asarray(few.convert("RGB")))
     bilevel = image.convert("1")
     add("bmp_1.bmp", encoded(bilevel, "BMP"), np.asarray(bilevel.convert("RGB")))
-    add("bmp_rgba.bmp", encoded(rgba, "BMP"), rgb, alpha)
+    add("bmp_32_bits.bmp", encoded(rgba, "BMP"))  # the fourth byte means nothing
     # TIFF
     for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"):
         add(f"tiff_{name.removeprefix('tiff_')}.tif", encoded(image, "TIFF", compression=name))

@@ -171,7 +171,7 @@ def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, mod
         ("space.search_space", {"utils", "space", "settings"}),
         ("space.splitting", {"utils"}),
         ("images.bundled", {"utils"}),
-        ("images.image_check", {"utils", "images", "PIL", "tqdm"}),
+        ("images.image_check", {"utils", "settings", "images", "PIL", "tqdm"}),
         ("images.pictures", {"utils", "PIL", "numpy"}),
         ("blocks", {"torch"}),
         ("space.costs", {"utils"}),

@@ -1,5 +1,6 @@
 """Results that can't be right: a warning before hours are spent, which the report repeats."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -7,6 +8,8 @@ import types
 
 import pytest
 from conftest import make_tree, run
+from picture_files import exif
+from PIL import Image
 
 from engines.search_record import SearchRecord, first_generation_warning, prepare_search
 from evolution_tuner import Evolution
@@ -40,11 +43,28 @@ def test_images_in_train_and_val(tree):
         (text,) = warnings(tree)
         assert "1 images of val are in train too: accuracies on val are too high" in text
     path = tree.parent / "checked.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({name: fingerprint for name, (fingerprint, _) in record.items()}))
-    assert warnings(tree) == []  # a record of an earlier version has no count
-    stdout, stderr = run("dataloader.py", "--check", tree)
-    assert "1 in train and val" in stdout and "val/bird/copy.jpg: the same image as train/bird/000.jpg" in stderr
+    ((name, entry),) = json.loads(path.read_text()).items()
+    for older in (entry["files"], [entry["files"], 0], {**entry, "version": 1, "shared": 0}):
+        path.write_text(json.dumps({name: older}))
+        assert len(warnings(tree)) == 1  # checked again
+    assert json.loads(path.read_text()) == {name: entry}
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert "1 in train and val" in stdout and "val/bird/copy.jpg: the same image as train/bird/000.jpg" in stdout
+
+
+def test_images_with_an_orientation(tree):
+    path = tree / "train" / "bird" / "000.jpg"
+    with Image.open(path) as image:
+        for name, orientation in (("000.jpg", 6), ("odd.jpg", 9), ("none.jpg", 1)):
+            image.save(path.with_name(name), exif=exif(orientation))
+    image.save(path.with_name("damaged.jpg"), exif=b"Exif\0\0" + bytes(range(50)))
+    config = DataConfig(heldout_per_class=1)
+    for _ in range(2):
+        (text,) = Data(tree, config, tree.parent).warnings
+        assert "1 images have an EXIF orientation, which is ignored" in text and "exif: apply" in text
+        assert Data(tree, dataclasses.replace(config, exif="apply"), tree.parent).warnings == []
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert "1 with an EXIF orientation" in stdout
 
 
 @pytest.mark.parametrize(("step", "warns"), [(3, True), (150_000, False), (None, False)])

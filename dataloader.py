@@ -21,7 +21,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import pathlib
 import re
 
 import numpy as np
@@ -29,7 +28,7 @@ import torch
 
 from distributed import local_world_size
 from images import image_check, pictures
-from images.dataset import EXTENSIONS, draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
+from images.dataset import draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
 from settings.command_line import Parser
 from settings.subjects import Images
 from utils import UserError, cores
@@ -400,25 +399,24 @@ def parse_args(argv=None):
 
 def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels):
     """Prints a line for each problem of a tree. Raises UserError with counts if there are any."""
-    problems = []
-    train, val = (scan(f"{folder}/{part}", problems) for part in ("train", "val"))
+    problems, ignored = [], []
+    train, val = (scan(f"{folder}/{part}", problems, ignored=ignored) for part in ("train", "val"))
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
     before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
     found = image_check.inspect_all(folder, paths, max_pixels)
     unreadable, mislabelled, shared = found.unreadable, found.mislabelled, found.shared
-    files = [
-        path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()
-    ]
-    ignored = [path for path in files if not path.name.startswith(".") and not path.name.lower().endswith(EXTENSIONS)]
+    copies = [f"{path}: a copy of {first}" for first, group in found.copies.items() for path in group[1:]]
     lines = [
         *problems,
-        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared),
+        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
     if lines:
         print(*lines, sep="\n", flush=True)
     counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled, {len(shared)} in train and val"
+    if copies:
+        counts += f", {len(copies)} copies in train"
     if found.turned:
         counts += f", {found.turned} with an EXIF orientation"
     if problems or unreadable or (mislabelled and not accept):

@@ -42,12 +42,14 @@ class Inspection:
     unreadable: list = dataclasses.field(default_factory=list)
     mislabelled: list = dataclasses.field(default_factory=list)
     shared: list = dataclasses.field(default_factory=list)  # in train and val
+    copies: dict = dataclasses.field(default_factory=dict)  # first file -> all of train with its content and class
     turned: int = 0  # images with an orientation in their EXIF data
 
     @property
     def counts(self):
         """What is recorded of a tree that passed, by name."""
-        return {"shared": len(self.shared), "turned": self.turned}
+        copies = [[path.removeprefix("train/") for path in group] for group in self.copies.values()]
+        return {"shared": len(self.shared), "turned": self.turned, "copies": copies}
 
 
 def inspect(path, max_pixels=Images.max_pixels):
@@ -100,6 +102,8 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels):
                     result.mislabelled.append(f"{path}: the same image as {other}, in another class")
                 elif other.split("/")[0] != path.split("/")[0]:
                     result.shared.append(f"{path}: the same image as {other}")
+                elif other != path and path.startswith("train/"):
+                    result.copies.setdefault(other, [other]).append(path)
             progress.update(len(chunk))
             heartbeat()
     return result
@@ -135,9 +139,10 @@ def fingerprint(folder, paths):
         heartbeat()
         try:
             status = os.stat(os.path.join(folder, path))
-            digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-        except OSError as error:
-            raise UserError(f"{os.path.join(folder, path)}: {error.strerror}") from None
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError as error:  # as of a link to nothing; the check of the file names it
+            state = error.strerror
+        digest.update(f"{path}\n{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

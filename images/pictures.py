@@ -15,8 +15,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from utils import UserError
 
 SUFFIXES = {  # of the formats that are read, by Pillow's names; MPO is JPEG with several images
-    "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "PPM": (".ppm", ".pgm"),
-    "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
+    "JPEG": (".jpg", ".jpeg", ".jfif"), "MPO": (".jpg", ".jpeg", ".jfif"), "PNG": (".png",), "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm"), "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
 }  # fmt: skip
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # of 8 bits a channel
 TURNS = {  # what an orientation of EXIF asks for; 1 asks for nothing

@@ -82,7 +82,9 @@ class DataConfig(Settings):
         choices=("ignored", "apply"),
     )  # fmt: skip
 
-    ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored"}
+    jfif: bool = setting(True, "read .jfif files of the tree, too (yes)")
+
+    ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored", "jfif": False}
 
     @classmethod
     def unset(cls):

@@ -64,7 +64,12 @@ def breakages(tree):
     (car / "notes.txt").write_text("text")
     (car / "deeper").mkdir()
     (tree / "val" / "dog").mkdir()
+    (tree / "train" / "cat").symlink_to(tree / "gone")
+    (bird / "link.jpg").symlink_to(tree / "gone.jpg")
+    shutil.copy(car / "000.jpg", car / "000 (1).jpg")
     return {
+        "train/cat": "a link to what does not exist", "train/bird/link.jpg": "No such file",
+        "train/car/000.jpg": "a copy of train/car/000 (1).jpg",
         "train/bird/000.jpg": "empty", "train/bird/001.jpg": "a damaged image", "val/bird/001.jpg": "a damaged image",
         "train/bird/002.jpg": "not an image", "train/bird/003.jpg": "a GIF file", "train/car/deep.png": "8 bits",
         "train/car/portable.jpg": "content of a .png", "val/car/twice.jpg": "the same image as train/apple/000.jpg",
@@ -83,7 +88,7 @@ def test_check_names_all_that_is_wrong_at_once(tree):
     (line,) = [line for line in lines if line.startswith(f"{tree}/val/apple/same_class.jpg: ")]
     assert "the same image as train/apple/000.jpg" in line
     assert len(lines) == len(expected) + 2 and len(summary.splitlines()) == 1
-    assert "6 unreadable, 2 mislabelled, 1 in train and val of 22 images, 3 wrong folders" in summary
+    assert "7 unreadable, 2 mislabelled, 1 in train and val, 1 copies in train of 24 images, 4 wrong folders" in summary
     assert "--accept" not in summary
 
 

@@ -202,6 +202,7 @@ def transparent_tree(tmp_path):
         path = tmp_path / "tree" / part / name / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 20, 4), np.uint8)).save(path)
+    Image.new("RGB", (20, 20)).save(path.parents[2] / "train" / "a" / "7.jfif", "JPEG")
     (tmp_path / "architecture.json").write_text("[0, 1, 2, 3, 0, 1]")
     words = "--space small --input-size 16 --iterations 4 --save-every 2 --val-every 4 --batch-size 4 --lr 0.1 "
     words += "--loader torchvision --workers 0 --threads 1 --device cpu --data-dir"
@@ -221,7 +222,7 @@ def same(a, b):
 def test_a_run_of_before_resumes_with_the_images_as_it_saw_them(transparent_tree, tmp_path, script):
     words = [*transparent_tree, *COMMANDS[script].format(tmp_path).split()]
     folders = {name: tmp_path / name / "checkpoints" / script for name in ("straight", "half", "anew")}
-    run(f"{script}.py", *words, "--out", tmp_path / "straight", "--alpha", "dropped")
+    run(f"{script}.py", *words, "--out", tmp_path / "straight", "--alpha", "dropped", "--no-jfif")
     shutil.copytree(tmp_path / "straight", tmp_path / "half")
     (folders["half"] / "checkpoint-0000004.pth").unlink()
     path = folders["half"] / "checkpoint-0000002.pth"
@@ -233,16 +234,18 @@ def test_a_run_of_before_resumes_with_the_images_as_it_saw_them(transparent_tree
     _, stderr = run(f"{script}.py", *words, "--out", tmp_path / "half", "--alpha", "white", code=2)
     assert "--alpha white (was dropped)" in stderr
     for _ in range(2):  # the second time from a checkpoint of now
-        run(f"{script}.py", *words, "--out", tmp_path / "half")
+        _, stderr = run(f"{script}.py", *words, "--out", tmp_path / "half")
+        assert "1 .jfif; runs and searches begun without .jfif files keep their images" in stderr
         assert same(weights(folders["straight"]), weights(folders["half"]))
-    run(f"{script}.py", *words, "--out", tmp_path / "anew")
+    _, stderr = run(f"{script}.py", *words, "--out", tmp_path / "anew")
+    assert "ignored" not in stderr
     assert not same(weights(folders["straight"]), weights(folders["anew"]))
 
 
 def test_what_older_files_lack_is_what_its_absence_means():
     old = {"input_size": 32, "val_resize": 37}
     config = DataConfig.from_dict(old)
-    assert (config.alpha, config.exif) == ("dropped", "ignored") and DataConfig().alpha == "white"
+    assert (config.alpha, config.exif, config.jfif) == ("dropped", "ignored", False) and DataConfig().alpha == "white"
     assert not config.to_dict().keys() & DataConfig.ABSENT.keys()  # so the headers of cached images stay
     new = DataConfig(alpha="black", exif="apply")
     assert DataConfig.from_dict(new.to_dict()) == new

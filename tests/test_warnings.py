@@ -6,6 +6,7 @@ import random
 import shutil
 import types
 
+import numpy as np
 import pytest
 from conftest import make_tree, run
 from picture_files import exif
@@ -65,6 +66,79 @@ def test_images_with_an_orientation(tree):
         assert Data(tree, dataclasses.replace(config, exif="apply"), tree.parent).warnings == []
     stdout, _ = run("dataloader.py", "--check", tree)
     assert "1 with an EXIF orientation" in stdout
+
+
+def test_files_that_are_left_out(tree):
+    folder = tree / "train" / "car"
+    for name in ("a.gif", "b.GIF", "c.heic", "notes", ".hidden.gif"):
+        (folder / name).write_bytes(b"x")
+    (tree / "val" / "car" / "d.avif").write_bytes(b"x")
+    text = f"{tree}: 5 files are ignored for their suffixes: 2 .gif, 1 .heic, 1 (no suffix), 1 .avif"
+    assert warnings(tree) == [text]
+    shutil.copy(folder / "000.jpg", folder / "e.jfif")
+    with Image.open(folder / "000.jpg") as image:
+        image.rotate(90).save(folder / "e.jfif", "JPEG")
+    assert warnings(tree) == [text]
+    assert "car/e.jfif" in Data(tree, DataConfig(heldout_per_class=1), tree.parent).train.paths
+    old = Data(tree, DataConfig(heldout_per_class=1, jfif=False), tree.parent)
+    assert "car/e.jfif" not in old.train.paths and len(old.train) == 12
+    (line,) = old.warnings
+    assert ": 6 files are ignored" in line and "1 .jfif" in line and "; runs and searches begun without .jfif" in line
+
+
+def test_copies_on_both_sides_of_the_split(tree):
+    folder = tree / "train" / "bird"
+    shutil.copy(folder / "000.jpg", folder / "000 (1).jpg")
+    shutil.copy(folder / "000.jpg", folder / "000 (2).jpg")
+    config = DataConfig(heldout_per_class=2)
+    for _ in range(2):  # the second time from the record
+        seen = set()
+        for seed in range(12):
+            data = Data(tree, dataclasses.replace(config, split_seed=seed), tree.parent)
+            assert data.warnings == []  # scratch.py holds nothing out
+            n = sum(path.startswith("bird/000") for path in data.images("search").paths)
+            seen.add(n)
+            found = [f"{n} of 6 held-out images are copies of images that the supernet trains on" in text
+                     for text in data.warnings]  # fmt: skip
+            assert found == [True] * (n > 0), n
+        assert seen == {0, 1, 2}
+    everything = Data(tree, DataConfig(heldout_per_class=3), tree.parent)
+    everything.heldout = np.arange(len(everything.train))
+    everything._warn_of_copies(set(everything.train.paths))  # copies on one side
+    assert everything.warnings == []
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert "2 copies in train" in stdout and "train/bird/000.jpg: a copy of train/bird/000 (1).jpg" in stdout
+
+
+@pytest.mark.slow
+def test_every_command_warns(tree, tmp_path):
+    (tree / "train" / "car" / "a.gif").write_bytes(b"x")
+    text = "warning: " + f"{tree}: 1 files are ignored for their suffixes: 1 .gif"
+    words = [
+        "--data-dir",
+        tree,
+        "--loader torchvision --workers 0 --threads 1 --device cpu",
+        "--out",
+        tmp_path,
+    ]
+    size = "--space small --input-size 16 --heldout-per-class 1"
+    train = "--iterations 1 --batch-size 4 --val-every 1"
+    calibration = "--bn-batches 1 --bn-batch-size 4"
+    path = tmp_path / "architecture.json"
+    path.write_text("[0, 0, 0, 0, 0, 0]")
+    one = ("--architecture", path)
+    evolution = "--engine local --population 2 --select 1 --mutation 1 --crossover 0 --generations 1"
+    for script, *more in (
+        ("supernet.py", size, train, calibration),
+        ("tester.py", calibration, "--mode test", *one),
+        ("tester.py", "--mode gen"),
+        ("search.py", calibration, evolution),
+        ("scratch.py", size, train, "--bn-pass 0", *one),
+        ("scratch.py", "--eval"),
+    ):
+        given = words if more != ["--mode gen"] else ["--out", tmp_path]
+        _, stderr = run(script, *more, *given)
+        assert stderr.count(text) == ("--data-dir" in given), (script, stderr)
 
 
 @pytest.mark.parametrize(("step", "warns"), [(3, True), (150_000, False), (None, False)])

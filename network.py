@@ -172,7 +172,8 @@ def read(path, architecture=None, space=None):
     with torch.device("meta"):
         model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
     weight_files.load_weights(model, ckpt.weights, path)
-    model.config, model.classes = ckpt.data or model.config, ckpt.class_names
+    model.config = ckpt.data or DataConfig.resolve({"input_size": ckpt.space.input_size}, None, path)
+    model.classes = ckpt.class_names
     return model.eval(), ckpt
 
 

@@ -100,8 +100,9 @@ class DataConfig(Settings):
     def resolve(cls, given, stored=None, source=None):
         """The config of the given values (name -> value), or `stored` of the file `source`.
 
-        Without `stored`, val_resize is 256/224 of the input size by default. Raises UserError if a given value
-        contradicts `stored`, or where the values do not go together.
+        Without `stored`, val_resize is 256/224 of the input size by default, and of a file that has none, an official
+        one, images are read as in the official code. Raises UserError if a given value contradicts `stored`, or where
+        the values do not go together.
         """
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         for name, value in values.items():
@@ -109,6 +110,7 @@ class DataConfig(Settings):
                 contradiction = f"{flag(name)} {value} contradicts {source}, which has {getattr(stored, name)}"
                 raise UserError(f"{contradiction}; leave the flag out")
         if not stored:
+            values = (cls.ABSENT if source else {}) | values
             values.setdefault("val_resize", round(values.get("input_size", cls.input_size) * 256 / 224))
         config = dataclasses.replace(stored or cls(), **values)
         if config.val_resize < config.input_size:

@@ -247,5 +247,6 @@ def test_what_older_files_lack_is_what_its_absence_means():
     config = DataConfig.from_dict(old)
     assert (config.alpha, config.exif, config.jfif) == ("dropped", "ignored", False) and DataConfig().alpha == "white"
     assert not config.to_dict().keys() & DataConfig.ABSENT.keys()  # so the headers of cached images stay
+    assert DataConfig.resolve({"jfif": True}, None, "official.pth") == DataConfig(alpha="dropped")
     new = DataConfig(alpha="black", exif="apply")
     assert DataConfig.from_dict(new.to_dict()) == new

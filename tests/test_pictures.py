@@ -15,6 +15,7 @@ from PIL import Image
 
 import dataloader
 from dataloader import Loader
+from engines.search_record import settings_difference
 from images import image_check, pictures
 from images.dataset import Augmentation, DataConfig, ImageSet, evaluation_plan
 from network import ShuffleNetV2
@@ -221,7 +222,7 @@ def same(a, b):
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_run_of_before_resumes_with_the_images_as_it_saw_them(transparent_tree, tmp_path, script):
     words = [*transparent_tree, *COMMANDS[script].format(tmp_path).split()]
-    folders = {name: tmp_path / name / "checkpoints" / script for name in ("straight", "half", "anew")}
+    folders = {name: tmp_path / name / "checkpoints" / script for name in ("straight", "half")}
     run(f"{script}.py", *words, "--out", tmp_path / "straight", "--alpha", "dropped", "--no-jfif")
     shutil.copytree(tmp_path / "straight", tmp_path / "half")
     (folders["half"] / "checkpoint-0000004.pth").unlink()
@@ -237,9 +238,6 @@ def test_a_run_of_before_resumes_with_the_images_as_it_saw_them(transparent_tree
         _, stderr = run(f"{script}.py", *words, "--out", tmp_path / "half")
         assert "1 .jfif; runs and searches begun without .jfif files keep their images" in stderr
         assert same(weights(folders["straight"]), weights(folders["half"]))
-    _, stderr = run(f"{script}.py", *words, "--out", tmp_path / "anew")
-    assert "ignored" not in stderr
-    assert not same(weights(folders["straight"]), weights(folders["anew"]))
 
 
 def test_what_older_files_lack_is_what_its_absence_means():
@@ -248,5 +246,9 @@ def test_what_older_files_lack_is_what_its_absence_means():
     assert (config.alpha, config.exif, config.jfif) == ("dropped", "ignored", False) and DataConfig().alpha == "white"
     assert not config.to_dict().keys() & DataConfig.ABSENT.keys()  # so the headers of cached images stay
     assert DataConfig.resolve({"jfif": True}, None, "official.pth") == DataConfig(alpha="dropped")
+    search = {"data": DataConfig(32, 37).to_dict()}  # the record of a search of before
+    del search["data"]["alpha"], search["data"]["jfif"]
+    assert settings_difference(search, {"data": DataConfig.from_dict(search["data"]).to_dict()}) == {}
+    assert settings_difference(search, {"data": DataConfig(32, 37).to_dict()}).keys() == {"data"}
     new = DataConfig(alpha="black", exif="apply")
     assert DataConfig.from_dict(new.to_dict()) == new

@@ -21,17 +21,14 @@ import itertools
 import math
 import multiprocessing
 import os
-import pathlib
-import sys
+import re
 
 import numpy as np
 import torch
-from PIL import Image
 
 from distributed import local_world_size
-from images import image_check
-from images.dataset import EXTENSIONS, draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
-from images.image_check import UNDECODABLE
+from images import image_check, pictures
+from images.dataset import draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
 from settings.command_line import Parser
 from settings.subjects import Images
 from utils import UserError, cores
@@ -40,6 +37,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_WORKERS = 8  # by default
 AHEAD = 2  # batches that each worker makes ahead
 SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
+DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an error of DALI
 
 
 def resolve_backend(backend):
@@ -70,13 +68,16 @@ class Loader:
 
     @property
     def decoder(self):
-        """The library and version that decode, and for DALI the device: pixels depend on them."""
+        """The libraries and versions that decode, and for DALI the device: pixels depend on them."""
         if self.backend == "synthetic":
             return self.backend
+        pillow = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torchvision", "pillow"))
         if self.backend == "torchvision":
-            return " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torchvision", "pillow"))
+            return pillow
         found = [d for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-")]
-        return " ".join(sorted(f"{d.name} {d.version}" for d in found)) + f" {self.device.type}"
+        dali = " ".join(sorted(f"{d.name} {d.version}" for d in found)) + f" {self.device.type}"
+        by_dali = tuple(suffix for kind in pictures.BY_DALI for suffix in pictures.SUFFIXES[kind])
+        return dali if all(path.lower().endswith(by_dali) for path in self.images.paths) else f"{dali}, {pillow}"
 
     def batches(self, plan):
         for images, labels in self.decode(plan):
@@ -153,8 +154,8 @@ class Loader:
                     (output,) = pipeline.run()
                 except StopIteration:
                     return
-                except RuntimeError as error:  # DALI does not name the file
-                    raise UserError(self._undecodable(sent) or f"DALI: {str(error).splitlines()[0]}") from None
+                except RuntimeError as error:
+                    raise UserError(self._culprit(np.concatenate(sent), str(error))) from None
                 samples = sent.pop(0)
                 yield self._dali_tensor(output, len(samples)), samples
 
@@ -213,15 +214,24 @@ class Loader:
         images = torch.empty(shape, dtype=torch.uint8, device=self.device)
         return feed_ndarray(output.as_tensor(), images, cuda_stream=torch.cuda.current_stream(self.device))
 
-    def _undecodable(self, batches):
-        for samples in batches:
-            for index in samples[:, 1]:
-                path = os.path.join(self.images.root, self.images.paths[index])
-                try:
-                    _decode(path)
-                except UserError as error:
-                    return str(error)
-        return None
+    def _culprit(self, samples, error):
+        """A line that names the file of which DALI raised the error, since DALI names none."""
+        paths = [os.path.join(self.images.root, self.images.paths[index]) for index in samples[:, 1]]
+        for path in paths:
+            try:
+                _decode(path, self.config)
+            except UserError as undecodable:
+                return str(undecodable)
+        cause = (DALI_CAUSE.findall(error) or error.splitlines())[0]
+        if len(samples) == 1:
+            return f"{paths[0]}: DALI can't decode it ({cause}); replace it, or use --loader torchvision"
+        alone = Loader(self.images, self.config, self.augment, self.seed, self.device, "dali", workers=0)
+        for sample in samples:
+            try:
+                list(alone.decode([sample[None]]))
+            except UserError as undecodable:
+                return str(undecodable)
+        return f"DALI: {cause}"
 
 
 def network_input(images, preprocessing):
@@ -246,22 +256,23 @@ def _read_file(path):
     return data
 
 
-def _image_size(path, encoded):
-    """(height, width) in px, from the file's header."""
-    try:
-        width, height = Image.open(io.BytesIO(encoded)).size
-        return height, width
-    except UNDECODABLE as error:
-        raise UserError(f"{path}: not an image ({error}); remove or replace it") from None
+def _decode(path, config):
+    """The picture in a file that a DataConfig asks for, decoded, in RGB. Raises UserError that names the file."""
+    with pictures.named(path), pictures.open_image(path) as image:
+        return pictures.rgb(image, config)
 
 
-def _decode(path):
-    """The PIL image of a file, RGB, completely decoded. Raises UserError that names the file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UNDECODABLE as error:
-        raise UserError(f"{path}: can't be decoded ({error}); remove or replace it") from None
+def _resized(image, config, window=None):
+    """A PIL image as uint8 (S, S, 3), S the input size: the window of an augmentation, or as in validation."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    size = config.input_size
+    if window:
+        return F.resized_crop(image, *window, [size, size], InterpolationMode.BILINEAR)
+    shape, corner = validation_geometry(config, image.height, image.width)
+    tensor = F.resize(F.pil_to_tensor(image), list(shape), antialias=False)
+    return F.crop(tensor, *corner, size, size).permute(1, 2, 0).numpy()
 
 
 def _as_it_is(batch):
@@ -324,17 +335,27 @@ class _EncodedImages(_Images):
     def _row(self, epoch, index):
         path = os.path.join(self.images.root, self.images.paths[index])
         encoded = _read_file(path)
-        height, width = _image_size(path, encoded)
-        if not self.augment:
+        size = self.config.input_size
+        with pictures.named(path), pictures.open_image(io.BytesIO(encoded)) as image:
+            if not (dali := pictures.is_for_dali(image, self.config)):
+                image = pictures.rgb(image, self.config)
+        width, height = image.size
+        if self.augment:
+            a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
+            corner, shape = a.window[:2], a.window[2:]
+        else:
+            a = None
             shape, corner = validation_geometry(self.config, height, width)
-            size = self.config.input_size  # DALI takes the corner as a share of the margin
+        if not dali:  # a small file, of which the pipeline's crop and resize change nothing
+            encoded = pictures.as_ppm(_resized(image, self.config, a and a.window))
+            corner, shape = (0, 0), (size, size)
+        if not a:  # DALI takes the corner as a share of the margin
             share = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
             return {"encoded": encoded, "corner": np.array(share, np.float32), "shape": np.array(shape, np.float32)}
-        a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
         return {
             "encoded": encoded,
-            "corner": np.array(a.window[:2], np.int32),
-            "shape": np.array(a.window[2:], np.int32),
+            "corner": np.array(corner, np.int32),
+            "shape": np.array(shape, np.int32),
             "brightness": np.float32(a.brightness),
             "contrast": np.float32(a.contrast),
             "saturation": np.float32(a.saturation),
@@ -349,17 +370,13 @@ class _TorchvisionImages(_Images):
         return torch.from_numpy(np.stack([self._image(epoch, index) for epoch, index in samples]))
 
     def _image(self, epoch, index):
-        from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as F
 
-        image = _decode(os.path.join(self.images.root, self.images.paths[index]))
-        size = self.config.input_size
+        image = _decode(os.path.join(self.images.root, self.images.paths[index]), self.config)
         if not self.augment:
-            shape, corner = validation_geometry(self.config, image.height, image.width)
-            tensor = F.resize(F.pil_to_tensor(image), list(shape), antialias=False)
-            return F.crop(tensor, *corner, size, size).permute(1, 2, 0).numpy()
+            return _resized(image, self.config)
         a = draw_augmentation(self.config, self.seed, epoch, index, image.height, image.width)
-        image = F.resized_crop(image, *a.window, [size, size], InterpolationMode.BILINEAR)
+        image = _resized(image, self.config, a.window)
         if self.config.jitter:
             image = F.adjust_brightness(image, a.brightness)
             image = F.adjust_contrast(image, a.contrast)
@@ -376,40 +393,42 @@ def parse_args(argv=None):
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
-    parser.add(Images, only=("cache",))
+    parser.add(Images, only=("cache", "max_pixels"))
     return parser.parse_args(argv)
 
 
-def check_tree(folder, cache, accept=False):
-    """Prints a line for each problem of a tree on standard error. Raises UserError with counts if there are any."""
-    problems = []
-    train, val = (scan(f"{folder}/{part}", problems) for part in ("train", "val"))
+def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels):
+    """Prints a line for each problem of a tree. Raises UserError with counts if there are any."""
+    problems, ignored = [], []
+    train, val = (scan(f"{folder}/{part}", problems, ignored=ignored) for part in ("train", "val"))
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
-    found = image_check.fingerprint(folder, paths)  # before files are read, so that one that changes is checked again
-    unreadable, mislabelled, shared = image_check.inspect_all(folder, paths)
-    files = [
-        path for part in ("train", "val") for path in sorted(pathlib.Path(folder, part).glob("*/*")) if path.is_file()
-    ]
-    ignored = [path for path in files if not path.name.startswith(".") and not path.name.lower().endswith(EXTENSIONS)]
+    before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
+    found = image_check.inspect_all(folder, paths, max_pixels)
+    unreadable, mislabelled, shared = found.unreadable, found.mislabelled, found.shared
+    copies = [f"{path}: a copy of {first}" for first, group in found.copies.items() for path in group[1:]]
     lines = [
         *problems,
-        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared),
+        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
     if lines:
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*lines, sep="\n", flush=True)
     counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled, {len(shared)} in train and val"
+    if copies:
+        counts += f", {len(copies)} copies in train"
+    if found.turned:
+        counts += f", {found.turned} with an EXIF orientation"
     if problems or unreadable or (mislabelled and not accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
-    image_check.remember(folder, found, len(shared), cache)
+    image_check.remember(folder, before, found.counts, cache)
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
     print(f"{folder}: {sizes}, {counts}; recorded")
 
 
 def main(parsed):
-    check_tree(parsed.check, parsed.cache, parsed.accept)
+    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/
 import copy
 import itertools
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import weight_files
 from blocks import ChoiceBlock, Narrow, build_block, conv_bn, conv_bn_pairs
 from dataloader import network_input
+from images import pictures
 from images.dataset import DataConfig, validation_geometry
 from space.custom import make_space
 from space.search_space import SearchSpace
@@ -124,13 +127,17 @@ class ShuffleNetV2(_ShuffleNet):
         """uint8 RGB (N, H, W, 3) -> the network's input (N, 3, input_size, input_size), float, as in validation.
 
         Resizes the shorter side, crops the centre, and applies the preprocessing that the network was trained with.
-        Raises UserError if the images have another type or shape.
+        A PIL image as it was opened, in place of a tensor, is one image: its transparency and orientation are treated
+        as in training, too. Raises UserError if the images have another type or shape.
         """
         from torchvision.transforms.v2 import functional as F
 
+        if isinstance(images, Image.Image):
+            images = torch.from_numpy(np.array(pictures.rgb(images, self.config)))[None]
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.shape[3:] != (3,):
             found = f"{type(images).__name__} of {images.dtype} {tuple(images.shape)}"
-            raise UserError(f"images are a {found}, not a uint8 tensor (N, H, W, 3), RGB from 0 to 255")
+            expected = "a uint8 tensor (N, H, W, 3), RGB from 0 to 255, nor a PIL image"
+            raise UserError(f"images are a {found}, not {expected}")
         shape, corner = validation_geometry(self.config, *images.shape[1:3])
         images = F.resize(images.permute(0, 3, 1, 2), list(shape), antialias=False)
         images = F.crop(images, *corner, self.config.input_size, self.config.input_size)
@@ -165,7 +172,8 @@ def read(path, architecture=None, space=None):
     with torch.device("meta"):
         model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
     weight_files.load_weights(model, ckpt.weights, path)
-    model.config, model.classes = ckpt.data or model.config, ckpt.class_names
+    model.config = ckpt.data or DataConfig.resolve({"input_size": ckpt.space.input_size}, None, path)
+    model.classes = ckpt.class_names
     return model.eval(), ckpt
 
 

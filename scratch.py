@@ -83,6 +83,7 @@ def evaluate_checkpoint(args, folder):
     prepare(images, args.demo)
     model, ckpt, config = open_network(args, folder)
     data = Data.of(images, config)
+    data.warn()
     checkpoint.check_classes(ckpt, data.classes)
     device = resolve_device(args.device, args.threads)
     model.to(device, memory_format=torch.channels_last).eval()
@@ -117,11 +118,14 @@ def summary(model, measured):
     }  # fmt: skip
 
 
-def data_config(args, search):
-    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError."""
+def data_config(args, search, before):
+    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError.
+
+    `before` is what `checkpoint.data_before` returns.
+    """
     given = DataConfig.given(vars(args))
     if not search:
-        return DataConfig.resolve(given)
+        return DataConfig.resolve(before | given)
     try:
         stored = DataConfig.from_dict(search["data"])
     except (KeyError, TypeError):
@@ -134,7 +138,7 @@ def retrain(args, folder):
     values = vars(args)
     images = Images.of(vars(args))
     search = args.architecture and searched(args.architecture)
-    config = data_config(args, search)
+    config = data_config(args, search, checkpoint.data_before(folder, args.resume))
     data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
     device = resolve_device(args.device, args.threads)
     if search and search["space"].n_classes != len(data.classes):
@@ -148,7 +152,8 @@ def retrain(args, folder):
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
     validation = val_batches(args, data.val, config, device)
     contents = contents_of(space, config, data.classes, architecture=list(candidate))
-    run = TrainingRun(folder, "scratch", contents, deciding(values) | {"loader": loader.backend}, args.keep)
+    settings = deciding(values) | config.newer | {"loader": loader.backend}
+    run = TrainingRun(folder, "scratch", contents, settings, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
     if args.architecture and not search:
         assumed = f"{space.n_blocks} blocks of {', '.join(space.operations)}, images of {space.input_size} px"

@@ -30,6 +30,7 @@ from settings.command_line import Parser, command
 from settings.subjects import DataConfig, Evaluation, Images, Run, Sampling, Space, Training, deciding
 from space.custom import make_space
 from space.sampler import PathSampler, default_flops_range
+from training import checkpoint
 from training.evaluation import evaluate, resolve_device
 from training.loop import train
 from training.run import TrainingRun, contents_of
@@ -70,7 +71,8 @@ def main(args):
     values = vars(args)
     training = Training.of(values)
     images = Images.of(values)
-    config = DataConfig.resolve(DataConfig.given(values))
+    folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
+    config = DataConfig.resolve(checkpoint.data_before(folder, args.resume) | DataConfig.given(values))
     data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
     device = resolve_device(args.device, args.threads)
     space = make_space(
@@ -85,9 +87,9 @@ def main(args):
     calibration = calibration_batches(loader, args.bn_batches, args.bn_batch_size, args.seed, args.cache)
     heldout_loader = Loader(heldout, config, False, args.seed, device, args.loader, args.workers)
     validation = validation_batches(heldout_loader, args.eval_batch_size, args.cache)
-    folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
     contents = contents_of(space, config, data.classes, data.split, flops_range=sampler.flops_range)
-    run = TrainingRun(folder, "supernet", contents, deciding(values) | {"loader": loader.backend}, args.keep)
+    settings = deciding(values) | config.newer | {"loader": loader.backend}
+    run = TrainingRun(folder, "supernet", contents, settings, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
     if sampler.flops_range:
         low, high = (flops / 1e6 for flops in sampler.flops_range)

@@ -7,6 +7,7 @@ functions of seed, epoch and image index, so they do not depend on loader, worke
 Source: official `src/Supernet/train.py` (transforms), paper section 4.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -18,11 +19,12 @@ import pathlib
 
 import numpy as np
 
-from images import bundled, image_check
-from settings.subjects import DataConfig
-from utils import UserError, heartbeat, write_json
+from images import bundled, image_check, pictures
+from settings.subjects import DataConfig, Images
+from utils import UserError, heartbeat, log, write_json
 
-EXTENSIONS = tuple(suffix for suffixes in image_check.SUFFIXES.values() for suffix in suffixes)
+EXTENSIONS = tuple(suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes)
+WITHOUT_JFIF = tuple(suffix for suffix in EXTENSIONS if suffix != ".jfif")
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
 
 
@@ -53,10 +55,11 @@ def check_folder(folder):
         )
 
 
-def scan(folder, problems=None):
-    """Returns the ImageSet of a `<class>/<image>` tree, in sorted order.
+def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
+    """Returns the ImageSet of a `<class>/<image>` tree, in sorted order: the files with these suffixes.
 
-    Raises UserError at the first problem; if a list `problems` is given, appends all of them to it instead.
+    Raises UserError at the first problem; if a list `problems` is given, appends all of them to it instead. Other files
+    are ignored, but for hidden ones; if a list `ignored` is given, appends their paths to it.
     """
     folder = pathlib.Path(folder)
 
@@ -66,7 +69,10 @@ def scan(folder, problems=None):
         problems.append(text)
 
     check_folder(folder)
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    entries = [e for e in os.scandir(folder) if not e.name.startswith(".")]
+    classes = sorted(e.name for e in entries if e.is_dir())
+    for name in sorted(e.name for e in entries if e.is_symlink() and not os.path.exists(e)):
+        report(f"{folder / name}: a link to what does not exist")
     if not classes:
         report(f"{folder}: has no class folders; images belong in {folder}/<class>/")
     paths, labels = [], []
@@ -75,7 +81,10 @@ def scan(folder, problems=None):
         entries = [e for e in os.scandir(folder / name) if not e.name.startswith(".")]
         for nested in sorted(e.name for e in entries if e.is_dir()):
             report(f"{folder / name / nested}: a folder inside a class folder; images belong in {folder}/<class>/")
-        files = sorted(f"{name}/{e.name}" for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir())
+        names = sorted(e.name for e in entries if not e.is_dir())
+        files = [f"{name}/{file}" for file in names if file.lower().endswith(suffixes)]
+        if ignored is not None:
+            ignored += [f"{folder / name / file}" for file in names if not file.lower().endswith(suffixes)]
         if not files:
             report(f"{folder / name}: a class without images; remove the folder or fill it")
         paths += files
@@ -89,6 +98,13 @@ def unmatched_classes(folder, train, val):
         f"{folder}: class folder {name!r} is in only one of train and val"
         for name in sorted(set(train.classes) ^ set(val.classes))
     ]
+
+
+def ignored_line(folder, ignored):
+    """A line that says how many files of which suffixes are ignored."""
+    counts = collections.Counter(pathlib.PurePath(path).suffix.lower() or "(no suffix)" for path in ignored)
+    text = ", ".join(f"{n} {suffix}" for suffix, n in counts.most_common(8))
+    return f"{folder}: {len(ignored)} files are ignored for their suffixes: {text}{', ...' * (len(counts) > 8)}"
 
 
 def tree_paths(train, val):
@@ -143,31 +159,47 @@ class Data:
     Raises UserError if an image can't be read or has two labels, or a class is in only one of train and val.
     """
 
-    def __init__(self, folder, config=None, cache=None, listed=None):
+    def __init__(self, folder, config=None, cache=None, listed=None, max_pixels=Images.max_pixels):
         self.config = config or DataConfig()
         self.warnings = []  # what makes results meaningless or too good, a line each
+        self.copies = []  # groups of files of train with the same content and class
         if listed:
             self._read_list(listed, folder)
             return
         if folder is None:
             self.train = self.val = synthetic_set()
         else:
-            self.train, self.val = scan(f"{folder}/train"), scan(f"{folder}/val")
+            suffixes = EXTENSIONS if self.config.jfif else WITHOUT_JFIF
+            ignored = []
+            self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
+            if ignored:
+                old = any(path.lower().endswith(".jfif") for path in ignored)
+                note = "; runs and searches begun without .jfif files keep their images, and new ones read them" * old
+                self.warnings.append(ignored_line(folder, ignored) + note)
         for problem in unmatched_classes(folder, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
         if len(self.classes) == 1:
             self.warnings.append(f"{folder}: a single class, {self.classes[0]!r}: every network is right")
         if folder is not None:
-            n_shared = image_check.check_images(folder, tree_paths(self.train, self.val), cache)
-            if n_shared:
-                text = f"{folder}: {n_shared} images of val are in train too: accuracies on val are too high"
-                self.warnings.append(text)
+            counts = image_check.check_images(folder, tree_paths(self.train, self.val), cache, max_pixels)
+            self.copies = counts["copies"]
+            if n := counts["shared"]:
+                self.warnings.append(f"{folder}: {n} images of val are in train too: accuracies on val are too high")
+            if (n := counts["turned"]) and self.config.exif == "ignored":
+                advice = "train with exif: apply (--exif apply) to see them as viewers show them"
+                self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
 
     @classmethod
     def of(cls, images, config, listed=None):
         """The Data of an Images."""
-        return cls(None if images.loader == "synthetic" else images.data_dir, config, images.cache, listed)
+        folder = None if images.loader == "synthetic" else images.data_dir
+        return cls(folder, config, images.cache, listed, images.max_pixels)
+
+    def warn(self):
+        """Logs the warnings."""
+        for text in self.warnings:
+            log.warning("warning: %s", text)
 
     def write_list(self, path):
         """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""
@@ -196,7 +228,17 @@ class Data:
             what = f"{per_class} held-out images per class leave nothing to train on: {smallest}"
             raise UserError(f"{what}; lower --heldout-per-class")
         order = stratified_order(self.train.labels, self.config.split_seed)
-        return np.sort(order[: per_class * len(self.classes)])
+        heldout = np.sort(order[: per_class * len(self.classes)])
+        self._warn_of_copies({self.train.paths[i] for i in heldout})
+        return heldout
+
+    def _warn_of_copies(self, heldout):
+        """Warns of held-out files with a copy among the others of their class."""
+        n = sum(sum(path in heldout for path in group) for group in self.copies if not heldout.issuperset(group))
+        if n:
+            what = f"{n} of {len(heldout)} held-out images are copies of images that the supernet trains on"
+            advice = "accuracies of the search are too high; dataloader.py --check lists them"
+            self.warnings.append(f"{self.train.root}: {what}: {advice}")
 
     @functools.cached_property
     def split(self):

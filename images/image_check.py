@@ -2,65 +2,87 @@
 
 Pillow decodes every file completely (JPEG at an eighth of its size, which still reads all of its data). A tree that
 passed is recorded with the names, sizes and modification times of its files, and checked again only when one of these
-changes. A file may be *unreadable* (empty, truncated, not an image, or in a format that not both loaders read), or
-*mislabelled* (the same content in two classes, or a suffix of another format), which the user can accept.
+or the version of the check changes. A file may be *unreadable* (empty, truncated, not an image, or one that is not
+read), or *mislabelled* (the same content in two classes, or a suffix of another format), which the user can accept.
 """
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import io
 import os
 import pathlib
+from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from images import pictures
+from settings.subjects import Images
 from utils import UserError, cores, heartbeat, log, read_json, write_json
 
-SUFFIXES = {  # of the formats that both DALI and Pillow decode, by Pillow's names; MPO is JPEG with several images
-    "JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "PNG": (".png",), "BMP": (".bmp",), "PPM": (".ppm", ".pgm"),
-    "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
-}  # fmt: skip
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
-RECORD = "checked.json"  # in the folder of --cache: {folder: [fingerprint, shared images]} of the trees that passed
+RECORD = "checked.json"  # in the folder of --cache: {folder: entry} of the trees that passed; see `remember`
+VERSION = 2  # of the check: a tree that passed another one is checked again
 CHUNK = 64  # files a task of a thread
 
 
-def inspect(path):
-    """Returns (digest, why the file is unreadable or None, the correct suffix of a misnamed file or None)."""
+class Found(NamedTuple):
+    """What `inspect` finds in a file."""
+
+    digest: bytes | None = None
+    reason: str | None = None  # why it is unreadable
+    suffix: str | None = None  # the correct one of a misnamed file
+    turned: bool = False  # whether its EXIF data ask for another orientation
+
+
+@dataclasses.dataclass
+class Inspection:
+    """What `inspect_all` finds in a tree: lists of lines, `<file>: <what is wrong>`, and what warnings count."""
+
+    unreadable: list = dataclasses.field(default_factory=list)
+    mislabelled: list = dataclasses.field(default_factory=list)
+    shared: list = dataclasses.field(default_factory=list)  # in train and val
+    copies: dict = dataclasses.field(default_factory=dict)  # first file -> all of train with its content and class
+    turned: int = 0  # images with an orientation in their EXIF data
+
+    @property
+    def counts(self):
+        """What is recorded of a tree that passed, by name."""
+        copies = [[path.removeprefix("train/") for path in group] for group in self.copies.values()]
+        return {"shared": len(self.shared), "turned": self.turned, "copies": copies}
+
+
+def inspect(path, max_pixels=Images.max_pixels):
+    """Returns what is Found in a file."""
     try:
         data = pathlib.Path(path).read_bytes()
         if not data:
-            return None, "an empty file", None
-        with Image.open(io.BytesIO(data)) as image:
-            suffixes = SUFFIXES.get(image.format)
-            if suffixes is None:
-                return None, f"a {image.format} file, which not every loader reads", None
-            if image.mode[0] in "IF":
-                reason = f"greyscale with more than 8 bits (mode {image.mode}), which the loaders read differently"
-                return None, reason, None
+            return Found(reason="an empty file")
+        with pictures.open_image(io.BytesIO(data)) as image:
+            if reason := pictures.refusal(image, max_pixels):
+                return Found(reason=reason)
             image.draft("RGB", (1, 1))
-            image.convert("RGB")
-    except UnidentifiedImageError:
-        return None, "not an image", None
-    except UNDECODABLE as error:
-        return None, getattr(error, "strerror", None) or f"a damaged image ({error})", None
-    wrong_suffix = pathlib.Path(path).suffix.lower() not in suffixes
-    return hashlib.blake2b(data, digest_size=16).digest(), None, suffixes[0] if wrong_suffix else None
+            image.load()
+            turned = pictures.orientation(image) != 1
+    except pictures.UNDECODABLE as error:
+        return Found(reason=pictures.problem(error))
+    suffixes = pictures.SUFFIXES[image.format]
+    misnamed = pathlib.Path(path).suffix.lower() not in suffixes
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return Found(digest, suffix=suffixes[0] if misnamed else None, turned=turned)
 
 
-def inspect_all(folder, paths):
-    """Returns (unreadable, mislabelled, shared), a line for each such file of `paths`, which are
-    `<part>/<class>/<file>` in `folder`; shared ones have the same content in train and val.
+def inspect_all(folder, paths, max_pixels=Images.max_pixels):
+    """The Inspection of a tree, whose files are `paths`, `<part>/<class>/<file>` in `folder`.
 
     Uses a thread for each core, because Pillow releases the GIL while it decodes. Shows a progress bar after 5 s.
     """
-    unreadable, mislabelled, shared, first = [], [], [], {}
+    result = Inspection()
+    first = {}  # digest -> the first file with this content
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
 
     def inspect_chunk(chunk):
-        return [inspect(os.path.join(folder, path)) for path in chunk]
+        return [inspect(os.path.join(folder, path), max_pixels) for path in chunk]
 
     with (
         concurrent.futures.ThreadPoolExecutor(cores()) as pool,
@@ -68,42 +90,46 @@ def inspect_all(folder, paths):
         contextlib.closing(pool.map(inspect_chunk, chunks)) as inspected,  # Ctrl-C cancels the chunks that are left
     ):
         for chunk, found in zip(chunks, inspected):
-            for path, (digest, reason, suffix) in zip(chunk, found):
-                if reason:
-                    unreadable.append(f"{path}: {reason}")
+            for path, file in zip(chunk, found):
+                if file.reason:
+                    result.unreadable.append(f"{path}: {file.reason}")
                     continue
-                if suffix:
-                    mislabelled.append(f"{path}: content of a {suffix} file")
-                other = first.setdefault(digest, path)
+                if file.suffix:
+                    result.mislabelled.append(f"{path}: content of a {file.suffix} file")
+                result.turned += file.turned
+                other = first.setdefault(file.digest, path)
                 if other.split("/")[1] != path.split("/")[1]:
-                    mislabelled.append(f"{path}: the same image as {other}, in another class")
+                    result.mislabelled.append(f"{path}: the same image as {other}, in another class")
                 elif other.split("/")[0] != path.split("/")[0]:
-                    shared.append(f"{path}: the same image as {other}")
+                    result.shared.append(f"{path}: the same image as {other}")
+                elif other != path and path.startswith("train/"):
+                    result.copies.setdefault(other, [other]).append(path)
             progress.update(len(chunk))
             heartbeat()
-    return unreadable, mislabelled, shared
+    return result
 
 
-def check_images(folder, paths, cache):
-    """Raises UserError if an image of the tree is unreadable or mislabelled. Returns how many val shares with train.
+def check_images(folder, paths, cache, max_pixels=Images.max_pixels):
+    """The counts of an Inspection, by name. Raises UserError if an image of the tree is unreadable or mislabelled.
 
     A tree that is recorded in the folder `cache` is not read again; None: there is no record.
     """
-    found = fingerprint(folder, paths)
-    recorded, n_shared = _entry(_record(cache).get(os.path.abspath(folder))) if cache else (None, 0)
-    if recorded == found:
-        return n_shared
-    unreadable, mislabelled, shared = inspect_all(folder, paths)
-    wrong = unreadable + mislabelled
+    files = fingerprint(folder, paths)
+    entry = _record(cache).get(os.path.abspath(folder)) if cache else None
+    if isinstance(entry, dict) and (entry.get("version"), entry.get("files")) == (VERSION, files):
+        return entry
+    found = inspect_all(folder, paths, max_pixels)
+    wrong = found.unreadable + found.mislabelled
     if wrong:
-        accept = "" if unreadable else ", and with --accept accepts them"
+        accept = "" if found.unreadable else ", and with --accept accepts them"
+        counts = f"{len(found.unreadable)} unreadable and {len(found.mislabelled)} mislabelled files"
         raise UserError(
-            f"{folder}: {len(unreadable)} unreadable and {len(mislabelled)} mislabelled files, the first: {wrong[0]}; "
+            f"{folder}: {counts}, the first: {wrong[0]}; "
             f"python dataloader.py --check {folder}{f' --cache {cache}' if cache else ''} lists all of them{accept}"
         )
     if cache:
-        remember(folder, found, len(shared), cache)
-    return len(shared)
+        remember(folder, files, found.counts, cache)
+    return found.counts
 
 
 def fingerprint(folder, paths):
@@ -113,25 +139,22 @@ def fingerprint(folder, paths):
         heartbeat()
         try:
             status = os.stat(os.path.join(folder, path))
-            digest.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-        except OSError as error:
-            raise UserError(f"{os.path.join(folder, path)}: {error.strerror}") from None
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError as error:  # as of a link to nothing; the check of the file names it
+            state = error.strerror
+        digest.update(f"{path}\n{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def remember(folder, found, n_shared, cache):
-    """Records that a tree with this fingerprint passed, and its shared images; drops trees that no longer exist."""
+def remember(folder, files, counts, cache):
+    """Records that a tree with this fingerprint passed, and its counts; drops trees that no longer exist."""
     kept = {name: value for name, value in _record(cache).items() if os.path.isdir(name)}
     path = pathlib.Path(cache, RECORD)
+    entry = {"version": VERSION, "files": files, **counts}
     try:
-        write_json(path, kept | {os.path.abspath(folder): [found, n_shared]}, indent=1)
+        write_json(path, kept | {os.path.abspath(folder): entry}, indent=1)
     except OSError as error:
         log.warning("%s: can't be written (%s); the images will be checked again next time", path, error.strerror)
-
-
-def _entry(value):
-    """(fingerprint, shared images) of an entry; an older one is the fingerprint alone."""
-    return value if isinstance(value, list) and len(value) == 2 else (value, 0)
 
 
 def _record(cache):

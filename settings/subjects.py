@@ -6,6 +6,7 @@ settings of their subject, or plain arguments. Needs only the standard library.
 
 import argparse
 import dataclasses
+from typing import ClassVar
 
 from settings.fields import Settings, count, flag, names, real, setting
 from utils import HERE, UserError
@@ -72,6 +73,18 @@ class DataConfig(Settings):
         50, "training images of each class held out for the search (50)", count(1, 1_000_000), unit="N"
     )
     split_seed: int = setting(0, "seed that selects the held-out images (0)", count(0), unit="N")
+    alpha: str = setting(
+        "white", "what is seen through transparent pixels; dropped: the colours that they have in the file (white)",
+        choices=("white", "black", "dropped"),
+    )  # fmt: skip
+    exif: str = setting(
+        "ignored", "apply turns images as their EXIF orientation says, and as viewers show them (ignored)",
+        choices=("ignored", "apply"),
+    )  # fmt: skip
+
+    jfif: bool = setting(True, "read .jfif files of the tree, too (yes)")
+
+    ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored", "jfif": False}
 
     @classmethod
     def unset(cls):
@@ -87,8 +100,9 @@ class DataConfig(Settings):
     def resolve(cls, given, stored=None, source=None):
         """The DataConfig with the given values (name -> value); `stored` is that of the file `source`.
 
-        Without `stored`, val_resize defaults to 256/224 of the input size. Raises UserError if a given value
-        contradicts `stored`, or if the values contradict each other.
+        Without `stored`, val_resize defaults to 256/224 of the input size, and images of a file without a config, an
+        official one, are read as in the official code. Raises UserError if a given value contradicts `stored`, or if
+        the values contradict each other.
         """
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         for name, value in values.items():
@@ -96,6 +110,7 @@ class DataConfig(Settings):
                 contradiction = f"{flag(name)} {value} contradicts {source}, which has {getattr(stored, name)}"
                 raise UserError(f"{contradiction}; leave the flag out")
         if not stored:
+            values = (cls.ABSENT if source else {}) | values
             values.setdefault("val_resize", round(values.get("input_size", cls.input_size) * 256 / 224))
         config = dataclasses.replace(stored or cls(), **values)
         if config.val_resize < config.input_size:
@@ -106,9 +121,15 @@ class DataConfig(Settings):
                 raise UserError(f"{flag(name)} {low} {high}: the first must not be larger than the second")
         return config
 
+    @property
+    def newer(self):
+        """{name: value} of the settings that older files lack."""
+        return {name: getattr(self, name) for name in self.ABSENT}
+
     def to_dict(self):
-        """Plain values and lists, as checkpoints store them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain values by name; what absence means is absent, as in older files."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if self.ABSENT.get(name) != value}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values):
@@ -140,6 +161,10 @@ class Images(Settings):
         choices=("auto", "dali", "torchvision", "synthetic"),
     )  # fmt: skip
     eval_batch_size: int = setting(200, "batch size of validation (default: 200)", count(1, 100_000), unit="N")
+    max_pixels: int = setting(
+        178_956_970, "larger images are refused, which may be made to fill the memory (178956970)",
+        count(1, 10_000_000_000), unit="N", decides=False,
+    )  # fmt: skip
     cache: str = setting(
         str(HERE / "data" / "cache"),
         "folder of decoded calibration and validation images, and of the record of checked trees (data/cache)",

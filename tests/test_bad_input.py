@@ -343,7 +343,7 @@ def test_killed_loader_process_is_one_line(world, monkeypatch):
     monkeypatch.setattr(
         dataloader,
         "_decode",
-        lambda path: decode(path) if utils.os.getpid() == parent else utils.os.kill(utils.os.getpid(), 9),
+        lambda *given: decode(*given) if utils.os.getpid() == parent else utils.os.kill(utils.os.getpid(), 9),
     )
     loader = dataloader.Loader(
         scan(world / "tree" / "train"), DataConfig(32, 37), False, backend="torchvision", workers=1

@@ -453,8 +453,8 @@ def test_unusual_images_are_accepted(tmp_path, backend, augment, mode, size, kin
     image = Image.new("RGB", size, (10, 200, 100)).convert(mode)
     (tmp_path / "c").mkdir()
     image.save(tmp_path / "c" / f"image.{kind}")
-    _, reason, suffix = image_check.inspect(tmp_path / "c" / f"image.{kind}")
-    assert reason is None and suffix is None
+    found = image_check.inspect(tmp_path / "c" / f"image.{kind}")
+    assert found.reason is None and found.suffix is None
     images = ImageSet(str(tmp_path), (f"c/image.{kind}",), np.zeros(1, np.int64), ("c",))
     got = first(images, dataclasses.replace(CONFIG, jitter=0), augment, backend).float().mean(dim=(0, 1))
     expected = np.asarray(image.convert("RGB"), float).mean((0, 1))

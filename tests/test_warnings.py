@@ -1,12 +1,16 @@
 """Results that can't be right: a warning before hours are spent, which the report repeats."""
 
+import dataclasses
 import json
 import random
 import shutil
 import types
 
+import numpy as np
 import pytest
 from conftest import make_tree, run
+from picture_files import exif
+from PIL import Image
 
 from engines.search_record import SearchRecord, first_generation_warning, prepare_search
 from evolution_tuner import Evolution
@@ -40,11 +44,101 @@ def test_images_in_train_and_val(tree):
         (text,) = warnings(tree)
         assert "1 images of val are in train too: accuracies on val are too high" in text
     path = tree.parent / "checked.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps({name: fingerprint for name, (fingerprint, _) in record.items()}))
-    assert warnings(tree) == []  # a record of an earlier version has no count
-    stdout, stderr = run("dataloader.py", "--check", tree)
-    assert "1 in train and val" in stdout and "val/bird/copy.jpg: the same image as train/bird/000.jpg" in stderr
+    ((name, entry),) = json.loads(path.read_text()).items()
+    for older in (entry["files"], [entry["files"], 0], {**entry, "version": 1, "shared": 0}):
+        path.write_text(json.dumps({name: older}))
+        assert len(warnings(tree)) == 1  # checked again
+    assert json.loads(path.read_text()) == {name: entry}
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert "1 in train and val" in stdout and "val/bird/copy.jpg: the same image as train/bird/000.jpg" in stdout
+
+
+def test_images_with_an_orientation(tree):
+    path = tree / "train" / "bird" / "000.jpg"
+    with Image.open(path) as image:
+        for name, orientation in (("000.jpg", 6), ("odd.jpg", 9), ("none.jpg", 1)):
+            image.save(path.with_name(name), exif=exif(orientation))
+    image.save(path.with_name("damaged.jpg"), exif=b"Exif\0\0" + bytes(range(50)))
+    config = DataConfig(heldout_per_class=1)
+    for _ in range(2):
+        (text,) = Data(tree, config, tree.parent).warnings
+        assert "1 images have an EXIF orientation, which is ignored" in text and "exif: apply" in text
+        assert Data(tree, dataclasses.replace(config, exif="apply"), tree.parent).warnings == []
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert "1 with an EXIF orientation" in stdout
+
+
+def test_files_that_are_left_out(tree):
+    folder = tree / "train" / "car"
+    for name in ("a.gif", "b.GIF", "c.heic", "notes", ".hidden.gif"):
+        (folder / name).write_bytes(b"x")
+    (tree / "val" / "car" / "d.avif").write_bytes(b"x")
+    text = f"{tree}: 5 files are ignored for their suffixes: 2 .gif, 1 .heic, 1 (no suffix), 1 .avif"
+    assert warnings(tree) == [text]
+    shutil.copy(folder / "000.jpg", folder / "e.jfif")
+    with Image.open(folder / "000.jpg") as image:
+        image.rotate(90).save(folder / "e.jfif", "JPEG")
+    assert warnings(tree) == [text]
+    assert "car/e.jfif" in Data(tree, DataConfig(heldout_per_class=1), tree.parent).train.paths
+    old = Data(tree, DataConfig(heldout_per_class=1, jfif=False), tree.parent)
+    assert "car/e.jfif" not in old.train.paths and len(old.train) == 12
+    (line,) = old.warnings
+    assert ": 6 files are ignored" in line and "1 .jfif" in line and "; runs and searches begun without .jfif" in line
+
+
+def test_copies_on_both_sides_of_the_split(tree):
+    folder = tree / "train" / "bird"
+    shutil.copy(folder / "000.jpg", folder / "000 (1).jpg")
+    shutil.copy(folder / "000.jpg", folder / "000 (2).jpg")
+    config = DataConfig(heldout_per_class=2)
+    for _ in range(2):  # the second time from the record
+        seen = set()
+        for seed in range(12):
+            data = Data(tree, dataclasses.replace(config, split_seed=seed), tree.parent)
+            assert data.warnings == []  # scratch.py holds nothing out
+            n = sum(path.startswith("bird/000") for path in data.images("search").paths)
+            seen.add(n)
+            found = [f"{n} of 6 held-out images are copies of images that the supernet trains on" in text
+                     for text in data.warnings]  # fmt: skip
+            assert found == [True] * (n > 0), n
+        assert seen == {0, 1, 2}
+    everything = Data(tree, DataConfig(heldout_per_class=3), tree.parent)
+    everything.heldout = np.arange(len(everything.train))
+    everything._warn_of_copies(set(everything.train.paths))  # copies on one side
+    assert everything.warnings == []
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert "2 copies in train" in stdout and "train/bird/000.jpg: a copy of train/bird/000 (1).jpg" in stdout
+
+
+@pytest.mark.slow
+def test_every_command_warns(tree, tmp_path):
+    (tree / "train" / "car" / "a.gif").write_bytes(b"x")
+    text = "warning: " + f"{tree}: 1 files are ignored for their suffixes: 1 .gif"
+    words = [
+        "--data-dir",
+        tree,
+        "--loader torchvision --workers 0 --threads 1 --device cpu",
+        "--out",
+        tmp_path,
+    ]
+    size = "--space small --input-size 16 --heldout-per-class 1"
+    train = "--iterations 1 --batch-size 4 --val-every 1"
+    calibration = "--bn-batches 1 --bn-batch-size 4"
+    path = tmp_path / "architecture.json"
+    path.write_text("[0, 0, 0, 0, 0, 0]")
+    one = ("--architecture", path)
+    evolution = "--engine local --population 2 --select 1 --mutation 1 --crossover 0 --generations 1"
+    for script, *more in (
+        ("supernet.py", size, train, calibration),
+        ("tester.py", calibration, "--mode test", *one),
+        ("tester.py", "--mode gen"),
+        ("search.py", calibration, evolution),
+        ("scratch.py", size, train, "--bn-pass 0", *one),
+        ("scratch.py", "--eval"),
+    ):
+        given = words if more != ["--mode gen"] else ["--out", tmp_path]
+        _, stderr = run(script, *more, *given)
+        assert stderr.count(text) == ("--data-dir" in given), (script, stderr)
 
 
 @pytest.mark.parametrize(("step", "warns"), [(3, True), (150_000, False), (None, False)])

@@ -1,17 +1,19 @@
 """Checkpoints, from which a run can be resumed, and a supernet with the images that it was trained on."""
 
+import contextlib
 import pathlib
 import re
 
 import torch
 
+import distributed
 from images.dataset import Data
 from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
 from settings.subjects import SUBJECTS, DataConfig
 from space.search_space import SearchSpace
 from utils import UserError, atomic_write, log
-from weight_files import VERSION, load, load_weights
+from weight_files import VERSION, load, load_file, load_weights
 
 
 def save(path, **content):
@@ -34,6 +36,24 @@ def checkpoints(folder):
     """The paths of the checkpoints in a folder, by rising step."""
     found = [p for p in pathlib.Path(folder).glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+\.pth", p.name)]
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
+
+
+def data_before(folder, resume):
+    """{name: value} of the settings of the data that the run in `folder` was begun without: what their absence means.
+
+    It has to go on with them. Empty where there is no run, or `resume` is "none". The same on every rank.
+    """
+
+    def find():
+        for path in reversed(checkpoints(folder)):
+            with contextlib.suppress(UserError):  # a damaged one, which resuming names
+                content = load_file(path)
+                data = content.get("data") if isinstance(content, dict) else None
+                absent = DataConfig.ABSENT.items() if isinstance(data, dict) else ()
+                return {name: value for name, value in absent if name not in data}
+        return {}
+
+    return distributed.on_rank0(find) if resume == "auto" else {}
 
 
 def prune(folder, keep):

@@ -27,6 +27,7 @@ def open_evaluation(path, out, images, given, evaluation, device, seed=0, split=
     names the validation images, "search" or "val".
     """
     supernet, _, config, data = checkpoint.open_supernet(path, out, images, given, listed)
+    data.warn()
     supernet.to(device, memory_format=torch.channels_last)
 
     def loader(part, augment):

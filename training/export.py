@@ -22,7 +22,7 @@ from dataloader import IMAGENET_MEAN, IMAGENET_STD, Loader, network_input
 from images import bundled
 from images.dataset import ImageSet, evaluation_plan, scan, stratified_order
 from images.image_check import inspect
-from utils import HERE, UserError, atomic_write, commit, versions
+from utils import HERE, UserError, atomic_write, commit, log, versions
 
 TOLERANCE = 1e-4  # of logits, absolute
 N_IMAGES, BATCH_SIZE = 20, 7  # of the comparison: 7, 7 and 6 images
@@ -54,6 +54,8 @@ def metadata(model, ckpt, config):
         "preprocessing": {  # what the user does
             "resize": config.val_resize, "resize_what": "shorter side, px",
             "interpolation": "bilinear, not antialiased", "crop": size, "crop_where": "centre",
+            "transparency": "dropped" if config.alpha == "dropped" else f"composited on {config.alpha}",
+            "exif_orientation": "applied" if config.exif == "apply" else "ignored",
         },
         "inside": {"channels": "BGR", "range": [0, 255]} if spos
                   else {"channels": "RGB", "range": [0, 1], "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
@@ -156,9 +158,11 @@ def predict(paths, model, ckpt, config, images, device):
     if images.loader == "synthetic":
         raise UserError("--loader synthetic: reads no files; leave the flag out with --predict")
     for path in paths:
-        _, reason, _ = inspect(path)
-        if reason:
-            raise UserError(f"--predict {path}: {reason}")
+        found = inspect(path, images.max_pixels)
+        if found.reason:
+            raise UserError(f"--predict {path}: {found.reason}")
+        if found.turned and config.exif == "ignored":
+            log.warning("warning: %s: has an EXIF orientation, which is ignored, as in training", path)
     names = ckpt.class_names
     files = ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), tuple(names))
     model.to(device, memory_format=torch.channels_last).eval()

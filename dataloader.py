@@ -275,6 +275,11 @@ def _resized(image, config, window=None):
     return F.crop(tensor, *corner, size, size).permute(1, 2, 0).numpy()
 
 
+def read_image(path, config):
+    """The whole image of a file as `_decode` gives it, uint8 (1, H, W, 3)."""
+    return torch.from_numpy(np.array(_decode(path, config)))[None]
+
+
 def _as_it_is(batch):
     return batch
 

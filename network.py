@@ -135,7 +135,9 @@ class ShuffleNetV2(_ShuffleNet):
         if isinstance(images, Image.Image):
             images = torch.from_numpy(np.array(pictures.rgb(images, self.config)))[None]
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.shape[3:] != (3,):
-            found = f"{type(images).__name__} of {images.dtype} {tuple(images.shape)}"
+            found = type(images).__name__
+            if hasattr(images, "dtype"):
+                found += f" of {images.dtype} {tuple(images.shape)}"
             expected = "a uint8 tensor (N, H, W, 3), RGB from 0 to 255, nor a PIL image"
             raise UserError(f"images are a {found}, not {expected}")
         shape, corner = validation_geometry(self.config, *images.shape[1:3])

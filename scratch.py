@@ -5,7 +5,9 @@
     torchrun --nproc-per-node 8 scratch.py                     on eight GPUs
     python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours or official
     python scratch.py --export FILE.pt2                        exports it by torch.export, or as ONNX (FILE.onnx)
+    python scratch.py --export FILE.onnx --with-preprocessing  the same, for whole images of any size
     python scratch.py --predict IMAGE...                       prints the classes of image files
+    python scratch.py --predict IMAGE... --checkpoint FILE.onnx   by an exported file
 
 Reads all of DIR/train, and DIR/val for the numbers reported. Writes OUT/checkpoints/scratch/: checkpoint-STEP.pth,
 bnps-checkpoint.pth (after the final BN pass), log.jsonl, run.log, config.yml, tensorboard/. The last line printed is
@@ -27,7 +29,7 @@ import torch
 import distributed
 import network
 from dataloader import Loader
-from images.dataset import Data, check_batch_size, open_data, prepare, training_plan
+from images.dataset import Data, check_batch_size, open_data, prepare, scan, training_plan
 from images.image_cache import validation_batches
 from network import ShuffleNetV2
 from settings.command_line import Parser
@@ -51,6 +53,10 @@ def parse_args(argv=None):
     args = parser.parse(argv)
     if not (args.eval or args.export or args.predict):
         parser.refuse("training, which starts from random weights", "checkpoint")
+    if args.with_preprocessing and not args.export:
+        raise utils.UserError("--with-preprocessing has no effect without --export: leave it out")
+    if args.predict and export.is_program(args.checkpoint):
+        parser.refuse("an exported program", "architecture", "space")
     return args
 
 
@@ -93,18 +99,38 @@ def evaluate_checkpoint(args, folder):
 def export_checkpoint(args, folder):
     """--export: writes the network; prints how exact and how fast the file is."""
     resolve_device(args.device, args.threads)  # sets the threads
-    result = export.export(args.export, *open_network(args, folder))
-    print(
-        "{file}: logits within {max_difference:.1g} of the network's on {n_images} images; {latency_ms} ms an image on "
-        "this CPU (median of {runs} runs, batch 1, {threads} threads)".format(**result)
-    )
+    model, ckpt, config = open_network(args, folder)
+    images = None
+    if args.with_preprocessing:
+        if args.demo:
+            prepare(Images.of(vars(args)), args.demo)
+        val = pathlib.Path(args.data_dir, "val")
+        images = scan(val) if val.is_dir() else None
+        where = f"the images of {val}" if images else f"bundled images, since there are none in {val}"
+        print(f"comparing the file with the network on {where}", flush=True)
+    result = export.export(args.export, model, ckpt, config, bool(args.with_preprocessing), images)
+    exact = "{file}: logits within {max_difference:.1g} of the network's on {n_images} images"
+    if args.with_preprocessing:
+        exact += ", from the files on; {same_top1} get the same class, {same_pixels} the same pixels"
+    speed = "{latency_ms} ms an image on this CPU (median of {runs} runs, batch 1, {threads} threads)"
+    print(f"{exact}; {speed}".format(**result))
     return result
 
 
 def predict(args, folder):
     """--predict: a line for each image."""
     device = resolve_device(args.device, args.threads)
-    for path, classes in export.predict(args.predict, *open_network(args, folder), Images.of(vars(args)), device):
+    images = Images.of(vars(args))
+    if export.is_program(args.checkpoint):
+        if args.device == "cuda":
+            raise utils.UserError(f"--device cuda: {args.checkpoint} is a program, which runs on the CPU here")
+        values, run = export.open_program(args.checkpoint)
+        given = {k: v for k, v in DataConfig.given(vars(args)).items() if k in export.OF_A_PROGRAM}
+        DataConfig.resolve(given, export.stored_config(values), args.checkpoint)  # raises where they contradict
+        found = export.predict_by_program(args.predict, values, run, images)
+    else:
+        found = export.predict(args.predict, *open_network(args, folder), images, device)
+    for path, classes in found:
         print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in classes), flush=True)
 
 

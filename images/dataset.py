@@ -344,14 +344,21 @@ def draw_augmentation(config, seed, epoch, index, height, width):
     return Augmentation(window, *factors, horizontal_flip=config.mirror and u[25] < 0.5)
 
 
-def validation_geometry(config, height, width):
+def resize_and_crop(height, width, resize, crop):
     """The official validation transform: ((height, width) to resize to, (top, left) of the centre crop), in px.
 
-    The shorter side becomes `val_resize`, the other is rounded by int(x + 0.5); the corner is rounded as in
-    torchvision.
+    The shorter side becomes `resize`, the other is rounded by int(x + 0.5); the corner is rounded to even, as in
+    torchvision. Sides and `resize` are all floats, or all tensors of float64: an exported program has this
+    arithmetic in it, so there are no branches.
     """
-    scale = config.val_resize / min(height, width)
-    size = tuple(
-        config.val_resize if side == min(height, width) else int(side * scale + 0.5) for side in (height, width)
-    )
-    return size, tuple(round((side - config.input_size) / 2) for side in size)
+    shorter = (height + width - abs(height - width)) // 2
+    scale = resize / shorter
+    size = tuple((side * scale + 0.5) // 1 for side in (height, width))
+    halves = tuple((side - crop) // 2 for side in size)
+    return size, tuple(half + (side - crop) % 2 * (half % 2) for side, half in zip(size, halves))
+
+
+def validation_geometry(config, height, width):
+    """`resize_and_crop` of a DataConfig and whole numbers, in whole numbers."""
+    found = resize_and_crop(float(height), float(width), float(config.val_resize), config.input_size)
+    return tuple(tuple(map(int, pair)) for pair in found)

@@ -377,6 +377,10 @@ class Retraining(Settings):
         None, "print the classes of image files, by --checkpoint", nargs="+", unit="IMAGE", path=True, decides=False,
         excludes="instead",
     )  # fmt: skip
+    with_preprocessing: bool = setting(
+        None, "export a program that takes whole images of any size, and resizes and crops them (no)", nargs=0,
+        decides=False,
+    )  # fmt: skip
     bn_pass: int = setting(1250, "training batches of the BN pass (default: 1250)", count(0), unit="N")
 
 

@@ -29,6 +29,7 @@ from images.dataset import (
     calibration_plan,
     draw_augmentation,
     evaluation_plan,
+    resize_and_crop,
     scan,
     stratified_order,
     training_plan,
@@ -218,6 +219,33 @@ def test_augmentation_falls_back_to_the_centre():
 )
 def test_validation_geometry_is_the_official_one(size, expected):
     assert validation_geometry(DataConfig(), *size) == expected
+
+
+def test_validation_geometry_has_no_branch():
+    """With the numbers of the official arithmetic, which asks which side is the shorter one; of tensors too."""
+    rng = np.random.default_rng(0)
+    sizes = [
+        (1, 1),
+        (1, 4000),
+        (4000, 1),
+        (256, 256),
+        (37, 37),
+        (512, 512),
+        (6, 111),
+        *rng.integers(1, 1500, (2000, 2)),
+    ]
+    for resize, crop in ((256, 224), (36, 32), (37, 32), (28, 28), (293, 224)):
+        for height, width in ((int(a), int(b)) for a, b in (*sizes, *((b, a) for a, b in sizes[:7]))):
+            if height < width:
+                size = resize, int(width * (resize / height) + 0.5)
+            else:
+                size = int(height * (resize / width) + 0.5) if height != width else resize, resize
+            expected = size, tuple(round((side - crop) / 2) for side in size)
+            assert validation_geometry(DataConfig(crop, resize), height, width) == expected
+            if height < 200:
+                tensors = (torch.tensor(float(side), dtype=torch.float64) for side in (height, width, resize))
+                found = resize_and_crop(*tensors, crop)
+                assert tuple(tuple(side.item() for side in pair) for pair in found) == expected
 
 
 def test_the_validation_crop_is_torchvisions():

@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import functional as F
 
 import scratch
 import weight_files
-from dataloader import Loader
+from dataloader import Loader, network_input
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
-from space.search_space import SearchSpace
+from space.custom import make_space
 from training import checkpoint, export
 from training.evaluation import recalibrate_bn
 from utils import UserError
@@ -30,8 +30,8 @@ needs_onnx = pytest.mark.skipif(
 def make_checkpoint(path, tree, config):
     """A checkpoint of a network whose logits differ between the images of the tree, and that network."""
     torch.manual_seed(0)
-    space = SearchSpace.for_images(32, len(CLASSES))
-    model = ShuffleNetV2(space.load_architecture(ROOT / "architecture_final.json"), space=space)
+    space = make_space("small", input_size=32, n_classes=len(CLASSES))
+    model = ShuffleNetV2((0, 1, 2, 3, 3, 0), space=space)
     loader = Loader(scan(tree / "train"), config, False, backend="torchvision", workers=0)
     recalibrate_bn(model, model, loader.batches(evaluation_plan(36, 12)), "average")
     checkpoint.save(
@@ -77,6 +77,20 @@ def open_file(path):
     return values, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+@pytest.fixture(scope="module")
+def programs(trained, tree, tmp_path_factory):
+    """{(suffix, with preprocessing): (exported file, what was printed)} of the network "spos"."""
+    found = {}
+    folder = tmp_path_factory.mktemp("programs")
+    for suffix in (".pt2", ".onnx")[: 1 + all(map(importlib.util.find_spec, export.ONNX_PACKAGES))]:
+        for whole in (True, False):
+            file = folder / f"{whole}{suffix}"
+            words = ["--export", file, "--checkpoint", trained["spos"][0], "--threads", 1, "--data-dir", tree]
+            stdout, _ = run("scratch.py", *words, *(["--with-preprocessing"] if whole else []))
+            found[suffix, whole] = file, stdout
+    return found
+
+
 @pytest.mark.parametrize(
     ("preprocessing", "suffix"),
     [
@@ -85,10 +99,13 @@ def open_file(path):
         pytest.param("spos", ".onnx", marks=needs_onnx),
     ],
 )
-def test_an_exported_file_is_the_network(trained, tree, tmp_path, preprocessing, suffix):
+def test_an_exported_file_is_the_network(trained, programs, tree, tmp_path, preprocessing, suffix):
     path, model, config = trained[preprocessing]
-    file = tmp_path / f"network{suffix}"
-    stdout, _ = run("scratch.py", "--export", file, "--checkpoint", path, "--threads", 1)
+    if preprocessing == "spos":
+        file, stdout = programs[suffix, False]
+    else:
+        file = tmp_path / f"network{suffix}"
+        stdout, _ = run("scratch.py", "--export", file, "--checkpoint", path, "--threads", 1)
     line, last = stdout.splitlines()
     assert re.search(r"[\d.]+ ms an image on this CPU \(median of \d+ runs, batch 1, 1 threads\)", line)
     result = json.loads(last)
@@ -115,14 +132,95 @@ def test_an_exported_file_is_the_network(trained, tree, tmp_path, preprocessing,
             program(wrong)
 
 
-def test_a_file_that_differs_is_not_written(trained, tmp_path, monkeypatch):
+def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained):
+    """Larger and smaller, of any ratio, and where a side keeps its length or is halved."""
+    model = ShuffleNetV2((0,) * 20, 32, 3)
+    rng = np.random.default_rng(0)
+    sizes = [(37, 37), (74, 37), (37, 111), (32, 50), (1, 1), (1, 40), (111, 6), (148, 222), (600, 9), (9, 600)]
+    for height, width in [*sizes, *rng.integers(1, 300, (150, 2)).tolist()]:
+        model.config = DataConfig(input_size=32, val_resize=int(rng.choice([32, 36, 37, 64])), preprocessing="imagenet")
+        images = torch.from_numpy(rng.integers(0, 256, (2, height, width, 3), np.uint8))
+        found = network_input(export.preprocess(images, model.config), "imagenet")
+        assert torch.equal(found, model.preprocess(images)), (height, width, model.config.val_resize)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=needs_onnx)])
+def test_a_program_with_preprocessing_takes_whole_images(programs, trained, tree, suffix):
+    """It is compared on all images of val, from the files on."""
+    file, stdout = programs[suffix, True]
+    first, line, last = stdout.splitlines()
+    assert first == f"comparing the file with the network on the images of {tree}/val"
+    assert re.search(r"on 21 images, from the files on; 21 get the same class, 21 the same pixels; [\d.]+ ms", line)
+    result = json.loads(last)
+    assert result["max_difference"] <= 1e-4 and (result["same_top1"], result["same_pixels"]) == (21, 21)
+    values, program = open_file(file)
+    assert values["form"] == "with preprocessing" and "height, width" in values["input"]
+    assert open_file(programs[suffix, False][0])[0]["form"] == "without preprocessing"
+    _, model, config = trained["spos"]
+    model.config = config
+    for n, height, width in ((1, 50, 80), (3, 80, 50), (2, 37, 37), (1, 500, 40)):
+        images = torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8)
+        with torch.no_grad():
+            assert (program(images) - model(model.preprocess(images))).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=needs_onnx)])
+def test_predict_by_an_exported_file(programs, trained, tree, suffix, whole):
+    """Prints what the checkpoint prints, up to the last digit."""
+    images = sorted((tree / "val").glob("*/00[0-2].jpg"))
+    words = ["--loader", "torchvision", "--workers", 0, "--eval-batch-size", 4]
+    printed = [
+        run("scratch.py", "--predict", *images, *words, "--checkpoint", path)[0].splitlines()
+        for path in (trained["spos"][0], programs[suffix, whole][0])
+    ]
+    assert len(printed[0]) == len(images)
+    for a, b in zip(*printed, strict=True):
+        assert re.sub(r"[\d.]+%", "", a) == re.sub(r"[\d.]+%", "", b)
+        numbers = [[float(n) for n in re.findall(r"([\d.]+)%", line)] for line in (a, b)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.11)
+
+
+def test_what_cannot_be_predicted_by_an_exported_file_is_one_line(programs, tree, tmp_path):
+    image, file = next((tree / "val" / "bird").iterdir()), programs[".pt2", True][0]
+    (tmp_path / "damaged.pt2").write_bytes(file.read_bytes()[:1000])
+    for words, message in (
+        (["--checkpoint", tmp_path / "damaged.pt2"], "damaged.pt2: not a program that scratch.py exported ("),
+        (["--checkpoint", tmp_path / "none.pt2"], "none.pt2: No such file or directory"),
+        (["--checkpoint", file, "--val-resize", 40], f"--val-resize 40 contradicts {file}, which has 37"),
+        (["--checkpoint", file, "--preprocessing", "imagenet"], "--preprocessing imagenet contradicts"),
+        (["--checkpoint", file, "--space", "small"], "--space has no effect with an exported program"),
+        (["--checkpoint", file, "--with-preprocessing"], "--with-preprocessing has no effect without --export"),
+    ):
+        stdout, stderr = run("scratch.py", "--predict", image, *words, code=2)
+        assert stdout == "" and len(stderr.splitlines()) == 1 and message in stderr
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_that_differs_is_not_written(trained, tree, tmp_path, monkeypatch, whole):
+    """Its answers are made wrong in the scale, or in the size that whole images are resized to."""
     path, model, config = trained["spos"]
     stored = weight_files.load(path, "scratch")
-    network = export.network_input
-    monkeypatch.setattr(export, "network_input", lambda images, preprocessing: network(images, preprocessing) * 1.001)
-    with pytest.raises(UserError, match=r"not written, since its logits differ from the network's by"):
-        export.export(tmp_path / "wrong.pt2", model, stored, config)
-    assert not list(tmp_path.iterdir())
+    network, preprocess = export.network_input, export.preprocess
+    images = scan(tree / "val")
+
+    def refused(reason):
+        with pytest.raises(UserError, match=f"not written, since {reason}"):
+            export.export(tmp_path / "wrong.pt2", model, stored, config, whole, images)
+        assert not list(tmp_path.iterdir())
+
+    def wrong(path, content):
+        return {}, lambda x: model(network(preprocess(x, config) if whole else x, "spos") * 1.001)
+
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(export, "_torch_export", lambda *_: b"a program")
+    monkeypatch.setattr(export, "_read", wrong)
+    refused("its logits differ from the network's by")
+    if whole:
+        other = dataclasses.replace(config, val_resize=60)
+        monkeypatch.setattr(export, "preprocess", lambda x, _: preprocess(x, other))
+        monkeypatch.setattr(export, "_read", lambda *_: ({}, lambda x: model(network(preprocess(x, other), "spos"))))
+        refused(r"\d+ of 21 images get another class")
 
 
 def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
@@ -178,12 +276,10 @@ def test_predict_names_a_file_that_is_no_image(trained, tree, tmp_path):
     assert stdout == "" and len(stderr.splitlines()) == 1 and "none.jpg: No such file or directory" in stderr
 
 
-def test_official_files_have_numbers_for_names(trained, tree, tmp_path, capsys):
-    path, _, config = trained["spos"]
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in weight_files.load(path, "scratch").weights.items()}},
-        tmp_path / "official.pth.tar",
-    )
+def test_official_files_have_numbers_for_names(tree, tmp_path, capsys):
+    model = ShuffleNetV2(json.loads((ROOT / "architecture_final.json").read_text()), 32, len(CLASSES))
+    weights = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "official.pth.tar")
     image = next((tree / "val" / "bird").iterdir())
     words = [
         "--predict",
@@ -191,7 +287,7 @@ def test_official_files_have_numbers_for_names(trained, tree, tmp_path, capsys):
         "--input-size",
         32,
         "--preprocessing",
-        config.preprocessing,
+        "spos",
         "--checkpoint",
         tmp_path / "official.pth.tar",
     ]

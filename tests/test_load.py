@@ -1,19 +1,21 @@
 """network.load: a trained network in a line of Python, its feature maps, and torch.fx."""
 
+import importlib.util
 import os
 import re
+import types
 
 import numpy as np
 import pytest
 import reference_spos
 import torch
-from conftest import CLASSES, ROOT
+from conftest import CLASSES, ROOT, coloured_image
 from PIL import Image
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import network
 import utils
-from dataloader import Loader
+from dataloader import Loader, network_input
 from images import bundled
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
@@ -21,6 +23,9 @@ from space.search_space import SearchSpace
 from training import checkpoint, export
 from utils import UserError
 
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, export.ONNX_PACKAGES)), reason="ONNX's packages are not installed"
+)
 SPACE = SearchSpace(
     input_size=32, n_classes=3, stem_channels=8, stage_blocks=(1, 2), stage_channels=(16, 24), stage_strides=(2, 2),
     last_channels=32,
@@ -60,8 +65,10 @@ def test_a_checkpoint_is_a_network_and_what_it_needs(trained, tree, preprocessin
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(2, 32, 32, 3), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), np.zeros((2, 9, 9, 3), "uint8")]
-)
+    "images",
+    [torch.zeros(2, 32, 32, 3), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), np.zeros((2, 9, 9, 3), "uint8"),
+     None, [1], "photo.jpg"],
+)  # fmt: skip
 def test_images_of_another_form_are_refused(images):
     with pytest.raises(UserError, match=r"not a uint8 tensor \(N, H, W, 3\), RGB from 0 to 255"):
         ShuffleNetV2((1, 0, 3), space=SPACE).preprocess(images)
@@ -184,12 +191,48 @@ def test_the_snippets_about_the_network_run(folder):
     assert boxes["boxes"].shape[1:] == (4,)
 
 
-def test_the_snippet_about_the_exported_file_runs(trained, folder, capsys):
-    path, model, config = trained["spos"]
-    export.export("network.pt2", *network.read(path), config)
-    (snippet,) = snippets("training.md")
-    exec(snippet, {})
-    image = torch.from_numpy(np.array(Image.open("photo.jpg").convert("RGB")))[None]
-    with torch.no_grad():
-        probabilities = model(network.load(path).preprocess(image)).softmax(dim=1)[0]
-    assert capsys.readouterr().out == f"{CLASSES[probabilities.argmax()]} {probabilities.max():.1%}\n"
+SIZES = [(40, 40), (36, 36), (35, 90), (90, 35), (1, 1), (1, 30), (30, 1), (300, 11), (11, 300), (72, 108), (108, 72),
+         (37, 74), (199, 131), (640, 427), (427, 640), (31, 57), (57, 31), (73, 219), (219, 73), (500, 333), (64, 48),
+         (5, 4)]  # height, width in px; resized to 36 px  # fmt: skip
+
+
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """torch.export.load reads a file once, and gives the same program again, which takes a second."""
+    load, found = torch.export.load, {}
+
+    def again(file, extra_files):
+        if file not in found:
+            found[file] = load(file, extra_files=extra_files).module(), dict(extra_files)
+        extra_files |= found[file][1]
+        return types.SimpleNamespace(module=lambda: found[file][0])
+
+    monkeypatch.setattr(torch.export, "load", again)
+
+
+@pytest.mark.parametrize("number, name", [(0, "network.pt2"), pytest.param(1, "network.onnx", marks=needs_onnx),
+                                          (2, "plain.pt2")])  # fmt: skip
+def test_the_snippets_about_exported_files_run(trained, folder, capsys, request, number, name):
+    """As they stand, on images of many sizes; where a snippet resizes, to the pixels of `preprocess`."""
+    path = trained["spos"][0]
+    export.export(name, *network.read(path), trained["spos"][2], with_preprocessing=number < 2)
+    request.getfixturevalue("loaded_once")
+    model, rng = network.load(path), np.random.default_rng(0)
+    found = snippets("training.md")
+    assert len(found) == 3
+    code = compile(found[number], name, "exec")
+    for height, width in SIZES:
+        os.remove("photo.jpg")
+        coloured_image(rng, height, width).save("photo.jpg")
+        variables = {}
+        exec(code, variables)
+        image = torch.from_numpy(np.array(Image.open("photo.jpg").convert("RGB")))[None]
+        assert image.shape == (1, height, width, 3)
+        x = model.preprocess(image)
+        if number == 2:
+            assert torch.equal(network_input(variables["image"].permute(1, 2, 0)[None], "spos"), x)
+        with torch.no_grad():
+            probabilities = model(x).softmax(dim=1)[0]
+        printed = capsys.readouterr().out.split()
+        assert printed[0] == CLASSES[probabilities.argmax()]
+        assert printed[1:] == [f"{probabilities.max():.1%}"][: number != 1]

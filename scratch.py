@@ -173,7 +173,12 @@ def retrain(args, folder):
     space = space_of(args, config.input_size, len(data.classes))
     if search and dataclasses.replace(space, architecture=()) != dataclasses.replace(search["space"], architecture=()):
         raise utils.UserError(f"--space contradicts {search['state']}, which has another space; leave it out")
-    candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
+    try:
+        candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
+    except utils.UserError as error:
+        if search or args.space:
+            raise
+        raise utils.UserError(f"{error}; name its search space by --space, if that is another one") from None
     check_batch_size(len(data.train), args.batch_size)
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
     validation = val_batches(args, data.val, config, device)

@@ -8,14 +8,15 @@
     python search.py --strategy random         the baseline: as many random candidates
     python search.py --limit flops=330M --limit params=3.5M    under several limits
     python search.py --limit latency=8ms       within 8 ms on this device, which tester.py --mode latency has measured
-    python search.py --resume                  resumes a search that was interrupted in any way
+    python search.py --resume                  resumes a search that was interrupted in any way, with its settings
     python search.py --resume --generations 30 extends one of 20 generations, finished or not
     python search.py --experiment config_search_remote.yml     on the machines in this file
 
-Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json and the NNI experiment,
-config_search.yml or --experiment. Writes OUT/checkpoints/GGG_III.json (the architecture of rank III of generation GGG),
-OUT/acc/GGG.jsonl (a line for each candidate), OUT/id2cand/GGG.json (trial id -> what it evaluated),
-OUT/checkpoints/best.json, OUT/report.html and OUT/figures/; state, logs and NNI's own files in OUT/checkpoints/search/.
+Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json, latency.json of OUT or of
+the supernet's OUT, and the NNI experiment, config_search.yml or --experiment. Writes OUT/checkpoints/GGG_III.json (the
+architecture of rank III of generation GGG), OUT/acc/GGG.jsonl (a line for each candidate), OUT/id2cand/GGG.json (trial
+id -> what it evaluated), OUT/checkpoints/best.json, OUT/report.html and OUT/figures/; state, logs and NNI's own files
+in OUT/checkpoints/search/.
 Prints the ten best, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
 """
@@ -41,6 +42,7 @@ from engines.search_record import (
     ranked,
     read_generations,
     read_results,
+    read_state,
     state_path,
     unconfirmed,
 )
@@ -98,7 +100,18 @@ def parse_args(argv=None):
     parser.add(Evaluation)
     for subject in (SearchSettings, CostLimits, Trials, NNI):
         parser.add(subject)
-    args = parser.parse(argv, lambda given: experiment_defaults(parser, given["experiment"]))
+    before = {}  # settings of the search that is resumed
+
+    def defaults(given):
+        before.update(settings_of(parser, given) if given["resume"] else {})
+        return experiment_defaults(parser, before.get("experiment", given["experiment"])) | before
+
+    args = parser.parse(argv, defaults)
+    if before and not args.config:
+        args.demo, args.config = started_with(args.out)
+    if args.strategy != before.get("strategy", args.strategy):
+        what = f"--strategy {args.strategy} contradicts the search in {args.out}, which has {before['strategy']}"
+        raise UserError(f"{what}; leave the flag out, or name another --out")
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port")
     if args.objectives and args.rank_by != "acc1":
@@ -108,7 +121,7 @@ def parse_args(argv=None):
     if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
         name = "--latency-table" if args.latency_table else "--foreign-latency-table"
         raise UserError(f"{name} has no effect without a limit on latency: leave it out, or say --limit latency")
-    if "population" in parser.given:  # the experiment's numbers are shares of another population
+    if "population" in parser.given and not before:  # the experiment's numbers are shares of another population
         for name in {"select", "mutation", "crossover"} - parser.given.keys():
             setattr(args, name, None)
     if args.strategy == "random":  # generations without children, in every other respect the same
@@ -121,6 +134,26 @@ def parse_args(argv=None):
         args.population, args.select, args.mutation, args.crossover
     )
     return args
+
+
+def settings_of(parser, given):
+    """The settings (attribute -> value) of the search in OUT, as flags; none where there is no search."""
+    state = read_state(given["out"])
+    path = state_path(given["out"]).with_name("config.yml")
+    if not (state and path.exists()):
+        return {}
+    found = parser.read_settings(path)
+    if given["limit"] or given["flops_limit"]:  # then these are all limits, as in a new search
+        found = {name: value for name, value in found.items() if name not in ("limit", "flops_limit")}
+    found |= {name: state["settings"][name] for name in EVOLUTION if name in state["settings"]}
+    return {name: value for name, value in found.items() if name not in ("out", "resume")}
+
+
+def started_with(out):
+    """(demo, config): whether the search in `out` was started with --demo, and its file of settings."""
+    found = read_state(out).get("started_with", {})
+    path = found.get("config")
+    return bool(found.get("demo")), path if path and os.path.exists(path) else None
 
 
 def wants_latency(args):
@@ -143,11 +176,30 @@ def experiment_defaults(parser, path):
     return parser.check_settings(path, "classArgs", {key.replace("_", "-"): value for key, value in settings.items()})
 
 
-def check_space_file(path, space):
-    """Raises UserError if the generated search space is missing or not the supernet's."""
+def check_space_file(path, space, generate):
+    """Raises UserError if the generated search space is missing or not the supernet's; `generate` writes it."""
     if not path.exists() or read_json(path) != space.nni_search_space():
         what = "is another search space than the checkpoint's" if path.exists() else "is missing"
-        raise UserError(f"{path} {what}: run python tester.py --mode gen --out {path.parent}")
+        raise UserError(f"{path} {what}: run {generate}")
+
+
+def tester_command(args, mode):
+    """The command of tester.py on the supernet and the outputs of this search."""
+    weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
+    return command("tester.py", Run.of(vars(args)), args.operations, "--mode", mode, *weights)
+
+
+def find_latency_table(args, out, supernet):
+    """The file of --latency-table, or that in OUT, or else that in the supernet's OUT. Raises UserError."""
+    if args.latency_table:
+        return args.latency_table
+    folders = [out, *list(Path(supernet).resolve().parents)[2:3]]  # of OUT/checkpoints/supernet/FILE
+    for folder in folders:
+        if (folder / "latency.json").exists():
+            return folder / "latency.json"
+    places = " or ".join(map(str, dict.fromkeys(folders)))
+    measure = tester_command(args, "latency")
+    raise UserError(f"--limit latency: no table of latencies, latency.json, in {places}: write one with {measure}")
 
 
 def trial_settings(args, out, supernet_path):
@@ -196,11 +248,12 @@ def check(args, out):
         costs = comparison(differences, args.flops_table)
     latency = None
     if wants_latency(args):
-        latency = read_table(args.latency_table or out / "latency.json", space, args.foreign_latency_table)
+        path = find_latency_table(args, out, supernet.path)
+        latency = read_table(path, space, args.foreign_latency_table, tester_command(args, "latency"))
         space = with_latency(space, latency)
         if other := difference(latency):
             warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
-    check_space_file(out / experiment["searchSpaceFile"], space)
+    check_space_file(out / experiment["searchSpaceFile"], space, tester_command(args, "gen"))
     with open(supernet.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
@@ -230,7 +283,8 @@ def check(args, out):
 
 def prepare(search, args, out):
     """Writes or checks the state file, and starts the log."""
-    state = prepare_search(out, search.settings, args.resume, search.warnings)
+    started = {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
+    state = prepare_search(out, search.settings, args.resume, search.warnings, started)
     folder = out / "checkpoints" / "search"
     start_logging(folder, args.device, args.seed)
     write_settings(folder / "config.yml", "search", vars(args))
@@ -311,8 +365,10 @@ def report(results, space, args, out, winner=None):
     if front := sorted(Path(out, "checkpoints", "front").glob("*.json")):
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
     if space.n_widths == 1:
-        channels = shlex.join(["python", "supernet.py", "--space", "channels", "--architecture", best_path(args)])
-        print(f"search its channels, with the flags of the supernet's training and another --out:\n  {channels}")
+        where = dataclasses.replace(Run.of(vars(args)), out=os.path.join(args.out, "channels"))
+        words = ("--space", "channels", "--architecture", best_path(args))
+        channels = command("supernet.py", where, args.operations, *words)
+        print(f"search its channels, with the flags of the supernet's training:\n  {channels}")
     print(f"retrain the best:\n  {retrain_command(args)}")
     return winner
 
@@ -341,6 +397,9 @@ def best_path(args):
 
 def main(args):
     """Checks, prepares, runs and reports the search; returns the best candidate's result."""
+    if args.resume and not read_state(args.out):
+        what = f"--resume: there is no search in {args.out}"
+        raise UserError(f"{what}; name the --out of one, or leave --resume out to start a search")
     out = output_folder(args.out).resolve()
     with hold_lock(state_path(out).with_name("search.lock")):
         search = check(args, out)

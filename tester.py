@@ -70,7 +70,8 @@ def generate(args):
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
     if line := official_comparison(SearchSpace()):
         print(line)
-    print(f"next: {command('search.py', Run.of(vars(args)), args.operations)}")
+    weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
+    print(f"next: {command('search.py', Run.of(vars(args)), args.operations, *weights)}")
 
 
 def measure(args):

@@ -207,13 +207,14 @@ FORMS = {"device": str, "kind": str, "threads": int, "batch_size": int, "torch":
          "stem_and_tail": int, "spread": float, "networks": dict}  # fmt: skip
 
 
-def read_table(path, space, foreign=False):
+def read_table(path, space, foreign=False, measure="tester.py --mode latency"):
     """The table in a file, for a space.
 
-    Raises UserError if the file has no table, or one of another space, or, unless `foreign`, of another setting.
+    Raises UserError if the file has no table, or one of another space, or, unless `foreign`, of another setting;
+    `measure` is the command that measures this device.
     """
     table = read_json(path)
-    no_table = UserError(f"{path}: not a table of latencies; write one with tester.py --mode latency")
+    no_table = UserError(f"{path}: not a table of latencies; write one with {measure}")
     if not isinstance(table, dict) or not all(isinstance(table.get(k), kind) for k, kind in FORMS.items()):
         raise no_table
     rows = table["medians"]
@@ -222,11 +223,11 @@ def read_table(path, space, foreign=False):
     if not all(type(ns) is int and 0 < ns < 1e12 for ns in numbers) or not 0 <= table["spread"] < math.inf:
         raise no_table
     if table["space"] != space.to_dict() or [len(row) for row in rows] != shape:
-        raise UserError(f"{path}: is of another search space than the supernet's; run tester.py --mode latency again")
+        raise UserError(f"{path}: is of another search space than the supernet's; run {measure} again")
     if not _are_measured(table["networks"], space):
         raise no_table
     if (other := difference(table)) and not foreign:
-        advice = "measure this one with tester.py --mode latency, or accept the table with --foreign-latency-table"
+        advice = f"measure this one with {measure}, or accept the table with --foreign-latency-table"
         raise UserError(f"{path}: measured {other}; {advice}")
     return table
 

@@ -8,12 +8,17 @@ import os
 import pathlib
 import statistics
 
-from settings.fields import difference
-from settings.subjects import SEARCH, DataConfig
+from settings.fields import difference, flag
+from settings.subjects import FIELDS, SEARCH, DataConfig, is_path
 from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
 MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by its evaluation
 
+LARGE = {  # settings of a search whose values nobody reads: (where they come from, how they differ)
+    "space": ("search space", "another one"), "checkpoint": ("--checkpoint", "other weights"),
+    "split": ("held-out images", "others"), "costs": ("--flops-table", "other FLOPs"),
+    "latency": ("--latency-table", "other latencies"), "counted": ("--operations", "other costs"),
+}  # fmt: skip
 MAX_CORRECTIONS = 3  # of the limit on latency in a search
 
 
@@ -227,8 +232,22 @@ def listed_images(out):
     return path if path.exists() else None
 
 
-def prepare_search(out, settings, resume, warnings=()):
+def read_state(out):
+    """The state of the search in a folder, None where there is none. Raises UserError if it is damaged."""
+    path = state_path(out)
+    if not path.exists():
+        return None
+    found = read_json(path)
+    keys = ("settings", "generation", "evaluated", "best", "done")
+    if not isinstance(found, dict) or not found.keys() >= {*keys} or not isinstance(found["settings"], dict):
+        raise UserError(f"{path}: not the state of a search; name another --out")
+    return found
+
+
+def prepare_search(out, settings, resume, warnings=(), started_with=None):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
+
+    `started_with` is kept in the state, for the commands that are printed when the search is resumed without flags.
 
     A search that is resumed may have more generations than before. Raises UserError if `out` has a search and
     `resume` is false, or where that search has other settings.
@@ -240,32 +259,50 @@ def prepare_search(out, settings, resume, warnings=()):
         if any((pathlib.Path(out) / "acc").glob("*.jsonl")):
             if not resume:
                 raise UserError(f"--out {out} holds a search already: resume it with --resume, or name another --out")
-            found = read_json(path)
-            is_state = isinstance(found, dict) and state.keys() <= found.keys() and isinstance(found["settings"], dict)
-            if not is_state:
-                raise UserError(f"{path}: not the state of a search; name another --out")
+            found = read_state(out) or read_json(path)
             before, now = found["settings"].get("generations"), settings.get("generations")
             if isinstance(before, int) and isinstance(now, int) and before < now:
                 found["settings"]["generations"] = now
                 found["done"] = False
             if changes := settings_difference(found["settings"], settings):
                 text = ", ".join(f"{name} {change}" for name, change in changes.items())
-                raise UserError(f"--resume: the search in {out} has other settings: {text}; use them, or another --out")
+                advice = "leave the flags out, or name another --out"
+                raise UserError(f"--resume: the search in {out} has other settings: {text}; {advice}")
             state = found
         state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "heard": {}}
+        state |= {"started_with": started_with} if started_with else {}
         write_json(path, state, indent=1)
     return state
 
 
 def settings_difference(before, now, ignore=()):
-    """What differs between the settings of two searches; see settings.fields.difference.
+    """{flag, or what it is: "0.5 (was 0.3)"} of what differs between the settings of two searches.
 
     Settings of the data that the earlier file lacks have the value that their absence means.
     """
-    if isinstance(before.get("data"), dict):
+    changes = difference(SEARCH, _by_flags(before), _by_flags(now), ignore)
+    for name in changes.keys() & LARGE.keys():
+        where, how = LARGE[name]
+        changes[where] = f"{how} than then"
+    return {flag(n) if n in FIELDS else n: change for n, change in changes.items() if n not in LARGE}
+
+
+def _by_flags(settings):
+    """The settings of a search by the names of its flags."""
+    from space.limits import bounds_of, describe  # here, because they need NumPy
+
+    settings = dict(settings)
+    data = settings.pop("data", None)
+    if isinstance(data, dict):
         with contextlib.suppress(TypeError):
-            before = {**before, "data": DataConfig.from_dict(before["data"]).to_dict()}
-    return difference(SEARCH, before, now, ignore)
+            data = DataConfig.from_dict(data).to_dict()
+        data = dict(data)
+        if is_path("group_by", data.get("group_by")):
+            data.pop("group_by")  # may have moved; the split knows its content
+        settings |= data
+    if settings.keys() & {"limits", "flops_limit"}:
+        settings["limit"] = describe(bounds_of(settings))
+    return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}
 
 
 def read_results(out, repair=False):

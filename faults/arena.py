@@ -187,7 +187,8 @@ class Arena:
         if script == "tester.py":
             words += ["--architecture", ROOT / "architecture_final.json", "--checkpoint", self.supernet]
         if script == "search.py":
-            words += ["--checkpoint", self.supernet, "--resume", "--engine", "local"]
+            words += ["--checkpoint", self.supernet, "--engine", "local"]
+            words += ["--resume"] if search_record.state_path(out).exists() else []
         return Process(self, script, [*words, *more], fault)
 
     def result(self, script, out, process):

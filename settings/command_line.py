@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         unset = argparse.Namespace(**{action.dest: self for action in self._actions})  # no flag has this value
         typed = {k: v for k, v in vars(self.parse_args(argv, unset)).items() if v is not self and k != "help"}
         path = HERE / "demo.yml" if typed.get("demo") else typed.get("config")
-        settings = self._read_settings(path) if path else {}
+        settings = self.read_settings(path) if path else {}
         for name in typed.keys() & settings.keys():
             if FIELDS[name].metadata["extends"]:
                 typed[name] = [*settings[name], *typed[name]]
@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
             if self.given.get(attribute, self.get_default(attribute)) != self.get_default(attribute):
                 raise UserError(f"--{name} has no effect with {cause}: leave one of them out")
 
-    def _read_settings(self, path):
+    def read_settings(self, path):
         """The checked settings of a YAML file: section `common`, overridden by the section of this script."""
         document = read_yaml(path)
         for name, section in document.items():

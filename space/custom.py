@@ -7,6 +7,7 @@ import pathlib
 import reprlib
 
 import blocks
+from settings.subjects import is_path
 from space.search_space import OPERATIONS, SearchSpace
 from utils import UserError, read_json, read_yaml
 
@@ -48,7 +49,8 @@ def make_space(name=None, architecture=None, operations=None, input_size=224, n_
     elif name in PRESETS:
         given = dict(PRESETS[name])
     elif name is not None:
-        document = read_yaml(name)
+        is_file = pathlib.Path(name).exists() or is_path("space", name)
+        document = read_yaml(name) if is_file else {}
         if not isinstance(document.get("space"), dict):
             raise UserError(f"--space {name}: neither {', '.join(PRESETS)} nor a YAML file with a section 'space'")
         given = _fields(document["space"], f"{name}: space")

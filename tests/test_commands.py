@@ -306,8 +306,10 @@ def test_a_flops_table_is_what_the_search_counts_by(out, data, tmp_path, forked,
     assert f"warning: {table} differs from the analytic count: {first}" in stderr
     results = lines(tmp_path / "acc" / "000.jsonl")
     assert len(results) == 3 and all(r["flops"] == 10 * SPACE.flops(r["architecture"]) <= limit for r in results)
-    assert "other settings: costs None (was" in refused("--flops-limit", limit, "--resume")
-    run("search.py", *words, "--flops-table", table, "--flops-limit", limit, "--resume")
+    run("search.py", "--out", tmp_path, "--resume")  # with the table that it had
+    entries["conv1"] = {(3, 16, 16, 16, 1): 11 * SPACE.costs.stem_flops}
+    table.write_bytes(pickle.dumps(entries))
+    assert "other settings: --flops-table other FLOPs than then; leave" in refused("--resume")
 
 
 def test_official_weights_warn_that_the_search_images_were_seen(out, data, tmp_path):

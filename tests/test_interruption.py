@@ -18,7 +18,7 @@ from conftest import ROOT, run
 
 import dataloader
 import search
-from engines.search_record import read_generations
+from engines.search_record import read_generations, read_state
 from reports.search_results import SearchResults
 from training import loop
 from training.checkpoint import checkpoints
@@ -163,4 +163,38 @@ def test_an_extended_search_finds_what_a_longer_one_finds(data, out, tmp_path, f
     ]
     assert found[0] == found[1] and len(found[0]) == 3
     _, stderr = run("search.py", *data, SEARCH, "--generations 2 --resume", "--out", tmp_path / "long", code=2)
-    assert "has other settings: generations 2 (was 3)" in stderr
+    assert "has other settings: --generations 2 (was 3)" in stderr
+
+
+def test_a_resumed_search_has_its_settings_without_flags(data, out, tmp_path, forked, monkeypatch):
+    """Those that decide may be repeated or extended, and not changed; others may."""
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    (tmp_path / "own.yml").write_text("search: {mutation-prob: 0.25}")
+    shutil.copytree(out / "checkpoints" / "supernet", tmp_path / "supernet")
+    weights = next((tmp_path / "supernet").glob("*.pth"))
+    other = tmp_path / "other"
+    run("tester.py", "--mode gen", "--checkpoint", weights, "--out", other)
+    typed = (*data, SEARCH, "--limit params=90%", "--seed 3 --rank-by loss --strategy evolution", "--config",
+             tmp_path / "own.yml", "--checkpoint", weights, "--out", other)  # fmt: skip
+    first, _ = run("search.py", *typed, "--generations 1")
+    settings = read_state(other)["settings"]
+    again, _ = run("search.py", "--resume", "--out", other)
+    assert again == first and f"--config {tmp_path / 'own.yml'}" in again and read_state(other)["settings"] == settings
+    run("search.py", "--resume --concurrency 1 --workers 1 --seed 3 --population 4 --limit params=90%", "--out", other)
+    run("search.py", "--resume --generations 2", "--out", other)
+    assert read_state(other)["settings"] == settings | {"generations": 2} and read_state(other)["generation"] == 2
+    for words, message in (
+        ("--seed 4", "--seed 4 (was 3)"),
+        ("--mutation-prob 0.5", "--mutation-prob 0.5 (was 0.25)"),
+        ("--strategy random", "--strategy random contradicts the search in"),
+        ("--limit flops=90%", "--limit flops up to"),
+        ("--objectives acc1,flops", "--objectives"),
+        ("--generations 1", "--generations 1 (was 2)"),
+        ("--heldout-per-class 4", "--heldout-per-class 4 contradicts"),
+    ):
+        _, stderr = run("search.py", "--resume", words, "--out", other, code=2)
+        assert message in stderr and len(stderr.splitlines()) == 1, stderr
+    missing = tmp_path / "mistyped"
+    _, stderr = run("search.py", "--resume", "--out", missing, code=2)
+    assert f"--resume: there is no search in {missing}" in stderr and not missing.exists()
+    assert read_state(other)["settings"] == settings | {"generations": 2}

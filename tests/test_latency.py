@@ -5,10 +5,14 @@ The clock of these tests counts parameters: an operation takes ten times its par
 
 import argparse
 import itertools
+import json
+import os
+import re
+import shlex
 
 import pytest
 import torch
-from conftest import load, run
+from conftest import ROOT, load, run
 from test_evolution import reward
 
 import search
@@ -339,6 +343,74 @@ def test_random_search_is_a_search_without_children(world, tmp_path, monkeypatch
     with pytest.raises(UserError, match="--mutation has no effect with --strategy random"):
         search.parse_args(["--strategy", "random", "--mutation", "5"])
     assert search.parse_args(["--strategy", "random", "--demo"]).crossover == 0
+
+
+# --- several searches on one supernet ------------------------------------------------------------------------
+
+OWN = {
+    "common": {"heldout-per-class": 3, "loader": "torchvision", "workers": 0, "device": "cpu", "threads": 1},
+    "search": {"population": 6, "generations": 3, "concurrency": 1},
+}
+
+
+@pytest.fixture
+def own(world, tree, tmp_path, monkeypatch):
+    """The current folder has a trained supernet in own/, and own.yml; the search own was made."""
+    monkeypatch.chdir(tmp_path)
+    supernet = tmp_path / "own" / "checkpoints" / "supernet" / "checkpoint-0006000.pth"
+    supernet.parent.mkdir(parents=True)
+    (tmp_path / "s.pth").rename(supernet)
+    for name in ("nni_auto_gen_search_space.json", "latency.json"):
+        (tmp_path / name).unlink()
+    OWN["common"] |= {"data-dir": str(tree), "cache": os.environ["TEST_CACHE"]}
+    (tmp_path / "own.yml").write_text(json.dumps(OWN))  # JSON is YAML
+    monkeypatch.setattr(page, "draw", lambda *_: FIGURES | {"front-flops": b""})
+    typed("python tester.py --mode gen --config own.yml --out own")
+    typed("python search.py --config own.yml --out own --engine local")
+    return f"--config own.yml --checkpoint {supernet.relative_to(tmp_path)}"
+
+
+def typed(line, code=0):
+    """(standard output, standard error) of a command line."""
+    _, script, *words = shlex.split(line)
+    return run(script, *words, code=code)
+
+
+def test_the_searches_of_the_page_run_in_order(own, tmp_path):
+    text = (ROOT / "docs" / "search.md").read_text().split("## Several searches on one supernet")[1]
+    lines = re.search(r"^```sh\n(.*?)^```$", text, re.M | re.S)[1].splitlines()
+    assert len(lines) == 9
+    for line in lines:
+        typed(line)
+    assert list(tmp_path.glob("front/checkpoints/front/*.json")) and not (tmp_path / "fast" / "latency.json").exists()
+    assert SearchResults(tmp_path / "random").is_random() and (tmp_path / "own" / "report.html").exists()
+    states = {name: read_json(state_path(tmp_path / name)) for name in ("own", "front", "fast", "random")}
+    assert states["fast"]["best"]["latency_ms"] and states["fast"]["confirmations"]
+    assert len({state["settings"]["checkpoint"] for state in states.values()}) == 1
+    assert states["front"]["settings"]["objectives"] == ["acc1", "flops"] and states["front"]["generation"] == 12
+
+
+def test_what_is_advised_leads_on(own, tmp_path):
+    """Each command that is printed runs, and is followed by the next one, with the supernet that was named."""
+    first = f"python search.py {own} --out other --engine local --limit latency=50%"
+    for what, mode in (
+        ("no table of latencies, latency.json, in", "latency"),
+        ("search_space.json is missing", "gen"),
+    ):
+        _, stderr = typed(first, code=2)
+        assert what in stderr and len(stderr.splitlines()) == 1
+        advised = re.search(r"(?:run|with) (python .*)", stderr)[1]
+        assert f"--mode {mode} --checkpoint own/" in advised
+        stdout, _ = typed(advised)
+    (following,) = re.findall(r"^next: (python search\.py .*)$", stdout, re.M)
+    assert "--checkpoint own/" in following
+    stdout, _ = typed(f"{following} --engine local --limit latency=50%")
+    channels = stdout.split("search its channels, with the flags of the supernet's training:\n")[1].splitlines()[0]
+    assert channels.endswith("--out other/channels")
+    write_json(tmp_path / "other" / "latency.json", {**read_json(tmp_path / "other" / "latency.json"), "space": {}})
+    _, stderr = typed(f"{first} --resume", code=2)
+    assert "latency.json: is of another search space than the supernet's; run python tester.py --mode latency" in stderr
+    assert "--checkpoint own/" in stderr
 
 
 # --- the bench -----------------------------------------------------------------------------------------------

@@ -249,6 +249,6 @@ def test_what_older_files_lack_is_what_its_absence_means():
     search = {"data": DataConfig(32, 37).to_dict()}  # the record of a search of before
     del search["data"]["alpha"], search["data"]["jfif"]
     assert settings_difference(search, {"data": DataConfig.from_dict(search["data"]).to_dict()}) == {}
-    assert settings_difference(search, {"data": DataConfig(32, 37).to_dict()}).keys() == {"data"}
+    assert settings_difference(search, {"data": DataConfig(32, 37).to_dict()}).keys() == {"--alpha", "--jfif"}
     new = DataConfig(alpha="black", exif="apply")
     assert DataConfig.from_dict(new.to_dict()) == new

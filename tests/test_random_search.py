@@ -86,7 +86,7 @@ def test_a_search_that_is_no_fair_comparison_is_refused(searched, tmp_path):
     with pytest.raises(UserError, match="no random search"):
         write_report(searched, searched)
     other = make(tmp_path / "other", mutation=0, crossover=0, limit="40%")
-    with pytest.raises(UserError, match=r"differs from .* in flops_limit"):
+    with pytest.raises(UserError, match=r"differs from .* in --limit,"):
         write_report(searched, other)
 
 

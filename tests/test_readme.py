@@ -6,7 +6,8 @@ An HTML comment before a block of commands, invisible on the rendered page, tags
     <!-- commands: run small by a test -->   run by make test-all, in a copy with a smaller demo.yml, whose requirements
                                              are the installed packages
     <!-- commands: need ImageNet -->         not run; the script's own parser accepts the arguments
-    <!-- commands: run in order by a test -->  a page as a whole, by tests/test_own_images.py
+    <!-- commands: run in order by a test -->  a page as a whole, by tests/test_own_images.py; the searches of
+                                               docs/search.md, by tests/test_latency.py
     <!-- commands: take long -->             not run; the script exists and defines the flags
 """
 

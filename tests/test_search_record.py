@@ -104,7 +104,8 @@ def test_a_search_may_rank_by_the_loss(tmp_path):
         evolution.tell({c: -reward(c) if sum(c) % 5 else None for c in population})
     assert asked == told
 
-    with pytest.raises(UserError, match="rank_by"):
+    searching.lock.close()
+    with pytest.raises(UserError, match=r"other settings: --rank-by acc1 \(was loss\)"):
         prepare_search(tmp_path, SETTINGS, resume=True)
 
 
@@ -177,7 +178,7 @@ def test_folder_with_a_search_is_refused(tmp_path):
     fill(tmp_path, stop_after=1)
     with pytest.raises(UserError, match=r"holds a search already: .*--resume.*--out"):
         prepare_search(tmp_path, SETTINGS, resume=False)
-    with pytest.raises(UserError, match=r"other settings: seed 6 \(was 5\), select 3 \(was 2\)"):
+    with pytest.raises(UserError, match=r"other settings: --seed 6 \(was 5\), --select 3 \(was 2\)"):
         prepare_search(tmp_path, SETTINGS | {"seed": 6, "select": 3}, resume=True)
     assert prepare_search(tmp_path, SETTINGS, resume=True)["evaluated"] == 1
     state_path(tmp_path).write_text("{}")

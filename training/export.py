@@ -151,7 +151,7 @@ def export(path, model, ckpt, config, with_preprocessing=False, images=None):
     content = (_torch_export if path.suffix == ".pt2" else _onnx)(program, values, names)
     _, run = _read(path, content)
     images = images or _bundled_images()
-    found = (_compare_from_files if with_preprocessing else _compare)(run, model, config, images)
+    found = (compare_from_files if with_preprocessing else compare)(run, model, config, images)
     if not found["max_difference"] <= TOLERANCE:
         largest = f"its logits differ from the network's by {found['max_difference']:.2g}, over {TOLERANCE}"
         raise UserError(f"--export {path}: not written, since {largest}")
@@ -192,7 +192,7 @@ def _bundled_images():
     return images.take(stratified_order(images.labels, 0)[:N_IMAGES])
 
 
-def _compare(run, model, config, images):
+def compare(run, model, config, images):
     """How the logits of `run(images)` compare with the network's, on images that are resized and cropped."""
     loader = Loader(images, config, False, backend="torchvision", workers=0)
     differences = []
@@ -202,7 +202,7 @@ def _compare(run, model, config, images):
     return {"max_difference": max(differences), "n_images": len(images)}
 
 
-def _compare_from_files(run, model, config, images):
+def compare_from_files(run, model, config, images):
     """How `run(image)` of whole images compares with the network behind the loader of validation, from the files on.
 
     The logits are compared for equal pixels, those of the preprocessing in the program; the classes for the loader's.

@@ -4,7 +4,8 @@ Every loader decodes the batches of a plan to uint8 RGB (N, H, W, 3), with plan 
 images/dataset.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or RGB
 normalised by ImageNet's mean and standard deviation.
 
-    python dataloader.py --check DIR    lists all files of DIR/{train,val}/<class>/ that are unreadable or mislabelled
+    python dataloader.py --check DIR    lists all files of DIR/{train,val}/<class>/ that are unreadable or mislabelled,
+                                        and with --group-by the groups that train and val share
 
 Source: official `src/Supernet/train.py` (transforms).
 """
@@ -28,9 +29,18 @@ import torch
 
 from distributed import local_world_size
 from images import image_check, pictures
-from images.dataset import draw_augmentation, scan, tree_paths, unmatched_classes, validation_geometry
+from images.dataset import (
+    draw_augmentation,
+    groups_of,
+    number_groups,
+    scan,
+    shared_groups,
+    tree_paths,
+    unmatched_classes,
+    validation_geometry,
+)
 from settings.command_line import Parser
-from settings.subjects import Images
+from settings.subjects import DataConfig, Images
 from utils import UserError, cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -399,10 +409,11 @@ def parse_args(argv=None):
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
     parser.add(Images, only=("cache", "max_pixels"))
+    parser.add(DataConfig, only=("group_by",))
     return parser.parse_args(argv)
 
 
-def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels):
+def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, group_by=None):
     """Prints a line for each problem of a tree. Raises UserError with counts if there are any."""
     problems, ignored = [], []
     train, val = (scan(f"{folder}/{part}", problems, ignored=ignored) for part in ("train", "val"))
@@ -412,8 +423,12 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels):
     found = image_check.inspect_all(folder, paths, max_pixels)
     unreadable, mislabelled, shared = found.unreadable, found.mislabelled, found.shared
     copies = [f"{path}: a copy of {first}" for first, group in found.copies.items() for path in group[1:]]
+    groups = shared_groups(group_by, train, val) if group_by else []
+    if group_by:
+        number_groups(train, groups_of(group_by, "train", train.paths), group_by)  # raises if they are none
     lines = [
         *problems,
+        *groups,
         *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
@@ -424,6 +439,8 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels):
         counts += f", {len(copies)} copies in train"
     if found.turned:
         counts += f", {found.turned} with an EXIF orientation"
+    if group_by:
+        counts += f", {len(groups)} groups in train and val"
     if problems or unreadable or (mislabelled and not accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
@@ -433,7 +450,7 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels):
 
 
 def main(parsed):
-    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels)
+    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels, parsed.group_by)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Source: official `src/Supernet/train.py` (transforms), paper section 4.
 """
 
 import collections
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import re
 
 import numpy as np
 
@@ -119,6 +121,65 @@ def synthetic_set(n_classes=1000, images_per_class=100):
     return ImageSet(None, paths, np.repeat(np.arange(n_classes), images_per_class), classes)
 
 
+def groups_of(group_by, part, paths):
+    """The name of the group of each file of a part, "train" or "val"; None where it has none.
+
+    `group_by` is a regular expression, or the name of a .csv of file and group, where a file is `<class>/<file>` of
+    both parts, or `<part>/<class>/<file>`. Raises UserError if it is neither.
+    """
+    if group_by.endswith(".csv"):
+        named = _read_groups(group_by)
+        return [named.get(f"{part}/{path}", named.get(path)) for path in paths]
+    try:
+        matches = map(re.compile(group_by).search, paths)
+    except re.error as error:
+        raise UserError(f"--group-by {group_by!r}: not a regular expression ({error})") from None
+    return [match and (" ".join(match.groups("")) or match[0]) for match in matches]
+
+
+def _read_groups(path):
+    """{file: group} of a CSV, with or without the line file,group. Raises UserError that names the line."""
+    named = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for row in csv.reader(file):
+                if len(row) != 2:
+                    raise UserError(f"{path}: line {len(named) + 1} has {len(row)} columns, not file and group")
+                name, group = row
+                if named.setdefault(name, group) != group:
+                    raise UserError(f"{path}: {name} is in two groups, {named[name]!r} and {group!r}")
+    except OSError as error:
+        raise UserError(f"--group-by {path}: {error.strerror}") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV of file and group ({error})") from None
+    return named
+
+
+def number_groups(images, names, group_by):
+    """The number of the group of each image (N,), in order of their first images; without a name, one of its own.
+
+    Raises UserError if no image has a name, or a group is in two classes.
+    """
+    if not any(name is not None for name in names):
+        raise UserError(f"--group-by {group_by}: none of the {len(names)} files of {images.root} is in a group")
+    first, numbers = {}, []
+    for i, name in enumerate(names):
+        j = first.setdefault((i,) if name is None else name, i)
+        if images.labels[i] != images.labels[j]:
+            what = f"group {name!r} is in two classes, of {images.paths[j]} and {images.paths[i]}"
+            raise UserError(f"--group-by {group_by}: {what}; name the class in it")
+        numbers.append(j)
+    return np.unique(numbers, return_inverse=True)[1]
+
+
+def shared_groups(group_by, train, val):
+    """A line for each group that has images of train and of val."""
+    names = {part: groups_of(group_by, part, images.paths) for part, images in (("train", train), ("val", val))}
+    first = {name: path for name, path in zip(reversed(names["train"]), reversed(train.paths)) if name is not None}
+    found = {name: path for name, path in zip(reversed(names["val"]), reversed(val.paths)) if name in first}
+    return [f"group {name!r} is in train and val: train/{first[name]}, val/{found[name]}" for name in sorted(found)]
+
+
 def stratified_order(labels, seed):
     """A random order of indices of which every prefix has equally many images of each class, as long as they last."""
     rng = np.random.default_rng([seed, CALIBRATE])
@@ -189,6 +250,9 @@ class Data:
             if (n := counts["turned"]) and self.config.exif == "ignored":
                 advice = "train with exif: apply (--exif apply) to see them as viewers show them"
                 self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
+            if self.config.group_by and (shared := shared_groups(self.config.group_by, self.train, self.val)):
+                text = f"{folder}: {len(shared)} groups of images are in train and val: accuracies on val are too high"
+                self.warnings.append(f"{text}; {shared[0]}")
 
     @classmethod
     def of(cls, images, config, listed=None):
@@ -205,7 +269,8 @@ class Data:
         """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""
         parts = {part: {"per_class": np.bincount(images.labels).tolist(), "paths": images.paths}
                  for part, images in (("train", self.train), ("val", self.val))}  # fmt: skip
-        write_json(path, {"classes": self.classes, "heldout": self.heldout.tolist(), **parts})
+        held_out = {"heldout": self.heldout.tolist(), "split": self.split}
+        write_json(path, {"classes": self.classes, **held_out, **parts})
 
     def _read_list(self, path, folder):
         with open(path) as file:
@@ -216,7 +281,7 @@ class Data:
             ImageSet(f"{folder}/{part}", tuple(images["paths"]), np.repeat(labels, images["per_class"]), self.classes)
             for part, images in (("train", content["train"]), ("val", content["val"]))
         )
-        self.heldout = np.array(content["heldout"])
+        self.heldout, self.split = np.array(content["heldout"]), content["split"]
 
     @functools.cached_property
     def heldout(self):
@@ -227,8 +292,7 @@ class Data:
             smallest = f"class {self.classes[counts.argmin()]!r} has {counts.min()} images"
             what = f"{per_class} held-out images per class leave nothing to train on: {smallest}"
             raise UserError(f"{what}; lower --heldout-per-class")
-        order = stratified_order(self.train.labels, self.config.split_seed)
-        heldout = np.sort(order[: per_class * len(self.classes)])
+        heldout = np.flatnonzero(self._draw_groups(per_class)[self.groups])
         self._warn_of_copies({self.train.paths[i] for i in heldout})
         return heldout
 
@@ -241,13 +305,50 @@ class Data:
             self.warnings.append(f"{self.train.root}: {what}: {advice}")
 
     @functools.cached_property
+    def groups(self):
+        """The number of the group of each training image (N,); without --group-by, each is a group."""
+        group_by = self.config.group_by
+        if not group_by:
+            return np.arange(len(self.train))
+        return number_groups(self.train, groups_of(group_by, "train", self.train.paths), group_by)
+
+    def _draw_groups(self, per_class):
+        """Which groups are held out, as bools: of each class in random order, until they have `per_class` images."""
+        sizes = np.bincount(self.groups)
+        labels = self.train.labels[np.unique(self.groups, return_index=True)[1]]  # of the groups
+        order = stratified_order(labels, self.config.split_seed)
+        order = order[np.argsort(labels[order], kind="stable")]  # class after class
+        before = np.cumsum(sizes[order]) - sizes[order]
+        starts = np.searchsorted(labels[order], np.arange(len(self.classes)))
+        before -= before[starts][labels[order]]  # images of the class in the groups before
+        drawn = np.zeros(len(sizes), bool)
+        drawn[order] = before < per_class
+        for label in np.flatnonzero(np.bincount(labels[~drawn], minlength=len(self.classes)) == 0):
+            own = np.flatnonzero(labels == label)
+            smallest = own[sizes[own].argmin()]  # is left to train on
+            if sizes[own].sum() - sizes[smallest] < per_class:
+                found = f"class {self.classes[label]!r} has {sizes[own].sum()} images in {len(own)} groups"
+                what = f"{found}, which can't be split into {per_class} or more held-out ones and the others"
+                raise UserError(f"--group-by: {what}; lower --heldout-per-class")
+            drawn[smallest] = False
+        return drawn
+
+    @functools.cached_property
     def split(self):
         names = "\n".join(self.train.paths[i] for i in self.heldout)
         return {
             "seed": self.config.split_seed,
             "heldout_per_class": self.config.heldout_per_class,
             "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
+            **self._grouping(),
         }
+
+    def _grouping(self):
+        """What identifies --group-by in the split: the regular expression, or a hash of the CSV's content."""
+        group_by = self.config.group_by
+        if group_by and group_by.endswith(".csv"):
+            group_by = hashlib.sha256(repr(sorted(_read_groups(group_by).items())).encode()).hexdigest()[:16]
+        return {"group_by": group_by} if group_by else {}
 
     @property
     def names_hash(self):

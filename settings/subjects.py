@@ -6,6 +6,7 @@ settings of their subject, or plain arguments. Needs only the standard library.
 
 import argparse
 import dataclasses
+import os
 from typing import ClassVar
 
 from settings.fields import Settings, count, flag, names, real, setting
@@ -81,8 +82,13 @@ class DataConfig(Settings):
         "ignored", "apply turns images as their EXIF orientation says, and as viewers show them (ignored)",
         choices=("ignored", "apply"),
     )  # fmt: skip
-
     jfif: bool = setting(True, "read .jfif files of the tree, too (yes)")
+    group_by: str = setting(
+        None,
+        "hold out whole groups of images: a regular expression, searched in CLASS/FILE, whose parentheses are the "
+        "group, or a .csv of file and group (each image on its own)",
+        unit="REGEX|CSV", path=True,
+    )  # fmt: skip
 
     ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored", "jfif": False}
 
@@ -106,7 +112,9 @@ class DataConfig(Settings):
         """
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
         for name, value in values.items():
-            if stored and value != getattr(stored, name):
+            if is_path(name, value):
+                values[name] = os.path.abspath(value)  # checkpoints keep it; the split knows its content
+            elif stored and value != getattr(stored, name):
                 contradiction = f"{flag(name)} {value} contradicts {source}, which has {getattr(stored, name)}"
                 raise UserError(f"{contradiction}; leave the flag out")
         if not stored:
@@ -141,6 +149,7 @@ class DataConfig(Settings):
             default = field.default
             numbers = value if type(value) in (list, tuple) and len(value) == 2 else (value,)
             kinds = (int, float) if type(default) in (float, tuple) else (type(default),)
+            kinds = (str, type(None)) if default is None else kinds
             if (type(default) is tuple) != (len(numbers) == 2) or any(type(n) not in kinds for n in numbers):
                 raise TypeError(f"{field.name} is a {type(value).__name__}")
         return cls(**{**cls.ABSENT, **values})
@@ -399,7 +408,7 @@ def deciding(values):
 
 
 def is_path(name, value):
-    """Whether the value of a setting is a path; that of `space` is one if it names a YAML file."""
-    if name == "space":
-        return str(value).endswith((".yml", ".yaml"))
+    """Whether the value of a setting is a path; that of `space` or `group_by` is one where it names a file."""
+    if name in ("space", "group_by"):
+        return str(value).endswith((".yml", ".yaml") if name == "space" else ".csv")
     return name in FIELDS and FIELDS[name].metadata["path"]

@@ -361,11 +361,17 @@ def test_without_imagenet_one_line_says_so(script, tmp_path):
         ("supernet.py --heldout-per-class 12", "12 held-out images per class leave nothing"),
         ("supernet.py --config missing.yml", "missing.yml: No such file"),
         ("scratch.py --architecture missing.json", "missing.json: No such file"),
+        (
+            "scratch.py --architecture six.json",
+            "six.json: architecture has 6 blocks, this search space has 20; name its",
+        ),
+        ("supernet.py --space medium.yml", "medium.yml: No such file"),
         ("tester.py", "--architecture: name the architecture file"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(words, message, data, tmp_path):
     script, *words = words.split()
+    (tmp_path / "six.json").write_text("[0, 1, 2, 3, 0, 1]")
     stdout, stderr = run(script, *data, *words, "--out", tmp_path, code=2, cwd=tmp_path)
     assert stdout == "" and len(stderr.splitlines()) == 1, stderr
     assert message in stderr

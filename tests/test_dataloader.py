@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -13,7 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, coloured_image, make_tree
+from conftest import CLASSES, coloured_image, make_tree, run
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop
@@ -92,6 +93,101 @@ def test_split_is_disjoint_deterministic_and_per_class(images):
     assert data.split == again.split and again.images("search").paths == held.paths
     other = Data.of(images, dataclasses.replace(CONFIG, split_seed=1))
     assert other.split["hash"] != data.split["hash"]
+
+
+def test_without_groups_the_split_is_what_it_was(images):
+    """The hash of the release before there were groups, which is in checkpoints; groups of one are no groups."""
+    expected = {"seed": 0, "heldout_per_class": 3, "hash": "0746e3f3c891fc14"}
+    assert Data.of(images, CONFIG).split == expected and "group_by" not in CONFIG.to_dict()
+    alone = Data.of(images, dataclasses.replace(CONFIG, group_by="(.*)[.]jpg"))
+    assert alone.split == expected | {"group_by": "(.*)[.]jpg"}
+
+
+def grouped(folder, sizes, **config):
+    """The Data of a tree without images, of groups of these sizes in the classes a, b, ..., and their config."""
+    for part in ("train", "val"):
+        for name, groups in zip("abc", sizes if part == "train" else [[1]] * len(sizes)):
+            for number, size in enumerate(groups):
+                for i in range(size):
+                    path = folder / part / name / f"{part if part == 'val' else ''}{number:02}_{i}.jpg"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.touch()
+    return Data(folder, DataConfig(**{"heldout_per_class": 5, "group_by": "(.*)_"} | config))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    none = {"shared": 0, "turned": 0, "copies": []}
+    monkeypatch.setattr(image_check, "check_images", lambda *_: none)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_are_held_out_as_a_whole(tmp_path, unchecked, seed):
+    """Until there are enough images; the file that matches nothing is on its own."""
+    sizes = [[3] * 10, [1, 7, 2, 2, 4, 9], [5, 1]]
+    data = grouped(tmp_path, sizes, split_seed=seed)
+    (tmp_path / "train" / "a" / "alone.jpg").touch()
+    data = Data(tmp_path, data.config)
+    held, rest = ({p.rsplit("_", 1)[0] for p in data.images(part).paths} for part in ("search", "supernet"))
+    assert not held & rest and len(held | rest) == 10 + 6 + 2 + 1
+    counts = np.bincount(data.images("search").labels)
+    assert 5 <= counts[0] <= 7 and 5 <= counts[1] <= 14 and counts[2] == 5
+    assert not [text for text in data.warnings if "groups" in text]
+
+
+def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
+    """Which is the same split wherever the file is, and another one with other groups."""
+    data = grouped(tmp_path / "tree", [[3] * 10, [3] * 10])
+    lines = [f"{path},{path[:4]}" for path in data.train.paths]
+    (tmp_path / "g.csv").write_text("\n".join(["file,group", *lines]))
+    (tmp_path / "moved.csv").write_text("\ufeff" + "\r\n".join(["file,group", *lines]), encoding="utf-8")
+    found = [Data(tmp_path / "tree", dataclasses.replace(data.config, group_by=str(tmp_path / name)))
+             for name in ("g.csv", "moved.csv")]  # fmt: skip
+    assert found[0].split == found[1].split and found[0].split["hash"] == data.split["hash"]
+    (tmp_path / "g.csv").write_text("\n".join(["file,group", *lines[1:]]))
+    assert Data(tmp_path / "tree", found[0].config).split["group_by"] != found[1].split["group_by"]
+    stored = found[0].config
+    assert DataConfig.resolve({"group_by": str(tmp_path / "moved.csv")}, stored, "x.pth").group_by.endswith("moved.csv")
+    with pytest.raises(UserError, match=r"--group-by _ contradicts x\.pth, which has .*g\.csv"):
+        DataConfig.resolve({"group_by": "_"}, stored, "x.pth")
+    found[1].write_list(tmp_path / "listed.json")  # for trials, which need no CSV
+    (tmp_path / "moved.csv").unlink()
+    listed = Data(tmp_path / "tree", found[1].config, listed=tmp_path / "listed.json")
+    assert listed.split == found[0].split | {"group_by": found[1].split["group_by"]}
+    assert listed.images("search").paths == data.images("search").paths
+
+
+@pytest.mark.parametrize(
+    "group_by, message",
+    [
+        ("a(", r"--group-by 'a\(': not a regular expression"),
+        ("nothing", "--group-by nothing: none of the 12 files of .*train is in a group"),
+        (r"/(\d+)_", "group '00' is in two classes, of a/00_0.jpg and b/00_0.jpg; name the class in it"),
+        ("^(.)", "class 'a' has 6 images in 1 groups, which can't be split into 5 or more held-out ones"),
+        ("none.csv", "--group-by none.csv: No such file or directory"),
+        ("three.csv", "three.csv: line 2 has 3 columns, not file and group"),
+        ("two.csv", "two.csv: a/00_0.jpg is in two groups, 'x' and 'y'"),
+    ],
+)
+def test_wrong_groups_are_one_line(tmp_path, unchecked, monkeypatch, group_by, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "three.csv").write_text("file,group\na/00_0.jpg,x,y\n")
+    (tmp_path / "two.csv").write_text("file,group\na/00_0.jpg,x\na/00_0.jpg,y\n")
+    with pytest.raises(UserError, match=message) as error:
+        _ = grouped(tmp_path / "tree", [[3, 3], [3, 3]], group_by=group_by).heldout
+    assert "\n" not in str(error.value)
+
+
+def test_a_check_names_the_groups_that_train_and_val_share(tree, tmp_path):
+    """In the fixture's tree, the files of one number and class; a run warns."""
+    words = ("--check", tree, "--group-by", r"/(\d+)[.]", "--cache", tmp_path)
+    _, stderr = run("dataloader.py", *words, code=2)
+    assert "group '000' is in two classes" in stderr
+    stdout, _ = run("dataloader.py", *words[:3], r"(.*)[.]", *words[4:])
+    assert "group 'bird/003' is in train and val: train/bird/003.jpg, val/bird/003.jpg" in stdout
+    assert len(re.findall("is in train and val", stdout)) == 21 and "21 groups in train and val; recorded" in stdout
+    data = Data(tree, dataclasses.replace(CONFIG, group_by="(.*)[.]"), tmp_path)
+    assert any("21 groups of images are in train and val" in text for text in data.warnings)
 
 
 def test_a_split_of_names_that_are_no_text(tmp_path):

@@ -23,6 +23,27 @@ FEWER = {
 }
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_script_of_the_page_splits_by_chance(tmp_path, monkeypatch, grouped):
+    """A fifth of each class, of all five views of its things; with the page's other `group`, of whole things."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mugs", "pans"):
+        for i in range(100):
+            path = tmp_path / "photos" / name / f"thing{i // 5:02}_view{i % 5}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    script = next(text for _, language, text in BLOCK.findall(PAGE) if language == "python")
+    alone, together = re.search(r"return (path\.name)  # .*; (path\.name\.split.*?\]) ", script).groups()
+    exec(script.replace(f"return {alone} ", f"return {together} ") if grouped else script, {})
+    for name in ("mugs", "pans"):
+        val, train = ({p.stem for p in pathlib.Path("sorted", part, name).iterdir()} for part in ("val", "train"))
+        assert len(val) == 20 and len(train) == 80
+        assert {stem.split("_")[1] for stem in val} == {f"view{i}" for i in range(5)}
+        assert ({s.split("_")[0] for s in val} & {s.split("_")[0] for s in train} == set()) == grouped
+    drawn = [{p.stem for p in pathlib.Path("sorted", "val", name).iterdir()} for name in ("mugs", "pans")]
+    assert drawn[0] != drawn[1]
+
+
 @pytest.mark.slow
 def test_the_page_from_top_to_bottom(tmp_path, monkeypatch, forked):
     monkeypatch.chdir(tmp_path)

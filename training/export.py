@@ -36,7 +36,13 @@ N_IMAGES, BATCH_SIZE = 20, 7  # of the bundled images: 7, 7 and 6
 WARM_UP, TIMED = 10, 50  # runs of one image
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # torch.onnx needs the first two; the third runs the file
 SUFFIXES = (".pt2", ".onnx")
-OF_A_PROGRAM = ("input_size", "val_resize", "preprocessing", "alpha", "exif")  # of a DataConfig, what a program has in it
+OF_A_PROGRAM = (
+    "input_size",
+    "val_resize",
+    "preprocessing",
+    "alpha",
+    "exif",
+)  # of a DataConfig, what a program has in it
 FORMS = ("without preprocessing", "with preprocessing")
 
 

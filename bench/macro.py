@@ -51,7 +51,7 @@ TRUTH = ROOT / "data" / "nas-bench-macro.json.xz"
 RESULTS = ROOT / "bench" / "results" / "macro.json"
 STAGES = (2, 3, 3)  # blocks
 LIMITS = (35_000_000, 55_000_000, 75_000_000)  # FLOPs
-ON_THE_WAY = 100  # networks scored in every checkpoint but the last
+ON_THE_WAY, APART = 100, 2000  # networks scored in the checkpoints before the last, and the steps between these
 CHUNK = 500  # networks scored, and saved, together
 RESAMPLES = 1000
 SEARCHES = 100  # seeds of every search
@@ -102,30 +102,51 @@ def side_by_side(commands):
         sys.exit("a part of the study failed; the same command resumes it")
 
 
+def some_distinct(n=None):
+    """Fixed distinct networks, `n` of them or all, in order."""
+    networks = sorted({distinct(network) for network in load_truth()})
+    return sorted(random.Random(1).sample(networks, n)) if n else networks
+
+
+def halves(networks):
+    """The half of the networks to choose a score by, and the other half."""
+    shuffled = random.Random(2).sample(networks, len(networks))
+    return {"chosen by": sorted(shuffled[::2]), "reported": sorted(shuffled[1::2])}
+
+
+def checkpoints(folder):
+    """{step: file} of a supernet's folder, in order."""
+    files = checkpoint.checkpoints(folder / "checkpoints" / "supernet")
+    return {int(re.search(r"\d+", file.stem)[0]): file for file in files}
+
+
+def open_checkpoint(folder, file, every=1, split="search"):
+    """(supernet, calibration batches, batches of each `every`-th image of the split, BN averaging) of a checkpoint."""
+    words = ["--config", folder / "settings.yml", "--operations", OPERATIONS, "--checkpoint", file, "--threads", 1]
+    args = tester.parse_args([*map(str, words), "--split", split])
+    supernet, calibration, validation = tester.open_supernet(args)
+    return supernet, calibration, [(images[::every], labels[::every]) for images, labels in validation], args.bn
+
+
 def score(folder, n_networks, every):
-    """Scores networks in every checkpoint of a folder; folder/scores.jsonl keeps what is done: top-1 and loss.
+    """Scores networks in checkpoints of a folder; folder/scores.jsonl keeps what is done: top-1 and loss.
 
     The last checkpoint scores `n_networks` of them (None: all). `every` takes each so many-th held-out image.
     """
-    path, networks = folder / "scores.jsonl", sorted({distinct(network) for network in load_truth()})
-    if n_networks:
-        networks = sorted(random.Random(1).sample(networks, n_networks))
+    path, networks = folder / "scores.jsonl", some_distinct(n_networks)
     done = {(step, network) for step, scores in read_scores(folder).items() for network in scores}
-    files = checkpoint.checkpoints(folder / "checkpoints" / "supernet")
-    for file in reversed(files):
-        step = int(re.search(r"\d+", file.stem)[0])
-        wanted = (
-            networks if file == files[-1] else sorted(random.Random(0).sample(networks, min(ON_THE_WAY, len(networks))))
-        )
+    files = checkpoints(folder)
+    for step, file in reversed(files.items()):
+        if step == max(files):
+            wanted = networks
+        else:
+            wanted = [] if step % APART else sorted(random.Random(0).sample(networks, min(ON_THE_WAY, len(networks))))
         wanted = [network for network in wanted if (step, network) not in done]
         if not wanted:
             continue
-        words = ["--config", folder / "settings.yml", "--operations", OPERATIONS, "--checkpoint", file, "--threads", 1]
-        args = tester.parse_args([*map(str, words)])
-        supernet, calibration, validation = tester.open_supernet(args)
-        validation = [(images[::every], labels[::every]) for images, labels in validation]
+        supernet, *batches, bn = open_checkpoint(folder, file, every)
         for chunk in (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)):
-            measured = measure(supernet, chunk, calibration, validation, args.bn)
+            measured = measure(supernet, chunk, *batches, bn)
             with open(path, "a") as lines:
                 lines.writelines(f"{json.dumps([step, *row])}\n" for row in measured)
 
@@ -220,12 +241,10 @@ def other_scores(folders, networks, last, truth):
     loss = [{n: -value for n, value in read_scores(folder, 1)[last].items()} for folder in folders]
     mean = [{n: statistics.fmean(seed[n] for seed in acc1) for n in networks}]
     scores = {"top-1": acc1, "loss": loss, "angle": [angles(folder, networks) for folder in folders]}
-    shuffled = random.Random(2).sample(networks, len(networks))
-    halves = {"chosen by": sorted(shuffled[::2]), "reported": sorted(shuffled[1::2])}
     return {
         name: {
             half: agreement([[seed[n] for n in some] for seed in seeds], [truth[n]["mean_acc"] for n in some])
-            for half, some in halves.items()
+            for half, some in halves(networks).items()
         }
         for name, seeds in (scores | {f"mean top-1 of {len(folders)} supernets": mean}).items()
     }

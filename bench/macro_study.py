@@ -1,6 +1,6 @@
 """Where a supernet loses its agreement with NAS-Bench-Macro, and which networks it overrates.
 
-    python bench/macro_study.py --top1-only     by bench/results/macro.json, in seconds
+    python bench/macro_study.py --committed     by bench/results/macro.json, in seconds
     python bench/macro_study.py                 by the supernets of bench/macro.py, too
 
 The first says how far one training of the truth agrees with the mean of the other two, how far two supernets agree, and
@@ -339,24 +339,25 @@ def draw(results, path):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.4), layout="constrained")
         *panels, right = figure.subplots(1, 4, width_ratios=(2, 3, 3, 4))
+        for panel in panels[1:]:
+            panel.sharey(panels[0])
         for panel, (stage, operations) in zip(panels, lost["errors"].items()):
             for colour, (name, groups) in zip(COLOURS, operations.items()):
                 x, rows = zip(*((int(k), row) for k, row in groups.items() if k != "first"))
                 means, widths, _ = zip(*rows)
                 panel.errorbar(x, means, 1.96 * np.array(widths), fmt="o-", color=colour, markersize=4, label=name)
             panel.axhline(0, color=GREY, linewidth=0.8)
-            panel.set(xlabel="blocks of the operation", title=stage, xticks=range(len(groups) - 1))
-            panel.sharey(panels[0])
+            panel.set(xlabel="blocks of the operation", title=stage, xticks=range(max(x) + 1))
         panels[0].set(ylabel="mean rank error (percentile points)")
         panels[1].legend(loc="lower left")
         for name, (true, found, _) in lost["additive"]["worth"].items():
             stage, place, operation = name.split(", ", 2)
-            style = {"color": COLOURS[OPERATIONS.index(operation)], "marker": "s" if place == "first" else "o"}
-            right.plot(true, found, linestyle="", markersize=4, **style)
-            label = f"{stage.split()[1]} {place}"
-            right.annotate(label, (true, found), (4, 3), textcoords="offset points", fontsize=7.5)
-        right.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
-        right.set(xlabel="in the truth (percentile points)", ylabel="in the supernets", title="worth over identity")
+            marker = "s" if place == "first" else "o"
+            right.plot(true, found, marker, color=COLOURS[OPERATIONS.index(operation)], markersize=5)
+            right.annotate(stage.split()[1], (true, found), (5, 2), textcoords="offset points", fontsize=8)
+        right.axline((20, 20), slope=1, color=GREY, linewidth=0.8)
+        right.set(xlabel="in the truth (percentile points)", ylabel="in the supernets")
+        right.set(title="worth over identity", xlim=(0, None), ylim=(0, None))
         figure.savefig(path, dpi=120, facecolor="white")
 
 
@@ -367,7 +368,7 @@ def parse_args(argv=None):
     parser.add_argument("folders", nargs="*", type=pathlib.Path, default=default, metavar="FOLDER", help=text)
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--networks", type=int, default=NETWORKS, help=f"to measure (default: {NETWORKS})")
-    parser.add_argument("--top1-only", action="store_true", help="only what bench/results/macro.json says")
+    parser.add_argument("--committed", action="store_true", help="only what bench/results/macro.json says")
     parser.add_argument("--measure", action="store_true", help="only measure, in one folder")
     return parser.parse_args(argv)
 
@@ -378,7 +379,7 @@ def main(args):
         return measure(*args.folders, networks)
     results = of_top1()
     print(f"one training of the truth and the mean of the other two: a tau of {results['truth']:.3f}\n", flush=True)
-    if not args.top1_only:
+    if not args.committed:
         macro.side_by_side([[__file__, folder, "--measure", "--networks", args.networks] for folder in args.folders])
         found = of_supernets(args.folders, networks)
         results |= found | {"lost": results["lost"] | found["lost"]}

@@ -92,8 +92,14 @@ def test_evolution_stays_legal_and_finds_the_best_of_what_it_asked(monkeypatch):
     assert TRUTH[picked]["mean_acc"] == max(TRUTH[n]["mean_acc"] for n in asked)
 
 
-def test_one_training_of_the_truth_agrees_with_the_other_two():
-    assert study.truth_agreement(TRUTH) == pytest.approx(0.895, abs=5e-4)
+def test_the_study_of_the_committed_scores(tmp_path, capsys):
+    study.main(study.parse_args(["--committed", "--results", str(tmp_path / "study.json")]))
+    assert "the mean of the other two: a tau of 0.895" in capsys.readouterr().out
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    found, committed = (json.loads(path.read_text()) for path in (tmp_path / "study.json", study.RESULTS))
+    (name, lost), *_ = found["lost"].items()
+    assert lost["seeds"]["each other"] == pytest.approx(committed["lost"][name]["seeds"]["each other"], abs=2e-3)
+    assert lost["additive"]["tau"] == pytest.approx(committed["lost"][name]["additive"]["tau"], abs=2e-3)
 
 
 def test_encodings_are_all_of_a_network():

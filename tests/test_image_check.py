@@ -175,7 +175,7 @@ def test_records_are_kept_in_the_folder_of_cache(tree, tmp_path, touched):
     Data(tree, DataConfig(heldout_per_class=1), record.parent)
     assert list(json.loads(record.read_text())) == [str(tree)]
     written = [path for what, path in touched if what == "write"]
-    assert written and not [path for path in written if path.startswith(str(ROOT)) and "__pycache__" not in path]
+    assert written and not [path for path in written if path.startswith(f"{ROOT}/") and "__pycache__" not in path]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.99])

@@ -64,7 +64,6 @@ trial.report(map(evaluate, candidates))
 HOST = """
 import json, pathlib, sys
 from engines import nni_engine
-import search
 from engines.search_record import prepare_search
 from space.search_space import SearchSpace
 from utils import Interrupted, interrupt, run_script, signals
@@ -74,7 +73,7 @@ def main(arguments):
     out = pathlib.Path(out)
     space = SearchSpace.for_images(28, 10)
     prepare_search(out, settings, resume)
-    experiment = nni_engine.read_experiment(HERE / "config_search.yml")
+    experiment = nni_engine.read_experiment(nni_engine.HERE / "config_search.yml")
     try:
         with signals(interrupt):
             nni_engine.search_with_nni(space, command, settings, out, experiment, 2, port=port)

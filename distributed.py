@@ -126,13 +126,21 @@ def _difference(a, b):
     return a, b
 
 
-def per_rank_batch_size(batch_size):
-    """Returns a rank's share of the batch. Raises UserError unless shares are equal and at least 2, as BN needs."""
+def per_rank_batch_size(batch_size, micro_batch=None):
+    """Returns a rank's share of the batch.
+
+    Raises UserError unless shares are equal and at least 2, as BN needs, and made of whole micro-batches.
+    """
     n = world_size()
     if batch_size % n or batch_size < 2 * n:
         raise UserError(
             f"batches of {batch_size} images: not divisible into two or more for each of {n} ranks; "
             f"choose a --batch-size that is a multiple of {n}, at least {2 * n}"
+        )
+    if micro_batch and batch_size // n % micro_batch:
+        raise UserError(
+            f"--micro-batch {micro_batch} does not divide the {batch_size // n} images that a rank has of each batch; "
+            "choose a divisor"
         )
     return batch_size // n
 

@@ -66,11 +66,15 @@ class ShuffleNetV2OneShot(_ShuffleNet):
 
     def forward(self, x, candidate):
         """Logits (N, n_classes) of images (N, 3, H, W) through the candidate."""
-        choices = self.space.block_choices(self.space.check(candidate))
-        x = self.first_conv(x)
-        for block, choice in zip(self.features, choices):
-            x = block(x, *self.space.operation_and_width(choice))
-        return self.head(x)
+        for part in self.path(candidate):
+            x = part(x)
+        return self.classify(x)
+
+    def path(self, candidate):
+        """What images pass through before `classify`, in order: stem, the chosen operations, last convolution."""
+        choices = map(self.space.operation_and_width, self.space.block_choices(self.space.check(candidate)))
+        chosen = [block.part(*choice) for block, choice in zip(self.features, choices)]
+        return [self.first_conv, *chosen, self.conv_last]
 
     def part(self, key):
         """A part of the forward pass, as a callable: "stem", (block, choice), or "head"."""
@@ -103,6 +107,10 @@ class ShuffleNetV2(_ShuffleNet):
     def forward(self, x):
         """Logits (N, n_classes) of images (N, 3, H, W)."""
         return self.head(self.forward_features(x)[-1])
+
+    def path(self):
+        """What images pass through before `classify`, in order: stem, blocks, last convolution."""
+        return [self.first_conv, *self.features, self.conv_last]
 
     def forward_features(self, x):
         """The output of each stage, (N, channels, H / stride, W / stride), for images (N, 3, H, W) of any size.

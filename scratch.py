@@ -180,6 +180,8 @@ def retrain(args, folder):
             raise
         raise utils.UserError(f"{error}; name its search space by --space, if that is another one") from None
     check_batch_size(len(data.train), args.batch_size)
+    training = Training.of(values)
+    distributed.per_rank_batch_size(training.batch_size, training.micro_batch)  # refused before anything is written
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
     validation = val_batches(args, data.val, config, device)
     contents = contents_of(space, config, data.classes, architecture=list(candidate))
@@ -202,7 +204,6 @@ def retrain(args, folder):
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    training = Training.of(values)
     metrics = train(model, loader, training, None, validate, run, device, args.seed)
     before = {"acc1_no_pass": metrics["val/acc1"], "acc5_no_pass": metrics["val/acc5"], "seconds": metrics["seconds"]}
     # Official `bnps-` checkpoint: BN momentum 1/i over training batches at learning rate 0, so a plain average.

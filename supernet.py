@@ -83,6 +83,7 @@ def main(args):
     train_images = data.images("supernet")
     heldout = data.images("search")
     check_batch_size(len(train_images), args.batch_size)
+    distributed.per_rank_batch_size(training.batch_size, training.micro_batch)  # refused before anything is written
     loader = Loader(train_images, config, True, args.seed, device, args.loader, args.workers)
     calibration = calibration_batches(loader, args.bn_batches, args.bn_batch_size, args.seed, args.cache)
     heldout_loader = Loader(heldout, config, False, args.seed, device, args.loader, args.workers)

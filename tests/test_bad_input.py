@@ -153,6 +153,8 @@ CASES = [
     ("scratch", ("--architecture", "{}/deep.json"), "deep.json: over 1000000 bytes"),
     ("scratch", ("--batch-size", "13"), "batches of 13 images are larger than the data set, 12 images; lower"),
     ("supernet", ("--batch-size", "10"), "batches of 10 images are larger than the data set, 9 images; lower"),
+    ("supernet", ("--batch-size", "4", "--micro-batch", "3"), "--micro-batch 3 does not divide the 4 images"),
+    ("scratch", ("--batch-size", "4", "--micro-batch", "3"), "--micro-batch 3 does not divide the 4 images"),
     ("supernet", ("--batch-size", "4", "--flops-range", "1M", "2M"), "--flops-range"),
     ("supernet", ("--batch-size", "4", "--flops-range", "20M", "10M"), "--flops-range"),
     ("supernet", ("--batch-size", "4", "--flops-range", "nan", "10M"), "--flops-range 'nan' is neither"),

@@ -218,6 +218,16 @@ def test_a_batch_that_can_not_be_shared_is_refused(monkeypatch):
             per_rank_batch_size(batch_size)
 
 
+def test_micro_batches_that_do_not_fit_are_refused(monkeypatch):
+    assert per_rank_batch_size(1024, 128) == 1024
+    with pytest.raises(UserError, match="--micro-batch 100 does not divide the 1024 images that a rank has"):
+        per_rank_batch_size(1024, 100)
+    monkeypatch.setattr("distributed.world_size", lambda: 8)
+    assert per_rank_batch_size(1024, 64) == 128
+    with pytest.raises(UserError, match="--micro-batch 256 does not divide the 128 images that a rank has"):
+        per_rank_batch_size(1024, 256)
+
+
 @pytest.mark.slow
 def test_what_is_wrong_for_all_processes_is_said_once(tmp_path, data):
     _, stderr = finish(start(2, *SUPERNET, *data, "--batch-size", 15, "--out", tmp_path), code=1)
@@ -259,6 +269,53 @@ def outcomes(main, n=2):
                     os._exit(code)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
         return [(code, pathlib.Path(folder, str(rank)).read_text()) for rank, code in enumerate(codes)]
+
+
+def assert_near(found, expected):
+    """Two results of two_processes.trained in float64, which may differ in their last digits."""
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+    for kind in ("weights", "gradients", "buffers"):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, tensor in expected[kind].items():
+            other = found[kind][name]
+            if tensor is None:
+                assert other is None, name
+                continue
+            scale = tensor.abs().max()
+            if name.endswith("running_mean"):  # of what BN has just centred the mean is 0, and its digits are rounding
+                scale = max(scale, expected[kind][name.replace("mean", "var")].max().sqrt())
+            assert (other - tensor).abs().max() <= 1e-9 * scale, name
+
+
+def on_processes(n, folder):
+    """What process 0 of `n` has after three steps of `2 * n` images each."""
+
+    def main(rank):
+        result = two_processes.trained(folder / "run", torch.float64, 3, batch_size=2 * n)
+        if rank == 0:
+            torch.save(result, folder / "result.pth")
+
+    found = outcomes(main, n)
+    assert [code for code, _ in found] == [0] * n, found
+    return torch.load(folder / "result.pth")
+
+
+def test_micro_batches_are_processes(two, tmp_path):
+    """Four of two images on one process, and two on each of two by torchrun, train as four processes of two images:
+    the same dropout, the mean of their gradients, and the BN statistics of the first."""
+    expected = on_processes(4, tmp_path)
+    assert_near(two_processes.trained(tmp_path / "one", torch.float64, 3, micro_batch=2), expected)
+    _, processes = two
+    assert_near(processes[0]["micro-batches"], expected)
+    assert processes[1]["micro-batches"]["loss"] == processes[0]["micro-batches"]["loss"]
+    with pytest.raises(AssertionError):
+        assert_near(two_processes.trained(tmp_path / "whole", torch.float64, 3), expected)
+
+
+@pytest.mark.slow
+def test_micro_batches_are_eight_processes(tmp_path):
+    expected = on_processes(8, tmp_path)
+    assert_near(two_processes.trained(tmp_path / "one", torch.float64, 3, batch_size=16, micro_batch=2), expected)
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,12 @@ def test_a_path_of_the_supernet_is_computed_on_the_device(fake_gpu, path):
     assert logits.device.type == "cuda" and logits.shape == (4, 7)
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_training_step_calls_nothing_that_waits(monkeypatch, amp):
+@pytest.mark.parametrize("changes", [{}, {"amp": "bf16", "micro_batch": 2}])
+def test_a_training_step_calls_nothing_that_waits(monkeypatch, changes):
     """With the metrics of the log, up to the line that fetches them; the first step makes the momentum buffers."""
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE)
-    recipe = Recipe(model, settings(amp=amp))
+    recipe = Recipe(model, settings(**changes))
     meter = loop._Meter(recipe, None, 0, 0.0, torch.empty(0, 3, dtype=torch.double))
     meter.untimed = 0  # after which the rows are fetched
     images, labels = torch.rand(4, 3, 16, 16), torch.randint(7, (4,))

@@ -208,6 +208,37 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
     assert moved == len(start) if kind == "scratch" else 200 < moved < len(start)
 
 
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_step_of_micro_batches_is_one_step_and_one_row(tmp_path, monkeypatch, amp):
+    """The mean of the losses and gradients, all logits in order, the statistics of the first; with widths too."""
+    space = dataclasses.replace(SPACE, widths=(0.5, 1.0))
+    images, labels, path = torch.rand(8, 3, 16, 16) * 255, torch.arange(8) % 3, (0, 1, 2, 3, 0, 1, 1, 0)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(ShuffleNetV2OneShot(space=space).train())
+        models[-1].dropout.p = 0.0
+    recipe = Recipe(models[0], settings(micro_batch=4, amp=amp, lr=0.0))
+    loss, logits = recipe.train_one_step(1, images, labels, path)
+    assert len(recipe.optimizer.state_dict()["state"]) > 0 and logits.shape == (8, 3)
+    other, losses, outputs = Recipe(models[1], settings(amp=amp, lr=0.0)), [], []
+    statistics = None
+    for part in (slice(0, 4), slice(4, 8)):
+        with torch.autocast("cpu", torch.float16, enabled=amp == "fp16"):
+            outputs.append(models[1](images[part], path))
+        losses.append(nn.functional.cross_entropy(outputs[-1], labels[part], label_smoothing=0.1))
+        statistics = statistics or {name: b.clone() for name, b in models[1].named_buffers()}
+    other.scaler.scale(sum(losses) / 2).backward()
+    assert loss == pytest.approx(sum(losses).item() / 2, rel=1e-6) and torch.equal(logits, torch.cat(outputs))
+    assert all(torch.equal(b, statistics[name]) for name, b in models[0].named_buffers())
+    assert any(not torch.equal(b, statistics[name]) for name, b in models[1].named_buffers())
+    scale = other.scaler.get_scale()
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad / scale, rtol=1e-4, atol=1e-3 * q.grad.abs().max().item() / scale)
+
+
 def test_what_is_not_sampled_stays_as_it_is(tmp_path):
     """Operations not sampled stay bit-identical, momentum included, although earlier steps moved them."""
 
@@ -246,9 +277,11 @@ def test_channels_last_gives_the_same_gradients():
         assert (a - b).abs().max() <= 1e-9 * a.abs().max()
 
 
-@pytest.mark.parametrize("stop, amp", [(2, "off"), (5, "off"), (3, "bf16"), (3, "fp16")])
-def test_a_resumed_run_ends_bit_identical(tmp_path, stop, amp):
-    args = settings(iterations=8, save_every=1, keep=8, lr=0.05, amp=amp)
+@pytest.mark.parametrize(
+    "stop, changes", [(2, {}), (5, {"micro_batch": 4}), (3, {"amp": "bf16"}), (3, {"amp": "fp16", "micro_batch": 2})]
+)
+def test_a_resumed_run_ends_bit_identical(tmp_path, stop, changes):
+    args = settings(iterations=8, save_every=1, keep=8, lr=0.05, **changes)
     straight, metrics = supernet_run(tmp_path / "a", args)
     assert {p.dtype for p in straight.parameters()} == {torch.float32}
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -17,8 +17,12 @@ CANDIDATES = [(0, 1, 2, 3), (0, 1, 2, 0)]
 
 
 class InDouble(Images):
+    """A loader whose images are the same in whatever batch they come."""
+
     def batches(self, plan):
-        return ((images.double(), labels) for images, labels in super().batches(plan))
+        shape = (len(self.images), 3, self.px, self.px)
+        images = torch.rand(shape, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * 255
+        return ((images[batch[:, 1]], torch.from_numpy(batch[:, 1] % 3)) for batch in plan)
 
 
 def random_batches(n, size):
@@ -41,17 +45,18 @@ def measured(rank=0, world=1):
     return [r | {"seconds": 0} for r in results], accuracy(network, validation[rank::world]), buffers
 
 
-def trained(folder, dtype, steps):
+def trained(folder, dtype, steps, **changes):
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE).to(dtype)
     sampler = PathSampler(SPACE, 0)
     stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
     images, run = InDouble() if dtype == torch.float64 else Images(), TrainingRun(folder, "supernet", stored)
-    metrics = train(model, images, settings(iterations=steps), sampler.candidate, lambda step: {}, run)
+    metrics = train(model, images, settings(iterations=steps, **changes), sampler.candidate, lambda step: {}, run)
     return {
         "weights": dict(model.named_parameters()),
         "gradients": {n: p.grad for n, p in model.named_parameters()},
+        "buffers": dict(model.named_buffers()),
         "loss": metrics["train/loss"],
     }
 
@@ -62,6 +67,7 @@ def main(out):
     result = {
         str(dtype): trained(out / str(dtype), dtype, steps) for dtype, steps in ((torch.float32, 1), (torch.float64, 3))
     }
+    result["micro-batches"] = trained(out / "micro-batches", torch.float64, 3, micro_batch=2)
     torch.save(result | {"measured": measured(rank, distributed.world_size())}, out / f"{rank}.pth")
 
 

@@ -45,7 +45,7 @@ def train(model, loader, training, candidate_at=None, validate=None, run=None, d
     validation that they interrupt is repeated when the run is resumed. Each rank trains on its share of every batch.
     Raises UserError if a loss is not finite.
     """
-    batch_size = distributed.per_rank_batch_size(training.batch_size)
+    batch_size = distributed.per_rank_batch_size(training.batch_size, training.micro_batch)
     state = _State(run or TrainingRun(), Recipe(model.train(), training, device, seed), candidate_at, validate)
     distributed.broadcast_from_rank0(model.state_dict().values())
     if state.done >= training.iterations and not state.validation_due:

@@ -4,6 +4,8 @@ SGD with momentum, weight decay on weights with more than one dimension, a learn
 smoothing. Source: paper section 4; official `src/Supernet/train.py`, `utils.py`.
 """
 
+import contextlib
+
 import numpy as np
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ DROPOUT = 0x44726F70  # separates these draws from others with the same seed
 class Recipe:
     """Model, optimizer, gradient scaler and criterion of a training run with the settings `training` (a Training).
 
-    A step's dropout is a pure function of `seed`, step and rank. The model is moved to `device`.
+    A step's dropout is a pure function of `seed`, step, rank and micro-batch. The model is moved to `device`.
     """
 
     def __init__(self, model, training, device="cpu", seed=0):
@@ -35,20 +37,38 @@ class Recipe:
 
         Takes images (N, 3, H, W) and labels (N,); steps count from 1. Returns the loss and the logits (N, classes).
         Operations that are not in the candidate get no gradient, so neither weight decay nor momentum changes them.
+
+        With micro-batches, M of them on each rank, the step is that of M times as many ranks without: micro-batch i of
+        rank r has the dropout of rank r * M + i, gradients are averaged, and BN keeps the statistics of the first.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        torch.manual_seed(dropout_seed(self.seed, step, distributed.rank()))
-        with autocast(self.device, self.training.amp):
-            logits = self.model(images, candidate) if candidate else self.model(images)
-        loss = self.criterion(logits, labels)
+        path = self.model.path(candidate) if candidate else self.model.path()
+        size = self.training.micro_batch or len(images)
+        parts = list(zip(images.split(size), labels.split(size)))
+        first = distributed.rank() * len(parts)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        results = [self._add_gradients(path, *parts[0], dropout_seed(self.seed, step, first), len(parts))]
+        with unchanged(buffers_of(path) if len(parts) > 1 else ()):
+            for number, part in enumerate(parts[1:], first + 1):
+                results.append(self._add_gradients(path, *part, dropout_seed(self.seed, step, number), len(parts)))
         distributed.average_gradients(self.model.parameters())
         begin_momentum(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss, logits
+        losses, logits = zip(*results)
+        return torch.stack(losses).sum(), torch.cat(logits)
+
+    def _add_gradients(self, path, images, labels, seed, n_parts):
+        """Adds the gradients of a micro-batch, one of `n_parts`; returns its share of the loss, and its logits."""
+        torch.manual_seed(seed)
+        with autocast(self.device, self.training.amp):
+            for part in path:
+                images = part(images)
+            logits = self.model.classify(images)
+        loss = self.criterion(logits, labels) / n_parts
+        self.scaler.scale(loss).backward()
+        return loss.detach(), logits.detach()
 
     def learning_rate(self, step):
         return learning_rate(step, self.training.iterations, self.training.lr, self.training.warmup)
@@ -71,6 +91,20 @@ def parameter_groups(model, weight_decay):
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
     return groups
+
+
+def buffers_of(path):
+    """The buffers, above all BN statistics, of what images pass through (`path` of the networks)."""
+    return [buffer for part in path for buffer in getattr(part, "widest", part).buffers()]
+
+
+@contextlib.contextmanager
+def unchanged(tensors):
+    """Within the block the tensors may change; afterwards they have the values of before."""
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, value in zip(tensors, before):
+        tensor.copy_(value)
 
 
 def dropout_seed(seed, step, rank=0):

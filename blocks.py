@@ -40,7 +40,9 @@ def channel_shuffle(x):
 
     The official reshape and permute, without a copy: the last block's branches were concatenated, so this mixes them.
     """
-    return _EvenOdd.apply(x) if x.requires_grad else (x[:, 0::2], x[:, 1::2])
+    if x.requires_grad and not torch.compiler.is_compiling():  # which can't keep graphs of it on disk
+        return _EvenOdd.apply(x)
+    return x[:, 0::2], x[:, 1::2]
 
 
 def conv_bn(inp, oup, kernel_size, stride=1, groups=1, affine=True, relu=True):

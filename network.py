@@ -76,6 +76,11 @@ class ShuffleNetV2OneShot(_ShuffleNet):
         chosen = [block.part(*choice) for block, choice in zip(self.features, choices)]
         return [self.first_conv, *chosen, self.conv_last]
 
+    def paths_through_all(self):
+        """Paths that together have every operation of every block, at every width."""
+        choices = range(len(self.space.block_operations[0]) * self.space.n_widths)
+        return [self.path(self.space.uniform_candidate(choice)) for choice in choices]
+
     def part(self, key):
         """A part of the forward pass, as a callable: "stem", (block, choice), or "head"."""
         if isinstance(key, tuple):
@@ -111,6 +116,9 @@ class ShuffleNetV2(_ShuffleNet):
     def path(self):
         """What images pass through before `classify`, in order: stem, blocks, last convolution."""
         return [self.first_conv, *self.features, self.conv_last]
+
+    def paths_through_all(self):
+        return [self.path()]
 
     def forward_features(self, x):
         """The output of each stage, (N, channels, H / stride, W / stride), for images (N, 3, H, W) of any size.

@@ -38,6 +38,7 @@ from space.custom import make_space, searched
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
 from training.loop import train
+from training.recipe import prepare_compiler
 from training.run import TrainingRun, contents_of
 
 
@@ -180,6 +181,8 @@ def retrain(args, folder):
             raise
         raise utils.UserError(f"{error}; name its search space by --space, if that is another one") from None
     check_batch_size(len(data.train), args.batch_size)
+    if args.compile:
+        prepare_compiler(device, args.cache)
     training = Training.of(values)
     distributed.per_rank_batch_size(training.batch_size, training.micro_batch)  # refused before anything is written
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)

@@ -33,6 +33,7 @@ from space.sampler import PathSampler, default_flops_range
 from training import checkpoint
 from training.evaluation import evaluate, resolve_device
 from training.loop import train
+from training.recipe import prepare_compiler
 from training.run import TrainingRun, contents_of
 
 
@@ -78,6 +79,8 @@ def main(args):
     space = make_space(
         args.space, args.architecture, args.operations, config.input_size, len(data.classes), f"{args.config}: space"
     )
+    if args.compile:
+        prepare_compiler(device, args.cache, space.n_widths)
     sampler = make_sampler(Sampling.of(values), space, args.seed, args.iterations)
 
     train_images = data.images("supernet")

@@ -20,6 +20,7 @@ import select
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -314,6 +315,19 @@ def output_folder(path):
             return path
     except OSError as error:
         raise UserError(f"--out: can't write to {path} ({error.strerror})") from None
+
+
+def private_folder(path):
+    """Returns an absolute Path of a folder that this user alone can open. Raises UserError where others can."""
+    path = pathlib.Path(path).absolute()
+    try:
+        path.mkdir(0o700, parents=True, exist_ok=True)
+        state = path.lstat()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if os.name == "posix" and (not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077):
+        raise UserError(f"{path}: holds code, and is not a folder that you alone can open (mode 0700); remove it")
+    return path
 
 
 def try_lock(path):

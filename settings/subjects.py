@@ -194,6 +194,7 @@ class Training(Settings):
         None, "images at a time, whose gradients a step adds up, on each GPU (default: all of its images)",
         count(2, 1_000_000), unit="N",
     )  # fmt: skip
+    compile: bool = setting(False, "compile the operations by torch.compile, before the first step (default: no)")
     lr: float = setting(0.5, "initial learning rate, decays linearly to 0 (default: 0.5)", real(0, 1000))
     warmup: int = setting(0, "steps of linear warm-up (default: 0)", count(0), unit="N")
     momentum: float = setting(0.9, "momentum of SGD (default: 0.9)", real(0, 1))

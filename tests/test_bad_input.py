@@ -155,6 +155,7 @@ CASES = [
     ("supernet", ("--batch-size", "10"), "batches of 10 images are larger than the data set, 9 images; lower"),
     ("supernet", ("--batch-size", "4", "--micro-batch", "3"), "--micro-batch 3 does not divide the 4 images"),
     ("scratch", ("--batch-size", "4", "--micro-batch", "3"), "--micro-batch 3 does not divide the 4 images"),
+    ("supernet", ("--batch-size", "4", "--space", "joint", "--compile"), "--compile: operations of several widths"),
     ("supernet", ("--batch-size", "4", "--flops-range", "1M", "2M"), "--flops-range"),
     ("supernet", ("--batch-size", "4", "--flops-range", "20M", "10M"), "--flops-range"),
     ("supernet", ("--batch-size", "4", "--flops-range", "nan", "10M"), "--flops-range 'nan' is neither"),

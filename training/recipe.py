@@ -5,15 +5,24 @@ smoothing. Source: paper section 4; official `src/Supernet/train.py`, `utils.py`
 """
 
 import contextlib
+import getpass
+import os
+import pathlib
+import time
+import types
 
 import numpy as np
 import torch
 from torch import nn
 
 import distributed
+from blocks import Narrow
 from network import autocast
+from utils import UserError, duration, heartbeat, log, private_folder
 
 DROPOUT = 0x44726F70  # separates these draws from others with the same seed
+BACKEND = "inductor"  # of torch.compile
+NO_WIDTHS = "--compile: operations of several widths can't be compiled; leave the flag out"
 
 
 class Recipe:
@@ -31,6 +40,7 @@ class Recipe:
         self.optimizer = torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+        self.run = run_part  # or, once they are compiled, CompiledParts
 
     def train_one_step(self, step, images, labels, candidate=None):
         """Trains the candidate's weights, or a stand-alone network, on this rank's share of a batch.
@@ -46,12 +56,15 @@ class Recipe:
         path = self.model.path(candidate) if candidate else self.model.path()
         size = self.training.micro_batch or len(images)
         parts = list(zip(images.split(size), labels.split(size)))
+        if self.training.compile and self.run is run_part:
+            distributed.local_rank0_first(lambda: self._compile(*parts[0]))
         first = distributed.rank() * len(parts)
         self.optimizer.zero_grad(set_to_none=True)
-        results = [self._add_gradients(path, *parts[0], dropout_seed(self.seed, step, first), len(parts))]
-        with unchanged(buffers_of(path) if len(parts) > 1 else ()):
-            for number, part in enumerate(parts[1:], first + 1):
-                results.append(self._add_gradients(path, *part, dropout_seed(self.seed, step, number), len(parts)))
+        with torch_compiler("fail_on_recompile") if self.training.compile else contextlib.nullcontext():
+            results = [self._add_gradients(path, *parts[0], dropout_seed(self.seed, step, first), len(parts))]
+            with unchanged(buffers_of(path) if len(parts) > 1 else ()):
+                for number, part in enumerate(parts[1:], first + 1):
+                    results.append(self._add_gradients(path, *part, dropout_seed(self.seed, step, number), len(parts)))
         distributed.average_gradients(self.model.parameters())
         begin_momentum(self.optimizer)
         self.scaler.step(self.optimizer)
@@ -64,14 +77,103 @@ class Recipe:
         torch.manual_seed(seed)
         with autocast(self.device, self.training.amp):
             for part in path:
-                images = part(images)
+                images = self.run(part, images)
             logits = self.model.classify(images)
         loss = self.criterion(logits, labels) / n_parts
         self.scaler.scale(loss).backward()
         return loss.detach(), logits.detach()
 
+    def _compile(self, images, labels):
+        """Compiles every part of the model, by steps that change nothing."""
+        start = time.perf_counter()
+        self.run = CompiledParts()
+        with unchanged(list(self.model.buffers())), torch_compiler("default"):
+            for path in self.model.paths_through_all():
+                self._add_gradients(path, images, labels, 0, 1)
+        n, graphs, took = len(self.run.of_part), len(self.run.functions), duration(time.perf_counter() - start)
+        log.info("compiled stem, operations and last convolution, %d modules as %d graphs, in %s", n, graphs, took)
+
     def learning_rate(self, step):
         return learning_rate(step, self.training.iterations, self.training.lr, self.training.warmup)
+
+
+# --- compiled parts ------------------------------------------------------------------------------------------
+
+
+def run_part(part, x):
+    return part(x)
+
+
+class CompiledParts:
+    """Runs a part of a path, a module, compiled by torch.compile; equal modules share a graph.
+
+    Dynamo compares a call with the graphs of a function's code one after the other, and compiles no more than 8 of
+    them, so every graph has a copy of `run_part` of its own.
+    """
+
+    def __init__(self):
+        self.functions = {}  # (structure of a module, shape of its input) -> compiled function
+        self.of_part = {}
+
+    def __call__(self, part, x):
+        if part not in self.of_part:
+            heartbeat()
+            if isinstance(part, Narrow):
+                raise UserError(NO_WIDTHS)
+            self.of_part[part] = self._function(str(part), x.shape)
+        return self.of_part[part](part, x)
+
+    def _function(self, *key):
+        if key not in self.functions:
+            code = run_part.__code__.replace(co_name=f"part_{len(self.functions)}")
+            function = types.FunctionType(code, globals())
+            self.functions[key] = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
+        return self.functions[key]
+
+
+@contextlib.contextmanager
+def torch_compiler(stance):
+    """Within the block torch.compile has a stance ("fail_on_recompile"); what it can't compile is a UserError."""
+    try:
+        with torch.compiler.set_stance(stance):
+            yield
+    except RuntimeError as error:
+        if "fail_on_recompile" in str(error):
+            text = "an operation's input has another form than those before, and would be compiled again"
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            cause = str(error).partition("Set TORCHDYNAMO")[0].split()
+            text = f"torch can't compile an operation ({' '.join(cause)[:300]})"
+        else:
+            raise
+        raise UserError(f"--compile: {text}; leave the flag out") from None
+
+
+def prepare_compiler(device, cache, n_widths=1):
+    """Has torch.compile keep its results in a folder below `cache`; they are code, so it is this user's alone.
+
+    Raises UserError if torch lacks what it needs to compile for the device, if there are widths to choose from, or if
+    others can write to the folder.
+    """
+    if n_widths > 1:
+        raise UserError(NO_WIDTHS)
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise UserError("--compile: torch finds no Triton that compiles for this GPU; leave the flag out")
+    else:
+        from torch._inductor import cpp_builder
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except RuntimeError:
+            raise UserError(
+                "--compile: no C++ compiler, neither g++ nor that of CXX; install one, or leave the flag out"
+            ) from None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(pathlib.Path(cache) / f"compiled-{getpass.getuser()}"))
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------
 
 
 def learning_rate(step, iterations, base, warmup=0):

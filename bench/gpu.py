@@ -1,9 +1,11 @@
 """Measures one GPU in parts, that of which least is known first: `python bench/gpu.py`; small without a GPU.
 
+    ways         steps in bfloat16 of 128 and 1,024 images: as they are, in micro-batches, compiled, with CUDA graphs of
+                 operations; calibration with those too; the last lines say what to adopt
     candidates   seconds of a candidate of 75,600 random images: one by one and as a tree, BN folded or not, bfloat16,
                  validation batches of 200 and 1,000; and which share of them is calibration
     files        supernet.py itself on drawn JPEG files of 500 x 375 px: images per second, the share of time waited
-                 after its first 50 steps; then the loaders alone
+                 after its first 50 steps; then the loaders alone, and supernet.py compiled with micro-batches
     commands     seconds of the four commands with the demo's images and few steps, with NNI where it is installed
     processes    a group of one process: supernet.py by torchrun, and every collective of distributed.py on the GPU
     training     images per second and peak memory of random paths: the official way; float32 and bfloat16
@@ -48,6 +50,7 @@ from images.dataset import DataConfig, training_plan
 from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
+from training import recipe
 from training.evaluation import evaluate, resolve_device
 from training.loop import LOG_EVERY
 
@@ -111,6 +114,73 @@ def command(words, seconds, log=None):
 
 # --- parts: functions of the options and a folder that return {row: function that measures it} ----------------
 
+EAGER, COMPILED, GRAPHS = "eager", "compiled", "CUDA graphs of operations"
+WAYS = {  # name -> (images, settings of a Training, whether operations become CUDA graphs); compiling takes minutes
+    f"128 images, {EAGER}": (128, {}, False),
+    f"128 images, {GRAPHS}": (128, {}, True),
+    f"1,024 images, {EAGER}": (1024, {}, False),
+    f"1,024 images in micro-batches of 128, {EAGER}": (1024, {"micro_batch": 128}, False),
+    f"1,024 images in micro-batches of 128, {GRAPHS}": (1024, {"micro_batch": 128}, True),
+    f"128 images, {COMPILED}": (128, {"compile": True}, False),
+    f"1,024 images in micro-batches of 128, {COMPILED}": (1024, {"micro_batch": 128, "compile": True}, False),
+    f"1,024 images, {COMPILED}": (1024, {"compile": True}, False),
+}
+TARGETS = {"128": 6000, "1,024": 10_000}  # images -> images per second
+
+
+def ways(options, _):
+    """A row: {"images", "images_per_second", "peak_mb", "seconds_of_first_use"} of steps on random paths, in bf16."""
+    bench, device, space = sibling("ways"), options.device, options.space
+    sampler = PathSampler(space, 0, default_flops_range(space))
+    on_gpu = device.type == "cuda"
+    if options.large:
+        bench.prepare_compiler(device, ROOT / "data" / "cache")
+    else:
+        recipe.BACKEND = "eager"
+
+    def size(n):
+        return n if options.large else max(2, n // 64)
+
+    def row(n, changes, graphs):
+        changes = {**changes, "micro_batch": size(changes["micro_batch"])} if "micro_batch" in changes else changes
+        way = bench.Way(space, device, size(n), amp="bf16", **changes)
+        start = time.perf_counter()
+        if graphs:
+            bench.graph_operations(way)
+        way.warm_up()
+        first = time.perf_counter() - start
+        seconds = sum(way.step(sampler.candidate(step)) for step in range(1, options.steps + 1))
+        peak = way.peak_mb(sampler.candidate(1))
+        rate = way.n * options.steps / seconds
+        return {"images": way.n, "images_per_second": rate, "peak_mb": peak, "seconds_of_first_use": first}
+
+    def calibration(graphs):
+        way = bench.Way(space, device, size(128), amp="bf16")
+        seconds = bench.calibration(way, sampler.candidate(1), options.batches, graphs)
+        return {"images": way.n, "images_per_second": way.n * options.batches / seconds}
+
+    rows = {f"calibration of 128 images, {EAGER}": functools.partial(calibration, False)}
+    if on_gpu:
+        rows |= {f"calibration of 128 images, {GRAPHS}": functools.partial(calibration, True)}
+    else:
+        print(f"ways: {GRAPHS} need a GPU and are left out", file=sys.stderr)
+    return rows | {n: functools.partial(row, *settings) for n, settings in WAYS.items() if on_gpu or not settings[2]}
+
+
+def adoption(rows):
+    """Lines that say which way is the fastest, of the rows of `ways`: at each size, and in calibration."""
+    lines = []
+    for title in ("128 images", "1,024 images", "calibration of 128 images"):
+        found = {name: row["images_per_second"] for name, row in rows.items() if name.startswith(title)}
+        if not (eager := found.get(f"{title}, {EAGER}")) or len(found) < 2:
+            continue
+        best = max(found, key=found.get)
+        target = TARGETS.get(title.partition(" ")[0])
+        reached = f"; target {target:,}: {'reached' if found[best] >= target else 'missed'}" if target else ""
+        advice = f"adopt {best}" if found[best] > 1.1 * eager else f"keep {title}, {EAGER}"
+        lines.append(f"{advice}: {found[best]:,.0f} images/s, {found[best] / eager:.2f} times eager{reached}")
+    return lines
+
 
 def candidates(options, _):
     """A row: {"seconds" of a candidate of OFFICIAL_IMAGES, "calibration_percent" of them}."""
@@ -159,19 +229,20 @@ def files(options, folder):
     bench.draw_mosaics(out / "val", 8, classes=8)
     batch_size, steps, workers = (512, 3 * LOG_EVERY, max(2, utils.cores() - 2)) if options.large else (8, 4, 1)
 
-    def supernet(backend):
-        words = ["--data-dir", out, "--out", folder / backend, "--cache", folder / "cache", "--device", options.device]
-        words += ["--loader", backend, "--amp", "bf16", "--batch-size", batch_size, "--workers", workers, *size]
+    def supernet(backend, name, *more):
+        words = ["--data-dir", out, "--out", folder / name, "--cache", folder / "cache", "--device", options.device]
+        words += ["--loader", backend, "--amp", "bf16", "--batch-size", batch_size, "--workers", workers, *size, *more]
         words += ["--iterations", steps, "--val-every", steps, "--save-every", steps, "--val-paths", 1]
         words += ["--bn-batches", 2, "--bn-batch-size", 8, "--heldout-per-class", 2]
         with contextlib.suppress(subprocess.TimeoutExpired):  # the lines that there are will do
-            command([ROOT / "supernet.py", *words], options.left(), log=folder / f"{backend}.log")
-        lines = (folder / backend / "checkpoints" / "supernet" / "log.jsonl").read_text().splitlines()
+            command([ROOT / "supernet.py", *words], options.left(), log=folder / f"{name}.log")
+        lines = (folder / name / "checkpoints" / "supernet" / "log.jsonl").read_text().splitlines()
         later = [json.loads(line) for line in lines][1 if options.large else 0 :]
         return {
             "images_per_second": statistics.harmonic_mean(line["train/images_per_second"] for line in later),
             "wait_percent": statistics.fmean(line["train/wait_percent"] for line in later),
             "lines": len(later),  # of the log, of 50 steps each
+            "workers": workers,
         }  # fmt: skip
 
     def alone(backend):
@@ -188,8 +259,13 @@ def files(options, folder):
         return {"images_per_second": bench.rate(loader.batches(plan), options.device, skipped)}
 
     backends = [b for b in ("dali", "torchvision") if b == "torchvision" or installed("nvidia.dali")]
-    rows = {f"supernet.py, {b}": functools.partial(supernet, b) for b in backends}
-    return rows | {f"{b} alone": functools.partial(alone, b) for b in backends}
+    rows = {f"supernet.py, {b}": functools.partial(supernet, b, b) for b in backends}
+    rows |= {f"{b} alone": functools.partial(alone, b) for b in backends}
+    if options.device.type == "cuda":
+        how = ("--batch-size", 1024, "--micro-batch", 128, "--compile")
+        title = f"supernet.py, {backends[0]}, 1,024 images in micro-batches of 128, {COMPILED}"
+        rows[title] = functools.partial(supernet, backends[0], COMPILED, *how)
+    return rows
 
 
 def commands(options, folder):
@@ -346,12 +422,13 @@ def profile(options, _):
 
 # name -> (function, seconds that it takes on a GPU, about)
 PARTS = {
-    "candidates": (candidates, 80),
+    "ways": (ways, 180),
+    "candidates": (candidates, 60),
     "files": (files, 150),
-    "commands": (commands, 120),
-    "processes": (processes, 50),
-    "training": (training, 120),
-    "profile": (profile, 50),
+    "commands": (commands, 60),
+    "processes": (processes, 40),
+    "training": (training, 50),
+    "profile": (profile, 30),
 }
 
 
@@ -377,6 +454,8 @@ def measure(part, options):
             results.setdefault(options.card, {})[part] = {"rows": rows, **about, "versions": utils.versions()}
             utils.write_json(options.results, results, indent=1)
     show(part, rows)
+    if part == "ways" and options.device.type == "cuda":
+        print("", *adoption(rows), sep="\n")
     return failed
 
 
@@ -482,7 +561,7 @@ def main(argv=None):
     try:
         with utils.signals(utils.interrupt):  # so that commands are ended
             if len(options.only) == 1:
-                resolve_device(argparse.Namespace(threads=None, device=options.device.type))
+                resolve_device(options.device.type)
                 failed = measure(options.only[0], options)
             else:
                 failed = measure_each(options.only, options)

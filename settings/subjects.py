@@ -176,7 +176,7 @@ class Images(Settings):
     )  # fmt: skip
     cache: str = setting(
         str(HERE / "data" / "cache"),
-        "folder of decoded calibration and validation images, and of the record of checked trees (data/cache)",
+        "folder of decoded calibration and validation images, checked trees, and compiled operations (data/cache)",
         unit="DIR", path=True, decides=False,
     )  # fmt: skip
     workers: int = setting(None, "loader processes or threads (default: up to 8)", count(0, 256), decides=False)
@@ -191,7 +191,7 @@ class Training(Settings):
     iterations: int = setting(150_000, "optimizer steps (default: {default})", count())
     batch_size: int = setting(1024, "images per step (default: 1024)", count(2, 1_000_000))
     micro_batch: int = setting(
-        None, "images at a time, whose gradients a step adds up, on each GPU (default: all of its images)",
+        None, "images that go through the path at a time on each GPU; gradients are averaged (default: all of a step)",
         count(2, 1_000_000), unit="N",
     )  # fmt: skip
     compile: bool = setting(False, "compile the operations by torch.compile, before the first step (default: no)")

@@ -12,8 +12,9 @@ import sys
 
 import pytest
 import torch
+import two_processes
 from conftest import ROOT, run
-from test_distributed import assert_same, outcome
+from test_distributed import assert_near, assert_same, outcome, outcomes
 from test_training import Images, assert_same_end, settings, supernet_run
 from torch._dynamo.utils import counters
 
@@ -212,19 +213,47 @@ def test_a_second_start_compiles_nothing(tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+SPACE_FILE = """space:
+  stem: {channels: 16, stride: 1}
+  stages: [{blocks: 2, channels: 32, stride: 2}]
+  last: {channels: 32}
+  operations: [shufflenet_3x3, shufflenet_5x5]
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("script", ["supernet.py", "scratch.py"])
 def test_the_scripts_train_compiled_and_resume(tmp_path, data, monkeypatch, script):
     monkeypatch.setattr(recipe, "BACKEND", "inductor")
-    words = [*data, "--space small --compile --batch-size 8 --micro-batch 4 --save-every 2 --val-every 4"]
-    words += ["--iterations 4"]
-    words += ["--bn-batches 2 --bn-batch-size 9 --val-paths 1"] if script == "supernet.py" else ["--bn-pass 2"]
-    (tmp_path / "path.json").write_text("[0, 1, 2, 3, 0, 0]")
-    words += ["--architecture", tmp_path / "path.json"] if script == "scratch.py" else []
+    (tmp_path / "space.yml").write_text(SPACE_FILE)
+    (tmp_path / "path.json").write_text("[0, 1]")
+    words = [*data, "--space", tmp_path / "space.yml", "--compile --batch-size 8 --micro-batch 4 --iterations 4"]
+    words += ["--save-every 2 --val-every 4"]
+    if script == "supernet.py":
+        words += ["--sampler uniform --bn-batches 2 --bn-batch-size 9 --val-paths 1"]
+    else:
+        words += ["--bn-pass 2", "--architecture", tmp_path / "path.json"]
     kind = script.removesuffix(".py")
-    run(script, *words, "--out", tmp_path / "a")
-    run(script, *words, "--out", tmp_path / "b")
-    checkpoints(tmp_path / "b" / "checkpoints" / kind)[-1].unlink()
+    for name in ("a", "b"):
+        _, log = run(script, *words, "--out", tmp_path / name)
+        assert "compiled stem, operations and last convolution, " in log
+    folder = tmp_path / "b" / "checkpoints" / kind
+    checkpoints(folder)[-1].unlink()
     run(script, *words, "--out", tmp_path / "b")
     assert_same(outcome(tmp_path / "a", kind), outcome(tmp_path / "b", kind))
+
+
+@pytest.mark.slow
+def test_processes_compile_one_after_the_other(tmp_path):
+    """The first of a machine, then the others, which find what it has kept; with micro-batches, as eager."""
+
+    def main(rank):
+        result = two_processes.trained(tmp_path / "run", torch.float64, 3, compile=True, micro_batch=2)
+        if rank == 0:
+            torch.save(result, tmp_path / "result.pth")
+
+    found = outcomes(main)
+    assert [code for code, _ in found] == [0, 0], found
+    eager = two_processes.trained(tmp_path / "eager", torch.float64, 3, micro_batch=2)
+    assert_near(torch.load(tmp_path / "result.pth"), eager)

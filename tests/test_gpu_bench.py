@@ -16,6 +16,7 @@ from test_readme import PAGES, section
 
 import distributed
 from space.search_space import SearchSpace
+from training import recipe
 
 RESULTS = ROOT / "bench" / "results" / "gpu.json"
 
@@ -154,10 +155,39 @@ def test_parts_are_chosen_by_name_and_run_by_how_little_is_known(monkeypatch, ca
         with pytest.raises(SystemExit) as end:
             bench.main([*words, "--device", "cpu"])
         assert end.value.code == 0
-    assert chosen == [["candidates", "files", "commands", "processes", "training", "profile"], ["files", "training"]]
+    assert chosen == [
+        ["ways", "candidates", "files", "commands", "processes", "training", "profile"],
+        ["files", "training"],
+    ]
     with pytest.raises(SystemExit):
         bench.main(["--only", "files,trainings"])
-    assert "trainings: not one of candidates, files" in capsys.readouterr().err
+    assert "trainings: not one of ways, candidates" in capsys.readouterr().err
+
+
+def test_the_fastest_way_is_adopted_where_it_gains_more_than_a_tenth():
+    bench = load("bench/gpu.py")
+    rates = {f"128 images, {bench.EAGER}": 3000.0, f"128 images, {bench.GRAPHS}": 6600.0}
+    rates |= {f"1,024 images, {bench.EAGER}": 7000.0, f"1,024 images in micro-batches of 128, {bench.COMPILED}": 7500.0}
+    rates |= {f"calibration of 128 images, {bench.EAGER}": 9000.0}
+    assert bench.adoption({name: {"images_per_second": rate} for name, rate in rates.items()}) == [
+        "adopt 128 images, CUDA graphs of operations: 6,600 images/s, 2.20 times eager; target 6,000: reached",
+        "keep 1,024 images, eager: 7,500 images/s, 1.07 times eager; target 10,000: missed",
+    ]
+
+
+def test_ways_run_small_on_a_cpu_and_those_that_need_a_gpu_are_left_out(tmp_path, monkeypatch, capsys):
+    bench, given = load("bench/gpu.py"), options(tmp_path, [])
+    monkeypatch.setattr(recipe, "BACKEND", recipe.BACKEND)  # what it is changed to is undone
+    monkeypatch.setattr(bench, "default_flops_range", lambda space: None)  # too few candidates for bins
+    given.large, given.steps, given.batches = False, 1, 1
+    given.space = SearchSpace(16, 3, 1, (1,), (2,), (8,), 4, 8, operations=("shufflenet_3x3", "shufflenet_5x5"))
+    rows = bench.ways(given, tmp_path)
+    graphed = {name for name, (*_, graphs) in bench.WAYS.items() if graphs}
+    assert rows.keys() == bench.WAYS.keys() - graphed | {"calibration of 128 images, eager"}
+    assert "CUDA graphs of operations need a GPU and are left out" in capsys.readouterr().err
+    row = rows["1,024 images in micro-batches of 128, eager"]()
+    assert row["images"] == 16 and row["images_per_second"] > 0
+    assert rows["calibration of 128 images, eager"]()["images_per_second"] > 0
 
 
 def test_what_needs_nni_or_dali_is_left_out_without_them(tmp_path, monkeypatch):
@@ -213,6 +243,16 @@ def test_every_collective_is_called_in_a_group_of_one(monkeypatch):
 
 
 @pytest.mark.slow
+def test_ways_of_a_step_are_measured_on_a_cpu(tmp_path):
+    words = ["--input-size", "32", "--images", "8", "--micro-batch", "4", "--steps", "1", "--device", "cpu"]
+    results = tmp_path / "ways.json"
+    subprocess.run([sys.executable, ROOT / "bench" / "ways.py", *words, "--results", results], check=True, timeout=500)
+    (result,) = json.loads(results.read_text()).values()
+    assert list(result["rows"]) == ["4 images", "8 images in micro-batches of 4", "8 images"]
+    assert all(row["images_per_second"] > 0 and row["peak_mb"] > 0 for row in result["rows"].values())
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_it_runs_on_a_cpu(tmp_path):
     words = ["--device", "cpu", "--results", tmp_path / "gpu.json", "--seconds", "900"]
@@ -223,6 +263,7 @@ def test_it_runs_on_a_cpu(tmp_path):
     assert rows["training"].keys() == bench.TRAINING.keys() and len(rows["candidates"]) == 2 * len(bench.CANDIDATES)
     assert all(0 < row["calibration_percent"] < 100 for row in rows["candidates"].values())
     assert {"supernet.py, torchvision", "torchvision alone"} <= rows["files"].keys()
+    assert len(rows["ways"]) == 7 and all(row["images_per_second"] > 0 for row in rows["ways"].values())
     assert all(row["images_per_second"] > 0 for row in [*rows["files"].values(), *rows["training"].values()])
     assert {"supernet.py", "tester.py", "search.py, local", "scratch.py"} <= rows["commands"].keys()
     assert rows["processes"].keys() == {"supernet.py", "collectives"}

@@ -28,7 +28,8 @@ NO_WIDTHS = "--compile: operations of several widths can't be compiled; leave th
 class Recipe:
     """Model, optimizer, gradient scaler and criterion of a training run with the settings `training` (a Training).
 
-    A step's dropout is a pure function of `seed`, step, rank and micro-batch. The model is moved to `device`.
+    A step's dropout is a pure function of `seed`, step, rank and micro-batch. The model is moved to `device`. If it is
+    to be compiled, the first step does so; a UserError is raised if that is not possible.
     """
 
     def __init__(self, model, training, device="cpu", seed=0):
@@ -55,16 +56,16 @@ class Recipe:
             group["lr"] = self.learning_rate(step)
         path = self.model.path(candidate) if candidate else self.model.path()
         size = self.training.micro_batch or len(images)
-        parts = list(zip(images.split(size), labels.split(size)))
+        first, *others = batches = list(zip(images.split(size), labels.split(size)))
+        n = len(batches)
+        seeds = [dropout_seed(self.seed, step, distributed.rank() * n + i) for i in range(n)]
         if self.training.compile and self.run is run_part:
-            distributed.local_rank0_first(lambda: self._compile(*parts[0]))
-        first = distributed.rank() * len(parts)
+            distributed.local_rank0_first(lambda: self._compile(*first))
         self.optimizer.zero_grad(set_to_none=True)
         with torch_compiler("fail_on_recompile") if self.training.compile else contextlib.nullcontext():
-            results = [self._add_gradients(path, *parts[0], dropout_seed(self.seed, step, first), len(parts))]
-            with unchanged(buffers_of(path) if len(parts) > 1 else ()):
-                for number, part in enumerate(parts[1:], first + 1):
-                    results.append(self._add_gradients(path, *part, dropout_seed(self.seed, step, number), len(parts)))
+            results = [self._add_gradients(path, *first, seeds[0], n)]
+            with unchanged(buffers_of(path) if others else ()):
+                results += [self._add_gradients(path, *batch, seed, n) for batch, seed in zip(others, seeds[1:])]
         distributed.average_gradients(self.model.parameters())
         begin_momentum(self.optimizer)
         self.scaler.step(self.optimizer)
@@ -72,14 +73,14 @@ class Recipe:
         losses, logits = zip(*results)
         return torch.stack(losses).sum(), torch.cat(logits)
 
-    def _add_gradients(self, path, images, labels, seed, n_parts):
-        """Adds the gradients of a micro-batch, one of `n_parts`; returns its share of the loss, and its logits."""
+    def _add_gradients(self, path, images, labels, seed, n):
+        """Adds the gradients of one of `n` micro-batches; returns its share of the mean loss, and its logits."""
         torch.manual_seed(seed)
         with autocast(self.device, self.training.amp):
             for part in path:
                 images = self.run(part, images)
             logits = self.model.classify(images)
-        loss = self.criterion(logits, labels) / n_parts
+        loss = self.criterion(logits, labels) / n
         self.scaler.scale(loss).backward()
         return loss.detach(), logits.detach()
 

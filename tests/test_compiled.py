@@ -166,6 +166,24 @@ def test_a_folder_of_code_is_its_users_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_processes_compile_one_after_the_other(tmp_path):
+    """The first of a machine, then the others, which find what it has kept; with micro-batches, as eager.
+
+    It stands before the tests of Inductor, whose threads a fork would not have.
+    """
+
+    def main(rank):
+        result = two_processes.trained(tmp_path / "run", torch.float64, 3, compile=True, micro_batch=2)
+        if rank == 0:
+            torch.save(result, tmp_path / "result.pth")
+
+    found = outcomes(main)
+    assert [code for code, _ in found] == [0, 0], found
+    eager = two_processes.trained(tmp_path / "eager", torch.float64, 3, micro_batch=2)
+    assert_near(torch.load(tmp_path / "result.pth"), eager)
+
+
+@pytest.mark.slow
 def test_the_papers_space_has_32_graphs_of_operations():
     space, rng = SearchSpace.for_images(32, 10), random.Random(0)
     paths = [space.random_candidate(rng) for _ in range(20)]
@@ -242,18 +260,3 @@ def test_the_scripts_train_compiled_and_resume(tmp_path, data, monkeypatch, scri
     checkpoints(folder)[-1].unlink()
     run(script, *words, "--out", tmp_path / "b")
     assert_same(outcome(tmp_path / "a", kind), outcome(tmp_path / "b", kind))
-
-
-@pytest.mark.slow
-def test_processes_compile_one_after_the_other(tmp_path):
-    """The first of a machine, then the others, which find what it has kept; with micro-batches, as eager."""
-
-    def main(rank):
-        result = two_processes.trained(tmp_path / "run", torch.float64, 3, compile=True, micro_batch=2)
-        if rank == 0:
-            torch.save(result, tmp_path / "result.pth")
-
-    found = outcomes(main)
-    assert [code for code, _ in found] == [0, 0], found
-    eager = two_processes.trained(tmp_path / "eager", torch.float64, 3, micro_batch=2)
-    assert_near(torch.load(tmp_path / "result.pth"), eager)

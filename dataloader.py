@@ -357,13 +357,15 @@ class _EncodedImages(_Images):
         width, height = image.size
         if self.augment:
             a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
-            corner, shape = a.window[:2], a.window[2:]
+            corner = a.window[:2]
+            shape = a.window[2:]
         else:
             a = None
             shape, corner = validation_geometry(self.config, height, width)
         if not dali:  # a small file, of which the pipeline's crop and resize change nothing
             encoded = pictures.as_ppm(_resized(image, self.config, a and a.window))
-            corner, shape = (0, 0), (size, size)
+            corner = (0, 0)
+            shape = (size, size)
         if not a:  # DALI takes the corner as a share of the margin
             share = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
             return {"encoded": encoded, "corner": np.array(share, np.float32), "shape": np.array(shape, np.float32)}
@@ -415,7 +417,8 @@ def parse_args(argv=None):
 
 def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, group_by=None):
     """Prints a line for each problem of a tree. Raises UserError with counts if there are any."""
-    problems, ignored = [], []
+    problems = []
+    ignored = []
     train, val = (scan(f"{folder}/{part}", problems, ignored=ignored) for part in ("train", "val"))
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)

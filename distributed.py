@@ -163,7 +163,8 @@ def together(function):
         while ready < world_size():
             time.sleep(POLL_S)
             ready = _store.add(call, 0)
-            before, heartbeats = heartbeats, _store.add("heartbeats", 0)
+            before = heartbeats
+            heartbeats = _store.add("heartbeats", 0)
             if heartbeats != before:
                 changed = time.monotonic()
             elif time.monotonic() - changed > TIMEOUT.total_seconds():

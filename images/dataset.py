@@ -162,7 +162,8 @@ def number_groups(images, names, group_by):
     """
     if not any(name is not None for name in names):
         raise UserError(f"--group-by {group_by}: none of the {len(names)} files of {images.root} is in a group")
-    first, numbers = {}, []
+    first = {}
+    numbers = []
     for i, name in enumerate(names):
         j = first.setdefault((i,) if name is None else name, i)
         if images.labels[i] != images.labels[j]:
@@ -281,7 +282,8 @@ class Data:
             ImageSet(f"{folder}/{part}", tuple(images["paths"]), np.repeat(labels, images["per_class"]), self.classes)
             for part, images in (("train", content["train"]), ("val", content["val"]))
         )
-        self.heldout, self.split = np.array(content["heldout"]), content["split"]
+        self.heldout = np.array(content["heldout"])
+        self.split = content["split"]
 
     @functools.cached_property
     def heldout(self):

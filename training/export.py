@@ -51,7 +51,9 @@ class Program(nn.Module):
 
     def __init__(self, network, config, with_preprocessing=False):
         super().__init__()
-        self.network, self.config, self.with_preprocessing = network, config, with_preprocessing
+        self.network = network
+        self.config = config
+        self.with_preprocessing = with_preprocessing
 
     def forward(self, images):
         if self.with_preprocessing:
@@ -87,7 +89,9 @@ def _neighbours(old, new, first, n):
     share = (at - before) * (before < old - 1)
     # 15 bits, unless the whole side has a weight of 1, which would not fit: at an end that is clamped, or where a place
     # falls on a pixel, because both lengths have the same power of two as a factor.
-    before, old, new = before.long(), old.long(), new.long()
+    before = before.long()
+    old = old.long()
+    new = new.long()
     unit = torch.where((old < new) | ((old & -old) == (new & -new)), 2**14, 2**15)
     weights = [((s * unit + 0.5).floor()).int() for s in (1 - share, share)]
     return before, torch.minimum(before + 1, old - 1), torch.stack([*weights, unit.int().expand(n)])

@@ -79,7 +79,8 @@ class _State:
 
     def __enter__(self):
         kept = self.done - 1 if self.validation_due else self.done
-        iterations, space = self.recipe.training.iterations, self.recipe.model.space
+        iterations = self.recipe.training.iterations
+        space = self.recipe.model.space
         self.closing = contextlib.ExitStack()
         self.journal = self.closing.enter_context(Journal(self.run.folder, self.done, iterations, space, kept))
         if self.run.folder:
@@ -133,7 +134,8 @@ class _State:
 
     def validated(self, step):
         """Validates, and writes all metrics. Returns the number of the signal that interrupted it, or 0."""
-        training, meter = self.recipe.training, self.meter
+        training = self.recipe.training
+        meter = self.meter
         try:
             with meter.paused(), self.interruption.raised():
                 self.metrics.update(self.validate(step))
@@ -327,7 +329,8 @@ class _Interruption:
         again = time.monotonic() - self.noted_at > SAME_SIGNAL_S
         if again and distributed.world_size() == 1:
             os._exit(128 + number)
-        self.noted, self.noted_at = number, min(self.noted_at, time.monotonic())
+        self.noted = number
+        self.noted_at = min(self.noted_at, time.monotonic())
         if self.raises:
             raise Interrupted(number)
 

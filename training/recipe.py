@@ -91,7 +91,9 @@ class Recipe:
         with unchanged(list(self.model.buffers())), torch_compiler("default"):
             for path in self.model.paths_through_all():
                 self._add_gradients(path, images, labels, 0, 1)
-        n, graphs, took = len(self.run.of_part), len(self.run.functions), duration(time.perf_counter() - start)
+        n = len(self.run.of_part)
+        graphs = len(self.run.functions)
+        took = duration(time.perf_counter() - start)
         log.info("compiled stem, operations and last convolution, %d modules as %d graphs, in %s", n, graphs, took)
 
     def learning_rate(self, step):

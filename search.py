@@ -30,8 +30,8 @@ import sys
 from pathlib import Path
 
 from dataloader import MAX_WORKERS, resolve_backend
+from devices.table import cannot_measure, confirm, difference, read_table, setting_of, with_latency
 from distributed import gpu_count
-from engines.latency import confirm, difference, read_table, with_latency
 from engines.local_engine import search_locally
 from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
@@ -268,8 +268,9 @@ def check(args, out):
         "costs": table and [space.choice_flops, space.fixed_flops],
     }
     if latency:
-        keys = ("device", "threads", "batch_size", "torch", "spread", "medians", "stem_and_tail")
-        settings["latency"] = {key: latency[key] for key in keys}
+        keys = ("device", "runtime", "threads", "batch_size", "torch", "onnxruntime", "spread", "medians",
+                "stem_and_tail")  # fmt: skip
+        settings["latency"] = {key: latency[key] for key in keys if key in latency}
     if args.objectives:
         settings["objectives"] = args.objectives.split(",")
     if args.rank_by != "acc1":
@@ -295,6 +296,8 @@ def prepare(search, args, out):
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
     log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
+    if "latency" in search.settings:
+        log.info("latencies are those of %s", setting_of(search.settings["latency"]))
 
 
 def run(search, args, out):
@@ -310,6 +313,9 @@ def run(search, args, out):
                 if not state["done"]:
                     run_engine(search, args, out)
                 elif search.latency and unconfirmed(state):
+                    if reason := cannot_measure(search.latency):
+                        log.warning("warning: the winner's latency is not checked: %s, then --resume", reason)
+                        return
                     confirm(search.space, search.settings, out, search.latency)
                 else:
                     return

@@ -2,6 +2,7 @@
 
     python tester.py --mode gen                          writes OUT/nni_auto_gen_search_space.json
     python tester.py --mode latency                      measures this device, for search.py: OUT/latency.json
+    python tester.py --mode latency --runtime onnxruntime    the same for networks in ONNX Runtime
     python tester.py --mode test --architecture FILE     evaluates one candidate; the last line printed is JSON
     python tester.py --mode test                         as an NNI trial: receives its candidates from NNI
 
@@ -20,8 +21,8 @@ import pathlib
 import sys
 
 import weight_files
+from devices.table import measure_table, open_runtime, setting_of
 from engines import trial
-from engines.latency import measure_table
 from engines.search_record import listed_images
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
@@ -46,7 +47,9 @@ def parse_args(argv=None):
     if args.mode == "test":
         parser.refuse("--mode test, which takes the space of the supernet", "space")
     if args.mode != "latency":
-        parser.refuse(f"--mode {args.mode}", "latency-batch-size")
+        parser.refuse(f"--mode {args.mode}", "latency-batch-size", "runtime")
+    elif args.runtime == "onnxruntime" and args.device == "cuda":
+        raise utils.UserError("--device cuda: ONNX Runtime is measured on the CPU; leave the flag out")
     return args
 
 
@@ -78,13 +81,12 @@ def measure(args):
     """Writes the latencies of the search space on this device."""
     path = pathlib.Path(args.out) / "latency.json"
     space = open_space(args)
-    device = resolve_device(args.device, args.threads)
+    device = resolve_device("cpu" if args.runtime == "onnxruntime" else args.device, args.threads)
     start_logging(args, device)
-    table = measure_table(space, args.latency_batch_size, device)
+    table = measure_table(open_runtime(args.runtime, space, args.latency_batch_size, device))
     utils.write_json(path, table)
     low, high = (sum(map(pick, table["medians"])) + table["stem_and_tail"] for pick in (min, max))
-    setting = f"{table['device']}, {table['threads']} threads, batch size {table['batch_size']}"
-    print(f"{path}: {low / 1e6:.3f} to {high / 1e6:.3f} ms on {setting}; spread {table['spread']:.1%}")
+    print(f"{path}: {low / 1e6:.3f} to {high / 1e6:.3f} ms in {setting_of(table)}; spread {table['spread']:.1%}")
     if table["spread"] > 0.05:
         print("warning: the spread is above 5%: something else runs on this machine; measure again when it is idle")
 

@@ -1,18 +1,19 @@
 """Measures how well tables of latencies predict whole networks, and whether the winners of searches hold their limits.
 
-    python bench/latency.py                               everything, on an idle machine: some 40 minutes on one core
-    python bench/latency.py --spaces small --networks 8 --searches 2 --batch-sizes 1        a try, minutes
+    python bench/latency.py                               everything: an hour on one core that others use too
+    python bench/latency.py --runtimes torch --spaces small --networks 8 --searches 2 --batch-sizes 1   a try, minutes
 
-For each space and batch size, a table is measured as `tester.py --mode latency` does, and random networks as a whole,
-twice, each time built anew. All take turns, so that a device that is faster for a while is so for all. Reported are the
-mean absolute error of the predictions, that of predicting the mean of the measurements for all, and Spearman's
-correlation of predictions and measurements, beside that of the two measurements.
+In each runtime, the paper's four operations are measured, each at all blocks of the paper's space. Then, for each
+space and batch size, a table is measured as `tester.py --mode latency` does, and random networks as a whole, twice,
+each time built anew. All take turns, so that a device that is faster for a while is so for all. Reported are the mean
+absolute error of the predictions, that of predicting the mean of the measurements for all, the mean difference of the
+two measurements, and Spearman's correlation of predictions and measurements, beside that of the two measurements.
 
 Then searches run in `small` with limits from the 20th to the 80th percentile of latency, on made-up accuracies that
 grow with the predicted latency, so that the best are at the limit; winners are confirmed as in any search, and measured
 again by another process, at the scale of the table. Reported are these latencies as a share of the limit.
 
-Prints Markdown and writes bench/results/latency.json. The numbers hold for the machine, and only if it is idle.
+Prints Markdown and writes bench/results/latency.json after each part. The numbers hold for the machine.
 """
 
 import argparse
@@ -27,9 +28,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import kendalltau, spearmanr
 
-from engines.latency import Networks, confirm, device_name, measure_like, measure_table, with_latency
+from devices.table import RUNTIMES, confirm, measure_like, measure_table, open_runtime, with_latency
+from devices.timing import Networks, device_name, take_turns
 from engines.search_record import SearchRecord, prepare_search, unconfirmed
 from evolution_tuner import Evolution
 from settings.fields import count
@@ -38,7 +40,7 @@ from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json
 
 SPACES = {"small": SearchSpace(28, 10, stem_stride=1, **PRESETS["small"]), "paper": SearchSpace()}
-NETWORKS = {"small": 60, "paper": 30}
+NETWORKS = {"small": 40, "paper": 16}
 EVOLUTION = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "mutation_prob": 0.1, "generations": 8}
 
 
@@ -52,22 +54,33 @@ def errors(predicted, first, second):
         "mean_ms": mean / 1e6,
         "mean_absolute_error": error / mean,
         "of_predicting_the_mean": of_mean / mean,
+        "of_another_measurement": statistics.fmean(abs(a - b) for a, b in zip(first, second)) / mean,
         "share": error / of_mean,
         "spearman": statistics.fmean(spearmanr(predicted, m).statistic for m in (first, second)),
         "spearman_of_two_measurements": float(spearmanr(first, second).statistic),
     }
 
 
-def study_predictions(space, batch_size, n, device):
-    """(the table, its errors on n random networks)."""
+def study_operations(runtime):
+    """The latency of each operation at all blocks of a runtime's space, in ms, by name."""
+    space = runtime.space
+    networks = Networks(runtime, [space.uniform_candidate(choice) for choice in range(len(space.operations))])
+    take_turns(runtime, networks)
+    return {name: ns / 1e6 for name, ns in zip(space.operations, networks.medians())}
+
+
+def study_predictions(runtime, n):
+    """(the table of a runtime's space, its errors on n random networks)."""
+    space = runtime.space
     rng = random.Random(1)
     candidates = [space.random_candidate(rng) for _ in range(n)]
-    twice = [Networks(space, candidates, batch_size, device) for _ in range(2)]
-    table = measure_table(space, batch_size, device, beside=twice)
+    twice = [Networks(runtime, candidates) for _ in range(2)]
+    table = measure_table(runtime, beside=twice)
     first, second = (networks.medians() for networks in twice)
     timed = with_latency(space, table)
     row = errors([timed.cost("latency", c) for c in candidates], first, second)
-    return table, {**row, "seconds": table["seconds"], "spread": table["spread"], "correction": table["correction"]}
+    row |= {"seconds": table["seconds"], "spread": table["spread"], "flops": [space.flops(c) for c in candidates]}
+    return table, {**row, "measured_ms": [(a + b) / 2e6 for a, b in zip(first, second)]}
 
 
 # --- searches ------------------------------------------------------------------------------------------------
@@ -100,6 +113,7 @@ def search(space, table, high, seed, out):
 
 def measure_again(space, candidates, table):
     """Runs in another process: the latencies of candidates as whole networks, in ns, at the scale of a table."""
+    torch.set_num_threads(table["threads"])
     return measure_like(table, SearchSpace.from_dict(space), candidates)[0]
 
 
@@ -125,44 +139,76 @@ def study_searches(space, table, n):
     return rows
 
 
+def print_predictions(name, row):
+    keys = ("spread", "mean_absolute_error", "of_predicting_the_mean", "of_another_measurement")
+    cells = [name, f"{row['mean_ms']:.3f}", f"{row['seconds']:.0f}", *(f"{100 * row[key]:.1f}" for key in keys)]
+    cells += [f"{row['spearman']:.3f}", f"{row['spearman_of_two_measurements']:.3f}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_taus(predictions, runtime, names):
+    """Kendall's tau of latencies in a runtime with those of the same networks in the other one, and with FLOPs."""
+    for name in names:
+        one, *others = (predictions.get(f"{other}, {name}") for other in (runtime, *(RUNTIMES.keys() - {runtime})))
+        of_flops = kendalltau(one["measured_ms"], one["flops"]).statistic
+        text = f"{RUNTIMES[runtime]}, {name}: tau with FLOPs {of_flops:.2f}"
+        for other in filter(None, others):
+            text += f", with the other runtime {kendalltau(one['measured_ms'], other['measured_ms']).statistic:.2f}"
+        print(text)
+
+
+def print_searches(rows):
+    print("| limit at | limit, ms | winner measured again, % of the limit | within the spread | corrections |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        used = f"{100 * row['used']:.1f}" if row["used"] else "no winner"
+        cells = [f"{row['share']:.0%}", f"{row['limit_ms']:.3f}", used, "yes" if row["holds"] else "no"]
+        print(f"| {' | '.join([*cells, str(row['corrections'])])} |", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--spaces", nargs="+", choices=SPACES, default=list(SPACES))
     parser.add_argument("--batch-sizes", nargs="+", type=count(), default=[1, 16], metavar="N", help="default: 1 16")
-    parser.add_argument("--networks", type=count(2), metavar="N", help="of each space (default: 60 of small, 30)")
+    parser.add_argument("--networks", type=count(2), metavar="N", help="of each space (default: 40 of small, 16)")
     parser.add_argument("--searches", type=count(0), default=20, metavar="N", help="default: 20")
     parser.add_argument("--threads", type=count(), default=1, metavar="N", help="default: 1")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch (default: cpu)")
     parser.add_argument(
         "--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "latency.json", metavar="FILE"
     )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    predictions = {}
-    tables = {}
-    print("| space, batch size | mean ms | table, s | spread | error, % | of the mean, % | Spearman | of two |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in options.spaces:
-        for batch_size in options.batch_sizes:
-            n = options.networks or NETWORKS[name]
-            tables[name, batch_size], row = study_predictions(SPACES[name], batch_size, n, device)
-            predictions[f"{name}, {batch_size}"] = row
-            cells = [f"{name}, {batch_size}", f"{row['mean_ms']:.3f}", f"{row['seconds']:.0f}"]
-            keys = ("spread", "mean_absolute_error", "of_predicting_the_mean")
-            cells += [f"{100 * row[key]:.1f}" for key in keys]
-            cells += [f"{row['spearman']:.3f}", f"{row['spearman_of_two_measurements']:.3f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
-    table = tables.get(("small", options.batch_sizes[0]))
-    rows = study_searches(SPACES["small"], table, options.searches) if table and options.searches else []
-    print("| limit at | limit, ms | winner measured again, % of the limit | within the spread | corrections |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        used = f"{100 * row['used']:.1f}" if row["used"] else "no winner"
-        cells = [f"{row['share']:.0%}", f"{row['limit_ms']:.3f}", used, "yes" if row["holds"] else "no"]
-        print(f"| {' | '.join([*cells, str(row['corrections'])])} |")
     setting = {"device": device_name(device), "threads": options.threads, "commit": commit(), "versions": versions()}
-    write_json(options.results, {"setting": setting, "predictions": predictions, "searches": rows}, indent=1)
+    results = {"setting": setting, "operations": {}, "predictions": {}, "searches": {}}
+    for runtime in options.runtimes:
+        table = None
+        head = ("space, batch size", "mean ms", "table, s", "spread, %", "error, %", "of the mean, %",
+                "of another measurement, %", "Spearman", "of two")  # fmt: skip
+        print(f"{RUNTIMES[runtime]}\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
+        for name in options.spaces:
+            for batch_size in options.batch_sizes:
+                opened = open_runtime(runtime, SPACES[name], batch_size, device)
+                if name == "paper" and batch_size == options.batch_sizes[0]:
+                    results["operations"][runtime] = study_operations(opened)
+                found, row = study_predictions(opened, options.networks or NETWORKS[name])
+                results["predictions"][f"{runtime}, {name}, {batch_size}"] = row
+                print_predictions(f"{name}, {batch_size}", row)
+                write_json(options.results, results, indent=1)
+                if name == "small":
+                    table = table or found
+        print_taus(results["predictions"], runtime, [f"{s}, {n}" for s in options.spaces for n in options.batch_sizes])
+        if table and options.searches:
+            results["searches"][runtime] = study_searches(SPACES["small"], table, options.searches)
+            print_searches(results["searches"][runtime])
+        write_json(options.results, results, indent=1)
+    print("| operation at all blocks | MFLOPs | " + " | ".join(f"{RUNTIMES[name]}, ms" for name in results["operations"]))
+    for choice, name in enumerate(SPACES["paper"].operations):
+        flops = SPACES["paper"].flops(SPACES["paper"].uniform_candidate(choice)) / 1e6
+        cells = [f"{row[name]:.2f}" for row in results["operations"].values()]
+        print(f"| {' | '.join([name, f'{flops:.0f}', *cells])} |")
 
 
 if __name__ == "__main__":

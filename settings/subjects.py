@@ -372,6 +372,9 @@ class Testing(Settings):
     mode: str = setting("test", "default: test", choices=("gen", "test", "latency"))
     split: str = setting("search", "held-out training images, or val (default: search)", choices=("search", "val"))
     latency_batch_size: int = setting(1, "images per run (1)", count(1, 100_000), unit="N")
+    runtime: str = setting(
+        "torch", "what runs the networks whose latency is measured (torch)", choices=("torch", "onnxruntime")
+    )
 
 
 @dataclasses.dataclass(frozen=True)

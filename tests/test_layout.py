@@ -14,7 +14,7 @@ import pytest
 from utils import HERE
 
 COMMANDS = {"supernet", "tester", "search", "scratch", "report"}
-ROOMS = ("settings", "space", "images", "training", "engines", "reports")
+ROOMS = ("settings", "space", "images", "training", "engines", "devices", "reports")
 # A row may import itself and the rows above it. A name stands for a module at the root, or for all modules of a folder.
 ORDER = (
     {"utils"},
@@ -22,7 +22,7 @@ ORDER = (
     {"space", "blocks", "distributed"},
     {"images", "dataloader", "network", "weight_files"},
     {"training"},
-    {"engines", "evolution_tuner"},
+    {"engines", "devices", "evolution_tuner"},
     {"reports"},
     COMMANDS,
 )
@@ -150,9 +150,9 @@ def test_every_room_is_small_and_says_what_belongs_there():
         ("nni", {"evolution_tuner", "engines.nni_engine", "engines.trial"}),
         ("nvidia", {"dataloader"}),
         ("matplotlib", {"reports.figures"}),
-        ("onnx", {"training.export"}),
+        ("onnx", {"training.export", "devices.onnx_runtime"}),
         ("onnxscript", set()),
-        ("onnxruntime", {"training.export"}),
+        ("onnxruntime", {"training.export", "devices.onnx_runtime"}),
     ],
 )
 def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, modules):

@@ -1,0 +1,248 @@
+"""The latency of a space's networks on a device, in a runtime: the table that a search reads, and its best, measured.
+
+In PyTorch, operations are timed in context. Random networks of the space run as a whole, and each operation is timed
+between its neighbours: timed alone, it would find its input in the cache. The latency of a network is then the sum of
+the medians of its parts, times a correction: the median ratio of the latencies of whole networks to such sums.
+
+In ONNX Runtime, which fuses operations and changes layouts across blocks, there are no such parts. Whole networks are
+timed, more than there are unknowns and with every choice at every block equally often, and latencies of choices are
+fitted to them by least squares. A row of the table says how much longer a choice takes than the block's fastest one,
+and `stem_and_tail` what all networks have in common.
+
+    setting    device, runtime and its version, threads and batch size, on which the latency of a network depends
+    ns         the unit of all latencies here and in latency.json; latencies are per batch, not per image
+"""
+
+import math
+import reprlib
+import statistics
+
+import numpy as np
+import torch
+
+from devices import onnx_runtime
+from devices.onnx_runtime import OnnxRuntime
+from devices.timing import Networks, Parts, Torch, device_name, rows, take_turns
+from engines.search_record import SearchRecord
+from evolution_tuner import Evolution
+from utils import UserError, cores, log, read_json, versions
+
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}  # as on the command line, and in words
+NETWORKS = 12  # that a table measures twice, and that it is compared with
+REFERENCES = 4  # of these, measured again with the best candidates of a search
+PER_UNKNOWN = 2  # networks to which the latencies of choices are fitted, for each unknown
+
+
+# --- measuring -----------------------------------------------------------------------------------------------
+
+
+def open_runtime(name, space, batch_size, device):
+    """The runtime of a name in RUNTIMES, which runs networks of a space. Raises UserError if it can't."""
+    return OnnxRuntime(space, batch_size) if name == OnnxRuntime.NAME else Torch(space, batch_size, device)
+
+
+def measure_table(runtime, beside=()):
+    """The content of latency.json: latencies in the space of a runtime, with the threads that torch has.
+
+    `beside` are other measurements to compare with the table; their rounds and those of the table take turns.
+    """
+    space = runtime.space
+    rng = np.random.default_rng(0)
+    drawn = [tuple(int(rng.integers(n)) for n in space.choices) for _ in range(NETWORKS)]
+    twice = [Networks(runtime, drawn) for _ in range(2)]
+    measured = Parts(runtime, rng) if runtime.NAME == Torch.NAME else Networks(runtime, evenly(space, rng))
+    take_turns(runtime, measured, *twice, *beside)
+    first, second = (networks.medians() for networks in twice)
+    of_choices = summed if runtime.NAME == Torch.NAME else fitted
+    found = of_choices(space, measured, drawn, first, second)
+    return {
+        "device": device_name(runtime.device),
+        "kind": runtime.device.type,
+        "runtime": runtime.NAME,
+        "threads": torch.get_num_threads(),
+        "batch_size": runtime.batch_size,
+        "versions": versions(),
+        "torch": torch.__version__,
+        **({"onnxruntime": onnx_runtime.version()} if runtime.NAME == OnnxRuntime.NAME else {}),
+        "space": space.to_dict(),
+        **found,
+        "networks": {"architectures": drawn, "measured": [first, second]},
+        "seconds": round(sum(measurement.seconds for measurement in (measured, *twice)), 1),
+    }
+
+
+def summed(space, parts, drawn, first, second):
+    """The latencies of parts, corrected by those of `drawn` networks; the spread of two measurements of these."""
+    table, fixed = parts.medians()
+    sums = predict(space, table, fixed, drawn)
+    correction = statistics.median((a + b) / 2 / total for a, b, total in zip(first, second, sums))
+    return {
+        "medians": [[int(ns * correction) for ns in row] for row in table],
+        "stem_and_tail": int(fixed * correction),
+        "correction": correction,
+        "spread": max(abs(a - b) / min(a, b) for a, b in zip(first, second)),
+    }
+
+
+def fitted(space, networks, drawn, first, second):
+    """Latencies fitted to those of networks; the spread is the largest error for `drawn` ones, measured twice."""
+    table, fixed = fit(space, networks.candidates, networks.medians())
+    predicted = predict(space, table, fixed, drawn)
+    errors = [abs(p - ns) / ns for measured in (first, second) for p, ns in zip(predicted, measured)]
+    return {"medians": table, "stem_and_tail": fixed, "spread": max(errors)}
+
+
+def predict(space, table, fixed, candidates):
+    """The sum for each candidate."""
+    return [fixed + sum(row[c] for row, c in zip(table, space.block_choices(candidate))) for candidate in candidates]
+
+
+def evenly(space, rng):
+    """Random candidates that have every choice at every block equally often, PER_UNKNOWN for each unknown of `fit`."""
+    n = len(space.choice_flops[0])
+    unknowns = 1 + space.n_blocks * (n - 1)
+    return [row for _ in range(math.ceil(PER_UNKNOWN * unknowns / n)) for row in rows(rng, n, space.n_blocks)]
+
+
+def fit(space, candidates, measured):
+    """(ns of every choice at every block beyond the block's fastest choice, ns that all candidates have in common) that
+    fit the latencies of candidates best, by least squares."""
+    n = len(space.choice_flops[0])
+    blocks = np.arange(space.n_blocks)
+    has = np.zeros((len(candidates), space.n_blocks, n))  # whether a candidate has a choice at a block
+    for row, candidate in zip(has, candidates):
+        row[blocks, space.block_choices(candidate)] = 1
+    columns = np.concatenate([np.ones((len(candidates), 1)), has.reshape(len(candidates), -1)], axis=1)
+    common, *found = np.linalg.lstsq(columns, np.array(measured, float), rcond=None)[0]
+    found = np.reshape(found, (space.n_blocks, n))
+    fastest = found.min(axis=1, keepdims=True)
+    return np.rint(found - fastest).astype(int).tolist(), int(round(common + fastest.sum()))
+
+
+def measure_like(table, space, candidates):
+    """(the latency of each candidate as a whole network, in ns, at the scale of a table; that scale).
+
+    Networks of the table are measured with the candidates. The scale is the median ratio of their latencies in the
+    table to those measured now; all latencies are multiplied by it.
+    """
+    references = [space.check(c) for c in table["networks"]["architectures"][:REFERENCES]]
+    before = torch.get_num_threads()
+    torch.set_num_threads(table["threads"])
+    try:
+        runtime = open_runtime(runtime_of(table), space, table["batch_size"], torch.device(table["kind"]))
+        networks = Networks(runtime, [*references, *candidates])
+        take_turns(runtime, networks)
+    finally:
+        torch.set_num_threads(before)
+    medians = networks.medians()
+    now = medians[: len(references)]
+    measured = medians[len(references) :]
+    then = map(statistics.fmean, zip(*table["networks"]["measured"]))
+    scale = statistics.median(a / b for a, b in zip(then, now))
+    return [int(ns * scale) for ns in measured], scale
+
+
+# --- the table of a search -----------------------------------------------------------------------------------
+
+FORMS = {"device": str, "kind": str, "threads": int, "batch_size": int, "torch": str, "space": dict, "medians": list,
+         "stem_and_tail": int, "spread": float, "networks": dict}  # fmt: skip
+
+
+def read_table(path, space, foreign=False, measure="tester.py --mode latency"):
+    """The table in a file, for a space.
+
+    Raises UserError if the file has no table, or one of another space, or, unless `foreign`, of another setting;
+    `measure` is the command that measures this device.
+    """
+    table = read_json(path)
+    if isinstance(table, dict) and table.get("runtime") == OnnxRuntime.NAME:
+        measure += f" --runtime {OnnxRuntime.NAME}"
+    no_table = UserError(f"{path}: not a table of latencies; write one with {measure}")
+    if not isinstance(table, dict) or not all(isinstance(table.get(k), kind) for k, kind in FORMS.items()):
+        raise no_table
+    if runtime_of(table) not in RUNTIMES or not isinstance(table.get(runtime_of(table)), str):
+        raise no_table
+    rows = table["medians"]
+    shape = [len(row) for row in space.choice_flops]
+    numbers = [ns for row in rows for ns in (row if isinstance(row, list) else [None])] + [table["stem_and_tail"]]
+    if not all(type(ns) is int and 0 <= ns < 1e12 for ns in numbers) or not 0 <= table["spread"] < math.inf:
+        raise no_table
+    if table["space"] != space.to_dict() or [len(row) for row in rows] != shape:
+        raise UserError(f"{path}: is of another search space than the supernet's; run {measure} again")
+    if not _are_measured(table["networks"], space):
+        raise no_table
+    if (other := difference(table)) and not foreign:
+        advice = f"measure this one with {measure}, or accept the table with --foreign-latency-table"
+        raise UserError(f"{path}: measured {other}; {advice}")
+    return table
+
+
+def _are_measured(networks, space):
+    """Whether these are candidates of a space, with two measurements of each, in ns."""
+    try:
+        candidates = [space.check(c) for c in networks["architectures"]]
+        first, second = networks["measured"]
+        return 0 < len(candidates) == len(first) == len(second) and all(ns > 0 for ns in (*first, *second))
+    except (KeyError, TypeError, ValueError, UserError):
+        return False
+
+
+def difference(table):
+    """How the setting of a table differs from this device, in words, or None."""
+    if table["kind"] == "cuda" and not torch.cuda.is_available():
+        return f"on {reprlib.repr(table['device'])}, and this machine has no GPU"
+    if (here := device_name(torch.device(table["kind"]))) != table["device"]:
+        return f"on {reprlib.repr(table['device'])}, this is {here}"
+    if table["kind"] == "cpu" and table["threads"] > cores():
+        return f"with {table['threads']} threads, this process has {cores()} cores"
+    name = runtime_of(table)
+    here = torch.__version__ if name == Torch.NAME else onnx_runtime.version()
+    if here not in (None, table[name]):  # a search needs no runtime, if its best candidates are not measured
+        return f"with {name} {table[name]}, this is {here}"
+    return None
+
+
+def runtime_of(table):
+    """The name of the runtime of a table, in RUNTIMES; older tables are of PyTorch."""
+    return table.get("runtime", Torch.NAME)
+
+
+def setting_of(table):
+    """The setting of a table in words."""
+    name = runtime_of(table)
+    threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
+    return f"{RUNTIMES[name]} {table[name]} on {table['device']}, {threads}, batch size {table['batch_size']}"
+
+
+def cannot_measure(table):
+    """Why networks can't be measured in the runtime of a table here, in words that name the way out, or None."""
+    install = onnx_runtime.missing() if runtime_of(table) == OnnxRuntime.NAME else None
+    return install and f"ONNX Runtime needs {install}"
+
+
+def with_latency(space, table):
+    """The space with the latencies of a table among its costs."""
+    rows = tuple(tuple(row) for row in table["medians"])
+    return space.with_costs(*space.costs._replace(latency=rows, fixed_latency=table["stem_and_tail"]))
+
+
+def confirm(space, settings, out, table):
+    """Measures the ten best of the search in `out`, whose generations are complete, as whole networks on this device.
+
+    The record of the search then has a winner, or more generations to run under a corrected limit.
+    """
+    record = SearchRecord(out, space, Evolution.from_settings(space, settings))
+    record.pending()  # replays the search
+    best = (record.evolution.front() if record.evolution.objectives else record.evolution.legal_ranked())[:10]
+    log.info("measuring the %d best candidates as whole networks in %s", len(best), RUNTIMES[runtime_of(table)])
+    measured, scale = measure_like(table, space, best)
+    if abs(scale - 1) > 0.05:
+        text = "this device takes %.2f times as long as when the table was measured: latencies are scaled to that time"
+        log.warning(text, 1 / scale)
+    row = record.confirm(dict(zip(best, measured)))
+    record.lock.close()
+    for rank, m in enumerate(row["measured"], 1):
+        numbers = f"predicted {m['predicted_ms']:.3f} ms, measured {m['measured_ms']:.3f} ms"
+        log.info("rank %d: %s%s", rank, numbers, "" if m["holds"] else ", beyond the limit")
+    if row["generations"]:
+        log.info("none holds: %d more generations, latencies times %.3f", row["generations"], row["correction"])

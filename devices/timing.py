@@ -1,0 +1,190 @@
+"""Measuring: networks of a space as a whole, in any runtime, and the parts of networks in PyTorch.
+
+The speed of a device varies: clocks change, and other processes run. So measurements that are compared take turns, and
+whatever is timed is timed beside one network that stays the same, the reference: what counts is the ratio of the two,
+times the median latency of the reference. With one thread of the CPU the clock is that of the thread, which stands
+still while another process has the core; on an idle machine it shows the same.
+"""
+
+import itertools
+import pathlib
+import platform
+import statistics
+import time
+
+import torch
+
+from network import ShuffleNetV2, fold_bn
+from utils import cores
+
+RUN_NS = 20_000_000  # a network runs up to WARM_UP and RUNS times in a round, each at least once, but not for longer
+
+
+def device_name(device):
+    """The name of a torch device, as in the table."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores()} cores"
+
+
+def build(space, candidate, device):
+    """The candidate as a network for inference: BN folded, channels last, weights that keep activations in range."""
+    network = ShuffleNetV2(candidate, space=space)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return fold_bn(network).to(device, memory_format=torch.channels_last)
+
+
+def images(space, batch_size, device):
+    """Random images (batch_size, 3, input_size, input_size), channels last."""
+    size = (batch_size, 3, space.input_size, space.input_size)
+    return torch.randn(size, device=device).to(memory_format=torch.channels_last)
+
+
+def run_timed(parts, x):
+    """Runs callables one after the other on x. Returns the ns that each took."""
+    if isinstance(x, torch.Tensor) and x.is_cuda:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
+        marks[0].record()
+        for part, mark in zip(parts, marks[1:]):
+            x = part(x)
+            mark.record()
+        torch.cuda.synchronize()
+        return [int(a.elapsed_time(b) * 1e6) for a, b in itertools.pairwise(marks)]
+    clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
+    marks = [clock()]
+    for part in parts:
+        x = part(x)
+        marks.append(clock())
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+class Torch:
+    """Networks in PyTorch, without torch.compile, on a device.
+
+    A runtime has `x`, the input of its networks, and the times of its reference in ns.
+    """
+
+    NAME = "torch"
+    ROUNDS = 60  # of a measurement, or as many as begin within SECONDS, but at least FEWEST
+    SECONDS = 240
+    FEWEST = 3
+    WARM_UP = 1  # runs of a network in a round before those that are timed
+    RUNS = 2
+
+    def __init__(self, space, batch_size, device):
+        self.space = space
+        self.batch_size = batch_size
+        self.device = device
+        self.x = images(space, batch_size, device)
+        self.reference = build(space, space.uniform_candidate(0), device)
+        self.reference_ns = []
+
+    def prepare(self, candidate):
+        """A function that returns the candidate as a callable on `x`, ready to run."""
+        network = build(self.space, candidate, self.device)
+        return lambda: network
+
+    def run_reference(self):
+        """The ns that the reference takes now."""
+        (ns,) = run_timed([self.reference], self.x)
+        self.reference_ns.append(ns)
+        return ns
+
+    def usual_ns(self):
+        """The median latency of the reference."""
+        return statistics.median(self.reference_ns)
+
+
+class Networks:
+    """Candidates as whole networks in a runtime; a round runs each of them."""
+
+    def __init__(self, runtime, candidates):
+        self.runtime = runtime
+        self.candidates = candidates
+        self.prepared = [runtime.prepare(candidate) for candidate in candidates]
+        self.ratios = [[] for _ in candidates]  # to the reference, of each candidate, one a round
+        self.seconds = 0.0
+
+    def round(self):
+        for prepared, own in zip(self.prepared, self.ratios):
+            own.append(self._ratio(prepared()))
+
+    def _ratio(self, network):
+        """The median ratio of a network's latency to that of the reference, each timed directly after the other."""
+        runtime = self.runtime
+        for _ in within(RUN_NS, runtime.WARM_UP):
+            network(runtime.x)
+        found = []
+        before = runtime.run_reference()
+        for _ in within(RUN_NS, runtime.RUNS):
+            (ns,) = run_timed([network], runtime.x)
+            after = runtime.run_reference()
+            found.append(2 * ns / (before + after))
+            before = after
+        return statistics.median(found)
+
+    def medians(self):
+        """The median latency of each candidate, in ns."""
+        usual = self.runtime.usual_ns()
+        return [round(statistics.median(own) * usual) for own in self.ratios]
+
+
+class Parts:
+    """Every choice at every block in PyTorch; a round runs each of them, in random networks."""
+
+    def __init__(self, runtime, rng):
+        space = runtime.space
+        self.runtime = runtime
+        self.rng = rng
+        n = len(space.choice_flops[0])
+        # A network for each choice; random networks are made of their blocks.
+        self.whole = [build(space, space.uniform_candidate(choice), runtime.device) for choice in range(n)]
+        self.ratios = [[[] for _ in range(n)] for _ in range(space.n_blocks)]
+        self.ends = []  # stem and head together
+        self.seconds = 0.0
+
+    def round(self):
+        stem = self.whole[0].first_conv
+        head = self.whole[0].head
+        runtime = self.runtime
+        for choices in rows(self.rng, len(self.whole), len(self.ratios)):
+            parts = [stem, *(self.whole[choice].features[block] for block, choice in enumerate(choices)), head]
+            run_timed(parts, runtime.x)
+            for _ in range(runtime.RUNS):
+                reference = runtime.run_reference()
+                first, *found, last = run_timed(parts, runtime.x)
+                self.ends.append((first + last) / reference)
+                for own, choice, ns in zip(self.ratios, choices, found):
+                    own[choice].append(ns / reference)
+
+    def medians(self):
+        """(a list for each block of the ns of its choices, the ns of stem and head together)."""
+        usual = self.runtime.usual_ns()
+        table = [[round(statistics.median(own) * usual) for own in row] for row in self.ratios]
+        return table, round(statistics.median(self.ends) * usual)
+
+
+def rows(rng, n_choices, n_blocks):
+    """As many random rows as there are choices, which together have each choice at each block once."""
+    return list(zip(*(rng.permutation(n_choices).tolist() for _ in range(n_blocks))))
+
+
+def within(ns, most, fewest=1):
+    """Counts up to `most`, or as far as it gets within `ns`, but at least up to `fewest`."""
+    end = time.monotonic_ns() + ns
+    return itertools.takewhile(lambda i: i < fewest or time.monotonic_ns() < end, range(most))
+
+
+@torch.inference_mode()
+def take_turns(runtime, *measurements):
+    """Runs rounds of all measurements in a runtime in turns; adds up the seconds of each."""
+    for _ in within(runtime.SECONDS * 10**9, runtime.ROUNDS, runtime.FEWEST):
+        for measurement in measurements:
+            start = time.monotonic()
+            measurement.round()
+            measurement.seconds += time.monotonic() - start

@@ -204,7 +204,8 @@ def main(argv=None):
             results["searches"][runtime] = study_searches(SPACES["small"], table, options.searches)
             print_searches(results["searches"][runtime])
         write_json(options.results, results, indent=1)
-    print("| operation at all blocks | MFLOPs | " + " | ".join(f"{RUNTIMES[name]}, ms" for name in results["operations"]))
+    head = ["operation at all blocks", "MFLOPs", *(f"{RUNTIMES[name]}, ms" for name in results["operations"])]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for choice, name in enumerate(SPACES["paper"].operations):
         flops = SPACES["paper"].flops(SPACES["paper"].uniform_candidate(choice)) / 1e6
         cells = [f"{row[name]:.2f}" for row in results["operations"].values()]

@@ -116,7 +116,7 @@ def fit(space, candidates, measured):
     common, *found = np.linalg.lstsq(columns, np.array(measured, float), rcond=None)[0]
     found = np.reshape(found, (space.n_blocks, n))
     fastest = found.min(axis=1, keepdims=True)
-    return np.rint(found - fastest).astype(int).tolist(), int(round(common + fastest.sum()))
+    return np.rint(found - fastest).astype(int).tolist(), round(common + fastest.sum())
 
 
 def measure_like(table, space, candidates):

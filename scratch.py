@@ -33,7 +33,7 @@ from images.dataset import Data, check_batch_size, open_data, prepare, scan, tra
 from images.image_cache import validation_batches
 from network import ShuffleNetV2
 from settings.command_line import Parser
-from settings.subjects import DataConfig, Images, Retraining, Run, Space, Training, Weights, deciding
+from settings.subjects import RUNTIMES, DataConfig, Images, Retraining, Run, Space, Training, Weights, deciding
 from space.custom import make_space, searched
 from training import checkpoint, export
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
@@ -113,8 +113,8 @@ def export_checkpoint(args, folder):
     exact = "{file}: logits within {max_difference:.1g} of the network's on {n_images} images"
     if args.with_preprocessing:
         exact += ", from the files on; {same_top1} get the same class, {same_pixels} the same pixels"
-    speed = "{latency_ms} ms an image on this CPU (median of {runs} runs, batch 1, {threads} threads)"
-    print(f"{exact}; {speed}".format(**result))
+    speed = "{latency_ms} ms an image in {name} on this CPU (median of {runs} runs, batch 1, {threads} threads)"
+    print(f"{exact}; {speed}".format(**result, name=RUNTIMES[result["runtime"]]))
     return result
 
 

@@ -30,11 +30,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 from scipy.stats import kendalltau, spearmanr
 
-from devices.table import RUNTIMES, confirm, measure_like, measure_table, open_runtime, with_latency
+from devices.table import confirm, measure_like, measure_table, open_runtime, with_latency
 from devices.timing import Networks, device_name, take_turns
 from engines.search_record import SearchRecord, prepare_search, unconfirmed
 from evolution_tuner import Evolution
 from settings.fields import count
+from settings.subjects import RUNTIMES
 from space.custom import PRESETS
 from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json
@@ -166,6 +167,15 @@ def print_searches(rows):
         print(f"| {' | '.join([*cells, str(row['corrections'])])} |", flush=True)
 
 
+def print_operations(by_runtime):
+    space = SPACES["paper"]
+    head = ["operation at all blocks", "MFLOPs", *(f"{RUNTIMES[name]}, ms" for name in by_runtime)]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for choice, name in enumerate(space.operations):
+        cells = [name, f"{space.flops(space.uniform_candidate(choice)) / 1e6:.0f}"]
+        print(f"| {' | '.join([*cells, *(f'{row[name]:.2f}' for row in by_runtime.values())])} |")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
@@ -204,12 +214,8 @@ def main(argv=None):
             results["searches"][runtime] = study_searches(SPACES["small"], table, options.searches)
             print_searches(results["searches"][runtime])
         write_json(options.results, results, indent=1)
-    head = ["operation at all blocks", "MFLOPs", *(f"{RUNTIMES[name]}, ms" for name in results["operations"])]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
-    for choice, name in enumerate(SPACES["paper"].operations):
-        flops = SPACES["paper"].flops(SPACES["paper"].uniform_candidate(choice)) / 1e6
-        cells = [f"{row[name]:.2f}" for row in results["operations"].values()]
-        print(f"| {' | '.join([name, f'{flops:.0f}', *cells])} |")
+    if results["operations"]:
+        print_operations(results["operations"])
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from devices.onnx_runtime import OnnxRuntime
 from devices.timing import Networks, Parts, Torch, device_name, rows, take_turns
 from engines.search_record import SearchRecord
 from evolution_tuner import Evolution
+from settings.subjects import RUNTIMES
 from utils import UserError, cores, log, read_json, versions
 
-RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}  # as on the command line, and in words
 NETWORKS = 12  # that a table measures twice, and that it is compared with
 REFERENCES = 4  # of these, measured again with the best candidates of a search
 PER_UNKNOWN = 2  # networks to which the latencies of choices are fitted, for each unknown

@@ -13,6 +13,7 @@ from settings.fields import Settings, count, flag, names, real, setting
 from utils import HERE, UserError
 
 COSTS = ("flops", "params", "latency")  # of a candidate: multiply-adds, parameters, ns
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}  # in which networks are timed, and in words
 
 
 def objectives(text):
@@ -372,9 +373,7 @@ class Testing(Settings):
     mode: str = setting("test", "default: test", choices=("gen", "test", "latency"))
     split: str = setting("search", "held-out training images, or val (default: search)", choices=("search", "val"))
     latency_batch_size: int = setting(1, "images per run (1)", count(1, 100_000), unit="N")
-    runtime: str = setting(
-        "torch", "what runs the networks whose latency is measured (torch)", choices=("torch", "onnxruntime")
-    )
+    runtime: str = setting("torch", "what runs the networks whose latency is measured (torch)", choices=tuple(RUNTIMES))
 
 
 @dataclasses.dataclass(frozen=True)

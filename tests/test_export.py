@@ -107,7 +107,8 @@ def test_an_exported_file_is_the_network(trained, programs, tree, tmp_path, prep
         file = tmp_path / f"network{suffix}"
         stdout, _ = run("scratch.py", "--export", file, "--checkpoint", path, "--threads", 1)
     line, last = stdout.splitlines()
-    assert re.search(r"[\d.]+ ms an image on this CPU \(median of \d+ runs, batch 1, 1 threads\)", line)
+    runtime = {".pt2": "PyTorch", ".onnx": "ONNX Runtime"}[suffix]
+    assert re.search(rf"[\d.]+ ms an image in {runtime} on this CPU \(median of \d+ runs, batch 1, 1 threads\)", line)
     result = json.loads(last)
     assert result["max_difference"] <= 1e-4 and result["latency_ms"] > 0 and result["bytes"] == file.stat().st_size
 

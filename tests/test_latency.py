@@ -1,15 +1,19 @@
 """Latency: the table, its use by a search, and the measurement of the best as whole networks, with a made-up clock.
 
 The clock of these tests counts parameters: an operation takes ten times its parameters in ns, at a network's own speed.
+With ONNX's packages on the path, the tests marked so measure and compare real graphs in ONNX Runtime, too.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import re
 import shlex
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load, run
@@ -17,7 +21,10 @@ from test_evolution import reward
 
 import search
 import tester
-from engines import latency, local_engine
+from devices import onnx_runtime, timing
+from devices import table as latency
+from devices.timing import Networks, Torch
+from engines import local_engine
 from engines.search_record import SearchRecord, prepare_search, read_results, state_path
 from evolution_tuner import Evolution
 from images.dataset import Data, DataConfig
@@ -32,11 +39,14 @@ SPACE = SearchSpace(
     stage_strides=(2, 2), last_channels=32,
 )  # fmt: skip
 CPU = torch.device("cpu")
-REAL = latency.run_timed, latency.rounds
+REAL = timing.run_timed, timing.within
+needs_onnx = pytest.mark.skipif(bool(onnx_runtime.missing()), reason="ONNX's packages are not installed")
 FIGURES = dict.fromkeys(("generations", "plane", "operations", "best"), b"")
 
 
 def ns_of(part):
+    if isinstance(part, functools.partial):  # of `pretended`
+        part = part.func.__self__.network
     modules = [part] if isinstance(part, torch.nn.Module) else [part.__self__.conv_last, part.__self__.classifier]
     return 10 * sum(p.numel() for module in modules for p in module.parameters())
 
@@ -50,18 +60,18 @@ def clock():
         return [int(1.25 * ns_of(parts[0]))] if whole else [ns_of(part) for part in parts]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "run_timed", run_timed)
-        patch.setattr(latency, "rounds", lambda most, seconds: range(1))
+        patch.setattr(timing, "run_timed", run_timed)
+        patch.setattr(timing, "within", lambda ns, most, fewest=1: range(1))
         yield REAL
 
 
 @pytest.fixture(scope="module")
 def table(clock):
-    return latency.measure_table(SPACE, 1, CPU)
+    return latency.measure_table(Torch(SPACE, 1, CPU))
 
 
 def true_ns(candidate, space=SPACE):
-    return int(1.25 * ns_of(latency.build(space, candidate, CPU)))
+    return int(1.25 * ns_of(timing.build(space, candidate, CPU)))
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -85,15 +95,15 @@ def test_the_table_has_every_choice_and_predicts_whole_networks(table):
     ids=["joint", "channels"],
 )
 def test_widths_are_in_the_table(clock, space):
-    timed = latency.with_latency(space, latency.measure_table(space, 1, CPU))
+    timed = latency.with_latency(space, latency.measure_table(Torch(space, 1, CPU)))
     for candidate in (tuple(n - 1 for n in space.choices), (0,) * len(space.choices)):
         assert timed.cost("latency", candidate) == pytest.approx(true_ns(candidate, space), rel=1e-2)
 
 
 def test_parts_are_those_of_stand_alone_networks_with_bn_folded():
-    network = latency.build(SPACE, (0, 1, 2, 3, 0), CPU)
+    network = timing.build(SPACE, (0, 1, 2, 3, 0), CPU)
     assert not [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    x = latency.images(SPACE, 2, CPU)
+    x = timing.images(SPACE, 2, CPU)
     parts = [network.first_conv, *network.features, network.head]
     with torch.inference_mode():
         y = x
@@ -106,21 +116,26 @@ def test_the_real_clock_measures_and_the_command_writes_its_file(tmp_path, monke
     """Each time is that of its own part."""
     ticks = itertools.count()
     with monkeypatch.context() as patch:
-        patch.setattr(latency.time, "perf_counter_ns", lambda: next(ticks) ** 2)
-        assert clock[0]([lambda x: x, lambda x: x], torch.zeros(1)) == [1, 3]
-    monkeypatch.setattr(latency, "run_timed", clock[0])
+        for threads, name in ((1, "thread_time_ns"), (2, "perf_counter_ns")):
+            patch.setattr(torch, "get_num_threads", lambda n=threads: n)
+            patch.setattr(timing.time, name, lambda: next(ticks) ** 2)
+            first, second = clock[0]([lambda x: x, lambda x: x], torch.zeros(1))
+            assert second == first + 2
+            patch.delattr(timing.time, name)
+    monkeypatch.setattr(timing, "run_timed", clock[0])
     monkeypatch.setattr(tester, "open_space", lambda args: SPACE)
     words = ("--mode", "latency", "--latency-batch-size", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path)
     stdout, _ = run("tester.py", *words)
     found = read_json(tmp_path / "latency.json")
     assert found["threads"] == 1 and found["batch_size"] == 2 and found["versions"].startswith("python ")
-    assert str(tmp_path / "latency.json") in stdout and "ms on " in stdout
+    assert found["runtime"] == "torch" and f"ms in PyTorch {torch.__version__} on " in stdout
+    assert str(tmp_path / "latency.json") in stdout and "1 thread, batch size 2; spread" in stdout
     assert latency.read_table(tmp_path / "latency.json", SPACE) == found
 
 
 def test_rounds_end_by_number_or_by_time(clock):
-    assert list(clock[1](7, 1000)) == list(range(7))
-    assert list(clock[1](100, -1)) == list(range(latency.FEWEST))
+    assert list(clock[1](10**12, 7)) == list(range(7))
+    assert list(clock[1](-1, 100, 3)) == list(range(3)) and list(clock[1](-1, 100)) == [0]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +150,8 @@ def test_rounds_end_by_number_or_by_time(clock):
         ({"device": "Cray-1"}, "measured on 'Cray-1', this is"),
         ({"threads": 1000}, "measured with 1000 threads, this process has"),
         ({"torch": "1.0"}, "measured with torch 1.0, this is"),
+        ({"runtime": "TVM"}, "not a table of latencies"),
+        ({"runtime": "onnxruntime"}, "not a table of latencies.*--mode latency --runtime onnxruntime"),
     ],
 )
 def test_a_table_of_something_else_is_refused_unless_asked_for(table, tmp_path, change, message):
@@ -148,10 +165,11 @@ def test_a_table_of_something_else_is_refused_unless_asked_for(table, tmp_path, 
 
 def test_networks_are_measured_at_the_scale_of_the_table(table, monkeypatch):
     """A device that is half as fast as when the table was measured changes nothing."""
-    fast, candidates = latency.run_timed, [(0, 1, 2, 3, 0), (3, 3, 3, 3, 3)]
+    fast = timing.run_timed
+    candidates = [(0, 1, 2, 3, 0), (3, 3, 3, 3, 3)]
     true = [true_ns(c) for c in candidates]
     assert latency.measure_like(table, SPACE, candidates) == (true, 1)
-    monkeypatch.setattr(latency, "run_timed", lambda parts, x: [2 * ns for ns in fast(parts, x)])
+    monkeypatch.setattr(timing, "run_timed", lambda parts, x: [2 * ns for ns in fast(parts, x)])
     assert latency.measure_like(table, SPACE, candidates) == (true, 0.5)
 
 
@@ -163,9 +181,181 @@ def test_other_measurements_take_turns_with_the_table(clock, monkeypatch):
             self.turns += 1
 
     other = Other()
-    monkeypatch.setattr(latency, "rounds", lambda most, seconds: range(3))
-    latency.measure_table(SPACE, 1, CPU, beside=(other,))
+    monkeypatch.setattr(timing, "within", lambda ns, most, fewest=1: range(3 if fewest > 1 else 1))
+    latency.measure_table(Torch(SPACE, 1, CPU), beside=(other,))
     assert other.turns == 3
+
+
+def test_a_device_that_slows_down_between_networks_changes_nothing(clock, monkeypatch):
+    """The reference slows down too. Fails if latencies are not those beside the reference."""
+    candidates = [(0, 1, 2, 3, 0), (3, 3, 3, 3, 3), (0, 0, 0, 0, 0)]
+    runtime = Torch(SPACE, 1, CPU)
+    networks = Networks(runtime, candidates)
+    fast = timing.run_timed
+    slowness = iter(1 + i // 7 for i in itertools.count())  # changes within the measurement of a network, too
+    monkeypatch.setattr(timing, "run_timed", lambda parts, x: [next(slowness) * ns for ns in fast(parts, x)])
+    monkeypatch.setattr(timing, "within", lambda ns, most, fewest=1: range(min(most, 9)))
+    timing.take_turns(runtime, networks)
+    found = networks.medians()
+    assert [ns / found[0] for ns in found] == pytest.approx([true_ns(c) / true_ns(candidates[0]) for c in candidates])
+
+
+# --- ONNX Runtime --------------------------------------------------------------------------------------------
+
+
+class Pretended:
+    """Graphs and sessions that are networks of torch."""
+
+    def __init__(self, what, candidate=None):
+        self.space = what if candidate is None else None
+        self.network = self.graph if candidate is None else what
+        self.built = {}
+
+    def graph(self, candidate):
+        if candidate not in self.built:
+            self.built[candidate] = timing.build(self.space, candidate, CPU)
+        return self.built[candidate]
+
+    def run(self, _, inputs):
+        return self.network(torch.from_numpy(inputs["images"]))
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """ONNX Runtime without its packages, by the clock of these tests."""
+    monkeypatch.setattr(onnx_runtime, "missing", lambda: None)
+    monkeypatch.setattr(onnx_runtime, "version", lambda: "1.2.3")
+    monkeypatch.setattr(onnx_runtime, "Graphs", Pretended)
+    monkeypatch.setattr(onnx_runtime, "session", lambda network: Pretended(network, ()))
+    onnx_runtime.graphs_of.cache_clear()
+    yield
+    onnx_runtime.graphs_of.cache_clear()
+
+
+def test_latencies_are_fitted_to_whole_networks(clock, pretended, tmp_path, monkeypatch):
+    found = latency.measure_table(latency.open_runtime("onnxruntime", SPACE, 2, CPU))
+    timed = latency.with_latency(SPACE, found)
+    for candidate in [(0, 1, 2, 3, 0), (3, 3, 3, 3, 3), (2, 0, 1, 0, 2)]:
+        assert timed.cost("latency", candidate) == pytest.approx(true_ns(candidate), rel=1e-3)
+    assert [min(row) for row in found["medians"]] == [0] * 5 and found["spread"] < 1e-3
+    assert (found["runtime"], found["onnxruntime"], found["kind"], found["batch_size"]) == (
+        "onnxruntime", "1.2.3", "cpu", 2,
+    )  # fmt: skip
+    write_json(tmp_path / "latency.json", found)
+    assert latency.read_table(tmp_path / "latency.json", SPACE)["medians"] == found["medians"]
+    assert latency.measure_like(found, SPACE, [(2, 0, 1, 0, 2)]) == ([true_ns((2, 0, 1, 0, 2))], 1)
+    assert latency.difference(found) is None
+    monkeypatch.setattr(onnx_runtime, "version", lambda: "1.2.4")
+    assert latency.difference(found) == "with onnxruntime 1.2.3, this is 1.2.4"
+    monkeypatch.setattr(onnx_runtime, "version", lambda: None)
+    assert latency.difference(found) is None
+
+
+def test_the_spread_of_a_fit_is_the_error_of_other_networks(clock, pretended, monkeypatch):
+    """Networks whose first two operations are equal take 10% longer, which no sum of choices can say."""
+    plain = timing.run_timed
+
+    def with_pairs(parts, x):
+        network = parts[0].func.__self__.network
+        longer = network.architecture[0] == network.architecture[1]
+        return [int(ns * (1.1 if longer else 1)) for ns in plain(parts, x)]
+
+    monkeypatch.setattr(timing, "run_timed", with_pairs)
+    runtime = latency.open_runtime("onnxruntime", SPACE, 1, CPU)
+    found = latency.measure_table(runtime)
+    predicted = latency.predict(SPACE, found["medians"], found["stem_and_tail"], found["networks"]["architectures"])
+    errors = [abs(p - ns) / ns for p, ns in zip(predicted, found["networks"]["measured"][0])]
+    assert found["spread"] == pytest.approx(max(errors)) and 0.02 < found["spread"] < 0.2
+
+
+@pytest.mark.parametrize("space", [SPACE, SearchSpace()], ids=["small", "paper"])
+def test_networks_of_a_fit_have_every_choice_equally_often(space):
+    drawn = latency.evenly(space, np.random.default_rng(0))
+    n = len(space.operations)
+    assert len(drawn) >= 2 * (1 + space.n_blocks * (n - 1)) and len(set(drawn)) == len(drawn)
+    for block in range(space.n_blocks):
+        assert {sum(c[block] == choice for c in drawn) for choice in range(n)} == {len(drawn) // n}
+
+
+def test_what_onnx_runtime_cannot_do_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_runtime, "missing", lambda: "pip install onnx onnxscript onnxruntime")
+    words = ("--runtime", "onnxruntime", "--space", "small", "--out", tmp_path)
+    for more, message in (
+        ("--mode latency", "--runtime onnxruntime: needs pip install onnx onnxscript onnxruntime"),
+        ("--mode latency --device cuda", "--device cuda: ONNX Runtime is measured on the CPU"),
+        ("--mode gen", "--runtime has no effect with --mode gen"),
+    ):
+        _, stderr = run("tester.py", *words, more, code=2)
+        assert message in stderr.splitlines()[-1] and "Traceback" not in stderr
+    monkeypatch.setattr(onnx_runtime, "missing", lambda: None)
+    with pytest.raises(UserError, match="a space with widths has too many choices"):
+        latency.open_runtime("onnxruntime", SearchSpace(widths=(0.5, 1.0)), 1, CPU)
+
+
+def make_own_operations(tmp_path):
+    """The flags of a space with an operation that torch.onnx can't export."""
+    (tmp_path / "own.py").write_text(
+        "import blocks\nimport numpy\nimport torch\n\n"
+        "@blocks.register('in_numpy')\n"
+        "class InNumpy(blocks.ShuffleNetBlock):\n"
+        "    def __init__(self, shape, width, affine):\n"
+        "        super().__init__(shape, width, affine, 3)\n\n"
+        "    def forward(self, x):\n"
+        "        x = super().forward(x)\n"
+        "        return x if x.is_meta else torch.from_numpy(numpy.abs(x.detach().numpy()))\n"
+    )
+    stages = [{"blocks": 2, "channels": 16, "stride": 2}, {"blocks": 1, "channels": 24, "stride": 2}]
+    space = {"stem": {"channels": 8}, "stages": stages, "last": {"channels": 32}}
+    space["operations"] = ["shufflenet_3x3", "in_numpy"]
+    (tmp_path / "own.yml").write_text(json.dumps({"space": space}))
+    return ("--operations", tmp_path / "own.py", "--space", tmp_path / "own.yml", "--input-size", 16)
+
+
+@needs_onnx
+def test_an_operation_that_cannot_be_exported_is_named(tmp_path):
+    words = make_own_operations(tmp_path)
+    _, stderr = run("tester.py", "--mode", "latency", "--runtime", "onnxruntime", *words, "--out", tmp_path, code=2)
+    last = stderr.splitlines()[-1]
+    assert "operation 'in_numpy' at BlockShape(in_channels=8" in last and "can't be exported to ONNX (" in last
+    assert "Traceback" not in stderr and not (tmp_path / "latency.json").exists()
+
+
+@needs_onnx
+def test_graphs_that_are_put_together_are_those_of_networks():
+    """Their outputs are torch's at any batch size, and their nodes those of a network exported as a whole."""
+    import onnx
+
+    torch.manual_seed(0)
+    graphs = onnx_runtime.Graphs(SPACE)
+    torch.manual_seed(0)
+    parts = graphs._parts()
+    candidate = (0, 1, 2, 3, 3)
+    keys = [(SPACE.operations[c], shape) for c, shape in zip(candidate, SPACE.blocks)]
+    session = onnx_runtime.session(graphs.network(candidate))
+    for n in (1, 3):
+        x = torch.randn(n, 3, 16, 16)
+        (found,) = session.run(None, {"images": x.numpy()})
+        with torch.no_grad():
+            for key in [("stem", None), *keys, ("head", None)]:
+                x = parts[key][0](x)
+        assert torch.from_numpy(found).sub(x).abs().max() < 1e-4 * x.abs().max()
+    network = timing.build(SPACE, candidate, CPU)
+    whole = torch.onnx.export(network, (torch.zeros(1, 3, 16, 16),), dynamo=True, verbose=False).model_proto
+    kinds = [
+        Counter(node.op_type for node in model.graph.node if node.op_type != "Identity")
+        for model in (whole, onnx.load_from_string(graphs.network(candidate)))
+    ]
+    assert kinds[0] == kinds[1]
+
+
+@needs_onnx
+def test_onnx_runtime_measures_and_the_command_writes_its_file(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(timing, "run_timed", clock[0])
+    monkeypatch.setattr(tester, "open_space", lambda args: SPACE)
+    words = ("--mode", "latency", "--runtime", "onnxruntime", "--threads", 1, "--out", tmp_path)
+    stdout, _ = run("tester.py", *words)
+    found = latency.read_table(tmp_path / "latency.json", SPACE)
+    assert f"ms in ONNX Runtime {found['onnxruntime']} on " in stdout and found["stem_and_tail"] > 0
 
 
 # --- the record of a search ----------------------------------------------------------------------------------
@@ -263,13 +453,14 @@ def test_after_three_corrections_there_is_no_winner(timed, tmp_path):
 
 @pytest.fixture
 def world(tree, images, tmp_path, table, monkeypatch, forked):
-    """The words of a search in a folder with a supernet, its space and a table; evaluations are made up."""
+    """The words of a search in a folder with a supernet, its space and a table, of the form before there were
+    runtimes; evaluations are made up."""
     config = DataConfig(input_size=16, val_resize=18, heldout_per_class=3)
     content = {"version": 1, "kind": "supernet", "step": 1, "space": SPACE.to_dict(), "data": config.to_dict()}
     content |= {"split": Data.of(images, config).split, "classes": ["apple", "bird", "car"], "architecture": None}
     torch.save(content | {"model": ShuffleNetV2OneShot(space=SPACE).state_dict()}, tmp_path / "s.pth")
     write_json(tmp_path / "nni_auto_gen_search_space.json", SPACE.nni_search_space())
-    write_json(tmp_path / "latency.json", table)
+    write_json(tmp_path / "latency.json", {name: value for name, value in table.items() if name != "runtime"})
     monkeypatch.setattr(local_engine, "_evaluate", evaluate)
     small = "--population 6 --generations 3 --engine local --concurrency 1 --device cpu --loader torchvision"
     return ("--data-dir", tree, "--checkpoint", tmp_path / "s.pth", small, "--out", tmp_path)
@@ -286,8 +477,10 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "write_report", lambda out: out)  # test_front.py draws one
     stdout, stderr = run("search.py", *world, "--limit", limit, "--limit", "params=90%")
     state = read_json(state_path(tmp_path))
-    assert "measuring the 10 best candidates as whole networks" in stderr and "rank 1: predicted" in stderr
+    assert "measuring the 10 best candidates as whole networks in PyTorch" in stderr and "rank 1: predicted" in stderr
+    assert f"latencies are those of PyTorch {torch.__version__} on " in stderr
     assert len(state["confirmations"]) == 1 and state["settings"]["latency"]["medians"]
+    assert "runtime" not in state["settings"]["latency"]  # as in searches before
     best = timed.load_architecture(tmp_path / "checkpoints" / "best.json")
     assert true_ns(best) <= timed.quantile("latency", 0.5) * 1.001
     assert state["best"]["latency_ms"] == pytest.approx(true_ns(best) / 1e6, rel=1e-3)
@@ -297,6 +490,26 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     assert "measured ms" in text and "ms measured" in text and "No network has been measured" not in text
     again, _ = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume")
     assert again == stdout and read_json(state_path(tmp_path))["confirmations"] == state["confirmations"]
+
+
+def test_a_search_needs_no_onnx_runtime_until_its_best_are_measured(
+    world, timed, tmp_path, table, pretended, monkeypatch
+):
+    """Where it is missing then, the search ends with a warning, and resumed with it, it measures them."""
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    fitted = latency.measure_table(latency.open_runtime("onnxruntime", SPACE, 1, CPU))
+    write_json(tmp_path / "latency.json", fitted)
+    words = (*world, "--limit", "latency=50%")
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_runtime, "missing", lambda: "pip install onnxruntime")
+        _, stderr = run("search.py", *words)
+    warning = "the winner's latency is not checked: ONNX Runtime needs pip install onnxruntime, then --resume"
+    assert warning in stderr and "latencies are those of ONNX Runtime 1.2.3 on " in stderr
+    assert "confirmations" not in read_json(state_path(tmp_path)) and (tmp_path / "checkpoints" / "best.json").exists()
+    _, stderr = run("search.py", *words, "--resume")
+    assert "measuring the 10 best candidates as whole networks in ONNX Runtime" in stderr
+    state = read_json(state_path(tmp_path))
+    assert state["settings"]["latency"]["runtime"] == "onnxruntime" and len(state["confirmations"]) == 1
 
 
 def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measured(
@@ -425,7 +638,7 @@ def test_errors_are_beside_those_of_predicting_the_mean():
     assert row["spearman"] == row["spearman_of_two_measurements"] == pytest.approx(1)
 
 
-def test_the_bench_predicts_searches_and_measures_again(clock, monkeypatch, tmp_path, capsys):
+def test_the_bench_predicts_searches_and_measures_again(clock, pretended, monkeypatch, tmp_path, capsys):
     """By the clock of these tests, which is additive, all predictions are right, and winners use the limit."""
 
     class Here:
@@ -446,7 +659,11 @@ def test_the_bench_predicts_searches_and_measures_again(clock, monkeypatch, tmp_
     words = ["--spaces", "small", "--networks", "4", "--searches", "2", "--batch-sizes", "1"]
     bench.main([*words, "--results", str(tmp_path / "r.json")])
     written = read_json(tmp_path / "r.json")
-    assert written["predictions"]["small, 1"]["share"] < 0.01
-    assert [row["share"] for row in written["searches"]] == [0.2, 0.8]
-    assert all(row["holds"] and 0.9 < row["used"] <= 1.001 for row in written["searches"])
-    assert capsys.readouterr().out.count("| yes |") == 2
+    for runtime in ("torch", "onnxruntime"):
+        assert written["predictions"][f"{runtime}, small, 1"]["share"] < 0.01
+        rows = written["searches"][runtime]
+        assert [row["share"] for row in rows] == [0.2, 0.8]
+        assert all(row["holds"] and 0.9 < row["used"] <= 1.001 for row in rows)
+    printed = capsys.readouterr().out
+    assert printed.count("| yes |") == 4 and "ONNX Runtime, small, 1: tau with FLOPs" in printed
+    assert "with the other runtime 1.00" in printed

@@ -377,7 +377,7 @@ def test_a_machine_stopped_half_way_changes_nothing(tmp_path, servers, undisturb
         brought = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file() and path.suffix != ".pyc"}
         modules = {
             str(path.relative_to(ROOT))
-            for room in (".", "settings", "space", "images", "training", "engines")
+            for room in (".", "settings", "space", "images", "training", "engines", "devices")
             for path in ROOT.glob(f"{room}/*.py")
         }
         assert brought == modules | {"engines/preload.js"}

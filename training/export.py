@@ -35,7 +35,7 @@ SAME_TOP1 = 0.999  # of the images of a comparison from the file on
 N_IMAGES, BATCH_SIZE = 20, 7  # of the bundled images: 7, 7 and 6
 WARM_UP, TIMED = 10, 50  # runs of one image
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # torch.onnx needs the first two; the third runs the file
-SUFFIXES = (".pt2", ".onnx")
+SUFFIXES = {".pt2": "torch", ".onnx": "onnxruntime"}  # and what runs such a file, in RUNTIMES
 OF_A_PROGRAM = (
     "input_size",
     "val_resize",
@@ -175,7 +175,8 @@ def export(path, model, ckpt, config, with_preprocessing=False, images=None):
         raise UserError(f"--export {path}: can't be written ({error.strerror})") from None
     return {
         "file": str(path), "bytes": len(content), **found,
-        "latency_ms": latency(run, example[:1]), "threads": torch.get_num_threads(), "runs": TIMED,
+        "latency_ms": latency(run, example[:1]), "runtime": SUFFIXES[path.suffix], "threads": torch.get_num_threads(),
+        "runs": TIMED,
     }  # fmt: skip
 
 

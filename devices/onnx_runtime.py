@@ -50,7 +50,7 @@ class OnnxRuntime(Torch):
     SECONDS = 400
     FEWEST = 2
     WARM_UP = 2  # the first run allocates memory, the second one plans it
-    RUNS = 10
+    RUNS = 20
 
     def __init__(self, space, batch_size):
         if install := missing():

@@ -17,7 +17,7 @@ import torch
 from network import ShuffleNetV2, fold_bn
 from utils import cores
 
-RUN_NS = 20_000_000  # a network runs up to WARM_UP and RUNS times in a round, each at least once, but not for longer
+RUN_NS = 40_000_000  # in a round, a network runs WARM_UP and RUNS times, or until that took so long
 
 
 def device_name(device):
@@ -73,8 +73,8 @@ class Torch:
     ROUNDS = 60  # of a measurement, or as many as begin within SECONDS, but at least FEWEST
     SECONDS = 240
     FEWEST = 3
-    WARM_UP = 1  # runs of a network in a round before those that are timed
-    RUNS = 2
+    WARM_UP = 1  # runs of a network in a round before those that count
+    RUNS = 5
 
     def __init__(self, space, batch_size, device):
         self.space = space
@@ -117,16 +117,24 @@ class Networks:
     def _ratio(self, network):
         """The median ratio of a network's latency to that of the reference, each timed directly after the other."""
         runtime = self.runtime
-        for _ in within(RUN_NS, runtime.WARM_UP):
-            network(runtime.x)
+        list(self._runs(network, runtime.WARM_UP))
         found = []
         before = runtime.run_reference()
-        for _ in within(RUN_NS, runtime.RUNS):
-            (ns,) = run_timed([network], runtime.x)
+        for ns in self._runs(network, runtime.RUNS):
             after = runtime.run_reference()
             found.append(2 * ns / (before + after))
             before = after
         return statistics.median(found)
+
+    def _runs(self, network, most):
+        """Runs a network up to `most` times, at least once, until that took RUN_NS; yields the ns of each."""
+        passed = 0
+        for _ in range(most):
+            (ns,) = run_timed([network], self.runtime.x)
+            yield ns
+            passed += ns
+            if passed >= RUN_NS:
+                return
 
     def medians(self):
         """The median latency of each candidate, in ns."""
@@ -174,16 +182,16 @@ def rows(rng, n_choices, n_blocks):
     return list(zip(*(rng.permutation(n_choices).tolist() for _ in range(n_blocks))))
 
 
-def within(ns, most, fewest=1):
-    """Counts up to `most`, or as far as it gets within `ns`, but at least up to `fewest`."""
-    end = time.monotonic_ns() + ns
-    return itertools.takewhile(lambda i: i < fewest or time.monotonic_ns() < end, range(most))
+def rounds(most, seconds, fewest):
+    """Counts rounds: up to `most`, or as many as begin within `seconds`, but at least `fewest`."""
+    end = time.monotonic() + seconds
+    return itertools.takewhile(lambda i: i < fewest or time.monotonic() < end, range(most))
 
 
 @torch.inference_mode()
 def take_turns(runtime, *measurements):
     """Runs rounds of all measurements in a runtime in turns; adds up the seconds of each."""
-    for _ in within(runtime.SECONDS * 10**9, runtime.ROUNDS, runtime.FEWEST):
+    for _ in rounds(runtime.ROUNDS, runtime.SECONDS, runtime.FEWEST):
         for measurement in measurements:
             start = time.monotonic()
             measurement.round()

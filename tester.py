@@ -88,7 +88,7 @@ def measure(args):
     low, high = (sum(map(pick, table["medians"])) + table["stem_and_tail"] for pick in (min, max))
     print(f"{path}: {low / 1e6:.3f} to {high / 1e6:.3f} ms in {setting_of(table)}; spread {table['spread']:.1%}")
     if table["spread"] > 0.05:
-        print("warning: the spread is above 5%: something else runs on this machine; measure again when it is idle")
+        print("warning: the spread is above 5%: measure again when nothing else runs on this machine")
 
 
 def start_logging(args, device):

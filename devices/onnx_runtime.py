@@ -16,7 +16,7 @@ from importlib import metadata
 
 import torch
 
-from devices.timing import Torch, build, images
+from devices.timing import Runtime, build, images
 from training.export import ONNX_PACKAGES
 from utils import UserError, log
 
@@ -38,7 +38,7 @@ def version():
         return None
 
 
-class OnnxRuntime(Torch):
+class OnnxRuntime(Runtime):
     """Networks in ONNX Runtime: CPU provider, default optimisations, as many threads as torch has.
 
     A session is opened anew in each round, since hundreds of them would not fit into memory. Only `session.run` is
@@ -46,7 +46,7 @@ class OnnxRuntime(Torch):
     """
 
     NAME = "onnxruntime"
-    ROUNDS = 20
+    ROUNDS = 10
     SECONDS = 400
     FEWEST = 2
     WARM_UP = 2  # the first run allocates memory, the second one plans it
@@ -60,13 +60,9 @@ class OnnxRuntime(Torch):
                 "--runtime onnxruntime: a space with widths has too many choices to be measured in whole networks; "
                 "leave the flag out"
             )
-        self.space = space
-        self.batch_size = batch_size
-        self.device = torch.device("cpu")
-        self.x = {INPUT: images(space, batch_size, self.device).contiguous().numpy()}
         self.graphs = graphs_of(dataclasses.replace(space, given_costs=None))
-        self.reference = self.prepare(space.uniform_candidate(0))()
-        self.reference_ns = []
+        device = torch.device("cpu")
+        super().__init__(space, batch_size, device, {INPUT: images(space, batch_size, device).contiguous().numpy()})
 
     def prepare(self, candidate):
         return functools.partial(_open, self.graphs, candidate)

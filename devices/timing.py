@@ -63,31 +63,30 @@ def run_timed(parts, x):
     return [b - a for a, b in itertools.pairwise(marks)]
 
 
-class Torch:
-    """Networks in PyTorch, without torch.compile, on a device.
+class Runtime:
+    """What runs the networks of a space. `x` is their input; `reference` is the network beside which all are timed.
 
-    A runtime has `x`, the input of its networks, and the times of its reference in ns.
+    A subclass says how networks are timed, and prepares them.
     """
 
-    NAME = "torch"
-    ROUNDS = 60  # of a measurement, or as many as begin within SECONDS, but at least FEWEST
-    SECONDS = 240
-    FEWEST = 3
-    WARM_UP = 1  # runs of a network in a round before those that count
-    RUNS = 5
+    NAME = ""
+    ROUNDS = 0  # of a measurement, or as many as begin within SECONDS, but at least FEWEST
+    SECONDS = 0
+    FEWEST = 0
+    WARM_UP = 0  # runs of a network in a round before those that count
+    RUNS = 0  # those that count
 
-    def __init__(self, space, batch_size, device):
+    def __init__(self, space, batch_size, device, x):
         self.space = space
         self.batch_size = batch_size
         self.device = device
-        self.x = images(space, batch_size, device)
-        self.reference = build(space, space.uniform_candidate(0), device)
+        self.x = x
+        self.reference = self.prepare(space.uniform_candidate(0))()
         self.reference_ns = []
 
     def prepare(self, candidate):
-        """A function that returns the candidate as a callable on `x`, ready to run."""
-        network = build(self.space, candidate, self.device)
-        return lambda: network
+        """A function that returns the candidate as a callable on `x`."""
+        raise NotImplementedError
 
     def run_reference(self):
         """The ns that the reference takes now."""
@@ -98,6 +97,24 @@ class Torch:
     def usual_ns(self):
         """The median latency of the reference."""
         return statistics.median(self.reference_ns)
+
+
+class Torch(Runtime):
+    """Networks in PyTorch, without torch.compile, on any device."""
+
+    NAME = "torch"
+    ROUNDS = 30
+    SECONDS = 240
+    FEWEST = 3
+    WARM_UP = 1
+    RUNS = 5
+
+    def __init__(self, space, batch_size, device):
+        super().__init__(space, batch_size, device, images(space, batch_size, device))
+
+    def prepare(self, candidate):
+        network = build(self.space, candidate, self.device)
+        return lambda: network
 
 
 class Networks:

@@ -400,7 +400,7 @@ def summarise(args):
     pair = [found for seed in (0, 1) if (found := read_scores(args, "baseline", seed))]
     limits = () if args.networks else macro.LIMITS  # a search may ask for any network
     return {
-        "taus": rows,
+        "taus": macro_study.rounded(rows),
         "picks": {
             f"{limit // 10**6}M": [macro.picks(limit, acc1, loss, truth) for loss, acc1, _ in pair] for limit in limits
         },
@@ -477,7 +477,7 @@ def main(args):
     width = "full" if args.full else "half"
     before = utils.read_json(args.results) if args.results.exists() else {}
     found = {"commit": utils.commit(), "versions": utils.versions()}
-    results = macro_study.rounded(before | {width: summarise(args)} | found)
+    results = before | {width: summarise(args)} | found
     utils.write_json(args.results, results, indent=None)
     print(tables(f"{width} width", results[width]))
 

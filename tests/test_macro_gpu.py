@@ -165,3 +165,14 @@ def test_full_width_differs_in_what_it_says():
     way = gpu.FULL_WAYS["strictly fair"]
     assert way == dataclasses.replace(FAIR, width=1.0, batch_size=170, lr=0.2, amp="bf16", images=5_000_000)
     assert gpu.FULL_WAYS["float32"].amp == "off"
+
+
+def test_the_committed_agreement_follows_from_the_committed_scores():
+    results, truth = json.loads(gpu.RESULTS.read_text())["half"], gpu.macro.load_truth()
+    true = [truth[network]["mean_acc"] for network in results["networks"]]
+    for seed, (losses, acc1) in enumerate(zip(results["loss"], results["acc1"])):
+        row = results["taus"]["baseline"][str(seed)]
+        assert gpu.macro_study.tau([-loss for loss in losses], true) == pytest.approx(row["all"]["loss"][0], abs=2e-3)
+        assert gpu.macro_study.tau(acc1, true) == pytest.approx(row["all"]["top-1"][0], abs=2e-3)
+        assert np.mean(acc1) == pytest.approx(row["acc1"][0], abs=2e-3)
+    assert len(true) == 3969 and len(results["loss"]) == 2

@@ -60,6 +60,15 @@ def table(clock):
     return latency.measure_table(SPACE, 1, CPU)
 
 
+OFFER = "over all candidates: FLOPs 146.0k to 243.6k, parameters 3.684k to 6.724k, latency in torch {} ms to {} ms"
+
+
+def times(table):
+    """The lowest and the highest latency that a table has, in ms."""
+    rows = table["medians"]
+    return [f"{(table['stem_and_tail'] + sum(map(pick, rows))) / 1e6:.3f}" for pick in (min, max)]
+
+
 def true_ns(candidate, space=SPACE):
     return int(1.25 * ns_of(latency.build(space, candidate, CPU)))
 
@@ -114,7 +123,8 @@ def test_the_real_clock_measures_and_the_command_writes_its_file(tmp_path, monke
     stdout, _ = run("tester.py", *words)
     found = read_json(tmp_path / "latency.json")
     assert found["threads"] == 1 and found["batch_size"] == 2 and found["versions"].startswith("python ")
-    assert str(tmp_path / "latency.json") in stdout and "ms on " in stdout
+    setting, costs = stdout.splitlines()[:2]
+    assert setting.startswith(f"{tmp_path / 'latency.json'}: torch on ") and costs == OFFER.format(*times(found))
     assert latency.read_table(tmp_path / "latency.json", SPACE) == found
 
 
@@ -288,15 +298,38 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     state = read_json(state_path(tmp_path))
     assert "measuring the 10 best candidates as whole networks" in stderr and "rank 1: predicted" in stderr
     assert len(state["confirmations"]) == 1 and state["settings"]["latency"]["medians"]
+    assert f"space, {OFFER.format(*times(read_json(tmp_path / 'latency.json')))}\n" in stderr
+    assert "excludes no candidate" not in stderr
     best = timed.load_architecture(tmp_path / "checkpoints" / "best.json")
     assert true_ns(best) <= timed.quantile("latency", 0.5) * 1.001
     assert state["best"]["latency_ms"] == pytest.approx(true_ns(best) / 1e6, rel=1e-3)
     assert state["best"]["params"] == SPACE.params(best) and "params" in stdout.splitlines()[1]
     found = SearchResults(tmp_path)
     text = page.page(found, RandomSearch(found), FIGURES)
-    assert "measured ms" in text and "ms measured" in text and "No network has been measured" not in text
+    assert "measured ms" in text and "ms measured" in text
+    assert "No network has been measured" not in text
     again, _ = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume")
     assert again == stdout and read_json(state_path(tmp_path))["confirmations"] == state["confirmations"]
+
+
+def test_a_limit_without_effect_and_candidates_beyond_one(world, tmp_path, monkeypatch):
+    """All but two break the limit when they are measured: in the table, what is beyond is marked."""
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    write_json(tmp_path / "latency.json", read_json(tmp_path / "latency.json") | {"runtime": "sundial"})
+    stdout, _ = run("tester.py", "--mode gen --checkpoint", tmp_path / "s.pth", "--out", tmp_path)
+    assert "latency in sundial 0.0" in stdout.splitlines()[1]
+    like = latency.measure_like
+
+    def measure_like(table, space, candidates):
+        measured, scale = like(table, space, candidates)
+        return [9 * ns if i not in (3, 5) else ns for i, ns in enumerate(measured)], scale
+
+    monkeypatch.setattr(latency, "measure_like", measure_like)
+    stdout, stderr = run("search.py", *world, "--limit", "latency=100%", "--limit", "params=80k")
+    assert "warning: the limit params=80k excludes no candidate of this space: they cost 3.684k to 6.724k\n" in stderr
+    assert stderr.count("excludes no candidate") == 1 and ", latency in sundial 0.0" in stderr
+    marks = [line.endswith("  beyond the limit") for line in stdout.splitlines()[2:12]]
+    assert marks == [i not in (3, 5) for i in range(10)] and "the best that holds, measured: rank 4\n" in stdout
 
 
 def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measured(

@@ -306,14 +306,14 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     assert state["best"]["params"] == SPACE.params(best) and "params" in stdout.splitlines()[1]
     found = SearchResults(tmp_path)
     text = page.page(found, RandomSearch(found), FIGURES)
-    assert "measured ms" in text and "ms measured" in text
+    assert "measured ms" in text and "latency in torch, measured;" in text
     assert "No network has been measured" not in text
     again, _ = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume")
     assert again == stdout and read_json(state_path(tmp_path))["confirmations"] == state["confirmations"]
 
 
 def test_a_limit_without_effect_and_candidates_beyond_one(world, tmp_path, monkeypatch):
-    """All but two break the limit when they are measured: in the table, what is beyond is marked."""
+    """All but two break the limit when they are measured: in the table and on the page, what is beyond is marked."""
     monkeypatch.setattr(search, "write_report", lambda out: out)
     write_json(tmp_path / "latency.json", read_json(tmp_path / "latency.json") | {"runtime": "sundial"})
     stdout, _ = run("tester.py", "--mode gen --checkpoint", tmp_path / "s.pth", "--out", tmp_path)
@@ -330,6 +330,13 @@ def test_a_limit_without_effect_and_candidates_beyond_one(world, tmp_path, monke
     assert stderr.count("excludes no candidate") == 1 and ", latency in sundial 0.0" in stderr
     marks = [line.endswith("  beyond the limit") for line in stdout.splitlines()[2:12]]
     assert marks == [i not in (3, 5) for i in range(10)] and "the best that holds, measured: rank 4\n" in stdout
+    found = SearchResults(tmp_path)
+    text = page.page(found, RandomSearch(found), FIGURES)
+    assert text.count('<td class="beyond">no</td>') == 8 and text.count("<td>yes</td>") == 2
+    assert "Left out: the 8 that are beyond a limit" in text and "Squares, the 8 candidates" in text
+    assert f"<b>{found.measured_text(found.legal[0])} ms</b><small>its latency in sundial, measured; " in text
+    assert "Warning: the limit params=80k excludes no candidate" in text
+    assert "Predicted from a table of sundial on" in text
 
 
 def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measured(

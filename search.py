@@ -296,7 +296,7 @@ def prepare(search, args, out):
         log.warning("warning: %s", text)
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
-    log.info("space, %s", offer(search.space, runtime_of(search.settings.get("latency", {}))))
+    log.info("space: %s", offer(search.space, runtime_of(search.settings.get("latency", {}))))
     log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
 
 

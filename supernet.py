@@ -96,7 +96,7 @@ def main(args):
     settings = deciding(values) | config.newer | {"loader": loader.backend}
     run = TrainingRun(folder, "supernet", contents, settings, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
-    utils.log.info("space, %s", offer(space))
+    utils.log.info("space: %s", offer(space))
     if sampler.flops_range:
         low, high = (shown("flops", flops) for flops in sampler.flops_range)
         utils.log.info("paths: flat over %d bins in %s to %s multiply-adds", args.flops_bins, low, high)

@@ -52,13 +52,25 @@ def parse_args(argv=None):
 
 
 def open_space(args):
-    """The search space of --space, or else of the supernet, or else the paper's."""
+    """The search space of --space, or else of the supernet, or else the paper's.
+
+    A space says nothing of its images: where the supernet has the same one for other images, these count.
+    """
     supernet = args.checkpoint or checkpoint.newest(pathlib.Path(args.out) / "checkpoints" / "supernet")
-    where = f"{args.config}: space"
-    space = make_space(args.space, args.architecture, args.operations, args.input_size or 224, where=where)
-    if supernet and not args.space:
-        space = weight_files.load(supernet, "supernet", space).space
-    return space
+
+    def given(*images):
+        return make_space(args.space, args.architecture, args.operations, *images, where=f"{args.config}: space")
+
+    space = given(args.input_size or 224)
+    if not supernet:
+        return space
+    try:
+        found = weight_files.load(supernet, "supernet", space).space
+    except utils.UserError:
+        if args.space:  # which needs no supernet
+            return space
+        raise
+    return found if not args.space or given(found.input_size, found.n_classes) == found else space
 
 
 def with_measured_latency(space, path):

@@ -105,7 +105,7 @@ def offer(space, runtime="torch"):
     costs = known_costs(space)
     names = {"flops": "FLOPs", "params": "parameters", "latency": f"latency in {runtime}"}
     words = [f"{names[name]} {shown(name, low)} to {shown(name, high)}" for name, (low, high) in costs.items()]
-    text = f"over all candidates: {', '.join(words)}"
+    text = f"all candidates at {space.input_size} px with {space.n_classes} classes: {', '.join(words)}"
     if all(high < LITTLE * low for low, high in costs.values()):
         text += f"; candidates differ by less than a factor of {LITTLE} in all of these, which leaves little to find"
     return text

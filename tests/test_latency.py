@@ -60,7 +60,10 @@ def table(clock):
     return latency.measure_table(SPACE, 1, CPU)
 
 
-OFFER = "over all candidates: FLOPs 146.0k to 243.6k, parameters 3.684k to 6.724k, latency in torch {} ms to {} ms"
+OFFER = (
+    "all candidates at 16 px with 3 classes: FLOPs 146.0k to 243.6k, parameters 3.684k to 6.724k, "
+    "latency in torch {} ms to {} ms"
+)
 
 
 def times(table):
@@ -298,7 +301,7 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     state = read_json(state_path(tmp_path))
     assert "measuring the 10 best candidates as whole networks" in stderr and "rank 1: predicted" in stderr
     assert len(state["confirmations"]) == 1 and state["settings"]["latency"]["medians"]
-    assert f"space, {OFFER.format(*times(read_json(tmp_path / 'latency.json')))}\n" in stderr
+    assert f"space: {OFFER.format(*times(read_json(tmp_path / 'latency.json')))}\n" in stderr
     assert "excludes no candidate" not in stderr
     best = timed.load_architecture(tmp_path / "checkpoints" / "best.json")
     assert true_ns(best) <= timed.quantile("latency", 0.5) * 1.001
@@ -428,6 +431,22 @@ def test_the_searches_of_the_page_run_in_order(own, tmp_path):
     assert states["fast"]["best"]["latency_ms"] and states["fast"]["confirmations"]
     assert len({state["settings"]["checkpoint"] for state in states.values()}) == 1
     assert states["front"]["settings"]["objectives"] == ["acc1", "flops"] and states["front"]["generation"] == 12
+
+
+def test_a_space_given_for_other_images_is_that_of_the_supernet(own, tmp_path):
+    """As in a settings file, which has the space and not the number of classes."""
+    stages = [{"blocks": 2, "channels": 16, "stride": 2}, {"blocks": 3, "channels": 24, "stride": 2}]
+    space = {"stem": {"channels": 8, "stride": 1}, "stages": stages, "last": {"channels": 32}}
+    (tmp_path / "own.yml").write_text(json.dumps(OWN | {"space": space}))
+    stdout, _ = typed("python tester.py --mode gen --config own.yml --out own")
+    assert stdout.splitlines()[1] == OFFER.split(", latency")[0]
+    typed("python tester.py --mode latency --config own.yml --out own")
+    assert read_json(tmp_path / "own" / "latency.json")["space"] == SPACE.to_dict()
+    (tmp_path / "own.yml").write_text(json.dumps(OWN | {"space": space | {"last": {"channels": 64}}}))
+    stdout, _ = typed("python tester.py --mode gen --config own.yml --out own")
+    assert " at 224 px with 1000 classes: " in stdout
+    next(tmp_path.glob("own/checkpoints/supernet/*.pth")).write_text("damaged")
+    assert typed("python tester.py --mode gen --config own.yml --out own") == (stdout, "")
 
 
 def test_what_is_advised_leads_on(own, tmp_path):

@@ -270,7 +270,8 @@ def check(args, out):
     }
     warnings += idle_limits(space, args.limit or (), args.flops_limit)
     if latency:
-        keys = ("runtime", "device", "threads", "batch_size", "torch", "spread", "medians", "stem_and_tail")
+        keys = ("device", "runtime", "threads", "batch_size", "torch", "onnxruntime", "spread", "medians",
+                "stem_and_tail")  # fmt: skip
         settings["latency"] = {key: latency[key] for key in keys if key in latency}
     if args.objectives:
         settings["objectives"] = args.objectives.split(",")

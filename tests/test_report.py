@@ -398,8 +398,9 @@ def test_a_legend_takes_as_many_rows_as_it_needs():
 def test_the_headline_has_no_interval_below_a_warning_of_noise(tmp_path):
     """Accuracies of the first generation within their noise: an interval from their spread would deny the warning."""
     for spread, noisy in ((0.1, True), (9, False)):
-        values = iter([(random.Random(i).gauss(60, spread), 99.0) for i in range(48)])
-        out = make(tmp_path / str(spread), fails=lambda c: False, measured=lambda c, values=values: next(values))
+        values = iter([(random.Random(i).gauss(60, spread), 99.0) for i in range(24)])
+        changes = {"fails": lambda c: False, "measured": lambda c, values=values: next(values), "generations": 2}
+        out = make(tmp_path / str(spread), **changes)
         found = SearchResults(out)
         (note,) = [text for _, text in _tiles(found, RandomSearch(found), found.legal[0]) if "expected best" in text]
         assert bool(found.warnings()) == noisy and ("95% interval" in note) != noisy

@@ -316,7 +316,7 @@ class CostLimits(Settings):
 
     limit: tuple = setting(
         None,
-        "flops=330M, params=3.5M, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
+        "flops=330M, params=80k, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
         "flops=59%%; any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
         nargs="+", unit="COST=LIMIT", extends=True,
     )  # fmt: skip

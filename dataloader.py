@@ -173,6 +173,8 @@ class Loader:
     def _dali_inputs(self):
         """The names of the pipeline's inputs, as `_EncodedImages` makes them."""
         names = ["encoded", "shape", "corner"]
+        if self.augment and self.config.crop_padding:
+            names += ["shift"]
         if self.augment and self.config.jitter:
             names += ["brightness", "contrast", "saturation"]
         if self.augment and self.config.mirror:
@@ -180,7 +182,7 @@ class Loader:
         return names
 
     def _dali_pipeline(self, inputs, batch_size):
-        """Decode, resize and crop, and in training color_twist and flip; `inputs` yields those of each batch."""
+        """Decode, resize and crop, and in training shift, color_twist and flip; `inputs` yields those of each batch."""
         import nvidia.dali
         from nvidia.dali import fn, pipeline_def, types
 
@@ -196,10 +198,20 @@ class Loader:
             images = fn.resize(images, size=shape, antialias=False, subpixel_scale=False, **bilinear)
             return fn.crop(images, crop=(size, size), crop_pos_y=corner[0], crop_pos_x=corner[1], rounding="round")
 
-        def training(encoded, shape, corner, horizontal_flip=None, **jitter):
+        def resized_crop(encoded, shape, corner):
             window = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
             images = fn.decoders.image_slice(encoded, corner, shape, **window, **decoder)
-            images = fn.resize(images, resize_x=size, resize_y=size, antialias=True, **bilinear)
+            return fn.resize(images, resize_x=size, resize_y=size, antialias=True, **bilinear)
+
+        def shifted(images, shift):
+            border = {"out_of_bounds_policy": "pad", "fill_values": 0}
+            return fn.slice(images, start=shift, shape=(size, size), axis_names="HW", **border)
+
+        def training(encoded, shape, corner, shift=None, horizontal_flip=None, **jitter):
+            if shift is None:
+                images = resized_crop(encoded, shape, corner)
+            else:
+                images = shifted(validation(encoded, shape, corner), shift)
             if jitter:
                 images = fn.color_twist(images, **jitter)
             return images if horizontal_flip is None else fn.flip(images, horizontal=horizontal_flip)
@@ -355,24 +367,25 @@ class _EncodedImages(_Images):
             if not (dali := pictures.is_for_dali(image, self.config)):
                 image = pictures.rgb(image, self.config)
         width, height = image.size
-        if self.augment:
-            a = draw_augmentation(self.config, self.seed, epoch, index, height, width)
-            corner = a.window[:2]
-            shape = a.window[2:]
+        a = draw_augmentation(self.config, self.seed, epoch, index, height, width) if self.augment else None
+        window = a.window if a else None
+        if window:
+            corner = window[:2]
+            shape = window[2:]
         else:
-            a = None
             shape, corner = validation_geometry(self.config, height, width)
         if not dali:  # a small file, of which the pipeline's crop and resize change nothing
-            encoded = pictures.as_ppm(_resized(image, self.config, a and a.window))
+            encoded = pictures.as_ppm(_resized(image, self.config, window))
             corner = (0, 0)
             shape = (size, size)
-        if not a:  # DALI takes the corner as a share of the margin
-            share = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
-            return {"encoded": encoded, "corner": np.array(share, np.float32), "shape": np.array(shape, np.float32)}
-        return {
-            "encoded": encoded,
-            "corner": np.array(corner, np.int32),
-            "shape": np.array(shape, np.int32),
+        if not window:  # DALI takes the corner as a share of the margin
+            corner = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
+        kind = np.int32 if window else np.float32
+        row = {"encoded": encoded, "corner": np.array(corner, kind), "shape": np.array(shape, kind)}
+        if not a:
+            return row
+        return row | {
+            "shift": np.array(a.shift or (0, 0), np.int32),
             "brightness": np.float32(a.brightness),
             "contrast": np.float32(a.contrast),
             "saturation": np.float32(a.saturation),
@@ -394,6 +407,10 @@ class _TorchvisionImages(_Images):
             return _resized(image, self.config)
         a = draw_augmentation(self.config, self.seed, epoch, index, image.height, image.width)
         image = _resized(image, self.config, a.window)
+        if a.shift:
+            top, left = a.shift
+            size = self.config.input_size
+            image = F.to_pil_image(image).crop((left, top, left + size, top + size))  # black beyond the image
         if self.config.jitter:
             image = F.adjust_brightness(image, a.brightness)
             image = F.adjust_contrast(image, a.contrast)

@@ -43,6 +43,7 @@ from engines.search_record import (
     read_generations,
     read_results,
     read_state,
+    runtime_of,
     state_path,
     unconfirmed,
 )
@@ -67,7 +68,7 @@ from settings.subjects import (
 from settings.subjects import Search as SearchSettings
 from space.custom import load_operations
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
-from space.limits import as_settings, bounds_of, describe, make_bounds
+from space.limits import Limits, as_settings, bounds_of, describe, idle_limits, make_bounds, offer
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.evaluation import NO_GPU
@@ -219,7 +220,7 @@ class Search:
     supernet: str  # path of its checkpoint
     space: SearchSpace  # with the costs of --flops-table
     latency: dict | None  # the table of latencies, where it is of this device
-    costs: str  # a line for the log about the space's FLOPs, or nothing
+    costs: str  # a line for the log that compares the space's FLOPs with a table, or nothing
     warnings: list  # reasons to doubt the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
     data: Data  # the images
@@ -267,6 +268,7 @@ def check(args, out):
         "loader": resolve_backend(args.loader),
         "costs": table and [space.choice_flops, space.fixed_flops],
     }
+    warnings += idle_limits(space, args.limit or (), args.flops_limit)
     if latency:
         keys = ("device", "runtime", "threads", "batch_size", "torch", "onnxruntime", "spread", "medians",
                 "stem_and_tail")  # fmt: skip
@@ -295,6 +297,7 @@ def prepare(search, args, out):
         log.warning("warning: %s", text)
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
+    log.info("space: %s", offer(search.space, runtime_of(search.settings.get("latency", {}))))
     log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
     if "latency" in search.settings:
         log.info("latencies are those of %s", setting_of(search.settings["latency"]))
@@ -345,10 +348,30 @@ def run_engine(search, args, out):
         search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
 
 
-def report(results, space, args, out, winner=None):
+def print_best(best, winner, limits):
+    """Prints the ten best results, and the winner's where it is not among them; those beyond a limit are marked."""
+    # Results all have a loss; it is shown where it ranks.
+    columns = (("params", "params", "params  ", 0), ("latency_ms", "latency_ms", "ms       ", 3),
+               ("score", "loss", "loss    ", 3))  # fmt: skip
+    more = [(key, head, digits) for needed, key, head, digits in columns if needed in best[0]]
+    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head, _ in more)}architecture")
+    place = best.index(winner)
+    for rank in [*range(min(10, len(best))), *([place] if place >= 10 else [])]:
+        result = best[rank]
+        mflops = f"{result['flops'] / 1e6:6.{1 if result['flops'] >= 1e8 else 3}f}"
+        numbers = f"{rank + 1:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {mflops}  "
+        numbers += "".join(f"{result[key]:<{len(head)}.{digits}f}" for key, head, digits in more)
+        mark = "  beyond the limit" if limits.excess(result["architecture"]) else ""
+        print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
+    if place:
+        print(f"the best that holds, measured: rank {place + 1}")
+
+
+def report(results, space, args, out, limits, winner=None):
     """Prints the ten best and the command that retrains the winner, and returns that one's result.
 
-    The winner is the best one, unless its latency was measured, and another one is the best that holds.
+    The winner is the best one, unless its latency was measured, and another one is the best that holds. `limits` are
+    those after all that was measured.
     """
     best = ranked(results)
     failed = len(results) - len(best)
@@ -356,18 +379,8 @@ def report(results, space, args, out, winner=None):
         logs = state_path(out).parent
         raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {logs}")
     print(f"{len(best)} candidates evaluated" + (f", {failed} failed" if failed else ""))
-    # Results all have a loss; it is shown where it ranks.
-    columns = (("params", "params", "params  ", 0), ("latency_ms", "latency_ms", "ms       ", 3),
-               ("score", "loss", "loss    ", 3))  # fmt: skip
-    more = [(key, head, digits) for needed, key, head, digits in columns if needed in best[0]]
-    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head, _ in more)}architecture")
-    for rank, result in enumerate(best[:10], 1):
-        numbers = f"{rank:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {result['flops'] / 1e6:6.1f}  "
-        numbers += "".join(f"{result[key]:<{len(head)}.{digits}f}" for key, head, digits in more)
-        print(f"{numbers}{' '.join(map(str, result['architecture']))}")
     winner = winner or best[0]
-    if winner != best[0]:
-        print(f"the best that holds, measured: rank {best.index(winner) + 1}")
+    print_best(best, winner, limits)
     if front := sorted(Path(out, "checkpoints", "front").glob("*.json")):
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
     if space.n_widths == 1:
@@ -417,7 +430,8 @@ def main(args):
             raise UserError(
                 f"none of the best candidates holds the limit on latency when measured: see {page}; raise it"
             )
-        best = report(read_results(out), search.space, args, out, state["best"])
+        limits = Limits.of_search(search.space, bounds_of(search.settings), confirmations(state))
+        best = report(read_results(out), search.space, args, out, limits, state["best"])
         log.info("report: %s", write_report(out))
         return best
 

@@ -29,6 +29,7 @@ from network import ShuffleNetV2OneShot
 from settings.command_line import Parser, command
 from settings.subjects import DataConfig, Evaluation, Images, Run, Sampling, Space, Training, deciding
 from space.custom import make_space
+from space.limits import offer, shown
 from space.sampler import PathSampler, default_flops_range
 from training import checkpoint
 from training.evaluation import evaluate, resolve_device
@@ -95,9 +96,10 @@ def main(args):
     settings = deciding(values) | config.newer | {"loader": loader.backend}
     run = TrainingRun(folder, "supernet", contents, settings, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
+    utils.log.info("space: %s", offer(space))
     if sampler.flops_range:
-        low, high = (flops / 1e6 for flops in sampler.flops_range)
-        utils.log.info("paths: flat over %d bins in %.1fM to %.1fM multiply-adds", args.flops_bins, low, high)
+        low, high = (shown("flops", flops) for flops in sampler.flops_range)
+        utils.log.info("paths: flat over %d bins in %s to %s multiply-adds", args.flops_bins, low, high)
     rng = random.Random(args.seed)
     fixed_paths = [space.random_candidate(rng) for _ in range(args.val_paths)]
 

@@ -21,14 +21,15 @@ import pathlib
 import sys
 
 import weight_files
-from devices.table import measure_table, open_runtime, setting_of
+from devices.table import measure_table, open_runtime, read_table, setting_of, with_latency
 from engines import trial
-from engines.search_record import listed_images
+from engines.search_record import listed_images, runtime_of
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
 from space.custom import load_operations, make_space
 from space.flops_table import official_comparison
+from space.limits import offer
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.evaluation import evaluate, evaluate_in_lists, open_evaluation, resolve_device
@@ -54,23 +55,45 @@ def parse_args(argv=None):
 
 
 def open_space(args):
-    """The search space of --space, or else of the supernet, or else the paper's."""
+    """The search space of --space, or else of the supernet, or else the paper's.
+
+    A space says nothing of its images: where the supernet has the same one for other images, these count.
+    """
     supernet = args.checkpoint or checkpoint.newest(pathlib.Path(args.out) / "checkpoints" / "supernet")
-    where = f"{args.config}: space"
-    space = make_space(args.space, args.architecture, args.operations, args.input_size or 224, where=where)
-    if supernet and not args.space:
-        space = weight_files.load(supernet, "supernet", space).space
-    return space
+
+    def given(*images):
+        return make_space(args.space, args.architecture, args.operations, *images, where=f"{args.config}: space")
+
+    space = given(args.input_size or 224)
+    if not supernet:
+        return space
+    try:
+        found = weight_files.load(supernet, "supernet", space).space
+    except utils.UserError:
+        if args.space:  # which needs no supernet
+            return space
+        raise
+    return found if not args.space or given(found.input_size, found.n_classes) == found else space
+
+
+def with_measured_latency(space, path):
+    """(the space with the latencies in a file, their runtime); (the space,) where the file has no table of it."""
+    try:
+        table = read_table(path, space, foreign=True)
+    except utils.UserError:
+        return (space,)
+    return with_latency(space, table), runtime_of(table)
 
 
 def generate(args):
-    """Writes the search space in NNI's form."""
+    """Writes the search space in NNI's form, and prints what its candidates cost."""
     path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
     space = open_space(args)
     utils.write_json(path, space.nni_search_space(), indent=1)
     operations = len(space.block_operations[0])
     widths = f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
+    print(offer(*with_measured_latency(space, pathlib.Path(args.out) / "latency.json")))
     if line := official_comparison(SearchSpace()):
         print(line)
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
@@ -85,8 +108,8 @@ def measure(args):
     start_logging(args, device)
     table = measure_table(open_runtime(args.runtime, space, args.latency_batch_size, device))
     utils.write_json(path, table)
-    low, high = (sum(map(pick, table["medians"])) + table["stem_and_tail"] for pick in (min, max))
-    print(f"{path}: {low / 1e6:.3f} to {high / 1e6:.3f} ms in {setting_of(table)}; spread {table['spread']:.1%}")
+    print(f"{path}: {setting_of(table)}; spread {table['spread']:.1%}")
+    print(offer(with_latency(space, table), runtime_of(table)))
     if table["spread"] > 0.05:
         print("warning: the spread is above 5%: measure again when nothing else runs on this machine")
 

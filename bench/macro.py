@@ -340,11 +340,16 @@ def tables(results):
     for name, halves in results["other scores"].items():
         cells = ("{:.2f} ({:.2f} to {:.2f})".format(*half) for half in halves.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    if not results["picks"]:
-        return "\n".join(lines)
-    lines += ["", f"| picked by | {' | '.join(f'under {name}' for name in results['picks'])} |", "|---|---|---|---|"]
-    for picker in next(iter(results["picks"].values()))[0]:
-        means = [np.mean([seed[picker] for seed in seeds], axis=0) for seeds in results["picks"].values()]
+    return "\n".join([*lines, "", table_of_picks(results["picks"])])
+
+
+def table_of_picks(picks):
+    """A Markdown table of the `picks` under each limit, {limit: [picks of each seed]}; empty without any."""
+    if not picks:
+        return ""
+    lines = [f"| picked by | {' | '.join(f'under {name}' for name in picks)} |", f"|{'---|' * (1 + len(picks))}"]
+    for picker in next(iter(picks.values()))[0]:
+        means = [np.mean([seed[picker] for seed in seeds], axis=0) for seeds in picks.values()]
         lines.append(f"| {picker} | {' | '.join(f'{acc:.2f}%, {percentile:.0f}th' for acc, percentile in means)} |")
     return "\n".join(lines)
 

@@ -66,7 +66,7 @@ def image_by_image(supernet, networks, calibration, validation, bn):
             for candidate, logits in tree.logits(images):
                 losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
                 found[candidate].append(torch.stack((losses, logits.argmax(1) == labels)))
-    return torch.stack([torch.cat(batches, 1) for batches in found.values()], 1).numpy()
+    return torch.stack([torch.cat(batches, 1) for batches in found.values()], 1).cpu().numpy()
 
 
 def mean_weights(supernet, files):
@@ -93,14 +93,14 @@ def file_of(folder, name, networks):
     return folder / "study" / f"{name.replace(' ', '-').replace(',', '')}-{len(networks)}.npy"
 
 
-def measure(folder, networks):
-    """Measures all parts that the folder lacks."""
+def measure(folder, networks, open_checkpoint=macro.open_checkpoint):
+    """Measures all parts that the folder lacks; `open_checkpoint` is called as that of bench/macro.py."""
     files = macro.checkpoints(folder)
     for name, (some, steps, split, every) in parts(folder, networks).items():
         path = file_of(folder, name, networks)
         if path.exists():
             continue
-        supernet, *batches, bn = macro.open_checkpoint(folder, files[steps[0]], every, split)
+        supernet, *batches, bn = open_checkpoint(folder, files[steps[0]], every, split)
         mean_weights(supernet, [files[step] for step in steps])
         values = image_by_image(supernet, some, *batches, bn)
         path.parent.mkdir(exist_ok=True)

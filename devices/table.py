@@ -23,7 +23,7 @@ import torch
 from devices import onnx_runtime
 from devices.onnx_runtime import OnnxRuntime
 from devices.timing import Networks, Parts, Torch, device_name, rows, take_turns
-from engines.search_record import SearchRecord
+from engines.search_record import SearchRecord, runtime_of
 from evolution_tuner import Evolution
 from settings.subjects import RUNTIMES
 from utils import UserError, cores, log, read_json, versions
@@ -200,11 +200,6 @@ def difference(table):
     if here not in (None, table[name]):  # a search needs no runtime, if its best candidates are not measured
         return f"with {name} {table[name]}, this is {here}"
     return None
-
-
-def runtime_of(table):
-    """The name of the runtime of a table, in RUNTIMES; older tables are of PyTorch."""
-    return table.get("runtime", Torch.NAME)
 
 
 def setting_of(table):

@@ -14,6 +14,7 @@ from engines.search_record import (
     read_generations,
     state_path,
 )
+from space.limits import shown
 from utils import UserError, duration, log, read_json
 
 LINE_S = 30  # between lines in the log within a generation
@@ -64,15 +65,15 @@ class Progress:
         total = n_generations(state)
         population = state["settings"]["population"]
         best = max((g.best for g in self.generations if g.best), key=by_score, default=None)
-        so_far = f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M" if best else "none yet"
+        so_far = f"best {best['acc1']:.2f}% at {shown('flops', best['flops'])}" if best else "none yet"
         current = min(state["generation"] + 1, total)
-        shown = f"generation {current} of {total}, {so_far}"
+        head = f"generation {current} of {total}, {so_far}"
         if self.bar is None:
             self.bar = tqdm(
-                desc=shown, total=total * population, initial=state["evaluated"], unit="candidate",
+                desc=head, total=total * population, initial=state["evaluated"], unit="candidate",
                 leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0,
             )  # fmt: skip
-        self.bar.set_description(shown, refresh=False)
+        self.bar.set_description(head, refresh=False)
         self.bar.update(state["evaluated"] - self.bar.n)
         if state["evaluated"] != self.evaluated:
             self.evaluated = state["evaluated"]

@@ -20,6 +20,11 @@ LARGE = {  # settings of a search whose values nobody reads: (where they come fr
     "latency": ("--latency-table", "other latencies"), "counted": ("--operations", "other costs"),
 }  # fmt: skip
 MAX_CORRECTIONS = 3  # of the limit on latency in a search
+# What helps where the first generation's candidates can't be told apart, in this order.
+HELPS = (
+    "a space whose candidates differ more (docs/spaces.md)", "longer training of the supernet", "--rank-by loss",
+    "more held-out images",
+)  # fmt: skip
 
 
 class SearchRecord:
@@ -217,6 +222,11 @@ def costs_of(settings):
     return [name for name in ("flops", "params", "latency") if name in named]
 
 
+def runtime_of(table):
+    """What ran the networks of a table of latencies; older tables don't say so."""
+    return table.get("runtime", "torch")
+
+
 def state_path(out):
     return pathlib.Path(out) / "checkpoints" / "search" / "state.json"
 
@@ -387,6 +397,9 @@ def first_generation_warning(results, n_classes):
     noise = (mean * (100 - mean) / n) ** 0.5
     if not at_chance and sd > noise:
         return None
-    why = f"chance is {chance:.2f}%" if at_chance else f"{n} images measure each to {noise:.2f} points"
-    found = f"the first generation has {mean:.2f}% in the mean, standard deviation {sd:.2f}, and {why}"
-    return f"{found}: train the supernet longer, search a smaller space, or hold out more images"
+    found = f"the first generation has {mean:.2f}% in the mean, standard deviation {sd:.2f}, and"
+    if at_chance:
+        return f"{found} chance is {chance:.2f}%: train the supernet longer"
+    by_loss = "score" in generation.best
+    helps = ", ".join(text for text in HELPS if not (by_loss and text == "--rank-by loss"))
+    return f"{found} {n} images measure each to {noise:.2f} points: what helps, in this order: {helps}"

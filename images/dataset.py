@@ -413,9 +413,13 @@ def calibration_plan(labels, batches, batch_size, seed):
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Parameters of one image: crop window in px (top, left, height, width), jitter factors, horizontal flip."""
+    """Parameters of one image: crop window in px (top, left, height, width), jitter factors, horizontal flip.
 
-    window: tuple
+    Without a window, validation's crop is shifted by (rows, columns) of `shift`, in px.
+    """
+
+    window: tuple | None
+    shift: tuple | None = None
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
@@ -423,28 +427,34 @@ class Augmentation:
 
 
 def draw_augmentation(config, seed, epoch, index, height, width):
-    """The training augmentation of one image: random resized crop (ten tries, then the centre), jitter, flip.
+    """The training augmentation of one image: random resized crop or, with crop_padding, a shift; jitter, flip.
 
-    Source: torchvision's RandomResizedCrop and ColorJitter, as the official transforms use them, with random numbers
-    of our own.
+    Source: torchvision's RandomResizedCrop, RandomCrop and ColorJitter; the official transforms use the first and the
+    last. The random numbers are our own.
     """
     u = np.random.default_rng([seed, AUGMENT, int(epoch), int(index)]).random(26).tolist()
+    factors = (1 + config.jitter * (2 * v - 1) for v in u[22:25])
+    flip = config.mirror and u[25] < 0.5
+    if padding := config.crop_padding:
+        shift = tuple(int(v * (2 * padding + 1)) - padding for v in u[20:22])
+        return Augmentation(None, shift, *factors, flip)
+    return Augmentation(_resized_crop(config, u, height, width), None, *factors, flip)
+
+
+def _resized_crop(config, u, height, width):
+    """The window (top, left, height, width) of a random resized crop: ten tries, then the centre."""
     low, high = config.crop_scale
     ratio_low, ratio_high = (math.log(r) for r in config.crop_ratio)
-    window = None
     for i in range(10):
         area = height * width * (low + u[2 * i] * (high - low))
         ratio = math.exp(ratio_low + u[2 * i + 1] * (ratio_high - ratio_low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            window = int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
-            break
-    if window is None:  # the largest window of an allowed ratio, from the centre
-        w = min(width, max(1, round(height * math.exp(ratio_high))))
-        h = min(height, max(1, round(width / math.exp(ratio_low))))
-        window = (height - h) // 2, (width - w) // 2, h, w
-    factors = (1 + config.jitter * (2 * v - 1) for v in u[22:25])
-    return Augmentation(window, *factors, horizontal_flip=config.mirror and u[25] < 0.5)
+            return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
+    # the largest window of an allowed ratio, from the centre
+    w = min(width, max(1, round(height * math.exp(ratio_high))))
+    h = min(height, max(1, round(width / math.exp(ratio_low))))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def resize_and_crop(height, width, resize, crop):

@@ -10,8 +10,10 @@ import matplotlib
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from engines.search_record import runtime_of
 from space.limits import shown
 from utils import atomic_write
 
@@ -55,10 +57,6 @@ STYLE = {
     "grid.linewidth": 0.8,
     "axes.axisbelow": True,
 }
-
-
-def millions(number):
-    return f"{number / 1e6:.{1 if number >= 1e8 else 2}f}M"
 
 
 def draw(run, random, folder):
@@ -149,15 +147,36 @@ def _jitter(i):
     return (i * 0.618034 % 1 - 0.5) * 0.56
 
 
+def _axis(run, cost):
+    """(label of an axis of a cost, function from a result to its place on it, what a unit of the axis is)."""
+    if cost == "latency":
+        return f"predicted latency (ms, {runtime_of(run.settings['latency'])})", lambda r: r["latency_ms"], 1e6
+    if cost == "flops":
+        return "FLOPs (millions of multiply-adds)", lambda r: r["flops"] / 1e6, 1e6
+    unit, words = (1e6, "millions") if max(run.cost(cost, r) for r in run.results) >= 1e6 else (1e3, "thousands")
+    return f"parameters ({words})", lambda r: run.cost(cost, r) / unit, unit
+
+
+def _draw_limits(axes, run, cost, unit):
+    """Draws the limits on a cost as vertical lines; returns their places."""
+    low, high = run.bounds.get(cost, (None, None))
+    limits = [(gid, limit) for gid, limit in (("limit", high), ("lower-limit", low)) if limit is not None]
+    for gid, limit in limits:
+        label = f"limit, {shown(cost, limit)}"
+        axes.axvline(limit / unit, color=LIMIT, linestyle="--", linewidth=1.2, gid=gid, label=label)
+    return [limit / unit for _, limit in limits]
+
+
 def _plane(run):
-    """Every candidate by FLOPs and top-1, the Pareto front and the limit; failed candidates at the lower edge."""
+    """Every candidate by `main_cost` and top-1, the Pareto front and the limit; failed candidates at the lower edge."""
     figure = Figure(figsize=(9, 4.3), layout="constrained")
     axes = figure.subplots()
     last = run.generations[-1].number
     shades = matplotlib.colormaps["Blues"]([0.3 + 0.7 * i / max(last - 1, 1) for i in range(last)])
     size = 26 if len(run.succeeded) < 300 else 14
+    label, place, unit = _axis(run, run.main_cost)
     points = axes.scatter(
-        [r["flops"] / 1e6 for r in run.succeeded],
+        [place(r) for r in run.succeeded],
         [r["acc1"] for r in run.succeeded],
         size,
         [r["generation"] for r in run.succeeded],
@@ -169,18 +188,19 @@ def _plane(run):
         gid="candidates",
     )
     front = run.front()
-    x = [r["flops"] / 1e6 for r in front]
+    x = [place(r) for r in front]
     y = [r["acc1"] for r in front]
     axes.plot(x, y, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
     axes.scatter(x, y, 2.6 * size, "none", edgecolors=INK, linewidths=1, gid="front", label="Pareto front")
-    low, high = run.bounds.get("flops", (None, None))
-    limits = [(gid, limit) for gid, limit in (("limit", high), ("lower-limit", low)) if limit is not None]
-    for gid, limit in limits:
-        label = f"limit, {millions(limit)}"
-        axes.axvline(limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, gid=gid, label=label)
+    limits = _draw_limits(axes, run, run.main_cost, unit)
+    if beyond := [r for r in run.succeeded if run.is_beyond(r)]:
+        x = [place(r) for r in beyond]
+        y = [r["acc1"] for r in beyond]
+        text = "beyond the limit, after measurements"
+        axes.scatter(x, y, 3 * size, "none", marker="s", edgecolors=LIMIT, linewidths=1, gid="beyond", label=text)
     if failed := [r for r in run.results if r["acc1"] is None]:
         axes.scatter(
-            [r["flops"] / 1e6 for r in failed],
+            [place(r) for r in failed],
             [0.02] * len(failed),
             22,
             LIMIT,
@@ -190,10 +210,10 @@ def _plane(run):
             label="failed (no accuracy)",
             transform=axes.get_xaxis_transform(),
         )
-    axes.set(xlabel="FLOPs (millions of multiply-adds)", ylabel="top-1 in the supernet (%)")
-    flops = [r["flops"] / 1e6 for r in run.results] + [limit / 1e6 for _, limit in limits]
-    margin = 0.03 * (max(flops) - min(flops)) or 1
-    axes.set_xlim(min(flops) - margin, max(flops) + margin)
+    axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
+    costs = [place(r) for r in run.results] + limits
+    margin = 0.03 * (max(costs) - min(costs)) or 1
+    axes.set_xlim(min(costs) - margin, max(costs) + margin)
     axes.margins(y=0.09)
     axes.legend(loc="upper left", ncols=3, bbox_to_anchor=(0, 1.1), borderaxespad=0)
     bar = figure.colorbar(points, label="generation", pad=0.015, aspect=30)
@@ -202,18 +222,11 @@ def _plane(run):
     return figure
 
 
-AXES = {  # of costs: label, and value of a result
-    "flops": ("FLOPs (millions of multiply-adds)", lambda r: r["flops"] / 1e6),
-    "params": ("parameters (millions)", lambda r: r["params"] / 1e6),
-    "latency": ("predicted latency (ms)", lambda r: r["latency_ms"]),
-}
-
-
 def _front(run, cost):
     """Every candidate by a cost and top-1; those of the front of all objectives circled, and joined by that cost."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
-    label, value = AXES[cost]
+    label, value, unit = _axis(run, cost)
     members = sorted((r for _, r in run.family()), key=value)
     x = [value(r) for r in members]
     y = [r["acc1"] for r in members]
@@ -221,8 +234,7 @@ def _front(run, cost):
     axes.scatter(others, [r["acc1"] for r in run.succeeded], 14, PALE, linewidths=0, label="a candidate")
     axes.plot(x, y, color=BEST, linewidth=1, zorder=1.5)
     axes.scatter(x, y, 34, "none", edgecolors=BEST, linewidths=1.2, gid="members", label="the front")
-    for limit in filter(None, run.bounds.get(cost, ())):
-        axes.axvline(limit / 1e6, color=LIMIT, linestyle="--", linewidth=1.2, label=f"limit, {shown(cost, limit)}")
+    _draw_limits(axes, run, cost, unit)
     axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
     axes.legend(loc="upper left", ncols=4, bbox_to_anchor=(0, 1.13), borderaxespad=0)
     return figure
@@ -286,52 +298,95 @@ def _operations(run):
     return figure
 
 
+# --- the best as paths ---------------------------------------------------------------------------------------
+
+WIDTH = 648  # of the figure, in points
+LEFT = 46  # of these, what is left of the first block
+RIGHT = 4  # and what is right of the last column
+
+
 def _best(run):
     """The best candidates as paths, a row each: a box for each block, with colour and height by operation."""
     best = run.legal[:10]
     space = run.space
-    gaps = [0.45 * sum(i >= end for end in _stage_ends(space)) for i in range(space.n_blocks)]
-    x = [i + gap for i, gap in enumerate(gaps)]
-    right = x[-1] + 1
-    width = right + 13.9
-    figure = Figure(figsize=(9, 0.9 + 0.36 * len(best)))
+    ends = _stage_ends(space)
+    x = [i + 0.45 * sum(i >= end for end in ends) for i in range(space.n_blocks)]
+    columns = _columns(run, best)
+    widths = [max(_text_width(text, 9) for text in (name, *values)) + 12 for name, values in columns.items()]
+    right = x[-1] + 1.5
+    unit = min((WIDTH - LEFT - RIGHT - sum(widths)) / right, 36)  # points from one block to the next
+    size = min(1, unit / 17)  # of texts in boxes, which shrink as blocks are more
+    entries = _legend([_look(space, operation)[0] for operation in space.operations], unit)
+    top = -2.4 - entries[-1][1]
+    figure = Figure(figsize=(WIDTH / 72, 0.36 * (len(best) + 0.1 - top)))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-2.6, width - 2.6), ylim=(len(best) + 0.1, -2.4))
+    axes.set(xlim=(-LEFT / unit, (WIDTH - LEFT) / unit), ylim=(len(best) + 0.1, top))
     axes.axis("off")
-    size = min(1, 34 / width)  # of texts in boxes, which shrink as blocks are more
-    for end, begin in zip([*_stage_ends(space), space.n_blocks], [0, *_stage_ends(space)]):
+
+    def box(x, y, operation, gid=None, width=0.9):
+        _, short, colour, on, height = _look(space, operation)
+        axes.add_patch(_box(x, y, height, colour, width)).set_gid(gid)
+        axes.text(x + 0.45, y, short, ha="center", va="center_baseline", color=on, fontsize=7.5 * size)
+
+    for (place, row), operation in zip(entries, space.operations):
+        box(place, top + 0.65 + row, operation)
+        axes.text(place + 1.2, top + 0.65 + row, _look(space, operation)[0], va="center_baseline", fontsize=8.5)
+    for begin, end in zip([0, *ends], [*ends, space.n_blocks]):
         shape = space.blocks[begin]
         text = f"{shape.out_channels} ch, {shape.out_size} px"
-        axes.text((x[begin] + x[end - 1] + 0.9) / 2, -0.55, text, ha="center", color=GREY, fontsize=8 * size)
-    columns = {"top-1 %": 2.4, "FLOPs": 5.1, "params": 7.6, "generation": 11.2}
-    axes.text(-1.7, -0.55, "rank", ha="center", color=GREY, fontsize=8)
-    for name, offset in columns.items():
-        axes.text(right + offset, -0.55, name, ha="right", color=GREY, fontsize=8)
-    for i, operation in enumerate(space.operations):
-        label, short, colour, on, height = _look(space, operation)
-        axes.add_patch(_box(i * 6, -1.75, height, colour))
-        axes.text(i * 6 + 0.45, -1.75, short, ha="center", va="center_baseline", color=on, fontsize=7.5)
-        axes.text(i * 6 + 1.2, -1.75, label, va="center_baseline", fontsize=8.5)
+        room = (x[end - 1] - x[begin] + 1.3) * unit
+        fontsize = min(8, 8 * room / _text_width(text, 8))
+        axes.text((x[begin] + x[end - 1] + 0.9) / 2, -0.55, text, ha="center", color=GREY, fontsize=fontsize)
+    axes.text(-30 / unit, -0.55, "rank", ha="center", color=GREY, fontsize=8)
     for rank, result in enumerate(best, 1):
         y = rank - 0.5
-        axes.plot([-0.7, right + 0.5], [y, y], color=PALE, linewidth=1.5, zorder=0)
-        axes.text(-1.7, y, str(rank), ha="center", va="center_baseline")
+        axes.plot([-16 / unit, x[-1] + 1.4], [y, y], color=PALE, linewidth=1.5, zorder=0)
+        text, colour = (f"{rank}*", LIMIT) if run.is_beyond(result) else (str(rank), INK)
+        axes.text(-30 / unit, y, text, ha="center", va="center_baseline", color=colour)
         for block, (operation, scale) in enumerate(space.chosen(result["architecture"])):
-            _, short, colour, on, height = _look(space, operation)
-            box = axes.add_patch(_box(x[block], y, height, colour, 0.3 + 0.6 * scale / max(space.widths)))
-            box.set_gid(f"path-{rank}-block-{block + 1}")
-            axes.text(x[block] + 0.45, y, short, ha="center", va="center_baseline", color=on, fontsize=7.5 * size)
-        values = (
-            f"{result['acc1']:.2f}",
-            millions(result["flops"]),
-            millions(space.params(result["architecture"])),
-            str(result["generation"]),
-        )
-        for value, offset in zip(values, columns.values()):
-            axes.text(
-                right + offset, y, value, ha="right", va="center_baseline", weight="bold" if rank == 1 else "normal"
-            )
+            gid = f"path-{rank}-block-{block + 1}"
+            box(x[block], y, operation, gid, 0.3 + 0.6 * scale / max(space.widths))
+    spare = ((WIDTH - LEFT - RIGHT - sum(widths)) / unit - right) / len(columns)
+    for (name, values), width in zip(columns.items(), widths):
+        right += width / unit + spare
+        axes.text(right, -0.55, name, ha="right", color=GREY, fontsize=8)
+        for row, value in enumerate(values):
+            weight = "normal" if row else "bold"
+            axes.text(right, row + 0.5, value, ha="right", va="center_baseline", weight=weight)
     return figure
+
+
+def _columns(run, best):
+    """{name: texts of the best} of the columns beside their paths."""
+    columns = {
+        "top-1 %": [f"{r['acc1']:.2f}" for r in best],
+        "FLOPs": [shown("flops", r["flops"]) for r in best],
+        "params": [shown("params", run.cost("params", r)) for r in best],
+    }
+    if "latency_ms" in best[0]:
+        columns["predicted ms"] = [f"{r['latency_ms']:.3f}" for r in best]
+    if any(measured := [run.measured_text(r) for r in best]):
+        columns["measured ms"] = measured
+    return columns | {"generation": [str(r["generation"]) for r in best]}
+
+
+def _legend(labels, unit):
+    """(place, row) of each entry of a legend, in rows of the figure's width; a place is in units of `unit` points."""
+    places = []
+    at = row = 0
+    for label in labels:
+        width = 1.2 + (_text_width(label, 8.5) + 22) / unit
+        if at and at + width > (WIDTH - LEFT) / unit:
+            at = 0
+            row += 1
+        places.append((at, row))
+        at += width
+    return places
+
+
+def _text_width(text, size):
+    """The width of a text in points."""
+    return TextPath((0, 0), text, size=size).get_extents().width if text else 0
 
 
 def _stage_ends(space):

@@ -8,10 +8,10 @@ import re
 
 import jinja2
 
-from engines.search_record import n_generations, state_path
-from reports.figures import draw, millions
+from engines.search_record import n_generations, runtime_of, state_path
+from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
-from space.limits import describe
+from space.limits import describe, shown
 from utils import atomic_write, duration
 
 # --- the log -------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-TEMPLATE = ENVIRONMENT.get_template("page.html.j2", globals={"millions": millions, "SAME": SAME})
+TEMPLATE = ENVIRONMENT.get_template("page.html.j2", globals={"shown": shown, "SAME": SAME})
 
 
 def write_report(out, other=None):
@@ -73,12 +73,17 @@ def page(run, comparison, svgs):
     `run` is a `SearchResults`, `comparison` its `RandomSearch`, and `svgs` has the figures in bytes by name.
     """
     best = run.legal[0]
+    latency = run.settings.get("latency")
     return TEMPLATE.render(
         run=run,
         comparison=comparison,
         best=best,
         by_loss="score" in best,
-        latency=run.settings.get("latency"),
+        latency=latency,
+        runtime=runtime_of(latency or {}),
+        main_cost=_main_cost(run, best),
+        measured=any(map(run.measured_text, run.legal[:10])),
+        beyond=[r for r in run.succeeded if run.is_beyond(r)],
         status=f"{len(run.generations)} generations, finished" if run.state.get("done") else _unfinished(run),
         tiles=_tiles(run, comparison, best),
         cost=_cost(run),
@@ -102,22 +107,14 @@ def _tiles(run, comparison, best):
     if n := best["n_images"]:
         error = math.sqrt(best["acc1"] * (100 - best["acc1"]) / n)
         label += f"; ±\u00a0{error:.2f} standard error on {n:,} images"
-    costs = f"its FLOPs; {millions(run.space.params(best['architecture']))} parameters"
-    if "latency_ms" in best:
-        costs += f", {best['latency_ms']:.2f} ms predicted"
-    for row in run.confirmations:
-        for m in row["measured"]:
-            if m["architecture"] == best["architecture"]:
-                costs += f", {m['measured_ms']:.2f} ms measured"
-    tiles = [
-        (f"{best['acc1']:.2f} %", label),
-        (millions(best["flops"]), f"{costs}. Limits: {describe(run.bounds)}"),
-    ]
+    tiles = [(f"{best['acc1']:.2f} %", label), (_main_cost(run, best), _costs(run, best))]
     if comparison.at_budget:
         n, value, low, high = comparison.at_budget
         how = "measured"
         if low is not None:
-            how = f"extrapolated, 95% interval {best['acc1'] - high:+.2f} to {best['acc1'] - low:+.2f}"
+            interval = f"95% interval {best['acc1'] - high:+.2f} to {best['acc1'] - low:+.2f}"
+            unknown = "without an interval, since the spread of random candidates is within the noise"
+            how = f"extrapolated, {unknown if run.first_warning else interval}"
         note = f"points over the expected best of {n:,} random candidates, {how}"
         tiles.append((f"{best['acc1'] - value:+.2f}", note))
     return [
@@ -125,6 +122,26 @@ def _tiles(run, comparison, best):
         (f"{len(run.results):,}", f"candidates in {len(run.generations)} generations, {run.n_failed or 'none'} failed"),
         (duration(seconds), f"of evaluation, {seconds / len(run.succeeded):.1f} s per candidate"),
     ]
+
+
+def _main_cost(run, best):
+    """The cost of the best that its search limits, as measured, or else as predicted or counted."""
+    measured = run.measured_text(best) if run.main_cost == "latency" else ""
+    return f"{measured} ms" if measured else shown(run.main_cost, run.cost(run.main_cost, best))
+
+
+def _costs(run, best):
+    """What stands below the main cost of the best: what it is, the other costs, and the limits."""
+    flops = f"{shown('flops', best['flops'])} FLOPs"
+    params = f"{shown('params', run.cost('params', best))} parameters"
+    if run.main_cost == "latency":
+        predicted = f"{best['latency_ms']:.3f} ms predicted"
+        is_measured = run.measured_text(best)
+        first = f"its latency in {runtime_of(run.settings['latency'])}, {'measured' if is_measured else 'predicted'}"
+        words = [first, *([predicted] if is_measured else []), flops, params]
+    else:
+        words = ["its FLOPs", params] if run.main_cost == "flops" else ["its parameters", flops]
+    return f"{words[0]}; {', '.join(words[1:])}. Limits: {describe(run.bounds)}"
 
 
 def _cost(run):

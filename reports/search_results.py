@@ -1,5 +1,6 @@
 """The results of a search in numbers: generations, Pareto front, shares of operations, and random search beside it."""
 
+import functools
 import math
 import pathlib
 
@@ -43,6 +44,10 @@ class SearchResults:
             closed = self.state["generation"]
             if counted := self.settings.get("counted"):
                 self.space = self.space.with_costs(*counted)
+            if table := self.settings.get("costs"):
+                flops, fixed = table
+                costs = {"flops": flops, "stem_flops": fixed, "tail_flops": 0}
+                self.space = self.space.with_costs(*self.space.costs._replace(**costs))
             if table := self.settings.get("latency"):
                 latency = {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
                 self.space = self.space.with_costs(*self.space.costs._replace(**latency))
@@ -62,24 +67,48 @@ class SearchResults:
             raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
         self.objectives = self.settings.get("objectives", [])
         self.confirmations = confirmations(self.state)
-        limits = Limits(self.space, self.bounds)
-        for row in self.confirmations:
-            limits = limits.after(row)
-        self.legal = [r for r in self.succeeded if not limits.excess(r["architecture"])] or self.succeeded
+        self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
+        self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
+        self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations
+                            for m in row["measured"]}  # fmt: skip
 
     @property
     def n_failed(self):
         return len(self.results) - len(self.succeeded)
 
+    def is_beyond(self, result):
+        """Whether a candidate is beyond a limit, after all that was measured."""
+        return self.limits.excess(result["architecture"]) > 0
+
+    def measured_text(self, result):
+        """The latency of a candidate as measured, in ms; empty where it was not."""
+        ms = self.measured_ms.get(tuple(result["architecture"]))
+        return "" if ms is None else f"{ms:.3f}"
+
+    @property
+    def main_cost(self):
+        """The cost that the page shows beside accuracy: latency where it is limited, else FLOPs, else parameters."""
+        return next(name for name in ("latency", "flops", "params") if name in self.bounds)
+
+    def cost(self, name, result):
+        """One of COSTS of a result: multiply-adds, parameters, or predicted ns."""
+        if name == "latency":
+            return round(result["latency_ms"] * 1e6)
+        return result["flops"] if name == "flops" else self.space.cost(name, result["architecture"])
+
+    @functools.cached_property
+    def first_warning(self):
+        """The line that says that the first generation's candidates can't be told apart, or None."""
+        return first_generation_warning(self.generations[0].results, self.space.n_classes)
+
     def warnings(self):
         """Reasons to doubt the results, a line each: from the start of the search, and from its first generation."""
-        first = first_generation_warning(self.generations[0].results, self.space.n_classes)
         none_holds = None
         if self.confirmations and not self.state["best"]:
             none_holds = (
                 "none of the candidates measured holds the limit on latency: raise it, or measure the device again"
             )
-        return [*self.state.get("warnings", []), *filter(None, [first, none_holds])]
+        return [*self.state.get("warnings", []), *filter(None, [self.first_warning, none_holds])]
 
     def is_random(self):
         return not self.settings["mutation"] and not self.settings["crossover"]
@@ -97,9 +126,9 @@ class SearchResults:
         return points
 
     def front(self):
-        """The Pareto front by rising FLOPs: candidates more accurate than all others of at most their FLOPs."""
+        """The Pareto front by rising `main_cost`: candidates more accurate than all others of at most their cost."""
         front = []
-        for result in sorted(self.succeeded, key=lambda r: (r["flops"], -r["acc1"])):
+        for result in sorted(self.succeeded, key=lambda r: (self.cost(self.main_cost, r), -r["acc1"])):
             if not front or result["acc1"] > front[-1]["acc1"]:
                 front.append(result)
         return front

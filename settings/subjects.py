@@ -68,6 +68,12 @@ class DataConfig(Settings):
     crop_ratio: tuple = setting(
         (3 / 4, 4 / 3), "width/height of training crops (0.75 1.3333)", real(0.01, 100), nargs=2, unit=("LOW", "HIGH")
     )
+    crop_padding: int = setting(
+        0,
+        "train on validation's crop, shifted by up to N px over a black border, instead of on crops that are resized "
+        "(0: resized crops)",
+        count(0, 1024), unit="N",
+    )  # fmt: skip
     jitter: float = setting(0.4, "strength of brightness, contrast and saturation jitter in training (0.4)", real(0, 1))
     # The name of the field is kept, because checkpoints store it.
     mirror: bool = setting(True, "flip half of the training images horizontally (yes)")
@@ -91,7 +97,7 @@ class DataConfig(Settings):
         unit="REGEX|CSV", path=True,
     )  # fmt: skip
 
-    ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored", "jfif": False}
+    ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored", "jfif": False, "crop_padding": 0}
 
     @classmethod
     def unset(cls):
@@ -311,7 +317,7 @@ class CostLimits(Settings):
 
     limit: tuple = setting(
         None,
-        "flops=330M, params=3.5M, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
+        "flops=330M, params=80k, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
         "flops=59%%; any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
         nargs="+", unit="COST=LIMIT", extends=True,
     )  # fmt: skip

@@ -22,7 +22,8 @@ STARTS = 20  # random candidates that are repaired, to find a legal one in other
 KICKS = 3  # times that a stuck repair redraws some blocks
 # The limit in the paper's space, and the share of its candidates that meet it, which is the limit in other spaces.
 OFFICIAL_LIMIT = "330M", "59%"
-EXAMPLES = "flops=330M, params=3.5M, latency=8ms, flops=290M:330M, flops=59%"
+EXAMPLES = "flops=330M, params=80k, latency=8ms, flops=290M:330M, flops=59%"
+LITTLE = 1.5  # candidates that differ by less than this factor in all costs leave little to find
 
 
 def read_limits(space, texts):
@@ -74,8 +75,11 @@ def as_settings(bounds):
 
 
 def shown(name, cost):
-    """A cost with its unit: "329.87M", "8.12 ms"."""
-    return f"{cost / 1e6:.3f} ms" if name == "latency" else f"{cost / 1e6:.{1 if cost >= 1e8 else 3}f}M"
+    """A cost with its unit, of four digits: "329.9M", "21.75k", "8.120 ms"."""
+    if name == "latency":
+        return f"{cost / 1e6:.3f} ms"
+    value, unit = (cost / 1e6, "M") if cost >= 999_950 else (cost / 1e3, "k")
+    return f"{value:.{3 if value < 9.9995 else 2 if value < 99.995 else 1}f}{unit}"
 
 
 def describe(bounds):
@@ -86,6 +90,39 @@ def describe(bounds):
         between = f"{ends[0]} to {ends[1]}" if all(ends) else f"up to {ends[1]}" if ends[1] else f"from {ends[0]}"
         words.append(f"{name} {between}")
     return ", ".join(words)
+
+
+def known_costs(space):
+    """{cost: (lowest, highest) of any candidate} of the costs that are known in a space: latency needs a table."""
+    return {name: space.cost_range(name) for name in COSTS if name != "latency" or space.costs.latency}
+
+
+def offer(space, runtime="torch"):
+    """What a space offers, in words: the ranges of all known costs, and whether these leave little to find.
+
+    `runtime` is that of the space's latencies.
+    """
+    costs = known_costs(space)
+    names = {"flops": "FLOPs", "params": "parameters", "latency": f"latency in {runtime}"}
+    words = [f"{names[name]} {shown(name, low)} to {shown(name, high)}" for name, (low, high) in costs.items()]
+    text = f"all candidates at {space.input_size} px with {space.n_classes} classes: {', '.join(words)}"
+    if all(high < LITTLE * low for low, high in costs.values()):
+        text += f"; candidates differ by less than a factor of {LITTLE} in all of these, which leaves little to find"
+    return text
+
+
+def idle_limits(space, texts=(), flops_limit=None):
+    """A line for each limit that excludes no candidate, of those that `make_bounds` takes; "100%" means to."""
+    said = {str(text).partition("=")[0]: text for text in texts}
+    if flops_limit is not None:
+        said["flops"] = f"flops={flops_limit}"
+    lines = []
+    for name, (low, high) in read_limits(space, said.values()).items():
+        least, most = space.cost_range(name)
+        if (low or 0) <= least and (high or math.inf) >= most and not str(said[name]).endswith("100%"):
+            found = f"they cost {shown(name, least)} to {shown(name, most)}"
+            lines.append(f"the limit {said[name]} excludes no candidate of this space: {found}")
+    return lines
 
 
 class Limits:
@@ -109,6 +146,11 @@ class Limits:
     def _spread(rows):
         """The standard deviation of the cost of uniform candidates; 1 where all cost the same."""
         return math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0
+
+    @classmethod
+    def of_search(cls, space, bounds, confirmations):
+        """The limits of a search after all that was measured; see `after`."""
+        return functools.reduce(cls.after, confirmations, cls(space, bounds))
 
     def after(self, row):
         """These limits after a confirmation in the record of a search: measured candidates that break a limit

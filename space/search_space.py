@@ -27,8 +27,8 @@ from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
 UNITS = {  # cost -> (its forms in error messages, unit -> factor)
-    "flops": ("multiply-adds (330000000, 330M)", {"": 1, "M": 1e6}),
-    "params": ("parameters (3500000, 3.5M)", {"": 1, "M": 1e6}),
+    "flops": ("multiply-adds (330000000, 330M, 700k)", {"": 1, "k": 1e3, "M": 1e6}),
+    "params": ("parameters (3500000, 3.5M, 80k)", {"": 1, "k": 1e3, "M": 1e6}),
     "latency": ("milliseconds (8ms)", {"ms": 1e6}),
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
@@ -291,8 +291,12 @@ class SearchSpace:
     @functools.cached_property
     def flops_range(self):
         """The lowest and the highest FLOPs of any candidate."""
-        rows = self.choice_flops
-        return self.fixed_flops + sum(map(min, rows)), self.fixed_flops + sum(map(max, rows))
+        return self.cost_range("flops")
+
+    def cost_range(self, name):
+        """The lowest and the highest of one of COSTS of any candidate: exact, since costs are sums over the blocks."""
+        rows, fixed = self.cost_rows(name)
+        return fixed + sum(map(min, rows)), fixed + sum(map(max, rows))
 
     def cost_rows(self, name):
         """(cost of every choice at every block, cost common to all candidates), whole numbers, of one of COSTS."""
@@ -316,8 +320,8 @@ class SearchSpace:
         """
         known = vars(self).setdefault("_distributions", {})
         if name not in known:
-            rows, fixed = self.cost_rows(name)
-            low, high = (fixed + sum(map(pick, rows)) for pick in (min, max))
+            rows, _ = self.cost_rows(name)
+            low, high = self.cost_range(name)
             step = max((high - low) / 8192, 1)
             counts = {0: 1}
             for row in rows:
@@ -345,7 +349,7 @@ class SearchSpace:
         return self.quantile("flops", share)
 
     def flops_value(self, text, flag="FLOPs"):
-        """Multiply-adds from a number ("330000000"), millions ("330M") or a quantile of uniform candidates ("59%")."""
+        """Multiply-adds from a number ("330000000", "330M", "700k") or a quantile of uniform candidates ("59%")."""
         return self.cost_value("flops", text, flag)
 
     def cost_value(self, name, text, flag):

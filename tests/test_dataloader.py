@@ -298,6 +298,17 @@ def test_crops_are_uniform_in_area_place_and_the_logarithm_of_the_ratio():
     assert abs(np.corrcoef(list(shares.values())) - np.eye(4)).max() < 0.07
 
 
+def test_shifts_are_uniform():
+    config = DataConfig(crop_padding=2)
+    draws = [draw_augmentation(config, 0, 0, i, 30, 40) for i in range(2500)]
+    assert all(d.window is None for d in draws)
+    rows, columns = np.array([d.shift for d in draws]).T
+    counts = np.histogram2d(rows, columns, bins=np.arange(-2.5, 3))[0]
+    assert counts.sum() == 2500 and counts.min() > 60 and counts.max() < 140
+    assert 0.47 < np.mean([d.horizontal_flip for d in draws]) < 0.53
+    assert {draw_augmentation(CONFIG, 0, 0, i, 30, 40).shift for i in range(9)} == {None}
+
+
 def test_augmentation_falls_back_to_the_centre():
     window = draw_augmentation(DataConfig(crop_scale=(1, 1)), 0, 0, 0, 10, 100).window
     assert window == (0, 43, 10, 13)  # ratio 4/3, as large as fits
@@ -391,6 +402,32 @@ def test_flip_and_crop_follow_the_parameters(tmp_path, backend, monkeypatch):
         assert quarters[0, column] > 190 and quarters.sum() - quarters[0, column] < 30
     monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_: Augmentation((0, 0, 32, 32)))
     assert first(images, CONFIG, True, backend).float().mean() > 195
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["jpg", "webp"])  # DALI is not trusted with the second
+def test_shifts_move_the_crop_of_validation_over_black(tmp_path, backend, kind, monkeypatch):
+    config = dataclasses.replace(CONFIG, crop_padding=4, jitter=0)
+    pixels = np.random.default_rng(0).integers(60, 255, (5, 6, 3), np.uint8)
+    (tmp_path / "c").mkdir()
+    path = tmp_path / "c" / f"image.{kind}"
+    Image.fromarray(pixels).resize((60, 50), Image.Resampling.BICUBIC).save(path, quality=95)
+    images = ImageSet(str(tmp_path), (f"c/image.{kind}",), np.zeros(1, np.int64), ("c",))
+    whole = np.pad(first(images, config, False, backend).numpy(), ((4, 4), (4, 4), (0, 0)))
+    for top, left in ((-4, 3), (2, -1), (0, 0)):
+        shift = Augmentation(None, (top, left))
+        monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_, shift=shift: shift)
+        moved = first(images, config, True, backend).numpy()
+        assert np.array_equal(moved, whole[4 + top : 36 + top, 4 + left : 36 + left])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jitter_and_flip_follow_a_shift(tmp_path, backend, monkeypatch):
+    images = single(tmp_path, Image.new("RGB", (40, 40), (0, 0, 255)))
+    shift = Augmentation(None, (0, 3), saturation=0.0, horizontal_flip=True)
+    monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_: shift)
+    got = first(images, dataclasses.replace(CONFIG, crop_padding=4), True, backend).float()
+    assert got[:, 3:].mean().item() == pytest.approx(29, abs=1) and got[:, :3].max() <= 1
 
 
 def bilinear(image, size):

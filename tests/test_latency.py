@@ -70,6 +70,18 @@ def table(clock):
     return latency.measure_table(Torch(SPACE, 1, CPU))
 
 
+OFFER = (
+    "all candidates at 16 px with 3 classes: FLOPs 146.0k to 243.6k, parameters 3.684k to 6.724k, "
+    "latency in torch {} ms to {} ms"
+)
+
+
+def times(table):
+    """The lowest and the highest latency that a table has, in ms."""
+    rows = table["medians"]
+    return [f"{(table['stem_and_tail'] + sum(map(pick, rows))) / 1e6:.3f}" for pick in (min, max)]
+
+
 def true_ns(candidate, space=SPACE):
     return int(1.25 * ns_of(timing.build(space, candidate, CPU)))
 
@@ -128,8 +140,10 @@ def test_the_real_clock_measures_and_the_command_writes_its_file(tmp_path, monke
     stdout, _ = run("tester.py", *words)
     found = read_json(tmp_path / "latency.json")
     assert found["threads"] == 1 and found["batch_size"] == 2 and found["versions"].startswith("python ")
-    assert found["runtime"] == "torch" and f"ms in PyTorch {torch.__version__} on " in stdout
-    assert str(tmp_path / "latency.json") in stdout and "1 thread, batch size 2; spread" in stdout
+    setting, costs = stdout.splitlines()[:2]
+    assert found["runtime"] == "torch" and costs == OFFER.format(*times(found))
+    assert setting.startswith(f"{tmp_path / 'latency.json'}: PyTorch {torch.__version__} on ")
+    assert "1 thread, batch size 2; spread" in setting
     assert latency.read_table(tmp_path / "latency.json", SPACE) == found
 
 
@@ -481,13 +495,16 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     assert f"latencies are those of PyTorch {torch.__version__} on " in stderr
     assert len(state["confirmations"]) == 1 and state["settings"]["latency"]["medians"]
     assert "runtime" not in state["settings"]["latency"]  # as in searches before
+    assert f"space: {OFFER.format(*times(read_json(tmp_path / 'latency.json')))}\n" in stderr
+    assert "excludes no candidate" not in stderr
     best = timed.load_architecture(tmp_path / "checkpoints" / "best.json")
     assert true_ns(best) <= timed.quantile("latency", 0.5) * 1.001
     assert state["best"]["latency_ms"] == pytest.approx(true_ns(best) / 1e6, rel=1e-3)
     assert state["best"]["params"] == SPACE.params(best) and "params" in stdout.splitlines()[1]
     found = SearchResults(tmp_path)
     text = page.page(found, RandomSearch(found), FIGURES)
-    assert "measured ms" in text and "ms measured" in text and "No network has been measured" not in text
+    assert "measured ms" in text and "latency in torch, measured;" in text
+    assert "No network has been measured" not in text
     again, _ = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume")
     assert again == stdout and read_json(state_path(tmp_path))["confirmations"] == state["confirmations"]
 
@@ -510,6 +527,36 @@ def test_a_search_needs_no_onnx_runtime_until_its_best_are_measured(
     assert "measuring the 10 best candidates as whole networks in ONNX Runtime" in stderr
     state = read_json(state_path(tmp_path))
     assert state["settings"]["latency"]["runtime"] == "onnxruntime" and len(state["confirmations"]) == 1
+
+
+def test_a_limit_without_effect_and_candidates_beyond_one(world, pretended, tmp_path, monkeypatch):
+    """All but two break the limit when they are measured: in the table and on the page, what is beyond is marked."""
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    write_json(
+        tmp_path / "latency.json",
+        read_json(tmp_path / "latency.json") | {"runtime": "onnxruntime", "onnxruntime": "1.2.3"},
+    )
+    stdout, _ = run("tester.py", "--mode gen --checkpoint", tmp_path / "s.pth", "--out", tmp_path)
+    assert "latency in onnxruntime 0.0" in stdout.splitlines()[1]
+    like = latency.measure_like
+
+    def measure_like(table, space, candidates):
+        measured, scale = like(table, space, candidates)
+        return [9 * ns if i not in (3, 5) else ns for i, ns in enumerate(measured)], scale
+
+    monkeypatch.setattr(latency, "measure_like", measure_like)
+    stdout, stderr = run("search.py", *world, "--limit", "latency=100%", "--limit", "params=80k")
+    assert "warning: the limit params=80k excludes no candidate of this space: they cost 3.684k to 6.724k\n" in stderr
+    assert stderr.count("excludes no candidate") == 1 and ", latency in onnxruntime 0.0" in stderr
+    marks = [line.endswith("  beyond the limit") for line in stdout.splitlines()[2:12]]
+    assert marks == [i not in (3, 5) for i in range(10)] and "the best that holds, measured: rank 4\n" in stdout
+    found = SearchResults(tmp_path)
+    text = page.page(found, RandomSearch(found), FIGURES)
+    assert text.count('<td class="beyond">no</td>') == 8 and text.count("<td>yes</td>") == 2
+    assert "Left out: the 8 that are beyond a limit" in text and "Squares, the 8 candidates" in text
+    assert f"<b>{found.measured_text(found.legal[0])} ms</b><small>its latency in onnxruntime, measured; " in text
+    assert "Warning: the limit params=80k excludes no candidate" in text
+    assert "Predicted from a table of onnxruntime 1.2.3 on" in text
 
 
 def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measured(
@@ -601,6 +648,22 @@ def test_the_searches_of_the_page_run_in_order(own, tmp_path):
     assert states["fast"]["best"]["latency_ms"] and states["fast"]["confirmations"]
     assert len({state["settings"]["checkpoint"] for state in states.values()}) == 1
     assert states["front"]["settings"]["objectives"] == ["acc1", "flops"] and states["front"]["generation"] == 12
+
+
+def test_a_space_given_for_other_images_is_that_of_the_supernet(own, tmp_path):
+    """As in a settings file, which has the space and not the number of classes."""
+    stages = [{"blocks": 2, "channels": 16, "stride": 2}, {"blocks": 3, "channels": 24, "stride": 2}]
+    space = {"stem": {"channels": 8, "stride": 1}, "stages": stages, "last": {"channels": 32}}
+    (tmp_path / "own.yml").write_text(json.dumps(OWN | {"space": space}))
+    stdout, _ = typed("python tester.py --mode gen --config own.yml --out own")
+    assert stdout.splitlines()[1] == OFFER.split(", latency")[0]
+    typed("python tester.py --mode latency --config own.yml --out own")
+    assert read_json(tmp_path / "own" / "latency.json")["space"] == SPACE.to_dict()
+    (tmp_path / "own.yml").write_text(json.dumps(OWN | {"space": space | {"last": {"channels": 64}}}))
+    stdout, _ = typed("python tester.py --mode gen --config own.yml --out own")
+    assert " at 224 px with 1000 classes: " in stdout
+    next(tmp_path.glob("own/checkpoints/supernet/*.pth")).write_text("damaged")
+    assert typed("python tester.py --mode gen --config own.yml --out own") == (stdout, "")
 
 
 def test_what_is_advised_leads_on(own, tmp_path):

@@ -11,7 +11,18 @@ import search
 from evolution_tuner import Evolution
 from settings.subjects import COSTS
 from space.custom import PRESETS
-from space.limits import Limits, as_settings, bounds_of, describe, make_bounds, read_limits
+from space.limits import (
+    Limits,
+    as_settings,
+    bounds_of,
+    describe,
+    idle_limits,
+    known_costs,
+    make_bounds,
+    offer,
+    read_limits,
+    shown,
+)
 from space.search_space import SearchSpace
 from utils import UserError
 
@@ -181,6 +192,8 @@ def test_forms_of_limits():
     assert found == {"flops": (290_000_000, share), "params": (None, 3_500_000), "latency": (6_500_000, None)}
     assert describe(found).startswith("flops 290.0M to 33") and describe(found).endswith("latency from 6.500 ms")
     assert bounds_of(as_settings(found)) == found
+    assert read_limits(space, ["params=80.5k", "flops=700k:0.9M"]) == {"params": (None, 80_500),
+                                                                       "flops": (700_000, 900_000)}  # fmt: skip
     assert as_settings({"flops": (None, 7)}) == {"flops_limit": 7}
     assert bounds_of({"flops_limit": 7}) == {"flops": (None, 7)}
 
@@ -227,6 +240,52 @@ def test_limits_of_the_command_line_join_those_of_a_file(tmp_path):
     args.limit.append("flops=300M")
     with pytest.raises(UserError, match="--flops-limit and --limit flops: leave one of them out"):
         make_bounds(space, args.limit, args.flops_limit)
+
+
+# --- what a space offers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [(999, "0.999k"), (9_999, "9.999k"), (9_999.6, "10.00k"), (21_754, "21.75k"), (622_349, "622.3k"),
+     (999_949, "999.9k"), (999_950, "1.000M"), (12_345_678, "12.35M"), (329_870_000, "329.9M")],
+)  # fmt: skip
+def test_numbers_have_four_digits(cost, text):
+    assert shown("params", cost) == shown("flops", cost) == text
+
+
+def test_the_ranges_of_a_space_are_those_of_all_candidates(everything):
+    costs = everything[1]
+    assert known_costs(SPACES["small"]) == {name: (costs[name].min(), costs[name].max()) for name in COSTS}
+    assert known_costs(SearchSpace()).keys() == {"flops", "params"}
+    costs = "FLOPs 270.4M to 398.6M, parameters 3.155M to 3.871M"
+    assert offer(SearchSpace()).startswith(f"all candidates at 224 px with 1000 classes: {costs}; ")
+    assert "latency in onnxruntime 0." in offer(SPACES["small"], "onnxruntime")
+
+
+def test_a_space_of_like_candidates_says_so():
+    """It takes one cost that differs by a factor of 1.5."""
+    for low, little in ((201, True), (200, False)):
+        for rows in (((low, 300),), ((100, 100),)), (((100, 100),), ((low, 300),)):
+            space = SearchSpace().with_costs(rows[0], 0, 0, rows[1], 0)
+            assert ("; candidates differ by less than a factor of 1.5 in all of these" in offer(space)) == little
+
+
+def test_a_limit_that_excludes_no_candidate_is_told(everything):
+    """Unless it says so itself, by 100%; of several for one cost the last one counts."""
+    space, costs = SPACES["small"], everything[1]
+    for name, (low, high) in known_costs(space).items():
+        unit, scale = ("ms", 1e6) if name == "latency" else ("", 1)
+        low, high = f"{low / scale}{unit}", f"{high / scale}{unit}"
+        between = f"they cost {shown(name, costs[name].min())} to {shown(name, costs[name].max())}"
+        for value in (high, f"{low}:", f"{low}:{high}", f":{high}"):
+            assert idle_limits(space, [f"{name}=5%", f"{name}={value}"]) == [
+                f"the limit {name}={value} excludes no candidate of this space: {between}"
+            ]
+        for value in ("100%", f"{low}:100%", "99%", low, f"{high}:", f"{low}:{low}"):
+            assert idle_limits(space, [f"{name}={value}"]) == []
+    assert idle_limits(space) == [] == idle_limits(space, (), "100%")
+    assert len(idle_limits(space, ["params=99M", "latency=99ms"], "99M")) == 3
 
 
 # --- what is impossible --------------------------------------------------------------------------------------

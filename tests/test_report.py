@@ -19,8 +19,9 @@ from PIL import Image
 import report
 from engines.search_record import SearchRecord, prepare_search, state_path
 from evolution_tuner import Evolution
-from reports.page import read_log, write_report
-from reports.search_results import SearchResults
+from reports.figures import LEFT, WIDTH, _legend, _text_width
+from reports.page import _tiles, read_log, write_report
+from reports.search_results import RandomSearch, SearchResults
 from space.search_space import OPERATIONS, SearchSpace
 from utils import duration
 
@@ -310,6 +311,111 @@ def test_the_page_says_what_ran_and_needs_no_network(searched):
         assert not re.search(r"url\((?!#)|@import|(?:href|src)=\"(?!#|data:)", text)
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+CHEAP = ("skip", "pointwise", *OPERATIONS)
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory):
+    """A search with six operations under a limit on latency, of which ten networks were measured, and its report."""
+    space = SearchSpace.from_dict({**SPACE.to_dict(), "stage_blocks": [1, 1, 2, 1], "operations": CHEAP})
+    rng = random.Random(0)
+    rows = [[rng.randint(100_000, 300_000) for _ in CHEAP] for _ in range(5)]
+    counted = [rows, 1000, 1000, rows, 1000]
+    timed = space.with_costs(*counted, rows, 50_000)
+    out = tmp_path_factory.mktemp("limited")
+    high = timed.quantile("latency", 0.6)
+    settings = SMALL | {"limits": {"latency": [None, high]}, "space": space.to_dict(), "counted": counted}
+    settings["latency"] = {"device": "Cray-1", "threads": 2, "batch_size": 1, "torch": "2.0", "spread": 0.01,
+                           "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
+    prepare_search(out, settings, resume=False)
+    record = SearchRecord(out, timed, Evolution.from_settings(timed, settings))
+    while waiting := record.pending():
+        for c in waiting:
+            result = {"architecture": c, "acc1": accuracy(c), "acc5": 99.0, "n_images": 500, "seconds": 1.0}
+            record.fail(c, "no memory") if sum(c) % 11 == 1 else record.add(result)
+    record.confirm({c: high + (i < 3) for i, c in enumerate(record.evolution.legal_ranked()[:10])})
+    record.lock.close()
+    write_report(out)
+    return out
+
+
+def texts(out, figure):
+    return [element.text for element in ET.parse(out / "figures" / f"{figure}.svg").getroot().iter(f"{SVG}text")]
+
+
+def test_the_figures_have_the_cost_that_is_limited(limited):
+    results = on_disk(limited)
+    succeeded = sorted((r for r in results.values() if r["acc1"] is not None), key=lambda r: -r["acc1"])
+    plane = marks(limited, "plane")
+    places = [float(mark.get("x", 0)) for mark in plane["candidates"]]
+    values = [r["latency_ms"] for r in succeeded]
+    assert np.polyval(np.polyfit(values, places, 1), values) == pytest.approx(places, abs=0.01)
+    assert len(plane["beyond"]) == 3 and len(plane["limit"]) == 1 and plane["failed"]
+    corners = [[float(x) for x in re.findall(r"[ML] (\S+)", mark.get("d"))] for mark in plane["beyond"]]
+    centres = [(min(xs) + max(xs)) / 2 for xs in corners]
+    assert sorted(centres) == pytest.approx(sorted(places[:3]), abs=0.01)
+    assert "predicted latency (ms, torch)" in texts(limited, "plane")
+    found = SearchResults(limited)
+    front = [(r["latency_ms"], r["acc1"]) for r in found.front()]
+    assert front == sorted(front) == sorted(front, key=lambda p: p[1]) and front[-1][1] == succeeded[0]["acc1"]
+    assert found.legal[0] == found.succeeded[3]
+
+
+def test_the_best_have_a_complete_legend_and_all_costs(limited):
+    """Each of the six operations has an entry, within the figure."""
+    found = texts(limited, "best")
+    labels = ["skip", "pointwise", "ShuffleNet 3x3", "ShuffleNet 5x5", "ShuffleNet 7x7", "Xception 3x3"]
+    assert [text for text in found if text in labels] == labels
+    run = SearchResults(limited)
+    for result in run.legal[:10]:
+        assert f"{result['latency_ms']:.3f}" in found
+    params = [run.space.params(r["architecture"]) for r in run.legal[:10]]
+    assert all(f"{n / 1e3:.1f}k" in found or f"{n / 1e6:.3f}M" in found for n in params)
+    high = run.bounds["latency"][1]
+    assert found.count(f"{high / 1e6:.3f}") >= 7 and "measured ms" in found and "predicted ms" in found
+    page = (limited / "report.html").read_text()
+    assert "Left out: the 3 that are beyond a limit" in page and f"<b>{high / 1e6:.3f} ms</b>" in page
+    assert "Predicted from a table of torch 2.0 on Cray-1,\n2 threads" in page
+    root = ET.parse(limited / "figures" / "best.svg").getroot()
+    width = float(root.get("viewBox").split()[2])
+    elements = [element for element in root.iter(f"{SVG}text") if element.text in labels]
+    ends = [float(element.get("x")) + _text_width(element.text, 8.5) for element in elements]
+    assert len(ends) == 6 and max(ends) < width
+
+
+def test_a_legend_takes_as_many_rows_as_it_needs():
+    for n, unit in ((4, 17), (6, 36), (12, 9), (40, 20)):
+        entries = _legend(["ShuffleNet 3x3"] * n, unit)
+        rows = [row for _, row in entries]
+        assert rows == sorted(rows) and rows[-1] <= n * 120 / 500
+        assert all((place + 1.2) * unit + _text_width("ShuffleNet 3x3", 8.5) < WIDTH - LEFT for place, _ in entries)
+        for (place, row), (following, its_row) in itertools.pairwise(entries):
+            assert (following == 0) if its_row > row else following - place > 1.2
+
+
+def test_the_headline_has_no_interval_below_a_warning_of_noise(tmp_path):
+    """Accuracies of the first generation within their noise: an interval from their spread would deny the warning."""
+    for spread, noisy in ((0.1, True), (9, False)):
+        values = iter([(random.Random(i).gauss(60, spread), 99.0) for i in range(24)])
+        changes = {"fails": lambda c: False, "measured": lambda c, values=values: next(values), "generations": 2}
+        out = make(tmp_path / str(spread), **changes)
+        found = SearchResults(out)
+        (note,) = [text for _, text in _tiles(found, RandomSearch(found), found.legal[0]) if "expected best" in text]
+        assert bool(found.warnings()) == noisy and ("95% interval" in note) != noisy
+        assert ("without an interval, since the spread of random candidates is within the noise" in note) == noisy
+
+
+def test_costs_are_those_of_the_flops_table(tmp_path):
+    """None is beyond the limit, which is in the numbers of the table."""
+    costs = [[[c // 10 for c in row] for row in SPACE.choice_flops], SPACE.fixed_flops // 10]
+    out = make(tmp_path)
+    state = json.loads(state_path(out).read_text())
+    state["settings"] |= {"costs": costs, "flops_limit": state["settings"]["flops_limit"] // 10 + 10}
+    state_path(out).write_text(json.dumps(state))
+    found = SearchResults(out)
+    assert found.legal == found.succeeded and not any(map(found.is_beyond, found.succeeded))
 
 
 def test_errors_are_one_line(tmp_path):

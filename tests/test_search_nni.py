@@ -24,7 +24,7 @@ import search
 from engines import nni_engine
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import Evolution, EvolutionWithFlops
-from space.limits import make_bounds
+from space.limits import Limits, make_bounds
 from space.search_space import SearchSpace
 from utils import HERE, UserError, read_json
 
@@ -548,15 +548,21 @@ def test_report_has_the_ten_best_and_the_next_command(capsys):
     ]
     results.append(results[0] | {"acc1": None, "acc5": None, "error": "broken"})
     args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
-    assert search.report(results, SPACE, args, args.out) == results[14]
+    limits = Limits(SPACE, {"flops": (None, 10**9)}, banned=[(1,) * 20])
+    assert search.report(results, SPACE, args, args.out, limits) == results[14]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "15 candidates evaluated, 1 failed"
     assert [line.split()[:2] for line in lines[2:12]] == [[str(rank + 1), f"{14 - rank}.00"] for rank in range(10)]
+    beyond = [line.endswith("1 1 1  beyond the limit") for line in lines[2:12]]
+    assert beyond == [(14 - rank) % 4 == 1 for rank in range(10)] and not any("beyond" in line for line in lines[12:])
     assert lines[-2].split(maxsplit=1) == [
         "python",
         "scratch.py --architecture 'my runs/checkpoints/best.json' --data-dir tree --out 'my runs'",
     ]
     channels = "--space channels --architecture 'my runs/checkpoints/best.json' --out 'my runs/channels'"
     assert f"  python supernet.py {channels}" in lines
+    assert search.report(results, SPACE, args, args.out, limits, results[2]) == results[2]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[12].split()[:2] == ["13", "2.00"] and lines[13] == "the best that holds, measured: rank 13"
     with pytest.raises(UserError, match="none of 1 candidates could be evaluated"):
-        search.report(results[15:], SPACE, args, args.out)
+        search.report(results[15:], SPACE, args, args.out, limits)

@@ -15,6 +15,7 @@ from engines import progress
 from engines.progress import Progress
 from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
 from evolution_tuner import Evolution
+from space.limits import shown
 from space.search_space import SearchSpace
 from utils import Screen, UserError, log, read_json, write_json
 
@@ -132,7 +133,7 @@ def test_a_log_has_a_line_a_generation_and_no_bar(tmp_path, lines, capsys):
     best = max(
         (r for results in read_generations(tmp_path) for r in results if r["acc1"] is not None), key=lambda r: r["acc1"]
     )
-    assert lines[-1].split(";")[0].endswith(f"best {best['acc1']:.2f}% at {best['flops'] / 1e6:.1f}M")
+    assert lines[-1].split(";")[0].endswith(f"best {best['acc1']:.2f}% at {shown('flops', best['flops'])}")
 
 
 def test_a_log_has_a_line_every_half_minute(tmp_path, lines, monkeypatch):

@@ -154,8 +154,8 @@ def test_quantiles_against_all_candidates():
 
 
 @pytest.mark.parametrize("text, flops", [
-    ("330000000", 330_000_000), (330_000_000, 330_000_000), ("330M", 330_000_000), ("3.3e8", 330_000_000), ("322.5M",
-    322_500_000),
+    ("330000000", 330_000_000), (330_000_000, 330_000_000), ("330M", 330_000_000), ("700k", 700_000), ("1.5k", 1500),
+    ("3.3e8", 330_000_000), ("322.5M", 322_500_000),
     (" 290M ", 290_000_000), ("59%", SPACE.flops_quantile(0.59)), ("0.14%", SPACE.flops_quantile(0.0014)), ("100%",
     SPACE.flops_quantile(1)),
 ])  # fmt: skip
@@ -168,7 +168,7 @@ def test_flops_values(text, flops):
     ["", "M", "330MB", "-330M", "330 M", "0", "0%", "101%", "nan", "1e400", "9" * 400, None, [1], "330m", "1,000"],
 )
 def test_bad_flops_values(text):
-    with pytest.raises(UserError, match=r"^FLOPs .* is neither multiply-adds \(330000000, 330M\) nor a share"):
+    with pytest.raises(UserError, match=r"^FLOPs .* is neither multiply-adds \(330000000, 330M, 700k\) nor a share"):
         SPACE.flops_value(text)
 
 

@@ -1,0 +1,178 @@
+"""The ways to train a supernet of bench/macro_gpu.py: images in memory, paths, the step; a small run resumes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, load
+
+from network import ShuffleNetV2OneShot
+from settings.subjects import Training
+from space.custom import _fields, load_operations
+from space.search_space import SearchSpace
+from training.recipe import Recipe
+
+gpu = load("bench/macro_gpu.py")
+FAIR = gpu.Way(fair=True)
+
+
+@pytest.fixture(scope="module")
+def space():
+    load_operations(gpu.macro.OPERATIONS)
+    section = yaml.safe_load(gpu.macro.SETTINGS.read_text())["space"]
+    for part in (section["stem"], section["last"], *section["stages"]):
+        part["channels"] //= 8
+    return SearchSpace(input_size=32, n_classes=10, **_fields(section, "macro.yml"))
+
+
+def make_arrays(per_class, size=8):
+    """As `decoded` returns them: `per_class` images of each class in train, one in val."""
+    rng, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", per_class), ("val", 1)):
+        arrays[part] = rng.integers(1, 256, (10 * n, size, size, 3), np.uint8)
+        arrays[f"{part}_labels"] = np.repeat(np.arange(10), n)
+    return arrays
+
+
+def test_images_in_memory(monkeypatch):
+    monkeypatch.setattr(gpu, "HELD_OUT", 3)
+    arrays = make_arrays(13)
+    data = gpu.ImagesInMemory(arrays, "cpu")
+    (heldout, labels), *more = data.batches("search")
+    assert not more and torch.bincount(labels).tolist() == [3] * 10
+    assert np.array_equal(heldout[0].permute(1, 2, 0).numpy(), arrays["train"][10][..., ::-1])  # BGR
+    indices = np.arange(100)
+    images, labels = data.augmented(indices, np.random.default_rng(0))
+    assert images.shape == (100, 3, 8, 8) and torch.bincount(labels).tolist() == [10] * 10
+    seen = set()
+    for index, image in zip(indices, images):
+        source = np.pad(data.pixels["train"][index].numpy(), ((4, 4), (4, 4), (0, 0)))
+        places = [
+            (top, left, flip)
+            for top in range(9)
+            for left in range(9)
+            for flip in (1, -1)
+            if np.array_equal(image.permute(1, 2, 0).numpy()[:, ::flip], source[top : top + 8, left : left + 8])
+        ]
+        assert len(places) == 1
+        seen |= {*places}
+    assert len(seen) > 60
+    again, _ = data.augmented(indices, np.random.default_rng(0))
+    assert torch.equal(again, images)
+
+
+def test_resized_crops(monkeypatch):
+    monkeypatch.setattr(gpu, "HELD_OUT", 3)
+    arrays = make_arrays(13)
+    arrays["train"][:] = np.arange(130, dtype=np.uint8)[:, None, None, None]
+    data = gpu.ImagesInMemory(arrays, "cpu", resized=True)
+    images, labels = data.augmented(np.array([0, 11]), np.random.default_rng(0))
+    assert images.unique().tolist() == [0, 14] and labels.tolist() == [0, 1]  # the last three of ten are held out
+
+
+def test_fair_paths_have_every_operation_once(space):
+    paths = gpu.Paths(FAIR, space, seed=3)
+    drawn = [paths.of_step(step) for step in range(1, 200)]
+    assert all(sorted(block) == [0, 1, 2] for group in drawn for block in zip(*group))
+    assert paths.of_step(7) == drawn[6] and len({tuple(group) for group in drawn}) > 190
+    counts = np.bincount([group[0][4] for group in drawn])
+    assert counts.min() > 40  # uniform paths
+    assert gpu.Paths(FAIR, space, seed=4).of_step(7) != drawn[6]
+
+
+def test_paths_of_the_other_ways(space):
+    steps = range(1, 400)
+    distinct = gpu.Paths(gpu.Way(distinct=True), space, 0)
+    assert {"".join(map(str, *distinct.of_step(step))) for step in steps} < {*distinct.networks}
+    split = gpu.Paths(gpu.Way(first=(1, 2)), space, 0)
+    uniform = gpu.Paths(gpu.Way(), space, 0)
+    firsts = {split.of_step(step)[0][0] for step in steps}
+    assert firsts == {1, 2} and {uniform.of_step(step)[0][0] for step in steps} == {0, 1, 2}
+    assert all(split.of_step(step)[0][1:] == uniform.of_step(step)[0][1:] for step in steps)
+    rates = gpu.Paths(gpu.Way(exponent=0.5), space, 0)
+    small, large = (rates.rate([space.uniform_candidate(choice)]) for choice in (0, 2))
+    flops = [space.flops(space.uniform_candidate(choice)) for choice in (0, 2)]
+    assert small < 1 < large and (large / small) ** 2 == pytest.approx(flops[1] / flops[0])
+    assert uniform.rate([space.uniform_candidate(2)]) == 1
+
+
+def test_a_fair_step_is_one_update_of_all_paths(space):
+    torch.manual_seed(0)
+    model = ShuffleNetV2OneShot(space=space)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    settings = Training(iterations=4, batch_size=12, lr=0.1, weight_decay=0.0, momentum=0.0)
+    recipe = Recipe(model.train(), settings, "cpu")
+    images, labels = torch.rand(12, 3, 32, 32) * 255, torch.arange(12) % 10
+    paths = gpu.Paths(FAIR, space, 0).of_step(1)
+    gpu.train_one_step(recipe, 1, paths, 0.5, images, labels)
+    gradients = {name: (before[name] - p) / (0.5 * 0.1 * 3 / 4) for name, p in model.named_parameters()}
+
+    expected = dict.fromkeys(before, 0)
+    for path, part, answers in zip(paths, images.chunk(3), labels.chunk(3)):
+        alone = ShuffleNetV2OneShot(space=space).train()
+        alone.load_state_dict({**model.state_dict(), **before})
+        torch.manual_seed(0)  # of dropout
+        torch.nn.functional.cross_entropy(alone(part, path), answers, label_smoothing=0.1).backward()
+        for name, p in alone.named_parameters():
+            if p.grad is not None:
+                expected[name] = expected[name] + p.grad / (1 if name.startswith("features") else 3)
+    assert all(torch.is_tensor(gradient) for gradient in expected.values())  # every operation got one
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_two_supernets_are_scored_each_on_its_networks(tmp_path):
+    args = types.SimpleNamespace(out=tmp_path, full=False)
+    for loss, way in enumerate(gpu.SPLIT):
+        folder = gpu.folder_of(args, way, 0)
+        folder.mkdir()
+        scores = {"seconds": 5, "scores": {network: [loss, 50] for network in ("00000000", "12000000", "20000000")}}
+        (folder / "scores.json").write_text(json.dumps(scores))
+    losses, _, seconds = gpu.read_scores(args, gpu.SPLIT, 0)
+    assert losses == {"00000000": 0, "12000000": 1, "20000000": 1} and seconds == 10
+    assert gpu.read_scores(args, gpu.SPLIT, 1) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_small_study_resumes(tmp_path, device):
+    np.savez(tmp_path / "images.npz", **make_arrays(260, 32))
+    words = ["--out", tmp_path, "--results", tmp_path / "results.json", "--ways", "baseline", "strictly fair"]
+    words += ["--share", 0.0004, "--networks", 12, "--studied", 12, "--jobs", 2, "--device", device]
+    command = [sys.executable, ROOT / "bench" / "macro_gpu.py", *map(str, words)]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    results = json.loads((tmp_path / "results.json").read_text())["half"]
+    assert {name: list(rows) for name, rows in results["taus"].items()} == {
+        "baseline": ["0", "1"],
+        "strictly fair": ["0", "1"],
+    }
+    assert len(results["networks"]) == 12 and [len(seed) for seed in results["loss"]] == [12, 12]
+    folder = tmp_path / "half-strictly-fair-1"
+    scores = (folder / "scores.json").read_text()
+    (folder / "scores.json").unlink()
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert sorted(again.stdout.splitlines()) == sorted(first.stdout.splitlines())
+    assert json.loads((folder / "scores.json").read_text()) == json.loads(scores)
+
+
+def test_full_width_differs_in_what_it_says():
+    way = gpu.FULL_WAYS["strictly fair"]
+    assert way == dataclasses.replace(FAIR, width=1.0, batch_size=170, lr=0.2, amp="bf16", images=5_000_000)
+    assert gpu.FULL_WAYS["float32"].amp == "off"
+
+
+def test_the_committed_agreement_follows_from_the_committed_scores():
+    results, truth = json.loads(gpu.RESULTS.read_text())["half"], gpu.macro.load_truth()
+    true = [truth[network]["mean_acc"] for network in results["networks"]]
+    for seed, (losses, acc1) in enumerate(zip(results["loss"], results["acc1"])):
+        row = results["taus"]["baseline"][str(seed)]
+        assert gpu.macro_study.tau([-loss for loss in losses], true) == pytest.approx(row["all"]["loss"][0], abs=2e-3)
+        assert gpu.macro_study.tau(acc1, true) == pytest.approx(row["all"]["top-1"][0], abs=2e-3)
+        assert np.mean(acc1) == pytest.approx(row["acc1"][0], abs=2e-3)
+    assert len(true) == 3969 and len(results["loss"]) == 2

@@ -14,10 +14,11 @@ are those of their processes. Writes bench/results/worth.json and worth.png.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import pathlib
-import random
+import statistics
 import sys
 import time
 
@@ -27,14 +28,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # search.py is that of the root
 import utils
 
 # isort: split
+import matplotlib
+import numpy as np
 import torch
 import torchvision
-from spaces import Command, Study, supernet_command
+from matplotlib.figure import Figure
+from spaces import CANDIDATES, Command, Study, supernet_command
 from torch import nn
 
 import scratch
 from dataloader import Loader
 from images.dataset import open_data, training_plan
+from reports.figures import BEST, GREY, MEAN, STYLE
+from reports.figures import RANDOM as RANDOM_COLOUR
 from settings.subjects import DataConfig, Images, Training
 from space.limits import Limits, make_bounds
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
@@ -46,7 +52,7 @@ SETTINGS = ROOT / "bench" / "varied_fashion.yml"
 TARGETS = ("59%", "30%", "10%")  # FLOPs that so many candidates meet
 SEEDS = 3
 RANDOM = 5  # candidates
-LONGER = (4, 8)  # multiples of the steps of a retraining
+LONGER = (3,)  # multiples of the steps of a retraining
 RATES = (0.05, 0.1, 0.2)
 BASELINE = "shufflenet_v2_x0_5"
 
@@ -54,19 +60,33 @@ BASELINE = "shufflenet_v2_x0_5"
 # --- candidates -----------------------------------------------------------------------------------------------
 
 
-def random_legal(space, limits, n, seed):
-    rng = random.Random(seed)
-    found = {}
-    while len(found) < n:
-        candidate = space.random_candidate(rng)
-        if not limits.excess(candidate):
-            found[candidate] = None
-    return list(found)
+def random_legal(study, target):
+    """RANDOM random candidates under a target: the first of those that bench/spaces.py trains, as it draws them."""
+    limits = Limits(study.space, make_bounds(study.space, [f"flops={target}"]))
+    return [c for c in study.legal(CANDIDATES) if not limits.excess(c)][:RANDOM]
 
 
-def largest_legal(space, limits):
-    """The legal candidate of the most FLOPs; of equals, the one that comes first."""
-    return max((c for c in itertools.product(*map(range, space.choices)) if not limits.excess(c)), key=space.flops)
+def trained(study, target):
+    """{candidate: its top-1 by seed} of the random candidates under a target that bench/spaces.py has trained."""
+    found = {c: {} for c in random_legal(study, target)}
+    for row in study.rows():
+        if (candidate := tuple(row["architecture"])) in found:
+            found[candidate][row["seed"]] = row
+    return {c: rows for c, rows in found.items() if rows}
+
+
+def typical(study, target):
+    """The random candidate under a target whose top-1 is nearest to the mean of all."""
+    acc1 = {c: statistics.fmean(row["acc1"] for row in rows.values()) for c, rows in trained(study, target).items()}
+    mean = statistics.fmean(acc1.values())
+    return min(acc1, key=lambda c: abs(acc1[c] - mean))
+
+
+@functools.cache
+def largest_legal(space, target):
+    """The candidate of the most FLOPs under a target; of equals, the one that comes first."""
+    most = space.flops_value(target)
+    return max((c for c in itertools.product(*map(range, space.choices)) if space.flops(c) <= most), key=space.flops)
 
 
 # --- torchvision's network ------------------------------------------------------------------------------------
@@ -136,23 +156,46 @@ class Task:
 
 
 def tasks(study, out, seeds, longer):
-    """All Tasks of a study."""
-    found = []
-    for seed in range(seeds):
-        supernet = supernet_command(study, seed, out)
-        found.append(Task([study.name, "supernet", seed], supernet))
-        for target in TARGETS:
-            folder = out / "worth" / study.name / str(seed) / target.replace("%", "")
-            found.append(_search(study, supernet, folder, seed, target))
-    for seed in range(seeds):
-        found += _retrainings(study, out / "worth" / study.name / str(seed), seed, longer)
-    return found
+    """All Tasks of a study, in the order in which they matter: the first seed and the first target before the others.
+
+    Keys are [study, "supernet", seed], [study, "search", seed, target] and [study, "retraining", seed, target, who,
+    multiple of the steps]. Random candidates are trained by bench/spaces.py, but for the multiples.
+    """
+    first, *others = TARGETS
+    found = [_of_search(study, out, 0, target) for target in TARGETS]
+    found.append(_alone(study, out, 0, first, "largest", (1,)))
+    found.append(_alone(study, out, 0, "", BASELINE, (1,)))
+    found += [_alone(study, out, 0, first, who, longer) for who in ("typical", "largest")]
+    found += [_of_search(study, out, seed, first) for seed in range(1, seeds)]
+    found += [_alone(study, out, 0, target, "largest", (1,)) for target in others]
+    found.append(_alone(study, out, 0, "", BASELINE, longer))
+    for seed in range(1, seeds):
+        found += [_of_search(study, out, seed, target) for target in others]
+        found += [_alone(study, out, seed, first, "largest", (1,)), _alone(study, out, seed, "", BASELINE, (1,))]
+    return list({tuple(task.key): task for task in itertools.chain(*found)}.values())
 
 
-def turn(task):
-    """What comes first: what others wait for, then the longest of the first seed."""
-    long = task.key[1] == "retraining" and task.key[5] > 1
-    return task.key[1] == "retraining", task.key[2] if long else 0, -task.key[5] if long else 0
+def _folder(study, out, seed, target):
+    return out / "worth" / study.name / str(seed) / target.replace("%", "")
+
+
+def _of_search(study, out, seed, target):
+    """The Tasks that end with the winner for a target."""
+    supernet = supernet_command(study, seed, out)
+    folder = _folder(study, out, seed, target)
+    yield Task([study.name, "supernet", seed], supernet)
+    yield _search(study, supernet, folder, seed, target)
+    yield _retraining(study, folder, folder / "checkpoints" / "best.json", [seed, target, "winner", 1])
+
+
+def _alone(study, out, seed, target, who, multiples):
+    """The Tasks of a network that costs no search."""
+    folder = _folder(study, out, seed, target)
+    candidate = None
+    if who != BASELINE:
+        candidate = typical(study, target) if who == "typical" else largest_legal(study.space, target)
+    for multiple in multiples:
+        yield _retraining(study, folder, folder / f"{who}.json", [seed, target, who, multiple], candidate)
 
 
 def _search(study, supernet, folder, seed, target):
@@ -165,24 +208,6 @@ def _search(study, supernet, folder, seed, target):
     words = [*study.words, "--engine", "local", "--seed", seed, "--limit", f"flops={target}", "--checkpoint", "WEIGHTS"]
     command = Command("search.py", words, folder)
     return Task([study.name, "search", seed, target], command, [study.name, "supernet", seed], prepare)
-
-
-def _retrainings(study, folder, seed, longer):
-    """Tasks of keys [study, "retraining", seed, target, who, multiple of the steps]."""
-    for number, target in enumerate(TARGETS):
-        space = study.space
-        limits = Limits(space, make_bounds(space, [f"flops={target}"]))
-        here = folder / target.replace("%", "")
-        who = {f"random {i}": c for i, c in enumerate(random_legal(space, limits, RANDOM, f"{seed} {target}"))}
-        who["largest"] = largest_legal(space, limits)
-        yield _retraining(study, here, here / "checkpoints" / "best.json", [seed, target, "winner", 1])
-        for name, candidate in who.items():
-            path = here / f"{name.replace(' ', '-')}.json"
-            multiples = (1, *(longer if number == 0 else longer[:1])) if name in ("random 0", "largest") else (1,)
-            for multiple in multiples:
-                yield _retraining(study, here, path, [seed, target, name, multiple], candidate)
-    for multiple in (1, *longer):
-        yield _retraining(study, folder, None, [seed, "", BASELINE, multiple])
 
 
 def _retraining(study, folder, path, key, candidate=None):
@@ -218,14 +243,13 @@ def heldout_tree(study, folder):
 
 
 def tuning(study, out):
-    """Tasks of keys [study, "tuning", who, learning rate], measured on images held out of train."""
-    limits = Limits(study.space, make_bounds(study.space, [f"flops={TARGETS[0]}"]))
+    """Yields Tasks of keys [study, "tuning", who, learning rate], measured on images held out of train."""
     folder = out / "tuning" / study.name
     if not (folder / "images").exists():
         folder.mkdir(parents=True, exist_ok=True)
         heldout_tree(study, folder / "unfinished")
         (folder / "unfinished").rename(folder / "images")
-    for name, candidate in (("random 0", random_legal(study.space, limits, 1, "tuning")[0]), (BASELINE, None)):
+    for name, candidate in (("random", random_legal(study, TARGETS[0])[0]), (BASELINE, None)):
         for rate in RATES:
             here = folder / f"{name.replace(' ', '-')}-{rate}"
             words = [*study.words, "--workers", 0, "--data-dir", folder / "images", "--lr", rate]
@@ -246,6 +270,8 @@ def run(waiting, rows, jobs, end):
     try:
         while waiting or running:
             ready = [task for task in waiting if task.needs is None or task.needs in done]
+            if not ready and not running:
+                return  # what others need has failed
             for task in ready[: max(0, jobs - len(running))]:
                 waiting.remove(task)
                 task.prepare()
@@ -276,13 +302,136 @@ def keep(rows):
     write_json(RESULTS, {"rows": rows, "versions": utils.versions(), "commit": utils.commit()}, indent=None)
 
 
+# --- report ---------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The rows of a study by key, without the study, and what bench/spaces.py has trained for it."""
+
+    def __init__(self, rows, study):
+        self.by_key = {tuple(row["key"][1:]): row for row in rows if row["key"][0] == study.name}
+        self.random = {target: trained(study, target) for target in TARGETS}
+        self.typical = typical(study, TARGETS[0]) if self.random[TARGETS[0]] else None
+
+    def acc1(self, target, who):
+        """Top-1 by seed of what was trained as long as the winners."""
+        keys = [key for key in self.by_key if key[0] == "retraining" and key[2:] == (target, who, 1)]
+        return [self.by_key[key]["acc1"] for key in sorted(keys)]
+
+    def random_acc1(self, target):
+        """The mean top-1 of each random candidate over its seeds."""
+        return [statistics.fmean(row["acc1"] for row in rows.values()) for rows in self.random[target].values()]
+
+    def curve(self, target, who):
+        """(CPU-seconds, top-1) of a network's trainings of the first seed, by rising steps."""
+        keys = [key for key in self.by_key if key[:4] == ("retraining", 0, target, who)]
+        points = [(self.by_key[key]["cpu_seconds"], self.by_key[key]["acc1"]) for key in sorted(keys)]
+        if who == "typical" and self.typical:
+            rows = self.random[target][self.typical].values()
+            points.insert(0, tuple(statistics.fmean(row[name] for row in rows) for name in ("cpu_seconds", "acc1")))
+        return points
+
+    def cost(self, n):
+        """CPU-seconds of `n` targets from the supernet of the first seed, all in all; None if a part is missing."""
+        keys = [("supernet", 0)]
+        for target in TARGETS[:n]:
+            keys += [("search", 0, target), ("retraining", 0, target, "winner", 1)]
+        return sum(self.by_key[key]["cpu_seconds"] for key in keys) if {*keys} <= self.by_key.keys() else None
+
+
+def at_cost(curve, seconds):
+    """Top-1 for a cost, between the trainings of a curve: linear in the logarithm of CPU-seconds.
+
+    That of the longest training if it is shorter than that.
+    """
+    cost, acc1 = zip(*sorted(curve))
+    return float(np.interp(np.log(seconds), np.log(cost), acc1))
+
+
+def with_error(values):
+    """[mean, its standard error, number] of values; None for what is not known."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return [statistics.fmean(values) if values else None, error, len(values)]
+
+
+def equal_retraining(rows):
+    """{target: {who: [mean top-1, standard error, number]}} of networks that are trained equally long."""
+    return {
+        target: {
+            "winner": with_error(rows.acc1(target, "winner")),
+            "random": with_error(rows.random_acc1(target)),
+            "largest": with_error(rows.acc1(target, "largest")),
+            BASELINE: with_error(rows.acc1("", BASELINE)),
+        }
+        for target in TARGETS
+    }
+
+
+def equal_total(rows):
+    """{number of targets: CPU-seconds for each, the winner's top-1 for the first, and that of others for that cost}.
+
+    Of the others, [top-1, CPU-seconds of the longest training]: if that is shorter, more would be higher.
+    """
+    first = TARGETS[0]
+    curves = {who: rows.curve("" if who == BASELINE else first, who) for who in ("typical", "largest", BASELINE)}
+    found = {}
+    for n in range(1, len(TARGETS) + 1):
+        if not (seconds := rows.cost(n)):
+            continue
+        alone = {who: [at_cost(curve, seconds / n), curve[-1][0]] for who, curve in curves.items() if curve}
+        winner = statistics.fmean(rows.acc1(first, "winner"))
+        found[n] = {"seconds of each": seconds / n, "winner": winner, **alone}
+    return found
+
+
+def draw(studies, path):
+    """Top-1 under the first target against CPU-seconds: the search for one, two, three targets, and training alone."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.5 * len(studies), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(studies), squeeze=False)[0]
+        for panel, (name, rows) in zip(panels, studies.items()):
+            for label, who, colour in (
+                ("a typical random network, alone", "typical", RANDOM_COLOUR),
+                ("the largest legal network, alone", "largest", MEAN),
+                (f"{BASELINE}, alone", BASELINE, GREY),
+            ):
+                points = np.array(rows.curve("" if who == BASELINE else TARGETS[0], who)).reshape(-1, 2)
+                panel.plot(points[:, 0], points[:, 1], "o-", color=colour, markersize=4, label=label)
+            total = equal_total(rows)
+            panel.plot(
+                [row["seconds of each"] for row in total.values()], [row["winner"] for row in total.values()],
+                "D--", color=BEST, markersize=6, label="the winner, with its search and share of the supernet",
+            )  # fmt: skip
+            for n, row in total.items():
+                text = f"{n} target{'s' if n > 1 else ''}"
+                panel.annotate(text, (row["seconds of each"], row["winner"]), (0, 7), textcoords="offset points",
+                               ha="center", fontsize=8)  # fmt: skip
+            panel.set(xscale="log", xlabel="CPU-seconds for each target", ylabel="top-1 (%)", title=name)
+            panel.legend(loc="lower right", fontsize=7.5)
+        figure.savefig(path, dpi=120, facecolor="white")
+
+
+def report(studies):
+    """Prints the numbers, and writes them beside the rows; draws the figure."""
+    content = read_json(RESULTS)
+    studies = {study.name: Rows(content["rows"], study) for study in studies}
+    content["summary"] = {
+        name: {"equal retraining": equal_retraining(rows), "equal total": equal_total(rows)}
+        for name, rows in studies.items()
+    }
+    write_json(RESULTS, content, indent=None)
+    print(json.dumps(content["summary"], indent=1))
+    draw(studies, RESULTS.with_suffix(".png"))
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", type=pathlib.Path, nargs="+", default=[SETTINGS], metavar="FILE")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=1e9, help="end what has not ended by then; it resumes")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--longer", type=int, nargs="+", default=LONGER, help="multiples of the steps (4 8)")
+    parser.add_argument("--longer", type=int, nargs="+", default=LONGER, help="multiples of the steps (3)")
+    parser.add_argument("--report", action="store_true", help="print the numbers, and draw the figure")
     parser.add_argument("--tune", action="store_true", help="try learning rates, on images held out of train")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "spaces", help="folder of the runs")
     return parser.parse_args(argv)
@@ -291,12 +440,13 @@ def parse_args(argv=None):
 def main(options):
     studies = [Study(path) for path in options.settings]
     rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+    if options.report:
+        return report(studies)
     end = time.time() + options.seconds
     if options.tune:
         wanted = [task for study in studies for task in tuning(study, options.out)]
     else:
         wanted = [task for study in studies for task in tasks(study, options.out, options.seeds, options.longer)]
-        wanted.sort(key=turn)
     run(wanted, rows, options.jobs, end)
 
 

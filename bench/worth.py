@@ -165,9 +165,10 @@ def tasks(study, out, seeds, longer):
     found = [_of_search(study, out, 0, target) for target in TARGETS]
     found.append(_alone(study, out, 0, first, "largest", (1,)))
     found.append(_alone(study, out, 0, "", BASELINE, (1,)))
-    found += [_alone(study, out, 0, first, who, longer) for who in ("typical", "largest")]
+    found.append(_alone(study, out, 0, first, "typical", longer))
     found += [_of_search(study, out, seed, first) for seed in range(1, seeds)]
     found += [_alone(study, out, 0, target, "largest", (1,)) for target in others]
+    found.append(_alone(study, out, 0, first, "largest", longer))
     found.append(_alone(study, out, 0, "", BASELINE, longer))
     for seed in range(1, seeds):
         found += [_of_search(study, out, seed, target) for target in others]
@@ -447,11 +448,15 @@ def main(options):
         wanted = [task for study in studies for task in tuning(study, options.out)]
     else:
         wanted = [task for study in studies for task in tasks(study, options.out, options.seeds, options.longer)]
-    run(wanted, rows, options.jobs, end)
+    try:
+        with utils.signals(utils.interrupt):  # so that commands end with a checkpoint, and their costs are kept
+            run(wanted, rows, options.jobs, end)
+    except utils.Interrupted:
+        raise KeyboardInterrupt from None
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train-baseline"]:
         train_baseline(sys.argv[2:])
     else:
-        main(parse_args())
+        utils.run_script(main, parse_args)

@@ -371,7 +371,8 @@ def equal_retraining(rows):
 def equal_total(rows):
     """{number of targets: CPU-seconds for each, the winner's top-1 for the first, and that of others for that cost}.
 
-    Of the others, [top-1, CPU-seconds of the longest training]: if that is shorter, more would be higher.
+    Of the others, if they were trained longer too, [top-1, CPU-seconds of the longest training]: if that is shorter
+    than the search, more would be higher.
     """
     first = TARGETS[0]
     curves = {who: rows.curve("" if who == BASELINE else first, who) for who in ("typical", "largest", BASELINE)}
@@ -379,10 +380,25 @@ def equal_total(rows):
     for n in range(1, len(TARGETS) + 1):
         if not (seconds := rows.cost(n)):
             continue
-        alone = {who: [at_cost(curve, seconds / n), curve[-1][0]] for who, curve in curves.items() if curve}
+        alone = {who: [at_cost(curve, seconds / n), curve[-1][0]] for who, curve in curves.items() if len(curve) > 1}
         winner = statistics.fmean(rows.acc1(first, "winner"))
         found[n] = {"seconds of each": seconds / n, "winner": winner, **alone}
     return found
+
+
+def break_even(rows):
+    """How many targets of one supernet make a winner as good as the typical network, trained alone for its cost.
+
+    None if no number does, since the search and the retraining cost as much by themselves, or if it is not known.
+    """
+    curve = sorted(rows.curve(TARGETS[0], "typical"))
+    if len(curve) < 2 or not rows.cost(len(TARGETS)):
+        return None
+    supernet = rows.by_key["supernet", 0]["cpu_seconds"]
+    each = (rows.cost(len(TARGETS)) - supernet) / len(TARGETS)
+    cost, acc1 = zip(*curve)
+    equal = float(np.exp(np.interp(statistics.fmean(rows.acc1(TARGETS[0], "winner")), acc1, np.log(cost))))
+    return supernet / (equal - each) if equal > each else None
 
 
 def draw(studies, path):
@@ -417,7 +433,11 @@ def report(studies):
     content = read_json(RESULTS)
     studies = {study.name: Rows(content["rows"], study) for study in studies}
     content["summary"] = {
-        name: {"equal retraining": equal_retraining(rows), "equal total": equal_total(rows)}
+        name: {
+            "equal retraining": equal_retraining(rows),
+            "equal total": equal_total(rows),
+            "break-even in targets": break_even(rows),
+        }
         for name, rows in studies.items()
     }
     write_json(RESULTS, content, indent=None)

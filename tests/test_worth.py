@@ -151,6 +151,8 @@ def test_equal_retraining_and_equal_total(study):
         assert total[n]["seconds of each"] == pytest.approx(100 / n + 20) and total[n]["winner"] == 63.5
         assert total[n]["typical"] == [pytest.approx(62 + math.log2((100 / n + 20) / 10)), 160]
         assert total[n][worth.BASELINE][0] == pytest.approx(50 + math.log2((100 / n + 20) / 10))
+    # 63.5 is reached alone after 2^1.5 retrainings, 28.3; a search and a retraining cost 20, a supernet 100
+    assert worth.break_even(rows) == pytest.approx(100 / (10 * 2**1.5 - 20))
     without = [row for row in made if row["key"][1:] != ["search", 0, "10%"]]
     assert list(worth.equal_total(worth.Rows(without, study))) == [1, 2]
 

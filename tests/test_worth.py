@@ -43,7 +43,7 @@ def test_what_is_kept_is_not_trained_again_unless_the_settings_change(study, tmp
 def test_noise_is_that_of_the_pairs(study, monkeypatch):
     monkeypatch.setattr(spaces, "DRAWS", 20)
     for i, (candidate, seed) in enumerate(study.tasks()):
-        acc1 = 50 + study.space.flops(candidate) / 1e6 + (2 if seed else 0)
+        acc1 = study.space.flops(candidate) + (2 if seed else 0)  # costs differ by more
         row = {"architecture": list(candidate), "seed": seed, "acc1": acc1, "cpu_seconds": i}
         study.keep("training", row)
     scores = [

@@ -117,6 +117,56 @@ class ShuffleXceptionBlock(ShuffleUnit):
         )
 
 
+# --- cheap and expanding operations, which are not the paper's ------------------------------------------------
+
+
+class Skip(nn.Module):
+    """Nothing; where channels or size change, a pointwise convolution of every other row and column, and BN.
+
+    Not the paper's: makes depth a choice. Of the same kind as the identity of NAS-Bench-Macro (arXiv 2103.11922).
+    """
+
+    def __init__(self, shape, width, affine):
+        super().__init__()
+        change = conv_bn(shape.in_channels, shape.out_channels, 1, shape.stride, affine=affine, relu=False)
+        self.layers = nn.Sequential(*(change if shape.projects else ()))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Pointwise(nn.Module):
+    """A pointwise convolution, BN and ReLU; with stride 2, of the means of 2 x 2 pixels. Not the paper's."""
+
+    def __init__(self, shape, width, affine):
+        super().__init__()
+        pool = [nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)] if shape.stride == 2 else []
+        self.layers = nn.Sequential(*pool, *conv_bn(shape.in_channels, shape.out_channels, 1, affine=affine))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: pointwise to `expansion` times the input channels, depthwise, pointwise; adds its input.
+
+    Not the paper's. Several times the cost of a ShuffleNetV2 unit. Source: Sandler et al., arXiv 1801.04381.
+    """
+
+    def __init__(self, shape, width, affine, kernel_size, expansion):
+        super().__init__()
+        inner = max(1, int(shape.in_channels * expansion * width))
+        self.adds = not shape.projects
+        self.layers = nn.Sequential(
+            *conv_bn(shape.in_channels, inner, 1, affine=affine),
+            *conv_bn(inner, inner, kernel_size, shape.stride, groups=inner, affine=affine),
+            *conv_bn(inner, shape.out_channels, 1, affine=affine, relu=False),
+        )
+
+    def forward(self, x):
+        return x + self.layers(x) if self.adds else self.layers(x)
+
+
 # --- operations by name ---------------------------------------------------------------------------------------
 
 OPERATIONS = {
@@ -124,6 +174,10 @@ OPERATIONS = {
     "shufflenet_5x5": functools.partial(ShuffleNetBlock, kernel_size=5),
     "shufflenet_7x7": functools.partial(ShuffleNetBlock, kernel_size=7),
     "xception_3x3": ShuffleXceptionBlock,
+    # Not the paper's; the names are those of search_space.OTHER_OPERATIONS.
+    "skip_1x1": Skip,
+    "pointwise_1x1": Pointwise,
+    "mobilenet_3x3": functools.partial(InvertedResidual, kernel_size=3, expansion=3),
 }
 
 

@@ -243,7 +243,7 @@ class Space(Settings):
 
     space: str = setting(
         None,
-        "blocks, channels, joint, small, or a YAML with a section 'space' (default: blocks or the architecture's)",
+        "blocks, channels, joint, small, varied, or a YAML with a section 'space' (blocks, or the architecture's)",
         unit="NAME|FILE", path=True, decides=False,
     )  # fmt: skip
     operations: str = setting(

@@ -8,7 +8,7 @@ import reprlib
 
 import blocks
 from settings.subjects import is_path
-from space.search_space import OPERATIONS, SearchSpace
+from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
 from utils import UserError, read_json, read_yaml
 
 WIDTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
@@ -20,6 +20,12 @@ PRESETS = {
     "small": {
         "stem_channels": 16, "stage_blocks": (2, 2, 2), "stage_channels": (32, 64, 128), "stage_strides": (2, 2, 2),
         "last_channels": 256,
+    },
+    # Seven blocks whose operations differ in cost by an order of magnitude, and in what they can do.
+    "varied": {
+        "stem_channels": 16, "stage_blocks": (2, 3, 2), "stage_channels": (24, 48, 96), "stage_strides": (2, 2, 2),
+        "last_channels": 192,
+        "operations": ("skip_1x1", "pointwise_1x1", "shufflenet_3x3", "shufflenet_5x5", "mobilenet_3x3"),
     },
 }  # fmt: skip
 STAGE = {"blocks": "stage_blocks", "channels": "stage_channels", "stride": "stage_strides"}
@@ -149,7 +155,7 @@ def load_operations(path):
 
 def with_hash(space):
     """The space with the hash of the file of its own operations. Raises UserError if one is not loaded."""
-    own = [name for name in space.operations if name not in OPERATIONS]
+    own = [name for name in space.operations if name in loaded or name not in OPERATIONS + OTHER_OPERATIONS]
     for name in own:
         if name not in loaded:
             known = ", ".join(blocks.OPERATIONS)

@@ -32,6 +32,7 @@ UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "latency": ("milliseconds (8ms)", {"ms": 1e6}),
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
+OTHER_OPERATIONS = ("skip_1x1", "pointwise_1x1", "mobilenet_3x3")  # the project's, not the paper's
 
 
 class BlockShape(NamedTuple):

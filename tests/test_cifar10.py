@@ -52,6 +52,18 @@ def test_the_tree_has_every_image_in_its_class(archive, tmp_path):
     assert (image == files["data_batch_2"]["data"][2].reshape(3, 32, 32).transpose(1, 2, 0)).all()
 
 
+def test_the_first_images_of_each_class_are_a_smaller_tree(archive, tmp_path, monkeypatch):
+    out = tmp_path / "tree"
+    monkeypatch.setattr("sys.argv", ["make", str(archive[0]), "--out", str(out), "--per-class", "3", "1"])
+    make.main()
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*.png")) == [
+        *(f"train/airplane/{i:05d}.png" for i in (0, 3, 4)),
+        *(f"train/bird/{i:05d}.png" for i in (1, 2, 5)),
+        "val/airplane/00000.png",
+        "val/bird/00001.png",
+    ]
+
+
 def test_another_archive_is_one_line(tmp_path, monkeypatch, capsys):
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(b"another")

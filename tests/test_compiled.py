@@ -4,6 +4,7 @@ The quick tests have all of torch.compile but Inductor, by the backend aot_eager
 """
 
 import copy
+import dataclasses
 import json
 import random
 import shutil
@@ -116,6 +117,13 @@ def test_mixed_precision_and_one_network_are_compiled_too():
     assert loss.isfinite() and graphs() == 4
     with pytest.raises(UserError, match=r"^--compile: an operation's input has another form .*leave the flag out$"):
         step.train_one_step(3, images[:2].to(memory_format=torch.channels_last), labels[:2])
+
+
+def test_operations_that_skip_or_add_their_input_are_compiled():
+    """And are not compiled again, not even the skip that is nothing."""
+    space = dataclasses.replace(SPACE, stage_blocks=(2,), operations=("skip_1x1", "mobilenet_3x3"))
+    first, *others = compare(space, [(0, 0), (1, 1)], 4, 1e-4)
+    assert first > 0 and others == [first]
 
 
 # --- what can't be compiled ----------------------------------------------------------------------------------

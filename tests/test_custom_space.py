@@ -1,5 +1,6 @@
 """Spaces and operations that a user gives: what is taken, what is refused in one line, and the commands with them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from conftest import ROOT, run
 import blocks
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space import custom
-from space.search_space import SearchSpace
+from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
 from training import checkpoint
 from training.evaluation import recalibrate_bn, update_bn
 from training.prefix_tree import PrefixTree
@@ -54,6 +55,9 @@ def test_presets():
     assert joint.is_papers and joint.choices == (4,) * 20 + (8,) * 20
     small = custom.make_space("small", input_size=28, n_classes=10)
     assert small.n_blocks == 6 and small.stem_stride == 1 and not small.is_papers
+    varied = custom.make_space("varied", input_size=28, n_classes=10)
+    assert varied.choices == (5,) * 7 and set(varied.operations) - set(paper.operations) <= set(OTHER_OPERATIONS)
+    assert set(blocks.OPERATIONS) == {*OPERATIONS, *OTHER_OPERATIONS}
     winner = str(ROOT / "architecture_final.json")
     channels = custom.make_space("channels", architecture=winner)
     assert channels.choices == (8,) * 20 and channels.architecture == paper.load_architecture(winner)
@@ -148,11 +152,9 @@ def test_an_operation_that_does_not_fit_its_block_is_a_line(tmp_path):
         space.flops((0,) * 20)
 
 
-def test_costs_are_counted_from_the_module(tmp_path):
-    custom.load_operations(written(tmp_path / "own.py", EXAMPLE))
-    space = custom.make_space(written(tmp_path / "s.yml", {"space": OWN}), input_size=28, n_classes=10)
-    candidate = (1, 0, 2, 1, 0, 1, 1, 0)
-    network, counted = ShuffleNetV2(candidate, space=space).eval(), []
+def flops_by_hooks(network):
+    """Multiply-adds of convolutions and linear layers, of an image of 28 px."""
+    counted = []
 
     def count(module, inputs, output):
         size = output.shape[2] * output.shape[3] if output.dim() == 4 else 1
@@ -162,7 +164,15 @@ def test_costs_are_counted_from_the_module(tmp_path):
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.register_forward_hook(count)
     network(torch.zeros(1, 3, 28, 28))
-    assert space.flops(candidate) == sum(counted)
+    return sum(counted)
+
+
+def test_costs_are_counted_from_the_module(tmp_path):
+    custom.load_operations(written(tmp_path / "own.py", EXAMPLE))
+    space = custom.make_space(written(tmp_path / "s.yml", {"space": OWN}), input_size=28, n_classes=10)
+    candidate = (1, 0, 2, 1, 0, 1, 1, 0)
+    network = ShuffleNetV2(candidate, space=space).eval()
+    assert space.flops(candidate) == flops_by_hooks(network)
     assert space.params(candidate) == sum(p.numel() for p in network.parameters())
     supernet = ShuffleNetV2OneShot(space=space)
     assert supernet(torch.zeros(2, 3, 28, 28), candidate).shape == (2, 10)
@@ -225,6 +235,67 @@ def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
         checkpoint.load_supernet(path, None)
 
 
+# --- the project's own cheap and large operations -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("widths", [(1.0,), (0.5, 1.0)])
+def test_the_projects_operations_cost_what_their_convolutions_cost(widths):
+    space = dataclasses.replace(custom.make_space("varied", input_size=28, n_classes=10), widths=widths)
+    for operation, name in enumerate(space.operations):
+        candidate = space.uniform_candidate(operation * len(widths))
+        network = ShuffleNetV2(candidate, space=space).eval()
+        assert space.flops(candidate) == flops_by_hooks(network), name
+        assert space.params(candidate) == sum(p.numel() for p in network.parameters()), name
+    skip = space.operations.index("skip_1x1") * len(widths)
+    within = [i for i, shape in enumerate(space.blocks) if not shape.projects]
+    assert len(within) == 4 and not any(space.cost_rows(cost)[0][i][skip] for cost in ("flops", "params")
+                                        for i in within)  # fmt: skip
+
+
+def test_a_path_of_the_projects_operations_is_the_fixed_network_and_a_part_of_the_tree():
+    space = custom.make_space("varied", input_size=16, n_classes=10)
+    torch.manual_seed(0)
+    supernet = ShuffleNetV2OneShot(space=space).double()
+    (images, _), *calibration = [(torch.rand(8, 3, 16, 16).double() * 255, torch.arange(8)) for _ in range(3)]
+    candidates = [(0, 1, 2, 3, 4, 0, 1), (0, 1, 2, 0, 0, 4, 4), (4, 0, 0, 0, 0, 1, 0), (0,) * 7]
+    tree = PrefixTree(supernet, candidates, True)
+    with torch.inference_mode(), tree.own_statistics():
+        update_bn(supernet, tree.forward, calibration, "average")
+        found = dict(tree.logits(images))
+    for candidate in candidates:
+        alone = ShuffleNetV2(candidate, affine=False, space=space).double()
+        weights = supernet.state_dict()
+        for block, operation in enumerate(candidate):
+            inner = f"features.{block}.{operation}."
+            weights |= {name.replace(inner, f"features.{block}."): w for name, w in weights.items() if inner in name}
+        alone.load_state_dict({name: weights[name] for name in alone.state_dict()})
+        recalibrate_bn(alone, alone, calibration, "average")
+        expected = alone(images)
+        assert (found[candidate] - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_the_projects_operations_stand_beside_those_of_a_file(tmp_path):
+    demo, macro = str(ROOT / "bench/demo_operations.py"), str(ROOT / "bench/macro_operations.py")
+    custom.load_operations(macro)
+    both = ["skip", "skip_1x1", "pointwise", "pointwise_1x1", "identity", "mobilenet_3x3", "shufflenet_3x3"]
+    space = {"operations": both, "stages": OWN["stages"], "stem": OWN["stem"]}
+    with pytest.raises(UserError, match=r"operation 'skip' is not one of .*skip_1x1.*--operations"):
+        custom.make_space(space)
+    assert custom.make_space(space, operations=demo).operations == tuple(both)
+    assert custom.make_space("varied").operations_hash == ""
+
+
+def test_an_operation_of_a_user_that_has_a_name_of_the_projects_is_the_users(tmp_path):
+    """Names that the project took later still mean what they meant in files of before."""
+    operations = written(tmp_path / "own.py", EXAMPLE.replace('"identity"', '"skip_1x1"'))
+    space = custom.make_space("varied", operations=operations)
+    assert space.operations_hash and blocks.OPERATIONS["skip_1x1"] is not blocks.Skip
+    custom.loaded.clear()
+    blocks.OPERATIONS["skip_1x1"] = blocks.Skip
+    with pytest.raises(UserError, match="its operations come from another version"):
+        custom.check_operations(space, "supernet.pth")
+
+
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
 TRAIN = ("--batch-size", 16, "--iterations", 6, "--val-every", 6, "--save-every", 3, "--warmup", 2)
 SEARCH = ("--population", 4, "--select", 2, "--mutation", 1, "--crossover", 1, "--generations", 2, "--concurrency", 1)
@@ -247,7 +318,7 @@ def kill_once(script, words, seen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "nni"])
-@pytest.mark.parametrize("kind", ["small", "joint", "own"])
+@pytest.mark.parametrize("kind", ["small", "joint", "own", "varied"])
 def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine):
     out = tmp_path / "out"
     own = ("--operations", written(tmp_path / "own.py", EXAMPLE)) if kind == "own" else ()
@@ -272,4 +343,4 @@ def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine)
     assert json.loads(stdout.splitlines()[-1])["acc1"] == retrained["acc1"]
     run("scratch.py", *words, "--export", tmp_path / "best.pt2")
     report = (out / "report.html").read_text()
-    assert ("widths" in report) == (kind != "small") and ("identity" in report) == (kind == "own")
+    assert ("widths" in report) == (kind in ("joint", "own")) and ("identity" in report) == (kind == "own")

@@ -85,5 +85,5 @@ def test_the_table_has_the_numbers_of_the_files():
     assert f"{row}{common['heldout-per-class']} |" in PAGE
     own = yaml.safe_load(next(text for _, language, text in BLOCK.findall(PAGE) if language == "yaml"))
     cells = [f"{own[s]['iterations']:,} x {own[s]['batch-size']}, {own[s]['lr']}" for s in ("supernet", "scratch")]
-    row = f"| `small` | {own['common']['input-size']} | {cells[0]} | {cells[1]} | {own['common']['bn-batches']} |"
+    row = f"| `varied` | {own['common']['input-size']} | {cells[0]} | {cells[1]} | {own['common']['bn-batches']} |"
     assert f"{row} {own['common']['heldout-per-class']} |" in PAGE

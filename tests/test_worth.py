@@ -1,0 +1,176 @@
+"""bench/spaces.py and bench/worth.py: what they draw, keep, resume, and conclude from rows that are made up."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, load
+
+sys.path.append(str(ROOT / "bench"))  # worth.py imports spaces.py
+spaces, worth = load("bench/spaces.py"), load("bench/worth.py")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The study of the bundled images, with an empty file of results."""
+    monkeypatch.setattr(spaces, "RESULTS", tmp_path / "spaces.jsonl")
+    monkeypatch.setattr(worth, "RESULTS", tmp_path / "worth.json")
+    for name in map(str, range(10)):
+        (tmp_path / "images" / "val" / name).mkdir(parents=True)
+        (tmp_path / "images" / "val" / name / "0.png").touch()
+    return spaces.Study(ROOT / "bench" / "varied_fashion.yml", ["--data-dir", str(tmp_path / "images")])
+
+
+def test_candidates_are_legal_and_the_first_ten_are_trained_twice(study):
+    tasks = study.tasks()
+    limit = study.bounds["flops"][1]
+    assert limit == study.space.flops_quantile(0.59)
+    assert len(tasks) == len(set(tasks)) == 40 and sum(seed for _, seed in tasks) == 10
+    assert all(study.space.flops(candidate) <= limit for candidate, _ in tasks)
+    assert {c for c, seed in tasks if seed} == set(study.legal(10))
+
+
+def test_what_is_kept_is_not_trained_again_unless_the_settings_change(study, tmp_path):
+    (candidate, seed), *others = study.tasks()
+    study.keep("training", {"architecture": list(candidate), "seed": seed, "acc1": 50.0})
+    assert study.missing() == others
+    study.key = study.key | {"training": [1, 2, 3]}
+    assert len(study.missing()) == 40
+
+
+def test_noise_is_that_of_the_pairs(study, monkeypatch):
+    monkeypatch.setattr(spaces, "DRAWS", 20)
+    for i, (candidate, seed) in enumerate(study.tasks()):
+        acc1 = study.space.flops(candidate) + (2 if seed else 0)  # costs differ by more
+        row = {"architecture": list(candidate), "seed": seed, "acc1": acc1, "cpu_seconds": i}
+        study.keep("training", row)
+    scores = [
+        {"architecture": list(c), "acc1": -study.space.flops(c), "loss": -study.space.flops(c)} for c in study.legal(30)
+    ]
+    study.keep("supernet", {"seed": 0, "cpu_seconds": 1, "scores": scores})
+    found = spaces.summary(study)
+    assert found["sd_of_trainings"] == pytest.approx(math.sqrt(2))  # differences of 2: a variance of 2 each
+    assert found["tau_flops"][0] == pytest.approx(1) and found["tau_flops"][1] == pytest.approx(1)
+    (supernet,) = found["supernets"]
+    assert supernet["tau_top1"][0] == pytest.approx(-1) and supernet["tau_loss"][0] == pytest.approx(1)
+    assert found["ratio"] == pytest.approx(found["sd"] / math.sqrt(2))
+
+
+def test_legal_candidates_differ_in_cost_by_more_than_a_factor_of_two(study):
+    """What `varied` is for; those of `small` differ by 1.2."""
+    ranges = spaces.ranges(study, latency=False)
+    assert all(of_all > 2 for of_all, _ in ranges.values())
+
+
+def test_the_largest_is_the_largest_and_random_ones_are_legal(study):
+    space = study.space
+    for target in worth.TARGETS:
+        limits = worth.Limits(space, worth.make_bounds(space, [f"flops={target}"]))
+        largest = space.flops(worth.largest_legal(space, target))
+        assert largest <= space.flops_value(target) and largest > 0.99 * space.flops_value(target)
+        drawn = worth.random_legal(study, target)
+        assert len(drawn) == 5 and set(drawn) <= set(study.legal(30)) and not any(map(limits.excess, drawn))
+
+
+def test_torchvisions_network_keeps_the_size_in_its_stem():
+    model = worth.Baseline(10).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert model.path()[0](images).shape == (2, 24, 32, 32)
+        assert torch.allclose(model(images), model.net(images), atol=1e-5)
+
+
+class Fake(worth.Command):
+    """A command that takes a moment and prints a result, or fails."""
+
+    def __init__(self, folder, code=0):
+        super().__init__("", [], folder)
+        self.words = [sys.executable, "-c", f'print(\'{{"acc1": 60.0, "n_images": 5}}\'); raise SystemExit({code})']
+
+
+def test_tasks_wait_for_what_they_need_and_are_kept(study, tmp_path):
+    def tasks():
+        first = worth.Task(["s", "search", 0, "59%"], Fake(tmp_path / "a"))
+        second = worth.Task(["s", "retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
+        return [second, first]
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/costs.jsonl").write_text('{"cpu_seconds": 5.5, "exit": -15}\n')  # it was interrupted before
+    rows = []
+    worth.run(tasks(), rows, 2, math.inf)
+    assert [row["key"][1] for row in rows] == ["search", "retraining"]
+    assert rows[1]["acc1"] == 60 and rows[0]["cpu_seconds"] >= 5.5
+    assert json.loads(worth.RESULTS.read_text())["rows"] == rows
+    before = (tmp_path / "a/costs.jsonl").read_text()
+    worth.run(tasks(), rows, 2, math.inf)  # nothing is left to do
+    assert (tmp_path / "a/costs.jsonl").read_text() == before and len(rows) == 2
+
+
+def test_a_task_that_fails_is_named_and_what_needs_it_does_not_run(study, tmp_path, capsys):
+    first = worth.Task(["s", "search", 0, "59%"], Fake(tmp_path / "a", 3))
+    second = worth.Task(["s", "retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
+    rows = []
+    worth.run([second, first], rows, 1, math.inf)
+    assert not rows and "failed with exit code 3" in capsys.readouterr().out
+
+
+def made_up(study, seeds=2):
+    """Rows in which a search costs 10, a retraining 10, a supernet 100, and accuracy grows with log2 of the steps."""
+    rows = []
+
+    def add(acc1, seconds, *key):
+        rows.append({"key": [study.name, *key], "acc1": acc1, "cpu_seconds": seconds})
+
+    for multiple in (1, 4, 16):
+        add(50 + math.log2(multiple), 10 * multiple, "retraining", 0, "", worth.BASELINE, multiple)
+        add(62 + math.log2(multiple), 10 * multiple, "retraining", 0, "59%", "largest", multiple)
+    for seed in range(seeds):
+        add(None, 100, "supernet", seed)
+        for target in worth.TARGETS:
+            add(None, 10, "search", seed, target)
+            add(63 + seed, 10, "retraining", seed, target, "winner", 1)
+    for i, candidate in enumerate(worth.random_legal(study, "59%")):  # of the five, 62 is the typical one
+        for seed in (0, 1):
+            row = {"architecture": list(candidate), "seed": seed, "acc1": 59.5 + i + seed, "cpu_seconds": 10}
+            study.keep("training", row)
+    for multiple in (4, 16):
+        add(62 + math.log2(multiple), 10 * multiple, "retraining", 0, "59%", "typical", multiple)
+    return rows
+
+
+def test_equal_retraining_and_equal_total(study):
+    made = made_up(study)
+    rows = worth.Rows(made, study)
+    row = worth.equal_retraining(rows)["59%"]
+    assert row["winner"] == [63.5, 0.5, 2] and row["random"] == [62, pytest.approx(math.sqrt(0.5)), 5]
+    assert row["largest"] == [62, None, 1] and worth.equal_retraining(rows)["30%"]["winner"] == [63.5, 0.5, 2]
+    total = worth.equal_total(rows)
+    for n in (1, 2, 3):  # alone for as long: the supernet's share, a search and a retraining
+        assert total[n]["seconds of each"] == pytest.approx(100 / n + 20) and total[n]["winner"] == 63.5
+        assert total[n]["typical"] == [pytest.approx(62 + math.log2((100 / n + 20) / 10)), 160]
+        assert total[n][worth.BASELINE][0] == pytest.approx(50 + math.log2((100 / n + 20) / 10))
+    # 63.5 is reached alone after 2^1.5 retrainings, 28.3; a search and a retraining cost 20, a supernet 100
+    assert worth.break_even(rows) == pytest.approx(100 / (10 * 2**1.5 - 20))
+    without = [row for row in made if row["key"][1:] != ["search", 0, "10%"]]
+    assert list(worth.equal_total(worth.Rows(without, study))) == [1, 2]
+
+
+def test_the_report_is_beside_the_rows(study, capsys):
+    worth.write_json(worth.RESULTS, {"rows": made_up(study)})
+    worth.report([study])
+    assert json.loads(worth.RESULTS.read_text())["summary"][study.name]["equal total"]["3"]["winner"] == 63.5
+    assert worth.RESULTS.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_matters_most_is_first(study, tmp_path):
+    made_up(study)
+    keys = [task.key[1:] for task in worth.tasks(study, tmp_path, 3, (3,))]
+    assert len(keys) == len(set(map(tuple, keys))) and keys[0] == ["supernet", 0] and keys[1] == ["search", 0, "59%"]
+    assert keys.index(["retraining", 0, "59%", "typical", 3]) < keys.index(["supernet", 1])
+    assert [key for key in keys if key[0] == "search"] == [
+        ["search", seed, target]
+        for seed, target in [(0, "59%"), (0, "30%"), (0, "10%"), (1, "59%"), (2, "59%")]
+        + [(seed, target) for seed in (1, 2) for target in ("30%", "10%")]
+    ]

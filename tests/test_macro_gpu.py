@@ -176,3 +176,17 @@ def test_the_committed_agreement_follows_from_the_committed_scores():
         assert gpu.macro_study.tau(acc1, true) == pytest.approx(row["all"]["top-1"][0], abs=2e-3)
         assert np.mean(acc1) == pytest.approx(row["acc1"][0], abs=2e-3)
     assert len(true) == 3969 and len(results["loss"]) == 2
+
+
+def test_the_committed_scores_of_resized_crops_have_the_agreement_in_the_docs():
+    found, truth = json.loads(gpu.RESULTS.read_text())["resized crops, seed 0"], gpu.macro.load_truth()
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    words = {
+        "BN of resized crops": "has {:.2f} by loss and {:.2f} by top-1",
+        "BN of plain images": "have {:.2f} and {:.2f}",
+    }
+    for name, scores in found.items():
+        true = [truth[network]["mean_acc"] for network in scores]
+        loss, acc1 = ([row[i] for row in scores.values()] for i in (0, 1))
+        taus = -gpu.macro_study.tau(loss, true), gpu.macro_study.tau(acc1, true)
+        assert len(true) == 600 and words[name].format(*taus) in text.replace("\n  ", " ")

@@ -369,7 +369,7 @@ def test_onnx_runtime_measures_and_the_command_writes_its_file(tmp_path, monkeyp
     words = ("--mode", "latency", "--runtime", "onnxruntime", "--threads", 1, "--out", tmp_path)
     stdout, _ = run("tester.py", *words)
     found = latency.read_table(tmp_path / "latency.json", SPACE)
-    assert f"ms in ONNX Runtime {found['onnxruntime']} on " in stdout and found["stem_and_tail"] > 0
+    assert f": ONNX Runtime {found['onnxruntime']} on " in stdout and found["stem_and_tail"] > 0
 
 
 # --- the record of a search ----------------------------------------------------------------------------------

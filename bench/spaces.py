@@ -43,7 +43,7 @@ from scipy.stats import kendalltau
 
 import scratch
 import tester
-from engines.latency import measure_table, with_latency
+from devices.table import measure_table, open_runtime, with_latency
 from images.dataset import scan
 from space.limits import Limits, make_bounds
 from training.evaluation import evaluate
@@ -261,7 +261,7 @@ def ranges(study, latency=True):
     names = ["flops", "params"]
     if latency:
         torch.set_num_threads(1)
-        space = with_latency(space, measure_table(space, 1, torch.device("cpu")))
+        space = with_latency(space, measure_table(open_runtime("torch", space, 1, torch.device("cpu"))))
         names.append("latency")
     legal = study.legal(LEGAL, seed=1)
     found = {}

@@ -140,7 +140,8 @@ def test_two_supernets_are_scored_each_on_its_networks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])  # fmt: skip
 def test_a_small_study_resumes(tmp_path, device):
     np.savez(tmp_path / "images.npz", **make_arrays(260, 32))
     words = ["--out", tmp_path, "--results", tmp_path / "results.json", "--ways", "baseline", "strictly fair"]

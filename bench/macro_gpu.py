@@ -170,7 +170,7 @@ class ImagesInMemory:
             a = draw_augmentation(config, seed, 0, index, *pixels.shape[1:])
             image = F.resized_crop(F.to_pil_image(pixels.cpu()), *a.window, size, F.InterpolationMode.BILINEAR)
             images.append(np.asarray(F.hflip(image) if a.horizontal_flip else image))
-        return self._pixels(np.stack(images)[..., ::-1]).permute(0, 3, 1, 2).float()
+        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float()
 
     def batches(self, part, every=1):
         """Each `every`-th image of a part, as it is."""
@@ -196,7 +196,10 @@ class Paths:
         self.space = space
         self.seed = seed
         self.sampler = PathSampler(space, seed)
-        self.networks = macro.some_distinct()
+
+    @functools.cached_property
+    def networks(self):
+        return macro.some_distinct()
 
     @functools.cached_property
     def mean_flops(self):
@@ -290,7 +293,7 @@ def score(folder, data, networks):
 
 def read_scores(args, name, seed):
     """({network: mean loss}, {network: top-1}, seconds of training) of a way, or None where it is not done."""
-    files = [folder_of(args, part, seed) / "scores.json" for part in (SPLIT if name == SPLIT else (name,))]
+    files = [folder_of(args, part, seed) / "scores.json" for part in parts_of(name)]
     if not all(file.exists() for file in files):
         return None
     parts = [utils.read_json(file) for file in files]

@@ -11,7 +11,7 @@ By default of `varied`, on two data sets: the bundled images, and the 10,000 of 
 supernet.py and scratch.py. Candidates are uniform among those under the limit of the file, by default that of a search.
 The first ten are trained again with a second seed: the standard deviation of true accuracies should be at least twice
 that between two trainings of one candidate. Each training takes one thread, and is kept when it ends, as a line of
-bench/results/spaces.jsonl: the same command goes on with those that lack. The report also says how far parameters,
+bench/results/spaces.jsonl: the same command resumes. The report also says how far parameters,
 FLOPs and latency differ among legal candidates, and Kendall's tau between accuracies and the scores of the supernet,
 top-1 and loss.
 """
@@ -224,7 +224,7 @@ def tau(a, b):
 
 
 def summary(study):
-    """The numbers of a study's row in the table; those that lack what they need are left out."""
+    """The numbers of a study's row in the table; those that need what is missing are left out."""
     rows = study.rows()
     by_key = {(tuple(row["architecture"]), row["seed"]): row for row in rows}
     first = {c: row["acc1"] for (c, seed), row in by_key.items() if seed == 0}

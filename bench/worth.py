@@ -1,6 +1,6 @@
 """What a search is worth: its winner beside networks that cost no search, at equal training and at equal total cost.
 
-    python bench/worth.py                            everything on one core, hours; interrupted, it goes on
+    python bench/worth.py                            everything on one core, hours; the same command resumes
     python bench/worth.py --jobs 14 --seconds 220    fourteen processes at a time; ends then
     python bench/worth.py --report                   the tables of docs/experiments.md, and the figure
     python bench/worth.py --tune                     tries learning rates, on images held out of train
@@ -44,7 +44,7 @@ from reports.figures import RANDOM as RANDOM_COLOUR
 from settings.subjects import DataConfig, Images, Training
 from space.limits import Limits, make_bounds
 from training.evaluation import accuracy, recalibrate_bn, resolve_device
-from training.recipe import Recipe
+from training.loop import train
 from utils import read_json, write_json
 
 RESULTS = ROOT / "bench" / "results" / "worth.json"
@@ -93,7 +93,9 @@ def largest_legal(space, target):
 
 
 class Baseline(nn.Module):
-    """torchvision's shufflenet_v2_x0_5 with a stem of stride 1, with the methods that Recipe needs."""
+    """torchvision's shufflenet_v2_x0_5 with a stem of stride 1, with what `train` needs."""
+
+    space = None  # nothing to choose
 
     def __init__(self, n_classes):
         super().__init__()
@@ -121,15 +123,10 @@ def train_baseline(words):
     device = resolve_device(args.device, args.threads)
     torch.manual_seed(args.seed)
     model = Baseline(len(data.classes))
-    recipe = Recipe(model, Training.of(vars(args)), device, args.seed)
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
-    n = len(data.train)
-    plan = training_plan(n, args.batch_size, args.seed, 0, args.iterations)
-    model.train()
-    for step, batch in enumerate(loader.batches(plan), 1):
-        recipe.train_one_step(step, *batch)
+    train(model, loader, Training.of(vars(args)), device=device, seed=args.seed)
     end = args.iterations + args.bn_pass
-    plan = training_plan(n, args.batch_size, args.seed, args.iterations, end)
+    plan = training_plan(len(data.train), args.batch_size, args.seed, args.iterations, end)
     recalibrate_bn(model, model, loader.batches(plan), "average")
     acc1, _, n_images = accuracy(model.eval(), scratch.val_batches(args, data.val, config, device))
     print(json.dumps({"acc1": acc1, "n_images": n_images, "params": sum(p.numel() for p in model.parameters())}))

@@ -6,14 +6,14 @@
     python bench/spaces.py --report                     prints the numbers of docs/experiments.md
     python bench/spaces.py FILE...                      the same of another space
 
-By default of `varied`, on two data sets: the bundled images, and the 10,000 of CIFAR-10 in data/cifar10-10000, which
-`python data/make_cifar10.py --per-class 800 200 --out data/cifar10-10000` makes. A FILE has a space and the settings of
-supernet.py and scratch.py. Candidates are uniform among those under the limit of the file, by default that of a search.
-The first ten are trained again with a second seed: the standard deviation of true accuracies should be at least twice
-that between two trainings of one candidate. Each training takes one thread, and is kept when it ends, as a line of
-bench/results/spaces.jsonl: the same command resumes. The report also says how far parameters,
-FLOPs and latency differ among legal candidates, and Kendall's tau between accuracies and the scores of the supernet,
-top-1 and loss.
+By default of `varied`, on two data sets: the bundled images, and in data/cifar10-10000 the first 10,000 training images
+of CIFAR-10 and its test images, by `python data/make_cifar10.py --per-class 1000 1000 --out data/cifar10-10000`. A FILE
+has a space and the settings of supernet.py and scratch.py. Candidates are uniform among those under the limit of the
+file, by default that of a search. The first ten are trained again with a second seed: the standard deviation of true
+accuracies should be at least twice that between two trainings of one candidate. Each training takes one thread, and is
+kept when it ends, as a line of bench/results/spaces.jsonl: the same command resumes. The report also says how far
+parameters, FLOPs and latency differ among legal candidates, and Kendall's tau between accuracies and the scores of the
+supernet, top-1 and loss.
 """
 
 import argparse
@@ -67,13 +67,14 @@ class Study:
         args = scratch.parse_args(self.words)
         n_classes = len(scan(pathlib.Path(args.data_dir, "val")).classes)
         self.space = scratch.space_of(args, args.input_size, n_classes)
-        limits = read_yaml(path).get("search", {}).get("limit", ())
+        content = read_yaml(path)
+        limits = content.get("search", {}).get("limit", ())
         self.bounds = make_bounds(self.space, [limits] if isinstance(limits, str) else limits)
         self.iterations = args.iterations
         self.key = {
             "study": self.name,
             "space": self.space.to_dict(),
-            "training": [args.iterations, args.batch_size, args.lr, args.warmup, args.weight_decay],
+            "settings": {name: content[name] for name in ("common", "supernet", "scratch")},
         }
 
     def legal(self, n, seed=0):
@@ -195,6 +196,16 @@ class Command:
         return json.loads((self.folder / "stdout").read_text().splitlines()[-1])
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Within the block, SIGTERM does what Ctrl-C does: commands end with a checkpoint, and their costs are kept."""
+    try:
+        with utils.signals(utils.interrupt):
+            yield
+    except utils.Interrupted:
+        raise KeyboardInterrupt from None
+
+
 def supernet_command(study, seed, out):
     words = [*study.words, "--seed", seed, "--workers", 0]
     return Command("supernet.py", words, out / study.name / str(seed))
@@ -286,16 +297,22 @@ def main(options):
     done = [(study.name, row["seed"]) for study in studies for row in study.rows("supernet")]
     wanted = [(study, seed) for study in studies for seed in options.supernet or ()]
     supernets = {key: supernet_command(*key, options.out) for key in wanted if (key[0].name, key[1]) not in done}
-    for command in supernets.values():
-        if not command.done():
-            command.start()
-    run_trainings(studies, options.jobs, end)
-    for (study, seed), command in supernets.items():
-        while command.running() and time.time() < end:
-            time.sleep(0.2)
-        if command.done() or command.end() == 0:
-            score(study, seed, options.out)
-            print(f"{study.name}: scored in the supernet of seed {seed}", flush=True)
+    with interruptible():
+        try:
+            for command in supernets.values():
+                if not command.done():
+                    command.start()
+            run_trainings(studies, options.jobs, end)
+            for (study, seed), command in supernets.items():
+                while command.running() and time.time() < end:
+                    time.sleep(0.2)
+                if command.done() or command.end() == 0:
+                    score(study, seed, options.out)
+                    print(f"{study.name}: scored in the supernet of seed {seed}", flush=True)
+        finally:
+            for command in supernets.values():
+                if command.running():
+                    command.end()
     if options.report:
         print_report(studies)
 

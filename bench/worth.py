@@ -5,18 +5,20 @@
     python bench/worth.py --report                   the tables of docs/experiments.md, and the figure
     python bench/worth.py --tune                     tries learning rates, on images held out of train
 
-On the bundled images in the space `varied` (bench/varied_fashion.yml), for each seed: a supernet, and from it a search
-and a retraining for each of three targets, which are limits on FLOPs. Beside the winners: random legal candidates, the
-largest legal one, and torchvision's shufflenet_v2_x0_5 with a stem of stride 1, trained as long as the winner, and for
-multiples of it. A target costs its search, its retraining and its share of the supernet; what training alone gives for
-that is read between the multiples. All numbers come from the commands as they are typed, one thread each; CPU-seconds
-are those of their processes. Writes bench/results/worth.json and worth.png.
+In the space `varied`, on the bundled images (bench/varied_fashion.yml) and on CIFAR-10 in data/cifar10
+(bench/varied_cifar10.yml), for each seed: a supernet, and from it a search and a retraining for each of three targets,
+which are limits on FLOPs. Beside the winners: random legal candidates, the largest legal one, and torchvision's
+shufflenet_v2_x0_5 with a stem of stride 1, trained as long as the winner, and for multiples of it. A target costs its
+search, its retraining and its share of the supernet; what training alone gives for that is read between the multiples.
+All numbers come from the commands as they are typed, one thread each; CPU-seconds are those of their processes. Writes
+bench/results/worth.json and worth.png.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -33,7 +35,7 @@ import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from spaces import CANDIDATES, Command, Study, supernet_command
+from spaces import CANDIDATES, Command, Study, interruptible, supernet_command
 from torch import nn
 
 import scratch
@@ -48,12 +50,13 @@ from training.loop import train
 from utils import read_json, write_json
 
 RESULTS = ROOT / "bench" / "results" / "worth.json"
-SETTINGS = ROOT / "bench" / "varied_fashion.yml"
+SETTINGS = [ROOT / "bench" / f"varied_{name}.yml" for name in ("fashion", "cifar10")]
+SEEDS = {"varied_fashion": 3}  # of a study; others have one
 TARGETS = ("59%", "30%", "10%")  # FLOPs that so many candidates meet
-SEEDS = 3
 RANDOM = 5  # candidates
-LONGER = (3,)  # multiples of the steps of a retraining
-RATES = (0.05, 0.1, 0.2)
+LONGER = (3, 9)  # multiples of the steps of a retraining
+RATES = (0.0125, 0.025, 0.05, 0.1)
+TUNED_ON = ["--heldout-per-class", "200"]  # of which 2,000 measure a rate
 BASELINE = "shufflenet_v2_x0_5"
 
 
@@ -61,25 +64,10 @@ BASELINE = "shufflenet_v2_x0_5"
 
 
 def random_legal(study, target):
-    """RANDOM random candidates under a target: the first of those that bench/spaces.py trains, as it draws them."""
+    """{name: candidate} of the RANDOM first candidates under a target, of those that bench/spaces.py draws."""
     limits = Limits(study.space, make_bounds(study.space, [f"flops={target}"]))
-    return [c for c in study.legal(CANDIDATES) if not limits.excess(c)][:RANDOM]
-
-
-def trained(study, target):
-    """{candidate: its top-1 by seed} of the random candidates under a target that bench/spaces.py has trained."""
-    found = {c: {} for c in random_legal(study, target)}
-    for row in study.rows():
-        if (candidate := tuple(row["architecture"])) in found:
-            found[candidate][row["seed"]] = row
-    return {c: rows for c, rows in found.items() if rows}
-
-
-def typical(study, target):
-    """The random candidate under a target whose top-1 is nearest to the mean of all."""
-    acc1 = {c: statistics.fmean(row["acc1"] for row in rows.values()) for c, rows in trained(study, target).items()}
-    mean = statistics.fmean(acc1.values())
-    return min(acc1, key=lambda c: abs(acc1[c] - mean))
+    legal = {f"random {i}": c for i, c in enumerate(study.legal(CANDIDATES), 1) if not limits.excess(c)}
+    return dict(itertools.islice(legal.items(), RANDOM))
 
 
 @functools.cache
@@ -152,25 +140,32 @@ class Task:
         return row
 
 
-def tasks(study, out, seeds, longer):
-    """All Tasks of a study, in the order in which they matter: the first seed and the first target before the others.
+def tasks(study, out, rows):
+    """All Tasks of a study that are known by now, in the order in which they matter.
 
     Keys are [study, "supernet", seed], [study, "search", seed, target] and [study, "retraining", seed, target, who,
-    multiple of the steps]. Random candidates are trained by bench/spaces.py, but for the multiples.
+    multiple of the steps]. Which random candidate is the typical one is known when all have been trained, here or by
+    bench/spaces.py.
     """
     first, *others = TARGETS
+    last = TARGETS[-1]
+    seeds = range(1, SEEDS.get(study.name, 1))
     found = [_of_search(study, out, 0, target) for target in TARGETS]
-    found.append(_alone(study, out, 0, first, "largest", (1,)))
-    found.append(_alone(study, out, 0, "", BASELINE, (1,)))
-    found.append(_alone(study, out, 0, first, "typical", longer))
-    found += [_of_search(study, out, seed, first) for seed in range(1, seeds)]
-    found += [_alone(study, out, 0, target, "largest", (1,)) for target in others]
-    found.append(_alone(study, out, 0, first, "largest", longer))
-    found.append(_alone(study, out, 0, "", BASELINE, longer))
-    for seed in range(1, seeds):
-        found += [_of_search(study, out, seed, target) for target in others]
-        found += [_alone(study, out, seed, first, "largest", (1,)), _alone(study, out, seed, "", BASELINE, (1,))]
-    return list({tuple(task.key): task for task in itertools.chain(*found)}.values())
+    found += [_random(study, out, first), _alone(study, out, 0, first, "largest"), _alone(study, out, 0, "", BASELINE)]
+    found += [_typical(study, out, first, LONGER[0], rows), _winner(study, out, 0, first, LONGER[0])]
+    found += [_of_search(study, out, seed, first) for seed in seeds]
+    found += [_random(study, out, target) for target in reversed(others)]
+    found += [_typical(study, out, last, LONGER[0], rows), _winner(study, out, 0, last, LONGER[0])]
+    found += [_alone(study, out, 0, target, "largest") for target in reversed(others)]
+    found += [_of_search(study, out, seed, target) for seed in seeds for target in reversed(others)]
+    found += [_typical(study, out, target, LONGER[1], rows) for target in (first, last)]
+    found += [_alone(study, out, 0, target, "largest", LONGER[0]) for target in (first, last)]
+    found += [_alone(study, out, 0, "", BASELINE, LONGER[0])]
+    found += [_winner(study, out, seed, target, LONGER[0]) for seed in seeds for target in (first, last)]
+    found += [_alone(study, out, seed, first, "largest") for seed in seeds]
+    found += [_alone(study, out, seed, "", BASELINE) for seed in seeds]
+    done = Rows(rows, study).by_key
+    return list({key: task for task in itertools.chain(*found) if (key := tuple(task.key[1:])) not in done}.values())
 
 
 def _folder(study, out, seed, target):
@@ -180,20 +175,33 @@ def _folder(study, out, seed, target):
 def _of_search(study, out, seed, target):
     """The Tasks that end with the winner for a target."""
     supernet = supernet_command(study, seed, out)
-    folder = _folder(study, out, seed, target)
     yield Task([study.name, "supernet", seed], supernet)
-    yield _search(study, supernet, folder, seed, target)
-    yield _retraining(study, folder, folder / "checkpoints" / "best.json", [seed, target, "winner", 1])
+    yield _search(study, supernet, _folder(study, out, seed, target), seed, target)
+    yield from _winner(study, out, seed, target)
 
 
-def _alone(study, out, seed, target, who, multiples):
-    """The Tasks of a network that costs no search."""
-    folder = _folder(study, out, seed, target)
-    candidate = None
-    if who != BASELINE:
-        candidate = typical(study, target) if who == "typical" else largest_legal(study.space, target)
-    for multiple in multiples:
-        yield _retraining(study, folder, folder / f"{who}.json", [seed, target, who, multiple], candidate)
+def _winner(study, out, seed, target, multiple=1):
+    path = _folder(study, out, seed, target) / "checkpoints" / "best.json"
+    yield _retraining(study, out, [seed, target, "winner", multiple], path)
+
+
+def _random(study, out, target):
+    for name, candidate in random_legal(study, target).items():
+        yield from _alone(study, out, 0, "", name, 1, candidate)
+
+
+def _typical(study, out, target, multiple, rows):
+    """The Task of the typical candidate of a target, once it is known."""
+    if name := Rows(rows, study).typical(target):
+        yield from _alone(study, out, 0, "", name, multiple, random_legal(study, target)[name])
+
+
+def _alone(study, out, seed, target, who, multiple=1, candidate=None):
+    """The Task of a network that costs no search."""
+    if who == "largest":
+        candidate = largest_legal(study.space, target)
+    path = _folder(study, out, seed, target) / f"{who}.json"
+    yield _retraining(study, out, [seed, target, who, multiple], path, candidate)
 
 
 def _search(study, supernet, folder, seed, target):
@@ -208,24 +216,23 @@ def _search(study, supernet, folder, seed, target):
     return Task([study.name, "search", seed, target], command, [study.name, "supernet", seed], prepare)
 
 
-def _retraining(study, folder, path, key, candidate=None):
-    seed, target, name, multiple = key
+def _retraining(study, out, key, path, candidate=None):
+    seed, target, who, multiple = key
     steps = study.iterations * multiple
     words = [*study.words, "--seed", seed, "--workers", 0, "--iterations", steps, "--val-every", steps]
     words += ["--save-every", steps]
-    out = folder / f"{name.replace(' ', '-')}-{multiple}"
-    if name == BASELINE:
-        return Task([study.name, "retraining", *key], Command("bench/worth.py", ["--train-baseline", *words], out))
+    here = _folder(study, out, seed, target) / f"{who.replace(' ', '-')}-{multiple}"
+    if who == BASELINE:
+        return Task([study.name, "retraining", *key], Command("bench/worth.py", ["--train-baseline", *words], here))
 
     def prepare():
         if candidate:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, study.space.to_architecture(candidate))
 
-    needs = [study.name, "search", seed, target] if name == "winner" else None
-    return Task(
-        [study.name, "retraining", *key], Command("scratch.py", [*words, "--architecture", path], out), needs, prepare
-    )
+    needs = [study.name, "search", seed, target] if who == "winner" else None
+    command = Command("scratch.py", [*words, "--architecture", path], here)
+    return Task([study.name, "retraining", *key], command, needs, prepare)
 
 
 def heldout_tree(study, folder):
@@ -247,12 +254,13 @@ def tuning(study, out):
         folder.mkdir(parents=True, exist_ok=True)
         heldout_tree(study, folder / "unfinished")
         (folder / "unfinished").rename(folder / "images")
-    for name, candidate in (("random", random_legal(study, TARGETS[0])[0]), (BASELINE, None)):
+    tuned = list(random_legal(study, TARGETS[0]).items())[-2:]
+    for name, candidate in [*tuned, (BASELINE, None)]:
         for rate in RATES:
             here = folder / f"{name.replace(' ', '-')}-{rate}"
             words = [*study.words, "--workers", 0, "--data-dir", folder / "images", "--lr", rate]
             if candidate:
-                path = folder / "random.json"
+                path = folder / f"{name}.json"
                 write_json(path, study.space.to_architecture(candidate))
                 command = Command("scratch.py", [*words, "--architecture", path], here)
             else:
@@ -260,34 +268,36 @@ def tuning(study, out):
             yield Task([study.name, "tuning", name, rate], command)
 
 
-def run(waiting, rows, jobs, end):
-    """Runs tasks, `jobs` at a time, until the time `end`; keeps each when it ends."""
+def run(tasks, rows, jobs, end):
+    """Runs the Tasks of `tasks()`, `jobs` at a time, until the time `end`; keeps each when it ends."""
     running = []
-    done = [row["key"] for row in rows]
-    waiting = [task for task in waiting if task.key not in done]
+    failed = []
     try:
-        while waiting or running:
+        while True:
+            done = [row["key"] for row in rows]
+            begun = [task.key for task in running] + failed
+            waiting = [task for task in tasks() if task.key not in done + begun]
             ready = [task for task in waiting if task.needs is None or task.needs in done]
             if not ready and not running:
-                return  # what others need has failed
+                return  # all is done, or what the others need has failed
             for task in ready[: max(0, jobs - len(running))]:
-                waiting.remove(task)
                 task.prepare()
                 if not task.command.done():
                     task.command.start()
                 running.append(task)
-            time.sleep(0.2)
-            if time.time() > end:
-                print(f"out of time: {len(waiting) + len(running)} tasks are left", flush=True)
-                return
+            while all(task.command.running() for task in running):
+                time.sleep(0.2)
+                if time.time() > end:
+                    print(f"out of time: {len(waiting)} tasks are left", flush=True)
+                    return
             for task in [task for task in running if not task.command.running()]:
                 running.remove(task)
                 if code := 0 if task.command.done() else task.command.end():
                     errors = (task.command.folder / "stderr").read_text()[-500:]
                     print(f"{task.key} failed with exit code {code}: {errors}", flush=True)
+                    failed.append(task.key)
                     continue
                 rows.append(task.row())
-                done.append(task.key)
                 keep(rows)
                 print(json.dumps(rows[-1]), flush=True)
     finally:
@@ -304,37 +314,61 @@ def keep(rows):
 
 
 class Rows:
-    """The rows of a study by key, without the study, and what bench/spaces.py has trained for it."""
+    """The rows of a study by key, without the study, and those of bench/spaces.py for the same random candidates."""
 
     def __init__(self, rows, study):
-        self.by_key = {tuple(row["key"][1:]): row for row in rows if row["key"][0] == study.name}
-        self.random = {target: trained(study, target) for target in TARGETS}
-        self.typical = typical(study, TARGETS[0]) if self.random[TARGETS[0]] else None
+        random = [random_legal(study, target) for target in TARGETS]
+        self.names = dict(zip(TARGETS, map(list, random)))
+        names = {candidate: name for found in random for name, candidate in found.items()}
+        self.by_key = {
+            ("retraining", row["seed"], "", names[candidate], 1): row
+            for row in study.rows()
+            if (candidate := tuple(row["architecture"])) in names
+        }
+        self.by_key |= {tuple(row["key"][1:]): row for row in rows if row["key"][0] == study.name}
 
-    def acc1(self, target, who):
-        """Top-1 by seed of what was trained as long as the winners."""
-        keys = [key for key in self.by_key if key[0] == "retraining" and key[2:] == (target, who, 1)]
-        return [self.by_key[key]["acc1"] for key in sorted(keys)]
+    def trained(self, target, who, multiple=1):
+        """The rows of a network that was trained for a multiple of the steps, by seed."""
+        keys = [key for key in self.by_key if key[0] == "retraining" and key[2:] == (target, who, multiple)]
+        return [self.by_key[key] for key in sorted(keys)]
 
-    def random_acc1(self, target):
-        """The mean top-1 of each random candidate over its seeds."""
-        return [statistics.fmean(row["acc1"] for row in rows.values()) for rows in self.random[target].values()]
+    def random(self, target):
+        """[{top-1}] of the random candidates under a target: of each the mean over its seeds."""
+        found = [self.trained("", name) for name in self.names[target]]
+        return [{"acc1": statistics.fmean(row["acc1"] for row in rows)} for rows in found if rows]
+
+    def typical(self, target):
+        """The name of the random candidate under a target whose top-1 is nearest to the mean; None if it is unknown."""
+        rows = {name: self.trained("", name) for name in self.names[target]}
+        if not all(rows.values()):
+            return None
+        acc1 = {name: statistics.fmean(row["acc1"] for row in found) for name, found in rows.items()}
+        mean = statistics.fmean(acc1.values())
+        return min(acc1, key=lambda name: abs(acc1[name] - mean))
 
     def curve(self, target, who):
-        """(CPU-seconds, top-1) of a network's trainings of the first seed, by rising steps."""
-        keys = [key for key in self.by_key if key[:4] == ("retraining", 0, target, who)]
-        points = [(self.by_key[key]["cpu_seconds"], self.by_key[key]["acc1"]) for key in sorted(keys)]
-        if who == "typical" and self.typical:
-            rows = self.random[target][self.typical].values()
-            points.insert(0, tuple(statistics.fmean(row[name] for row in rows) for name in ("cpu_seconds", "acc1")))
-        return points
+        """[(CPU-seconds, mean top-1)] of a network, by rising steps."""
+        target = "" if who == BASELINE or who.startswith("random") else target
+        found = [self.trained(target, who, multiple) for multiple in (1, *LONGER)]
+        return [tuple(statistics.fmean(row[name] for row in rows) for name in ("cpu_seconds", "acc1"))
+                for rows in found if rows]  # fmt: skip
 
-    def cost(self, n):
-        """CPU-seconds of `n` targets from the supernet of the first seed, all in all; None if a part is missing."""
-        keys = [("supernet", 0)]
-        for target in TARGETS[:n]:
-            keys += [("search", 0, target), ("retraining", 0, target, "winner", 1)]
-        return sum(self.by_key[key]["cpu_seconds"] for key in keys) if {*keys} <= self.by_key.keys() else None
+    def alone(self, target):
+        """{who: curve} of the networks that cost no search."""
+        names = {"typical": self.typical(target), "largest": "largest", BASELINE: BASELINE}
+        return {who: self.curve(target, name) for who, name in names.items() if name}
+
+    def cost(self, target, multiple, n):
+        """CPU-seconds of a target whose supernet serves `n`: means over the seeds; None if a part is missing."""
+        kinds = [("supernet", ()), ("search", (target,)), ("retraining", (target, "winner", multiple))]
+        seconds = [
+            [row["cpu_seconds"] for key, row in self.by_key.items() if key[0] == kind and key[2:] == rest]
+            for kind, rest in kinds
+        ]
+        if not all(seconds):
+            return None
+        supernet, search, retraining = map(statistics.fmean, seconds)
+        return supernet / n + search + retraining
 
 
 def at_cost(curve, seconds):
@@ -346,82 +380,78 @@ def at_cost(curve, seconds):
     return float(np.interp(np.log(seconds), np.log(cost), acc1))
 
 
-def with_error(values):
-    """[mean, its standard error, number] of values; None for what is not known."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return [statistics.fmean(values) if values else None, error, len(values)]
+def with_error(rows):
+    """[mean top-1, its standard error, number] of rows; None for what is not known."""
+    acc1 = [row["acc1"] for row in rows]
+    error = statistics.stdev(acc1) / len(acc1) ** 0.5 if len(acc1) > 1 else None
+    return [statistics.fmean(acc1) if acc1 else None, error, len(acc1)]
 
 
 def equal_retraining(rows):
     """{target: {who: [mean top-1, standard error, number]}} of networks that are trained equally long."""
     return {
         target: {
-            "winner": with_error(rows.acc1(target, "winner")),
-            "random": with_error(rows.random_acc1(target)),
-            "largest": with_error(rows.acc1(target, "largest")),
-            BASELINE: with_error(rows.acc1("", BASELINE)),
+            "winner": with_error(rows.trained(target, "winner")),
+            "random": with_error(rows.random(target)),
+            "largest": with_error(rows.trained(target, "largest")),
+            BASELINE: with_error(rows.trained("", BASELINE)),
         }
         for target in TARGETS
     }
 
 
-def equal_total(rows):
-    """{number of targets: CPU-seconds for each, the winner's top-1 for the first, and that of others for that cost}.
+def equal_total(rows, target):
+    """A line for each multiple of the winner's retraining and each number of targets that share a supernet.
 
-    Of the others, if they were trained longer too, [top-1, CPU-seconds of the longest training]: if that is shorter
-    than the search, more would be higher.
+    CPU-seconds of each target, top-1 of the winner, and that of the other networks for that cost. Of those also the
+    CPU-seconds of the longest training: if that is shorter than the search, more would be higher. And the break-even.
     """
-    first = TARGETS[0]
-    curves = {who: rows.curve("" if who == BASELINE else first, who) for who in ("typical", "largest", BASELINE)}
-    found = {}
-    for n in range(1, len(TARGETS) + 1):
-        if not (seconds := rows.cost(n)):
-            continue
-        alone = {who: [at_cost(curve, seconds / n), curve[-1][0]] for who, curve in curves.items() if len(curve) > 1}
-        winner = statistics.fmean(rows.acc1(first, "winner"))
-        found[n] = {"seconds of each": seconds / n, "winner": winner, **alone}
+    found = []
+    for multiple, n in itertools.product((1, *LONGER), range(1, len(TARGETS) + 1)):
+        if seconds := rows.cost(target, multiple, n):
+            alone = {who: [at_cost(curve, seconds), curve[-1][0]] for who, curve in rows.alone(target).items() if curve}
+            winner = with_error(rows.trained(target, "winner", multiple))
+            found.append({"steps": multiple, "targets": n, "seconds of each": seconds, "winner": winner, **alone})
     return found
 
 
-def break_even(rows):
+def break_even(rows, target, multiple):
     """How many targets of one supernet make a winner as good as the typical network, trained alone for its cost.
 
     None if no number does, since the search and the retraining cost as much by themselves, or if it is not known.
     """
-    curve = sorted(rows.curve(TARGETS[0], "typical"))
-    if len(curve) < 2 or not rows.cost(len(TARGETS)):
+    curve = sorted(rows.alone(target).get("typical", ()))
+    each = rows.cost(target, multiple, math.inf)
+    if len(curve) < 2 or not each:
         return None
-    supernet = rows.by_key["supernet", 0]["cpu_seconds"]
-    each = (rows.cost(len(TARGETS)) - supernet) / len(TARGETS)
     cost, acc1 = zip(*curve)
-    equal = float(np.exp(np.interp(statistics.fmean(rows.acc1(TARGETS[0], "winner")), acc1, np.log(cost))))
-    return supernet / (equal - each) if equal > each else None
+    winner = with_error(rows.trained(target, "winner", multiple))[0]
+    equal = float(np.exp(np.interp(winner, acc1, np.log(cost))))
+    return (rows.cost(target, multiple, 1) - each) / (equal - each) if equal > each else None
 
 
 def draw(studies, path):
-    """Top-1 under the first target against CPU-seconds: the search for one, two, three targets, and training alone."""
+    """Top-1 against CPU-seconds under the loosest and the tightest target: one to three targets, and training alone."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.5 * len(studies), 3.6), layout="constrained")
-        panels = figure.subplots(1, len(studies), squeeze=False)[0]
-        for panel, (name, rows) in zip(panels, studies.items()):
-            for label, who, colour in (
-                ("a typical random network, alone", "typical", RANDOM_COLOUR),
-                ("the largest legal network, alone", "largest", MEAN),
-                (f"{BASELINE}, alone", BASELINE, GREY),
-            ):
-                points = np.array(rows.curve("" if who == BASELINE else TARGETS[0], who)).reshape(-1, 2)
-                panel.plot(points[:, 0], points[:, 1], "o-", color=colour, markersize=4, label=label)
-            total = equal_total(rows)
-            panel.plot(
-                [row["seconds of each"] for row in total.values()], [row["winner"] for row in total.values()],
-                "D--", color=BEST, markersize=6, label="the winner, with its search and share of the supernet",
-            )  # fmt: skip
-            for n, row in total.items():
-                text = f"{n} target{'s' if n > 1 else ''}"
-                panel.annotate(text, (row["seconds of each"], row["winner"]), (0, 7), textcoords="offset points",
-                               ha="center", fontsize=8)  # fmt: skip
-            panel.set(xscale="log", xlabel="CPU-seconds for each target", ylabel="top-1 (%)", title=name)
-            panel.legend(loc="lower right", fontsize=7.5)
+        figure = Figure(figsize=(11, 3.6 * len(studies)), layout="constrained")
+        panels = figure.subplots(len(studies), 2, squeeze=False)
+        for (name, rows), pair in zip(studies.items(), panels):
+            for target, panel in zip((TARGETS[0], TARGETS[-1]), pair):
+                for who, curve in rows.alone(target).items():
+                    label, colour = {
+                        "typical": ("a typical random network, alone", RANDOM_COLOUR),
+                        "largest": ("the largest legal network, alone", MEAN),
+                        BASELINE: (f"{BASELINE}, alone", GREY),
+                    }[who]
+                    panel.plot(*np.array(curve).reshape(-1, 2).T, "o-", color=colour, markersize=4, label=label)
+                total = equal_total(rows, target)
+                for n, style in zip(range(len(TARGETS), 0, -1), ("-", "--", ":")):
+                    points = [(row["seconds of each"], row["winner"][0]) for row in total if row["targets"] == n]
+                    label = f"the winner, with its search and supernet: {n} target{'s' if n > 1 else ''}"
+                    panel.plot(*np.array(points).reshape(-1, 2).T, "D", ls=style, color=BEST, markersize=5, label=label)
+                panel.set(xscale="log", xlabel="CPU-seconds for each target", ylabel="top-1 (%)")
+                panel.set_title(f"{name}, FLOPs that {target} of the candidates meet")
+                panel.legend(loc="lower right", fontsize=7)
         figure.savefig(path, dpi=120, facecolor="white")
 
 
@@ -429,11 +459,14 @@ def report(studies):
     """Prints the numbers, and writes them beside the rows; draws the figure."""
     content = read_json(RESULTS)
     studies = {study.name: Rows(content["rows"], study) for study in studies}
+    ends = (TARGETS[0], TARGETS[-1])
     content["summary"] = {
         name: {
             "equal retraining": equal_retraining(rows),
-            "equal total": equal_total(rows),
-            "break-even in targets": break_even(rows),
+            "equal total": {target: equal_total(rows, target) for target in ends},
+            "break-even in targets": {
+                target: {multiple: break_even(rows, target, multiple) for multiple in (1, *LONGER)} for target in ends
+            },
         }
         for name, rows in studies.items()
     }
@@ -444,11 +477,9 @@ def report(studies):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", type=pathlib.Path, nargs="+", default=[SETTINGS], metavar="FILE")
+    parser.add_argument("--settings", type=pathlib.Path, nargs="+", default=SETTINGS, metavar="FILE")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=1e9, help="end what has not ended by then; it resumes")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--longer", type=int, nargs="+", default=LONGER, help="multiples of the steps (3)")
     parser.add_argument("--report", action="store_true", help="print the numbers, and draw the figure")
     parser.add_argument("--tune", action="store_true", help="try learning rates, on images held out of train")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "spaces", help="folder of the runs")
@@ -456,20 +487,17 @@ def parse_args(argv=None):
 
 
 def main(options):
-    studies = [Study(path) for path in options.settings]
-    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+    studies = [Study(path, TUNED_ON if options.tune else ()) for path in options.settings]
     if options.report:
         return report(studies)
-    end = time.time() + options.seconds
-    if options.tune:
-        wanted = [task for study in studies for task in tuning(study, options.out)]
-    else:
-        wanted = [task for study in studies for task in tasks(study, options.out, options.seeds, options.longer)]
-    try:
-        with utils.signals(utils.interrupt):  # so that commands end with a checkpoint, and their costs are kept
-            run(wanted, rows, options.jobs, end)
-    except utils.Interrupted:
-        raise KeyboardInterrupt from None
+    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+
+    def wanted():
+        each = [tuning(study, options.out) if options.tune else tasks(study, options.out, rows) for study in studies]
+        return list(itertools.chain(*each))
+
+    with interruptible():
+        run(wanted, rows, options.jobs, time.time() + options.seconds)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_what_is_kept_is_not_trained_again_unless_the_settings_change(study, tmp
     (candidate, seed), *others = study.tasks()
     study.keep("training", {"architecture": list(candidate), "seed": seed, "acc1": 50.0})
     assert study.missing() == others
-    study.key = study.key | {"training": [1, 2, 3]}
+    study.key = study.key | {"settings": study.key["settings"] | {"scratch": {"lr": 0.2}}}
     assert len(study.missing()) == 40
 
 
@@ -71,7 +71,8 @@ def test_the_largest_is_the_largest_and_random_ones_are_legal(study):
         largest = space.flops(worth.largest_legal(space, target))
         assert largest <= space.flops_value(target) and largest > 0.99 * space.flops_value(target)
         drawn = worth.random_legal(study, target)
-        assert len(drawn) == 5 and set(drawn) <= set(study.legal(30)) and not any(map(limits.excess, drawn))
+        assert len(drawn) == 5 and not any(map(limits.excess, drawn.values()))
+        assert all(study.legal(30)[int(name.split()[1]) - 1] == candidate for name, candidate in drawn.items())
 
 
 def test_torchvisions_network_keeps_the_size_in_its_stem():
@@ -99,12 +100,12 @@ def test_tasks_wait_for_what_they_need_and_are_kept(study, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/costs.jsonl").write_text('{"cpu_seconds": 5.5, "exit": -15}\n')  # it was interrupted before
     rows = []
-    worth.run(tasks(), rows, 2, math.inf)
+    worth.run(tasks, rows, 2, math.inf)
     assert [row["key"][1] for row in rows] == ["search", "retraining"]
     assert rows[1]["acc1"] == 60 and rows[0]["cpu_seconds"] >= 5.5
     assert json.loads(worth.RESULTS.read_text())["rows"] == rows
     before = (tmp_path / "a/costs.jsonl").read_text()
-    worth.run(tasks(), rows, 2, math.inf)  # nothing is left to do
+    worth.run(tasks, rows, 2, math.inf)  # nothing is left to do
     assert (tmp_path / "a/costs.jsonl").read_text() == before and len(rows) == 2
 
 
@@ -112,31 +113,31 @@ def test_a_task_that_fails_is_named_and_what_needs_it_does_not_run(study, tmp_pa
     first = worth.Task(["s", "search", 0, "59%"], Fake(tmp_path / "a", 3))
     second = worth.Task(["s", "retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
     rows = []
-    worth.run([second, first], rows, 1, math.inf)
+    worth.run(lambda: [second, first], rows, 1, math.inf)
     assert not rows and "failed with exit code 3" in capsys.readouterr().out
 
 
-def made_up(study, seeds=2):
+def made_up(study):
     """Rows in which a search costs 10, a retraining 10, a supernet 100, and accuracy grows with log2 of the steps."""
     rows = []
 
     def add(acc1, seconds, *key):
         rows.append({"key": [study.name, *key], "acc1": acc1, "cpu_seconds": seconds})
 
-    for multiple in (1, 4, 16):
-        add(50 + math.log2(multiple), 10 * multiple, "retraining", 0, "", worth.BASELINE, multiple)
-        add(62 + math.log2(multiple), 10 * multiple, "retraining", 0, "59%", "largest", multiple)
-    for seed in range(seeds):
+    for seed in range(2):
         add(None, 100, "supernet", seed)
         for target in worth.TARGETS:
             add(None, 10, "search", seed, target)
             add(63 + seed, 10, "retraining", seed, target, "winner", 1)
-    for i, candidate in enumerate(worth.random_legal(study, "59%")):  # of the five, 62 is the typical one
-        for seed in (0, 1):
-            row = {"architecture": list(candidate), "seed": seed, "acc1": 59.5 + i + seed, "cpu_seconds": 10}
-            study.keep("training", row)
-    for multiple in (4, 16):
-        add(62 + math.log2(multiple), 10 * multiple, "retraining", 0, "59%", "typical", multiple)
+    add(64.5, 30, "retraining", 0, "59%", "winner", 3)
+    names = list(worth.random_legal(study, "59%"))
+    for i, name in enumerate(names):  # of the five, the third is the typical one
+        add(60 + i, 10, "retraining", 0, "", name, 1)
+    for multiple in (1, 3, 9):
+        add(50 + math.log2(multiple), 10 * multiple, "retraining", 0, "", worth.BASELINE, multiple)
+        add(62 + math.log2(multiple), 10 * multiple, "retraining", 0, "59%", "largest", multiple)
+        if multiple > 1:
+            add(62 + math.log2(multiple), 10 * multiple, "retraining", 0, "", names[2], multiple)
     return rows
 
 
@@ -146,31 +147,44 @@ def test_equal_retraining_and_equal_total(study):
     row = worth.equal_retraining(rows)["59%"]
     assert row["winner"] == [63.5, 0.5, 2] and row["random"] == [62, pytest.approx(math.sqrt(0.5)), 5]
     assert row["largest"] == [62, None, 1] and worth.equal_retraining(rows)["30%"]["winner"] == [63.5, 0.5, 2]
-    total = worth.equal_total(rows)
-    for n in (1, 2, 3):  # alone for as long: the supernet's share, a search and a retraining
-        assert total[n]["seconds of each"] == pytest.approx(100 / n + 20) and total[n]["winner"] == 63.5
-        assert total[n]["typical"] == [pytest.approx(62 + math.log2((100 / n + 20) / 10)), 160]
-        assert total[n][worth.BASELINE][0] == pytest.approx(50 + math.log2((100 / n + 20) / 10))
+    total = {(line["steps"], line["targets"]): line for line in worth.equal_total(rows, "59%")}
+    assert sorted(total) == [(steps, n) for steps in (1, 3) for n in (1, 2, 3)]
+    for (steps, n), line in total.items():  # alone for as long: the supernet's share, a search and a retraining
+        seconds = 100 / n + 10 + 10 * steps
+        assert line["seconds of each"] == pytest.approx(seconds)
+        assert line["winner"][0] == {1: 63.5, 3: 64.5}[steps]
+        more = math.log2(min(seconds, 90) / 10)
+        assert line["typical"] == [pytest.approx(62 + more), 90]
+        assert line[worth.BASELINE][0] == pytest.approx(50 + more)
     # 63.5 is reached alone after 2^1.5 retrainings, 28.3; a search and a retraining cost 20, a supernet 100
-    assert worth.break_even(rows) == pytest.approx(100 / (10 * 2**1.5 - 20))
-    without = [row for row in made if row["key"][1:] != ["search", 0, "10%"]]
-    assert list(worth.equal_total(worth.Rows(without, study))) == [1, 2]
+    assert worth.break_even(rows, "59%", 1) == pytest.approx(100 / (10 * 2**1.5 - 20))
+    assert worth.break_even(rows, "10%", 1) is None  # the typical one is not known there
+    without = worth.Rows([row for row in made if row["key"][1] != "supernet"], study)
+    assert worth.equal_total(without, "59%") == []
 
 
 def test_the_report_is_beside_the_rows(study, capsys):
     worth.write_json(worth.RESULTS, {"rows": made_up(study)})
     worth.report([study])
-    assert json.loads(worth.RESULTS.read_text())["summary"][study.name]["equal total"]["3"]["winner"] == 63.5
+    summary = json.loads(worth.RESULTS.read_text())["summary"][study.name]
+    assert [line["winner"][0] for line in summary["equal total"]["59%"]] == [63.5] * 3 + [64.5] * 3
     assert worth.RESULTS.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_what_matters_most_is_first(study, tmp_path):
-    made_up(study)
-    keys = [task.key[1:] for task in worth.tasks(study, tmp_path, 3, (3,))]
-    assert len(keys) == len(set(map(tuple, keys))) and keys[0] == ["supernet", 0] and keys[1] == ["search", 0, "59%"]
-    assert keys.index(["retraining", 0, "59%", "typical", 3]) < keys.index(["supernet", 1])
-    assert [key for key in keys if key[0] == "search"] == [
-        ["search", seed, target]
-        for seed, target in [(0, "59%"), (0, "30%"), (0, "10%"), (1, "59%"), (2, "59%")]
-        + [(seed, target) for seed in (1, 2) for target in ("30%", "10%")]
+    def keys(rows):
+        return [task.key[1:] for task in worth.tasks(study, tmp_path, rows)]
+
+    found = keys([])
+    assert len(found) == len(set(map(tuple, found))) and found[:2] == [["supernet", 0], ["search", 0, "59%"]]
+    assert [key for key in found if key[0] == "search"][:5] == [
+        ["search", seed, target] for seed, target in [(0, "59%"), (0, "30%"), (0, "10%"), (1, "59%"), (2, "59%")]
     ]
+    # what bench/spaces.py has trained is not trained again
+    (name, candidate), *_ = worth.random_legal(study, "59%").items()
+    study.keep("training", {"architecture": list(candidate), "seed": 0, "acc1": 50.0, "cpu_seconds": 10})
+    assert ["retraining", 0, "", name, 1] in found and ["retraining", 0, "", name, 1] not in keys([])
+    # the typical network is known when all random ones are trained
+    typical = ["retraining", 0, "", list(worth.random_legal(study, "59%"))[2], 3]
+    known = keys([row for row in made_up(study) if row["key"][1:] != typical])
+    assert typical not in found and known.index(typical) < known.index(["retraining", 0, "10%", "winner", 3])

@@ -18,6 +18,7 @@ supernet, top-1 and loss.
 
 import argparse
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -76,6 +77,15 @@ class Study:
             "space": self.space.to_dict(),
             "settings": {name: content[name] for name in ("common", "supernet", "scratch")},
         }
+
+    @property
+    def digest(self):
+        """Of all that its results depend on."""
+        return hashlib.sha256(json.dumps(self.key).encode()).hexdigest()[:16]
+
+    def folder(self, out):
+        """Of the commands' outputs, another one when the settings have changed."""
+        return out / f"{self.name}-{self.digest[:8]}"
 
     def legal(self, n, seed=0):
         """`n` different candidates, uniform among the legal ones."""
@@ -208,7 +218,7 @@ def interruptible():
 
 def supernet_command(study, seed, out):
     words = [*study.words, "--seed", seed, "--workers", 0]
-    return Command("supernet.py", words, out / study.name / str(seed))
+    return Command("supernet.py", words, study.folder(out) / str(seed))
 
 
 def score(study, seed, out):

@@ -124,19 +124,23 @@ def train_baseline(words):
 
 
 class Task:
-    """A command whose result is a row of RESULTS; `key` identifies it, `needs` is the key of a task before it."""
+    """A command whose result is a row of RESULTS.
 
-    def __init__(self, key, command, needs=None, prepare=None):
-        self.key = key
+    `key` identifies it, after the name of `study`; `needs` is the key of a task before it.
+    """
+
+    def __init__(self, study, key, command, needs=None, prepare=None):
+        self.key = [study.name, *key]
+        self.settings = study.digest
         self.command = command
         self.needs = needs
         self.prepare = prepare or (lambda: None)
 
     def row(self):
-        row = {"key": self.key, "cpu_seconds": self.command.cpu_seconds}
-        kept = ("architecture", "flops", "params", "acc1", "n_images")
+        row = {"key": self.key, "settings": self.settings, "cpu_seconds": self.command.cpu_seconds}
+        numbers = ("architecture", "flops", "params", "acc1", "n_images")
         if self.key[1] in ("retraining", "tuning"):
-            row |= {name: value for name, value in self.command.result().items() if name in kept}
+            row |= {name: value for name, value in self.command.result().items() if name in numbers}
         return row
 
 
@@ -169,13 +173,13 @@ def tasks(study, out, rows):
 
 
 def _folder(study, out, seed, target):
-    return out / "worth" / study.name / str(seed) / target.replace("%", "")
+    return study.folder(out) / "worth" / str(seed) / target.replace("%", "")
 
 
 def _of_search(study, out, seed, target):
     """The Tasks that end with the winner for a target."""
     supernet = supernet_command(study, seed, out)
-    yield Task([study.name, "supernet", seed], supernet)
+    yield Task(study, ["supernet", seed], supernet)
     yield _search(study, supernet, _folder(study, out, seed, target), seed, target)
     yield from _winner(study, out, seed, target)
 
@@ -213,7 +217,7 @@ def _search(study, supernet, folder, seed, target):
 
     words = [*study.words, "--engine", "local", "--seed", seed, "--limit", f"flops={target}", "--checkpoint", "WEIGHTS"]
     command = Command("search.py", words, folder)
-    return Task([study.name, "search", seed, target], command, [study.name, "supernet", seed], prepare)
+    return Task(study, ["search", seed, target], command, [study.name, "supernet", seed], prepare)
 
 
 def _retraining(study, out, key, path, candidate=None):
@@ -223,7 +227,7 @@ def _retraining(study, out, key, path, candidate=None):
     words += ["--save-every", steps]
     here = _folder(study, out, seed, target) / f"{who.replace(' ', '-')}-{multiple}"
     if who == BASELINE:
-        return Task([study.name, "retraining", *key], Command("bench/worth.py", ["--train-baseline", *words], here))
+        return Task(study, ["retraining", *key], Command("bench/worth.py", ["--train-baseline", *words], here))
 
     def prepare():
         if candidate:
@@ -232,7 +236,7 @@ def _retraining(study, out, key, path, candidate=None):
 
     needs = [study.name, "search", seed, target] if who == "winner" else None
     command = Command("scratch.py", [*words, "--architecture", path], here)
-    return Task([study.name, "retraining", *key], command, needs, prepare)
+    return Task(study, ["retraining", *key], command, needs, prepare)
 
 
 def heldout_tree(study, folder):
@@ -249,7 +253,7 @@ def heldout_tree(study, folder):
 
 def tuning(study, out):
     """Yields Tasks of keys [study, "tuning", who, learning rate], measured on images held out of train."""
-    folder = out / "tuning" / study.name
+    folder = study.folder(out) / "tuning"
     if not (folder / "images").exists():
         folder.mkdir(parents=True, exist_ok=True)
         heldout_tree(study, folder / "unfinished")
@@ -265,7 +269,7 @@ def tuning(study, out):
                 command = Command("scratch.py", [*words, "--architecture", path], here)
             else:
                 command = Command("bench/worth.py", ["--train-baseline", *words], here)
-            yield Task([study.name, "tuning", name, rate], command)
+            yield Task(study, ["tuning", name, rate], command)
 
 
 def run(tasks, rows, jobs, end):
@@ -304,6 +308,16 @@ def run(tasks, rows, jobs, end):
         for task in running:
             if task.command.child:
                 task.command.end()
+
+
+def kept(studies):
+    """The rows of RESULTS. Raises UserError if those of a study come from other settings than those of its file."""
+    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+    settings = {study.name: study.digest for study in studies}
+    for row in rows:
+        if row["key"][1] != "tuning" and row["settings"] != settings.get(row["key"][0], row["settings"]):
+            raise utils.UserError(f"{RESULTS}: has results of other settings of {row['key'][0]}; move it away")
+    return rows
 
 
 def keep(rows):
@@ -455,12 +469,11 @@ def draw(studies, path):
         figure.savefig(path, dpi=120, facecolor="white")
 
 
-def report(studies):
+def report(studies, rows):
     """Prints the numbers, and writes them beside the rows; draws the figure."""
-    content = read_json(RESULTS)
-    studies = {study.name: Rows(content["rows"], study) for study in studies}
+    studies = {study.name: Rows(rows, study) for study in studies}
     ends = (TARGETS[0], TARGETS[-1])
-    content["summary"] = {
+    summary = {
         name: {
             "equal retraining": equal_retraining(rows),
             "equal total": {target: equal_total(rows, target) for target in ends},
@@ -470,8 +483,8 @@ def report(studies):
         }
         for name, rows in studies.items()
     }
-    write_json(RESULTS, content, indent=None)
-    print(json.dumps(content["summary"], indent=1))
+    write_json(RESULTS, read_json(RESULTS) | {"summary": summary}, indent=None)
+    print(json.dumps(summary, indent=1))
     draw(studies, RESULTS.with_suffix(".png"))
 
 
@@ -488,9 +501,9 @@ def parse_args(argv=None):
 
 def main(options):
     studies = [Study(path, TUNED_ON if options.tune else ()) for path in options.settings]
+    rows = kept(studies)
     if options.report:
-        return report(studies)
-    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+        return report(studies, rows)
 
     def wanted():
         each = [tuning(study, options.out) if options.tune else tasks(study, options.out, rows) for study in studies]

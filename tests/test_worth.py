@@ -93,8 +93,8 @@ class Fake(worth.Command):
 
 def test_tasks_wait_for_what_they_need_and_are_kept(study, tmp_path):
     def tasks():
-        first = worth.Task(["s", "search", 0, "59%"], Fake(tmp_path / "a"))
-        second = worth.Task(["s", "retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
+        first = worth.Task(study, ["search", 0, "59%"], Fake(tmp_path / "a"))
+        second = worth.Task(study, ["retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
         return [second, first]
 
     (tmp_path / "a").mkdir()
@@ -110,8 +110,8 @@ def test_tasks_wait_for_what_they_need_and_are_kept(study, tmp_path):
 
 
 def test_a_task_that_fails_is_named_and_what_needs_it_does_not_run(study, tmp_path, capsys):
-    first = worth.Task(["s", "search", 0, "59%"], Fake(tmp_path / "a", 3))
-    second = worth.Task(["s", "retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
+    first = worth.Task(study, ["search", 0, "59%"], Fake(tmp_path / "a", 3))
+    second = worth.Task(study, ["retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
     rows = []
     worth.run(lambda: [second, first], rows, 1, math.inf)
     assert not rows and "failed with exit code 3" in capsys.readouterr().out
@@ -122,7 +122,7 @@ def made_up(study):
     rows = []
 
     def add(acc1, seconds, *key):
-        rows.append({"key": [study.name, *key], "acc1": acc1, "cpu_seconds": seconds})
+        rows.append({"key": [study.name, *key], "settings": study.digest, "acc1": acc1, "cpu_seconds": seconds})
 
     for seed in range(2):
         add(None, 100, "supernet", seed)
@@ -165,10 +165,13 @@ def test_equal_retraining_and_equal_total(study):
 
 def test_the_report_is_beside_the_rows(study, capsys):
     worth.write_json(worth.RESULTS, {"rows": made_up(study)})
-    worth.report([study])
+    worth.report([study], worth.kept([study]))
     summary = json.loads(worth.RESULTS.read_text())["summary"][study.name]
     assert [line["winner"][0] for line in summary["equal total"]["59%"]] == [63.5] * 3 + [64.5] * 3
     assert worth.RESULTS.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    study.key = study.key | {"settings": {}}
+    with pytest.raises(worth.utils.UserError, match="other settings of varied_fashion"):
+        worth.kept([study])
 
 
 def test_what_matters_most_is_first(study, tmp_path):

@@ -189,11 +189,12 @@ class Command:
         if self.running():
             self.child.terminate()
         _, status, usage = os.wait4(self.child.pid, 0)
-        self.child.returncode = os.waitstatus_to_exitcode(status)
+        self.child.returncode = code = os.waitstatus_to_exitcode(status)
+        self.child = None
         with open(self.folder / "costs.jsonl", "a") as file:
-            row = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "exit": self.child.returncode}
+            row = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "exit": code}
             file.write(json.dumps(row) + "\n")
-        return self.child.returncode
+        return code
 
     @property
     def cpu_seconds(self):

@@ -109,6 +109,13 @@ def test_tasks_wait_for_what_they_need_and_are_kept(study, tmp_path):
     assert (tmp_path / "a/costs.jsonl").read_text() == before and len(rows) == 2
 
 
+def test_a_command_that_is_ended_does_not_run(tmp_path):
+    command = Fake(tmp_path / "a")
+    assert not command.running()
+    command.start()
+    assert command.end() in (0, -15) and not command.running()
+
+
 def test_a_task_that_fails_is_named_and_what_needs_it_does_not_run(study, tmp_path, capsys):
     first = worth.Task(study, ["search", 0, "59%"], Fake(tmp_path / "a", 3))
     second = worth.Task(study, ["retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)

@@ -158,16 +158,17 @@ def tasks(study, out, rows):
     found += [_random(study, out, first), _alone(study, out, 0, first, "largest"), _alone(study, out, 0, "", BASELINE)]
     found += [_typical(study, out, first, LONGER[0], rows), _winner(study, out, 0, first, LONGER[0])]
     found += [_of_search(study, out, seed, first) for seed in seeds]
+    found += [_winner(study, out, seed, first, LONGER[0]) for seed in seeds]
+    found += [_typical(study, out, first, LONGER[1], rows), _alone(study, out, 0, first, "largest", LONGER[0])]
     found += [_random(study, out, target) for target in reversed(others)]
     found += [_typical(study, out, last, LONGER[0], rows), _winner(study, out, 0, last, LONGER[0])]
     found += [_alone(study, out, 0, target, "largest") for target in reversed(others)]
     found += [_of_search(study, out, seed, target) for seed in seeds for target in reversed(others)]
-    found += [_typical(study, out, target, LONGER[1], rows) for target in (first, last)]
-    found += [_alone(study, out, 0, target, "largest", LONGER[0]) for target in (first, last)]
-    found += [_alone(study, out, 0, "", BASELINE, LONGER[0])]
-    found += [_winner(study, out, seed, target, LONGER[0]) for seed in seeds for target in (first, last)]
+    found += [_alone(study, out, 0, "", BASELINE, LONGER[0]), _typical(study, out, last, LONGER[1], rows)]
     found += [_alone(study, out, seed, first, "largest") for seed in seeds]
     found += [_alone(study, out, seed, "", BASELINE) for seed in seeds]
+    found += [_winner(study, out, seed, last, LONGER[0]) for seed in seeds]
+    found += [_alone(study, out, 0, last, "largest", LONGER[0])]
     done = Rows(rows, study).by_key
     return list({key: task for task in itertools.chain(*found) if (key := tuple(task.key[1:])) not in done}.values())
 

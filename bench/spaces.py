@@ -217,19 +217,21 @@ def interruptible():
         raise KeyboardInterrupt from None
 
 
-def supernet_command(study, seed, out):
+def supernet_command(study, seed, out, steps=None):
+    """Trains a supernet for `steps`, by default those of the study's file."""
     words = [*study.words, "--seed", seed, "--workers", 0]
-    return Command("supernet.py", words, study.folder(out) / str(seed))
+    if steps:
+        words += ["--iterations", steps, "--val-every", steps]
+    return Command("supernet.py", words, study.folder(out) / (f"{seed}-{steps}" if steps else str(seed)))
 
 
-def score(study, seed, out):
+def score(study, seed, command, steps):
     """Keeps the scores of the study's candidates in a supernet."""
-    command = supernet_command(study, seed, out)
     args = tester.parse_args([*study.words, "--out", str(command.folder), "--threads", "1"])
     supernet, calibration, validation = tester.open_supernet(args)
     measured = evaluate(supernet, study.legal(CANDIDATES), calibration, validation, args.bn)
     scores = [{name: m[name] for name in ("architecture", "acc1", "loss")} for m in measured]
-    row = {"seed": seed, "cpu_seconds": command.cpu_seconds, "n_images": measured[0]["n_images"]}
+    row = {"seed": seed, "steps": steps, "cpu_seconds": command.cpu_seconds, "n_images": measured[0]["n_images"]}
     study.keep("supernet", row | {"scores": scores})
 
 
@@ -269,6 +271,7 @@ def summary(study):
         scores = {tuple(s["architecture"]): s for s in row["scores"]}
         found["supernets"].append({
             "seed": row["seed"],
+            "steps": row["steps"],
             "cpu_seconds": row["cpu_seconds"],
             "mean": statistics.fmean(s["acc1"] for s in scores.values()),
             "tau_top1": tau([scores[c]["acc1"] for c in first], true),
@@ -305,9 +308,12 @@ def print_report(studies):
 def main(options):
     studies = [Study(path, options.more) for path in options.files]
     end = time.time() + options.seconds
-    done = [(study.name, row["seed"]) for study in studies for row in study.rows("supernet")]
-    wanted = [(study, seed) for study in studies for seed in options.supernet or ()]
-    supernets = {key: supernet_command(*key, options.out) for key in wanted if (key[0].name, key[1]) not in done}
+    done = [(study.name, row["seed"], row["steps"]) for study in studies for row in study.rows("supernet")]
+    supernets = {
+        (study, seed): supernet_command(study, seed, options.out, options.steps)
+        for study, seed in itertools.product(studies, options.supernet or ())
+        if (study.name, seed, options.steps) not in done
+    }
     with interruptible():
         try:
             for command in supernets.values():
@@ -318,7 +324,7 @@ def main(options):
                 while command.running() and time.time() < end:
                     time.sleep(0.2)
                 if command.done() or command.end() == 0:
-                    score(study, seed, options.out)
+                    score(study, seed, command, options.steps)
                     print(f"{study.name}: scored in the supernet of seed {seed}", flush=True)
         finally:
             for command in supernets.values():
@@ -334,6 +340,7 @@ def parse_args(argv=None):
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=1e9, help="give up what has not ended by then")
     parser.add_argument("--supernet", type=int, nargs="+", metavar="SEED", help="train supernets, too, beside these")
+    parser.add_argument("--steps", type=int, metavar="N", help="of these supernets, if not those of the file")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "spaces", help="folder of the supernets")
     parser.add_argument("--report", action="store_true", help="print the numbers of docs/experiments.md")
     parser.add_argument(

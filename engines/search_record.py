@@ -20,10 +20,10 @@ LARGE = {  # settings of a search whose values nobody reads: (where they come fr
     "latency": ("--latency-table", "other latencies"), "counted": ("--operations", "other costs"),
 }  # fmt: skip
 MAX_CORRECTIONS = 3  # of the limit on latency in a search
-# What helps where the first generation's candidates can't be told apart, in this order.
+# What helps where the first generation's candidates can't be told apart, in this order (docs/experiments.md).
 HELPS = (
-    "a space whose candidates differ more (docs/spaces.md)", "longer training of the supernet", "--rank-by loss",
-    "more held-out images",
+    "a space whose candidates differ more (docs/spaces.md)", "--crop-padding for small images", "--rank-by loss",
+    "more held-out images", "longer training of the supernet",
 )  # fmt: skip
 
 

@@ -176,8 +176,8 @@ def test_candidates_of_the_first_generation_that_cannot_be_told_apart(results, s
 
 
 ADVICE = (
-    "a space whose candidates differ more (docs/spaces.md), longer training of the supernet, --rank-by loss, "
-    "more held-out images"
+    "a space whose candidates differ more (docs/spaces.md), --crop-padding for small images, --rank-by loss, "
+    "more held-out images, longer training of the supernet"
 )
 
 

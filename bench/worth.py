@@ -446,27 +446,26 @@ def break_even(rows, target, multiple):
 
 
 def draw(studies, path):
-    """Top-1 against CPU-seconds under the loosest and the tightest target: one to three targets, and training alone."""
+    """Top-1 under the first target against CPU-seconds: the search for one to three targets, and training alone."""
+    target = TARGETS[0]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.6 * len(studies)), layout="constrained")
-        panels = figure.subplots(len(studies), 2, squeeze=False)
-        for (name, rows), pair in zip(studies.items(), panels):
-            for target, panel in zip((TARGETS[0], TARGETS[-1]), pair):
-                for who, curve in rows.alone(target).items():
-                    label, colour = {
-                        "typical": ("a typical random network, alone", RANDOM_COLOUR),
-                        "largest": ("the largest legal network, alone", MEAN),
-                        BASELINE: (f"{BASELINE}, alone", GREY),
-                    }[who]
-                    panel.plot(*np.array(curve).reshape(-1, 2).T, "o-", color=colour, markersize=4, label=label)
-                total = equal_total(rows, target)
-                for n, style in zip(range(len(TARGETS), 0, -1), ("-", "--", ":")):
-                    points = [(row["seconds of each"], row["winner"][0]) for row in total if row["targets"] == n]
-                    label = f"the winner, with its search and supernet: {n} target{'s' if n > 1 else ''}"
-                    panel.plot(*np.array(points).reshape(-1, 2).T, "D", ls=style, color=BEST, markersize=5, label=label)
-                panel.set(xscale="log", xlabel="CPU-seconds for each target", ylabel="top-1 (%)")
-                panel.set_title(f"{name}, FLOPs that {target} of the candidates meet")
-                panel.legend(loc="lower right", fontsize=7)
+        figure = Figure(figsize=(5.5 * len(studies), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(studies), squeeze=False)[0]
+        for panel, (name, rows) in zip(panels, studies.items()):
+            for who, curve in rows.alone(target).items():
+                label, colour = {
+                    "typical": ("a typical random network, alone", RANDOM_COLOUR),
+                    "largest": ("the largest legal network, alone", MEAN),
+                    BASELINE: (f"{BASELINE}, alone", GREY),
+                }[who]
+                panel.plot(*np.array(curve).reshape(-1, 2).T, "o-", color=colour, markersize=4, label=label)
+            total = equal_total(rows, target)
+            for n, style in zip(range(len(TARGETS), 0, -1), ("-", "--", ":")):
+                points = [(row["seconds of each"], row["winner"][0]) for row in total if row["targets"] == n]
+                label = f"the winner, with its search and supernet: {n} target{'s' if n > 1 else ''}"
+                panel.plot(*np.array(points).reshape(-1, 2).T, "D", ls=style, color=BEST, markersize=5, label=label)
+            panel.set(xscale="log", xlabel="CPU-seconds for each target", ylabel="top-1 (%)", title=name)
+            panel.legend(loc="lower right", fontsize=7)
         figure.savefig(path, dpi=120, facecolor="white")
 
 

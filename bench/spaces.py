@@ -328,7 +328,7 @@ def main(options):
                     print(f"{study.name}: scored in the supernet of seed {seed}", flush=True)
         finally:
             for command in supernets.values():
-                if command.running():
+                if command.child:
                     command.end()
     if options.report:
         print_report(studies)

@@ -422,9 +422,10 @@ def equal_total(rows, target):
     CPU-seconds of the longest training: if that is shorter than the search, more would be higher. And the break-even.
     """
     found = []
+    curves = rows.alone(target)
     for multiple, n in itertools.product((1, *LONGER), range(1, len(TARGETS) + 1)):
         if seconds := rows.cost(target, multiple, n):
-            alone = {who: [at_cost(curve, seconds), curve[-1][0]] for who, curve in rows.alone(target).items() if curve}
+            alone = {who: [at_cost(curve, seconds), curve[-1][0]] for who, curve in curves.items() if curve}
             winner = with_error(rows.trained(target, "winner", multiple))
             found.append({"steps": multiple, "targets": n, "seconds of each": seconds, "winner": winner, **alone})
     return found

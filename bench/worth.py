@@ -40,6 +40,7 @@ from torch import nn
 
 import scratch
 from dataloader import Loader
+from engines.search_record import read_state
 from images.dataset import open_data, training_plan
 from reports.figures import BEST, GREY, MEAN, STYLE
 from reports.figures import RANDOM as RANDOM_COLOUR
@@ -168,6 +169,7 @@ def tasks(study, out, rows):
     found += [_alone(study, out, seed, first, "largest") for seed in seeds]
     found += [_alone(study, out, seed, "", BASELINE) for seed in seeds]
     found += [_winner(study, out, seed, last, LONGER[0]) for seed in seeds]
+    found += [_alone(study, out, 0, first, "largest", LONGER[1]), _winner(study, out, 0, first, LONGER[1])]
     found += [_alone(study, out, 0, last, "largest", LONGER[0])]
     done = Rows(rows, study).by_key
     return list({key: task for task in itertools.chain(*found) if (key := tuple(task.key[1:])) not in done}.values())
@@ -214,6 +216,8 @@ def _search(study, supernet, folder, seed, target):
         weights = max((supernet.folder / "checkpoints" / "supernet").glob("checkpoint-*.pth"))
         folder.mkdir(parents=True, exist_ok=True)
         command.words[command.words.index("WEIGHTS")] = str(weights)
+        if read_state(folder):
+            command.words.append("--resume")
         write_json(folder / "nni_auto_gen_search_space.json", study.space.nni_search_space())
 
     words = [*study.words, "--engine", "local", "--seed", seed, "--limit", f"flops={target}", "--checkpoint", "WEIGHTS"]

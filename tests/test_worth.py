@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, load
 
+from engines.search_record import state_path
+
 sys.path.append(str(ROOT / "bench"))  # worth.py imports spaces.py
 spaces, worth = load("bench/spaces.py"), load("bench/worth.py")
 
@@ -107,6 +109,22 @@ def test_tasks_wait_for_what_they_need_and_are_kept(study, tmp_path):
     before = (tmp_path / "a/costs.jsonl").read_text()
     worth.run(tasks, rows, 2, math.inf)  # nothing is left to do
     assert (tmp_path / "a/costs.jsonl").read_text() == before and len(rows) == 2
+
+
+def test_a_search_that_was_interrupted_resumes(study, tmp_path):
+    def words():
+        (task,) = [task for task in worth.tasks(study, tmp_path, []) if task.key[1:] == ["search", 0, "10%"]]
+        task.prepare()
+        return task.command.words, task.command.folder
+
+    weights = study.folder(tmp_path) / "0/checkpoints/supernet/checkpoint-0003000.pth"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    first, folder = words()
+    assert str(weights) in first and "--resume" not in first
+    state = {"settings": {}, "generation": 0, "evaluated": 24, "best": None, "done": False}
+    worth.write_json(state_path(folder), state)
+    assert words()[0] == [*first, "--resume"]
 
 
 def test_a_command_that_is_ended_does_not_run(tmp_path):

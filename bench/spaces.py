@@ -3,6 +3,7 @@
     python bench/spaces.py                              30 random legal candidates, each trained alone
     python bench/spaces.py --jobs 10 --seconds 240      ten at a time; ends after four minutes
     python bench/spaces.py --supernet 0 1               also trains two supernets, and scores them in these
+    python bench/spaces.py --supernet 0 --steps 6000 --heldout-per-class 300    another supernet
     python bench/spaces.py --report                     prints the numbers of docs/experiments.md
     python bench/spaces.py FILE...                      the same of another space
 
@@ -217,22 +218,28 @@ def interruptible():
         raise KeyboardInterrupt from None
 
 
-def supernet_command(study, seed, out, steps=None):
-    """Trains a supernet for `steps`, by default those of the study's file."""
+def supernet_command(study, seed, out, steps=None, heldout=None):
+    """Trains a supernet for `steps`, with `heldout` images of a class held out; by default as in the study's file."""
     words = [*study.words, "--seed", seed, "--workers", 0]
     if steps:
         words += ["--iterations", steps, "--val-every", steps]
-    return Command("supernet.py", words, study.folder(out) / (f"{seed}-{steps}" if steps else str(seed)))
+    if heldout:
+        words += ["--heldout-per-class", heldout]
+    name = "-".join(str(part) for part in (seed, steps, heldout) if part is not None)
+    return Command("supernet.py", words, study.folder(out) / name)
 
 
-def score(study, seed, command, steps):
+def score(study, seed, command, steps=None, heldout=None):
     """Keeps the scores of the study's candidates in a supernet."""
-    args = tester.parse_args([*study.words, "--out", str(command.folder), "--threads", "1"])
+    words = [*study.words, "--out", str(command.folder), "--threads", "1"]
+    if heldout:
+        words += ["--heldout-per-class", str(heldout)]
+    args = tester.parse_args(words)
     supernet, calibration, validation = tester.open_supernet(args)
     measured = evaluate(supernet, study.legal(CANDIDATES), calibration, validation, args.bn)
     scores = [{name: m[name] for name in ("architecture", "acc1", "loss")} for m in measured]
-    row = {"seed": seed, "steps": steps, "cpu_seconds": command.cpu_seconds, "n_images": measured[0]["n_images"]}
-    study.keep("supernet", row | {"scores": scores})
+    row = {"seed": seed, "steps": steps, "heldout": heldout, "n_images": measured[0]["n_images"]}
+    study.keep("supernet", row | {"cpu_seconds": command.cpu_seconds, "scores": scores})
 
 
 # --- report ---------------------------------------------------------------------------------------------------
@@ -272,6 +279,7 @@ def summary(study):
         found["supernets"].append({
             "seed": row["seed"],
             "steps": row["steps"],
+            "n_images": row["n_images"],
             "cpu_seconds": row["cpu_seconds"],
             "mean": statistics.fmean(s["acc1"] for s in scores.values()),
             "tau_top1": tau([scores[c]["acc1"] for c in first], true),
@@ -308,11 +316,14 @@ def print_report(studies):
 def main(options):
     studies = [Study(path, options.more) for path in options.files]
     end = time.time() + options.seconds
-    done = [(study.name, row["seed"], row["steps"]) for study in studies for row in study.rows("supernet")]
+    other = (options.steps, options.heldout_per_class)
+    done = [
+        (study.name, row["seed"], row["steps"], row["heldout"]) for study in studies for row in study.rows("supernet")
+    ]
     supernets = {
-        (study, seed): supernet_command(study, seed, options.out, options.steps)
+        (study, seed): supernet_command(study, seed, options.out, *other)
         for study, seed in itertools.product(studies, options.supernet or ())
-        if (study.name, seed, options.steps) not in done
+        if (study.name, seed, *other) not in done
     }
     with interruptible():
         try:
@@ -324,7 +335,7 @@ def main(options):
                 while command.running() and time.time() < end:
                     time.sleep(0.2)
                 if command.done() or command.end() == 0:
-                    score(study, seed, command, options.steps)
+                    score(study, seed, command, *other)
                     print(f"{study.name}: scored in the supernet of seed {seed}", flush=True)
         finally:
             for command in supernets.values():
@@ -341,6 +352,7 @@ def parse_args(argv=None):
     parser.add_argument("--seconds", type=float, default=1e9, help="give up what has not ended by then")
     parser.add_argument("--supernet", type=int, nargs="+", metavar="SEED", help="train supernets, too, beside these")
     parser.add_argument("--steps", type=int, metavar="N", help="of these supernets, if not those of the file")
+    parser.add_argument("--heldout-per-class", type=int, metavar="N", help="if not those of the file")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "spaces", help="folder of the supernets")
     parser.add_argument("--report", action="store_true", help="print the numbers of docs/experiments.md")
     parser.add_argument(

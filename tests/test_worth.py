@@ -51,7 +51,9 @@ def test_noise_is_that_of_the_pairs(study, monkeypatch):
     scores = [
         {"architecture": list(c), "acc1": -study.space.flops(c), "loss": -study.space.flops(c)} for c in study.legal(30)
     ]
-    study.keep("supernet", {"seed": 0, "steps": None, "cpu_seconds": 1, "scores": scores})
+    study.keep(
+        "supernet", {"seed": 0, "steps": None, "heldout": None, "n_images": 9, "cpu_seconds": 1, "scores": scores}
+    )
     found = spaces.summary(study)
     assert found["sd_of_trainings"] == pytest.approx(math.sqrt(2))  # differences of 2: a variance of 2 each
     assert found["tau_flops"][0] == pytest.approx(1) and found["tau_flops"][1] == pytest.approx(1)

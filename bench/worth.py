@@ -455,7 +455,7 @@ def draw(studies, path):
     """Top-1 under the first target against CPU-seconds: the search for one to three targets, and training alone."""
     target = TARGETS[0]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.5 * len(studies), 3.6), layout="constrained")
+        figure = Figure(figsize=(5.5 * len(studies), 4.2), layout="constrained")
         panels = figure.subplots(1, len(studies), squeeze=False)[0]
         for panel, (name, rows) in zip(panels, studies.items()):
             for who, curve in rows.alone(target).items():
@@ -471,7 +471,7 @@ def draw(studies, path):
                 label = f"the winner, with its search and supernet: {n} target{'s' if n > 1 else ''}"
                 panel.plot(*np.array(points).reshape(-1, 2).T, "D", ls=style, color=BEST, markersize=5, label=label)
             panel.set(xscale="log", xlabel="CPU-seconds for each target", ylabel="top-1 (%)", title=name)
-            panel.legend(loc="lower right", fontsize=7)
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
         figure.savefig(path, dpi=120, facecolor="white")
 
 

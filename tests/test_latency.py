@@ -701,6 +701,7 @@ def test_errors_are_beside_those_of_predicting_the_mean():
     assert row["spearman"] == row["spearman_of_two_measurements"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_bench_predicts_searches_and_measures_again(clock, pretended, monkeypatch, tmp_path, capsys):
     """By the clock of these tests, which is additive, all predictions are right, and winners use the limit."""
 

@@ -221,11 +221,13 @@ def interruptible():
 def supernet_command(study, seed, out, steps=None, heldout=None):
     """Trains a supernet for `steps`, with `heldout` images of a class held out; by default as in the study's file."""
     words = [*study.words, "--seed", seed, "--workers", 0]
+    name = str(seed)
     if steps:
         words += ["--iterations", steps, "--val-every", steps]
+        name += f"-{steps}"
     if heldout:
         words += ["--heldout-per-class", heldout]
-    name = "-".join(str(part) for part in (seed, steps, heldout) if part is not None)
+        name += f"-heldout-{heldout}"
     return Command("supernet.py", words, study.folder(out) / name)
 
 

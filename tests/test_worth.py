@@ -42,6 +42,13 @@ def test_what_is_kept_is_not_trained_again_unless_the_settings_change(study, tmp
     assert len(study.missing()) == 40
 
 
+def test_supernets_of_other_settings_have_folders_of_their_own(study, tmp_path):
+    settings = [(0, None, None), (1, None, None), (0, 300, None), (0, None, 300), (0, 300, 300)]
+    commands = [spaces.supernet_command(study, seed, tmp_path, steps, heldout) for seed, steps, heldout in settings]
+    assert len({command.folder for command in commands}) == len(settings)
+    assert commands[3].words[-6:-4] == ["--heldout-per-class", "300"] and "--iterations" not in commands[3].words
+
+
 def test_noise_is_that_of_the_pairs(study, monkeypatch):
     monkeypatch.setattr(spaces, "DRAWS", 20)
     for i, (candidate, seed) in enumerate(study.tasks()):

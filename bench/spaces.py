@@ -231,8 +231,8 @@ def supernet_command(study, seed, out, steps=None, heldout=None):
     return Command("supernet.py", words, study.folder(out) / name)
 
 
-def score(study, seed, command, steps=None, heldout=None):
-    """Keeps the scores of the study's candidates in a supernet."""
+def score(study, seed, command, steps, heldout):
+    """Keeps the scores of the study's candidates in a supernet of `supernet_command`."""
     words = [*study.words, "--out", str(command.folder), "--threads", "1"]
     if heldout:
         words += ["--heldout-per-class", str(heldout)]

@@ -471,7 +471,8 @@ def draw(studies, path):
                 label = f"the winner, with its search and supernet: {n} target{'s' if n > 1 else ''}"
                 panel.plot(*np.array(points).reshape(-1, 2).T, "D", ls=style, color=BEST, markersize=5, label=label)
             panel.set(xscale="log", xlabel="CPU-seconds for each target", ylabel="top-1 (%)", title=name)
-        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        shown = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels())}
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2, fontsize=8)
         figure.savefig(path, dpi=120, facecolor="white")
 
 

@@ -27,23 +27,14 @@ import re
 import numpy as np
 import torch
 
-from distributed import local_world_size
-from images import image_check, pictures
-from images.dataset import (
-    draw_augmentation,
-    groups_of,
-    number_groups,
-    scan,
-    shared_groups,
-    tree_paths,
-    unmatched_classes,
-    validation_geometry,
-)
+from images import pictures
+from images.dataset import draw_augmentation, validation_geometry
+from images.preprocessing import network_input
+from images.tree_check import check_tree
 from settings.command_line import Parser
 from settings.subjects import DataConfig, Images
-from utils import UserError, cores
+from utils import UserError, cores, local_world_size
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_WORKERS = 8  # by default
 AHEAD = 2  # batches that each worker makes ahead
 SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
@@ -256,18 +247,6 @@ class Loader:
         return f"DALI: {cause}"
 
 
-def network_input(images, preprocessing):
-    """uint8 RGB (N, H, W, 3) -> float (N, 3, H, W), channels-last in memory.
-
-    `preprocessing` is "spos", BGR in [0, 255], or "imagenet", normalised RGB.
-    """
-    images = images.permute(0, 3, 1, 2)
-    if preprocessing == "spos":
-        return images.flip(1).float()
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
-
-
 def _read_file(path):
     try:
         data = np.fromfile(path, np.uint8)
@@ -430,43 +409,6 @@ def parse_args(argv=None):
     parser.add(Images, only=("cache", "max_pixels"))
     parser.add(DataConfig, only=("group_by",))
     return parser.parse_args(argv)
-
-
-def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, group_by=None):
-    """Prints a line for each problem of a tree. Raises UserError with counts if there are any."""
-    problems = []
-    ignored = []
-    train, val = (scan(f"{folder}/{part}", problems, ignored=ignored) for part in ("train", "val"))
-    problems += unmatched_classes(folder, train, val)
-    paths = tree_paths(train, val)
-    before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
-    found = image_check.inspect_all(folder, paths, max_pixels)
-    unreadable, mislabelled, shared = found.unreadable, found.mislabelled, found.shared
-    copies = [f"{path}: a copy of {first}" for first, group in found.copies.items() for path in group[1:]]
-    groups = shared_groups(group_by, train, val) if group_by else []
-    if group_by:
-        number_groups(train, groups_of(group_by, "train", train.paths), group_by)  # raises if they are none
-    lines = [
-        *problems,
-        *groups,
-        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies),
-        *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
-    ]
-    if lines:
-        print(*lines, sep="\n", flush=True)
-    counts = f"{len(unreadable)} unreadable, {len(mislabelled)} mislabelled, {len(shared)} in train and val"
-    if copies:
-        counts += f", {len(copies)} copies in train"
-    if found.turned:
-        counts += f", {found.turned} with an EXIF orientation"
-    if group_by:
-        counts += f", {len(groups)} groups in train and val"
-    if problems or unreadable or (mislabelled and not accept):
-        way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
-        raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
-    image_check.remember(folder, before, found.counts, cache)
-    sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
-    print(f"{folder}: {sizes}, {counts}; recorded")
 
 
 def main(parsed):

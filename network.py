@@ -7,17 +7,14 @@ Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/
 import copy
 import itertools
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import weight_files
 from blocks import ChoiceBlock, Narrow, build_block, conv_bn, conv_bn_pairs
-from dataloader import network_input
-from images import pictures
-from images.dataset import DataConfig, validation_geometry
+from images.preprocessing import preprocess
+from settings.subjects import DataConfig
+from space import weight_files
 from space.custom import make_space
 from space.search_space import SearchSpace
 from utils import HERE, UserError
@@ -140,26 +137,11 @@ class ShuffleNetV2(_ShuffleNet):
         return [n - 1 for n in itertools.accumulate(self.space.stage_blocks)]
 
     def preprocess(self, images):
-        """uint8 RGB (N, H, W, 3) -> the network's input (N, 3, input_size, input_size), float, as in validation.
+        """`images.preprocessing.preprocess` with the settings that the network was trained with.
 
-        Resizes the shorter side, crops the centre, and applies the preprocessing that the network was trained with.
-        A PIL image as it was opened, in place of a tensor, is one image: its transparency and orientation are treated
-        as in training, too. Raises UserError if the images have another type or shape.
+        uint8 RGB (N, H, W, 3), or a PIL image as it was opened -> (N, 3, input_size, input_size), float.
         """
-        from torchvision.transforms.v2 import functional as F
-
-        if isinstance(images, Image.Image):
-            images = torch.from_numpy(np.array(pictures.rgb(images, self.config)))[None]
-        if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.shape[3:] != (3,):
-            found = type(images).__name__
-            if hasattr(images, "dtype"):
-                found += f" of {images.dtype} {tuple(images.shape)}"
-            expected = "a uint8 tensor (N, H, W, 3), RGB from 0 to 255, nor a PIL image"
-            raise UserError(f"images are a {found}, not {expected}")
-        shape, corner = validation_geometry(self.config, *images.shape[1:3])
-        images = F.resize(images.permute(0, 3, 1, 2), list(shape), antialias=False)
-        images = F.crop(images, *corner, self.config.input_size, self.config.input_size)
-        return network_input(images.permute(0, 2, 3, 1), self.config.preprocessing)
+        return preprocess(images, self.config)
 
 
 def load(path, architecture=None, operations=None):

@@ -26,17 +26,15 @@ import pathlib
 
 import torch
 
-import distributed
 import network
 from dataloader import Loader
 from images.dataset import Data, check_batch_size, open_data, prepare, scan, training_plan
-from images.image_cache import validation_batches
 from network import ShuffleNetV2
 from settings.command_line import Parser
 from settings.subjects import RUNTIMES, DataConfig, Images, Retraining, Run, Space, Training, Weights, deciding
 from space.custom import make_space, searched
-from training import checkpoint, export
-from training.evaluation import accuracy, recalibrate_bn, resolve_device
+from training import checkpoint, distributed, export
+from training.evaluation import accuracy, recalibrate_bn, resolve_device, validation_batches
 from training.loop import train
 from training.recipe import prepare_compiler
 from training.run import TrainingRun, contents_of

@@ -30,8 +30,8 @@ import sys
 from pathlib import Path
 
 from dataloader import MAX_WORKERS, resolve_backend
-from devices.table import cannot_measure, confirm, difference, read_table, setting_of, with_latency
-from distributed import gpu_count
+from devices.table import cannot_measure, difference, read_table, setting_of, with_latency
+from engines.confirmation import confirm
 from engines.local_engine import search_locally
 from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
@@ -43,11 +43,9 @@ from engines.search_record import (
     read_generations,
     read_results,
     read_state,
-    runtime_of,
     state_path,
     unconfirmed,
 )
-from evolution_tuner import Evolution, official_shares
 from images.dataset import Data
 from images.dataset import prepare as prepare_images
 from reports.page import write_report
@@ -67,10 +65,12 @@ from settings.subjects import (
 )
 from settings.subjects import Search as SearchSettings
 from space.custom import load_operations
+from space.evolution import Evolution, official_shares
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import Limits, as_settings, bounds_of, describe, idle_limits, make_bounds, offer
 from space.search_space import SearchSpace
 from training import checkpoint
+from training.distributed import gpu_count
 from training.evaluation import NO_GPU
 from utils import (
     Interrupted,
@@ -297,7 +297,7 @@ def prepare(search, args, out):
         log.warning("warning: %s", text)
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
-    log.info("space: %s", offer(search.space, runtime_of(search.settings.get("latency", {}))))
+    log.info("space: %s", offer(search.space, search.settings.get("latency", {"runtime": "torch"})["runtime"]))
     log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
     if "latency" in search.settings:
         log.info("latencies are those of %s", setting_of(search.settings["latency"]))

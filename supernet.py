@@ -21,18 +21,16 @@ import random
 
 import torch
 
-import distributed
 from dataloader import Loader
 from images.dataset import check_batch_size, open_data
-from images.image_cache import calibration_batches, validation_batches
 from network import ShuffleNetV2OneShot
 from settings.command_line import Parser, command
 from settings.subjects import DataConfig, Evaluation, Images, Run, Sampling, Space, Training, deciding
 from space.custom import make_space
 from space.limits import offer, shown
 from space.sampler import PathSampler, default_flops_range
-from training import checkpoint
-from training.evaluation import evaluate, resolve_device
+from training import checkpoint, distributed
+from training.evaluation import calibration_batches, evaluate, resolve_device, validation_batches
 from training.loop import train
 from training.recipe import prepare_compiler
 from training.run import TrainingRun, contents_of

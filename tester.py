@@ -20,13 +20,13 @@ import os
 import pathlib
 import sys
 
-import weight_files
 from devices.table import measure_table, open_runtime, read_table, setting_of, with_latency
 from engines import trial
-from engines.search_record import listed_images, runtime_of
+from engines.search_record import listed_images
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
+from space import weight_files
 from space.custom import load_operations, make_space
 from space.flops_table import official_comparison
 from space.limits import offer
@@ -82,7 +82,7 @@ def with_measured_latency(space, path):
         table = read_table(path, space, foreign=True)
     except utils.UserError:
         return (space,)
-    return with_latency(space, table), runtime_of(table)
+    return with_latency(space, table), table["runtime"]
 
 
 def generate(args):
@@ -109,7 +109,7 @@ def measure(args):
     table = measure_table(open_runtime(args.runtime, space, args.latency_batch_size, device))
     utils.write_json(path, table)
     print(f"{path}: {setting_of(table)}; spread {table['spread']:.1%}")
-    print(offer(with_latency(space, table), runtime_of(table)))
+    print(offer(with_latency(space, table), table["runtime"]))
     if table["spread"] > 0.05:
         print("warning: the spread is above 5%: measure again when nothing else runs on this machine")
 

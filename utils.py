@@ -358,6 +358,11 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def local_world_size():
+    """The number of processes that torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def duration(seconds):
     """Seconds in words: "40 s", "2.5 h"."""
     for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):

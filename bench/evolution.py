@@ -31,8 +31,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evolution_tuner import Evolution
 from settings.fields import count
+from space.evolution import Evolution
 from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json
 

@@ -44,13 +44,12 @@ import utils
 # isort: split
 import torch
 
-import distributed
 from dataloader import AHEAD, Loader
 from images.dataset import DataConfig, training_plan
 from network import ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
-from training import recipe
+from training import distributed, recipe
 from training.evaluation import evaluate, resolve_device
 from training.loop import LOG_EVERY
 

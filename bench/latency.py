@@ -30,13 +30,14 @@ sys.path.insert(0, str(ROOT))
 import torch
 from scipy.stats import kendalltau, spearmanr
 
-from devices.table import confirm, measure_like, measure_table, open_runtime, with_latency
+from devices.table import measure_like, measure_table, open_runtime, with_latency
 from devices.timing import Networks, device_name, take_turns
+from engines.confirmation import confirm
 from engines.search_record import SearchRecord, prepare_search, unconfirmed
-from evolution_tuner import Evolution
 from settings.fields import count
 from settings.subjects import RUNTIMES
 from space.custom import PRESETS
+from space.evolution import Evolution
 from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json
 

@@ -38,10 +38,11 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap, kendalltau
 
 import tester
-from evolution_tuner import Evolution
 from network import ShuffleNetV2OneShot
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
+from settings.subjects import Search
 from space.custom import load_operations
+from space.evolution import Evolution
 from training import checkpoint
 from training.evaluation import evaluate
 
@@ -275,14 +276,31 @@ def picks(limit, scores, losses, truth):
     }
 
 
+class Published:
+    """Limits on a published cost, a function of a candidate; candidates beyond it are not repaired."""
+
+    def __init__(self, cost, limit):
+        self.cost = cost
+        self.limit = limit
+
+    def excess(self, candidate):
+        return max(0, self.cost(candidate) - self.limit)
+
+    def repair(self, candidate, rng):
+        return candidate
+
+    def neighbours(self, candidate, rng):
+        return ()
+
+
 def evolve(limit, scores, truth, seed):
     """The distinct network that an evolution under a FLOPs limit picks by the scores."""
 
     def name(candidate):
         return "".join(map(str, candidate))
 
-    settings = {"population_size" if k == "population" else k: v for k, v in EVOLUTION.items()}
-    evolution = Evolution((3,) * sum(STAGES), lambda c: truth[name(c)]["flops"], limit, seed=seed, **settings)
+    limits = Published(lambda c: truth[name(c)]["flops"], limit)
+    evolution = Evolution((3,) * sum(STAGES), limits, Search(**EVOLUTION), seed)
     while population := evolution.ask():
         evolution.tell({candidate: scores[distinct(name(candidate))] for candidate in population})
     return distinct(name(evolution.best[0]))

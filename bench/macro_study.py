@@ -31,9 +31,9 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau, rankdata, sem, spearmanr
 
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
+from space.weight_files import load
 from training.evaluation import update_bn
 from training.prefix_tree import PrefixTree
-from weight_files import load
 
 RESULTS = ROOT / "bench" / "results" / "macro_study.json"
 NETWORKS = 600

@@ -36,11 +36,13 @@ from scipy.stats import kendalltau
 
 from dataloader import Loader
 from engines.search_record import read_results
-from evolution_tuner import Evolution
 from images.bundled import unpack
 from images.dataset import DataConfig, calibration_plan, evaluation_plan, scan, stratified_order
 from images.image_cache import FixedBatches
 from network import ShuffleNetV2OneShot
+from settings.subjects import Search
+from space.evolution import Evolution
+from space.limits import Limits
 from space.search_space import SearchSpace
 from space.splitting import tree_flops
 from training import checkpoint
@@ -59,9 +61,8 @@ def generation(space, population):
     rng = random.Random(0)
     table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
     limit = space.flops_value("59%")
-    half = population // 2
-    settings = {"select": max(2, population // 5), "mutation": half, "crossover": half, "seed": 0}
-    evolution = Evolution(space.choices, space.flops, limit, population, **settings)
+    settings = Search(population=population, select=max(2, population // 5))
+    evolution = Evolution(space.choices, Limits(space, {"flops": (None, limit)}), settings)
     for _ in range(9):
         evolution.tell({c: sum(row[choice] for row, choice in zip(table, c)) for c in evolution.ask()})
     return evolution.ask()

@@ -23,10 +23,8 @@ import torch
 from devices import onnx_runtime
 from devices.onnx_runtime import OnnxRuntime
 from devices.timing import Networks, Parts, Torch, device_name, rows, take_turns
-from engines.search_record import SearchRecord, runtime_of
-from evolution_tuner import Evolution
 from settings.subjects import RUNTIMES
-from utils import UserError, cores, log, read_json, versions
+from utils import UserError, cores, read_json, versions
 
 NETWORKS = 12  # that a table measures twice, and that it is compared with
 REFERENCES = 4  # of these, measured again with the best candidates of a search
@@ -129,7 +127,7 @@ def measure_like(table, space, candidates):
     before = torch.get_num_threads()
     torch.set_num_threads(table["threads"])
     try:
-        runtime = open_runtime(runtime_of(table), space, table["batch_size"], torch.device(table["kind"]))
+        runtime = open_runtime(table["runtime"], space, table["batch_size"], torch.device(table["kind"]))
         networks = Networks(runtime, [*references, *candidates])
         take_turns(runtime, networks)
     finally:
@@ -144,8 +142,8 @@ def measure_like(table, space, candidates):
 
 # --- the table of a search -----------------------------------------------------------------------------------
 
-FORMS = {"device": str, "kind": str, "threads": int, "batch_size": int, "torch": str, "space": dict, "medians": list,
-         "stem_and_tail": int, "spread": float, "networks": dict}  # fmt: skip
+FORMS = {"device": str, "kind": str, "runtime": str, "threads": int, "batch_size": int, "torch": str, "space": dict,
+         "medians": list, "stem_and_tail": int, "spread": float, "networks": dict}  # fmt: skip
 
 
 def read_table(path, space, foreign=False, measure="tester.py --mode latency"):
@@ -160,7 +158,7 @@ def read_table(path, space, foreign=False, measure="tester.py --mode latency"):
     no_table = UserError(f"{path}: not a table of latencies; write one with {measure}")
     if not isinstance(table, dict) or not all(isinstance(table.get(k), kind) for k, kind in FORMS.items()):
         raise no_table
-    if runtime_of(table) not in RUNTIMES or not isinstance(table.get(runtime_of(table)), str):
+    if table["runtime"] not in RUNTIMES or not isinstance(table.get(table["runtime"]), str):
         raise no_table
     rows = table["medians"]
     shape = [len(row) for row in space.choice_flops]
@@ -195,7 +193,7 @@ def difference(table):
         return f"on {reprlib.repr(table['device'])}, this is {here}"
     if table["kind"] == "cpu" and table["threads"] > cores():
         return f"with {table['threads']} threads, this process has {cores()} cores"
-    name = runtime_of(table)
+    name = table["runtime"]
     here = torch.__version__ if name == Torch.NAME else onnx_runtime.version()
     if here not in (None, table[name]):  # a search needs no runtime, if its best candidates are not measured
         return f"with {name} {table[name]}, this is {here}"
@@ -204,14 +202,14 @@ def difference(table):
 
 def setting_of(table):
     """The setting of a table in words."""
-    name = runtime_of(table)
+    name = table["runtime"]
     threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
     return f"{RUNTIMES[name]} {table[name]} on {table['device']}, {threads}, batch size {table['batch_size']}"
 
 
 def cannot_measure(table):
     """Why networks can't be measured in the runtime of a table here, in words that name the way out, or None."""
-    install = onnx_runtime.missing() if runtime_of(table) == OnnxRuntime.NAME else None
+    install = onnx_runtime.missing() if table["runtime"] == OnnxRuntime.NAME else None
     return install and f"ONNX Runtime needs {install}"
 
 
@@ -219,25 +217,3 @@ def with_latency(space, table):
     """The space with the latencies of a table among its costs."""
     rows = tuple(tuple(row) for row in table["medians"])
     return space.with_costs(*space.costs._replace(latency=rows, fixed_latency=table["stem_and_tail"]))
-
-
-def confirm(space, settings, out, table):
-    """Measures the ten best of the search in `out`, whose generations are complete, as whole networks on this device.
-
-    The record of the search then has a winner, or more generations to run under a corrected limit.
-    """
-    record = SearchRecord(out, space, Evolution.from_settings(space, settings))
-    record.pending()  # replays the search
-    best = (record.evolution.front() if record.evolution.objectives else record.evolution.legal_ranked())[:10]
-    log.info("measuring the %d best candidates as whole networks in %s", len(best), RUNTIMES[runtime_of(table)])
-    measured, scale = measure_like(table, space, best)
-    if abs(scale - 1) > 0.05:
-        text = "this device takes %.2f times as long as when the table was measured: latencies are scaled to that time"
-        log.warning(text, 1 / scale)
-    row = record.confirm(dict(zip(best, measured)))
-    record.lock.close()
-    for rank, m in enumerate(row["measured"], 1):
-        numbers = f"predicted {m['predicted_ms']:.3f} ms, measured {m['measured_ms']:.3f} ms"
-        log.info("rank %d: %s%s", rank, numbers, "" if m["holds"] else ", beyond the limit")
-    if row["generations"]:
-        log.info("none holds: %d more generations, latencies times %.3f", row["generations"], row["correction"])

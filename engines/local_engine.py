@@ -9,9 +9,9 @@ import time
 from engines.progress import Progress
 from engines.search_record import SearchRecord, listed_images
 from engines.trial import gpu_names, take_gpu
-from evolution_tuner import Evolution
 from settings.subjects import DataConfig, Evaluation, Images, Run
 from space.custom import load_operations
+from space.evolution import Evolution
 from space.splitting import chunks, cut
 from utils import UserError, check_shared_memory, heartbeat, heartbeats_to, leave_signals_to_parent, log
 

@@ -73,7 +73,7 @@ class SearchRecord:
     def _ask(self):
         """The open population; before one is bred, limits become what confirmations made of them at this point."""
         while self.confirmations and self.confirmations[0]["after"] == self.evolution.generation:
-            self.evolution.restrict(self.evolution.limits.after(self.confirmations.pop(0)))
+            self.evolution.limits = self.evolution.limits.after(self.confirmations.pop(0))
         return self.evolution.ask()
 
     def confirm(self, measured):
@@ -97,7 +97,7 @@ class SearchRecord:
         if none_holds and sum(e["correction"] is not None for e in earlier) < MAX_CORRECTIONS:
             row["correction"] = statistics.median(m["measured_ms"] / m["predicted_ms"] for m in found)
             row["generations"] = max(1, settings["generations"] // 4)
-        self.evolution.restrict(limits.after(row))
+        self.evolution.limits = limits.after(row)
         best = self.results[self.evolution.best[0]] if self.evolution.best and not none_holds else None
         if best:
             write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best["architecture"]))
@@ -220,11 +220,6 @@ def costs_of(settings):
     """The costs that matter in a search with these settings: FLOPs, what it limits, and what it makes low."""
     named = {"flops", *settings.get("limits", ()), *settings.get("objectives", ())}
     return [name for name in ("flops", "params", "latency") if name in named]
-
-
-def runtime_of(table):
-    """What ran the networks of a table of latencies; older tables don't say so."""
-    return table.get("runtime", "torch")
 
 
 def state_path(out):

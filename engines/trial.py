@@ -98,7 +98,7 @@ def take_gpu(device):
 
 def gpu_names():
     """The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES: numbers or UUIDs."""
-    from distributed import gpu_count
+    from training.distributed import gpu_count
 
     n = gpu_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -18,8 +18,8 @@ import psutil
 from PIL import Image
 
 import utils
-import weight_files
 from engines import search_record
+from space import weight_files
 from space.search_space import SearchSpace
 from training import checkpoint
 

@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
-import weight_files
+from space import weight_files
 
 # isort: split
 import torch

@@ -16,8 +16,6 @@ import time
 import numpy as np
 import torch
 
-import distributed
-from images.dataset import calibration_plan, evaluation_plan
 from utils import atomic_write, heartbeat, log, try_lock
 
 VERSION = 1
@@ -28,15 +26,16 @@ class FixedBatches:
     """The same batches at every iteration: images (N, 3, H, W) float, labels (N,) int64, on the device of the loader.
 
     Decodes the plan once, into a file in the folder `cache`, or at every iteration if `cache` is None or can't be
-    written. If `sharded`, each rank iterates over its own share of the batches. Between iterations nothing is held, and
+    written. Of several ranks, each iterates over its own share of the batches. Between iterations nothing is held, and
     within one a batch at a time: the file is mapped, and its pages are the system's.
     """
 
-    def __init__(self, loader, plan, cache=None, sharded=False):
+    def __init__(self, loader, plan, cache=None, rank=0, world_size=1):
         self.loader = loader
         self.plan = plan
         self.cache = cache
-        self.rank, self.world_size = (distributed.rank(), distributed.world_size()) if sharded else (0, 1)
+        self.rank = rank
+        self.world_size = world_size
 
     def __len__(self):
         return len(self.plan)
@@ -74,19 +73,6 @@ class FixedBatches:
     @functools.cached_property
     def _header(self):
         return _header(self.loader, self.plan)
-
-
-def calibration_batches(loader, batches=200, batch_size=128, seed=0, cache=None):
-    """The training images that recalibrate BN: stratified by class, augmented, the same for all candidates.
-
-    `loader` is a Loader of the training images that augments.
-    """
-    return FixedBatches(loader, calibration_plan(loader.images.labels, batches, batch_size, seed), cache)
-
-
-def validation_batches(loader, batch_size=200, cache=None):
-    """All images of a Loader once, shared among the ranks."""
-    return FixedBatches(loader, evaluation_plan(len(loader.images), batch_size), cache, sharded=True)
 
 
 # --- the file ------------------------------------------------------------------------------------------------

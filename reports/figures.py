@@ -13,7 +13,6 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from engines.search_record import runtime_of
 from space.limits import shown
 from utils import atomic_write
 
@@ -150,7 +149,7 @@ def _jitter(i):
 def _axis(run, cost):
     """(label of an axis of a cost, function from a result to its place on it, what a unit of the axis is)."""
     if cost == "latency":
-        return f"predicted latency (ms, {runtime_of(run.settings['latency'])})", lambda r: r["latency_ms"], 1e6
+        return f"predicted latency (ms, {run.settings['latency']['runtime']})", lambda r: r["latency_ms"], 1e6
     if cost == "flops":
         return "FLOPs (millions of multiply-adds)", lambda r: r["flops"] / 1e6, 1e6
     unit, words = (1e6, "millions") if max(run.cost(cost, r) for r in run.results) >= 1e6 else (1e3, "thousands")

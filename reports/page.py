@@ -8,7 +8,7 @@ import re
 
 import jinja2
 
-from engines.search_record import n_generations, runtime_of, state_path
+from engines.search_record import n_generations, state_path
 from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
 from space.limits import describe, shown
@@ -80,7 +80,7 @@ def page(run, comparison, svgs):
         best=best,
         by_loss="score" in best,
         latency=latency,
-        runtime=runtime_of(latency or {}),
+        runtime=latency["runtime"] if latency else "torch",
         main_cost=_main_cost(run, best),
         measured=any(map(run.measured_text, run.legal[:10])),
         beyond=[r for r in run.succeeded if run.is_beyond(r)],
@@ -137,7 +137,7 @@ def _costs(run, best):
     if run.main_cost == "latency":
         predicted = f"{best['latency_ms']:.3f} ms predicted"
         is_measured = run.measured_text(best)
-        first = f"its latency in {runtime_of(run.settings['latency'])}, {'measured' if is_measured else 'predicted'}"
+        first = f"its latency in {run.settings['latency']['runtime']}, {'measured' if is_measured else 'predicted'}"
         words = [first, *([predicted] if is_measured else []), flops, params]
     else:
         words = ["its FLOPs", params] if run.main_cost == "flops" else ["its parameters", flops]

@@ -1,5 +1,4 @@
 """Limits on the costs of a candidate: which candidates meet them, how others are repaired, which limits can be met.
-At the end, fronts of several objectives.
 
     bounds    {cost: (low, high)} of costs in settings.subjects.COSTS; None stands for no bound
     excess    by how much a candidate exceeds the limits, in standard deviations of uniform candidates; 0: it is legal
@@ -330,41 +329,3 @@ class Limits:
         if low is None:
             return f"limit {text(high)} is below the lowest cost of any candidate{where}, {text(nearest)}; raise {flag}"
         return f"limit {text(low)} is above the highest cost of any candidate{where}, {text(nearest)}; lower {flag}"
-
-
-# --- several objectives (Deb et al., 2002: NSGA-II) ----------------------------------------------------------
-
-
-def fronts(points):
-    """Yields the fronts of points (n, objectives), each a list of rising indices: the points that no other one
-    dominates (is at most as high in all objectives, and lower in one), then those of the rest, and so on."""
-    at_most = (points[:, None] <= points[None, :]).all(axis=2)
-    dominates = at_most & ~at_most.T
-    left = np.ones(len(points), bool)
-    while left.any():
-        front = left & ~dominates[left].any(axis=0)
-        yield np.flatnonzero(front).tolist()
-        left &= ~front
-
-
-def crowding(points):
-    """The crowding distance of each point (n, objectives) of a front: the sum over the objectives of the distance
-    between its two neighbours, as a share of the range; infinite at the ends."""
-    distance = np.zeros(len(points))
-    for values in points.T:
-        order = np.argsort(values, kind="stable")
-        span = values[order[-1]] - values[order[0]]
-        distance[order[[0, -1]]] = np.inf
-        if span:
-            distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
-    return distance
-
-
-def by_fronts(points, n):
-    """Indices of at least `n` points, or of all: front by front, each by falling crowding distance."""
-    order = []
-    for front in fronts(points):
-        order += [front[i] for i in np.argsort(-crowding(points[front]), kind="stable")]
-        if len(order) >= n:
-            break
-    return order

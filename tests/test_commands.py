@@ -15,12 +15,12 @@ from conftest import ROOT, launch, make_tree, run
 
 import search
 import tester
-import weight_files
 from dataloader import Loader
 from engines import local_engine
 from images.dataset import Data, DataConfig, scan, training_plan
 from network import ShuffleNetV2
 from settings.command_line import write_settings
+from space import weight_files
 from space.limits import offer
 from space.search_space import SearchSpace
 from training import checkpoint

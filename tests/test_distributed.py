@@ -22,15 +22,14 @@ from conftest import ROOT, run
 from test_training import SPACE, Images
 from torch import nn
 
-import distributed
 import utils
-import weight_files
-from distributed import per_rank_batch_size
 from images.dataset import training_plan
 from network import ShuffleNetV2OneShot
 from settings.subjects import deciding
+from space import weight_files
 from space.sampler import PathSampler
-from training import checkpoint
+from training import checkpoint, distributed
+from training.distributed import per_rank_batch_size
 from training.recipe import dropout_seed
 from training.run import TrainingRun
 from utils import UserError
@@ -211,7 +210,7 @@ def test_evaluation_counts_every_image_once_and_calibrates_on_all(two):
 
 
 def test_a_batch_that_can_not_be_shared_is_refused(monkeypatch):
-    monkeypatch.setattr("distributed.world_size", lambda: 8)
+    monkeypatch.setattr("training.distributed.world_size", lambda: 8)
     assert per_rank_batch_size(1024) == 128 and per_rank_batch_size(16) == 2
     for batch_size in (8, 1020):
         with pytest.raises(UserError, match=rf"batches of {batch_size} images: .*multiple of 8"):
@@ -222,7 +221,7 @@ def test_micro_batches_that_do_not_fit_are_refused(monkeypatch):
     assert per_rank_batch_size(1024, 128) == 1024
     with pytest.raises(UserError, match="--micro-batch 100 does not divide the 1024 images that a rank has"):
         per_rank_batch_size(1024, 100)
-    monkeypatch.setattr("distributed.world_size", lambda: 8)
+    monkeypatch.setattr("training.distributed.world_size", lambda: 8)
     assert per_rank_batch_size(1024, 64) == 128
     with pytest.raises(UserError, match="--micro-batch 256 does not divide the 128 images that a rank has"):
         per_rank_batch_size(1024, 256)

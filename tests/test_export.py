@@ -12,10 +12,10 @@ from conftest import CLASSES, ROOT, run
 from torchvision.transforms.v2 import functional as F
 
 import scratch
-import weight_files
 from dataloader import Loader, network_input
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
+from space import weight_files
 from space.custom import make_space
 from training import checkpoint, export
 from training.evaluation import recalibrate_bn

@@ -8,15 +8,16 @@ import re
 import numpy as np
 import pytest
 from conftest import run
+from test_evolution import AtMost, sizes
 from test_latency import SPACE, clock, table, timed, world  # noqa: F401
 from test_report import marks
 
 import search
 from engines.search_record import SearchRecord, prepare_search, read_results, state_path
-from evolution_tuner import Evolution, EvolutionWithFlops
+from evolution_tuner import EvolutionWithFlops
 from reports.page import write_report
 from reports.search_results import SearchResults
-from space.limits import by_fronts, crowding, fronts
+from space.evolution import Evolution, by_fronts, crowding, fronts
 from utils import UserError, read_json
 
 
@@ -46,10 +47,9 @@ def test_room_is_the_distance_between_neighbours():
     assert ranked == [1, 3, 2, 0] and by_fronts(np.array([[1.0, 1], [0, 0]]), 2) == [1, 0]
 
 
-def two(**changes):
+def two(objectives=(sum,)):
     """An evolution whose reward grows with the cost, so that no candidate wins; few of the best would be cheap."""
-    settings = {"population_size": 20, "select": 4, "mutation": 10, "crossover": 10, "generations": 6, "seed": 1}
-    return Evolution((4,) * 8, lambda c: 0, 0, **settings | {"objectives": [sum]} | changes)
+    return Evolution((4,) * 8, AtMost(sum, 99), sizes(20, 4, 10, 10, generations=6), 1, objectives)
 
 
 def value(candidate):
@@ -72,7 +72,7 @@ def test_parents_are_of_the_first_front_with_most_room_and_the_rest_is_as_withou
 
 
 def test_the_best_is_the_most_accurate_of_the_front_where_accuracies_are_equal():
-    evolution = Evolution((2, 2), lambda c: 0, 0, 4, 1, 0, 0, generations=1, objectives=[sum])
+    evolution = Evolution((2, 2), AtMost(sum, 9), sizes(4, 1, 0, 0, generations=1), objectives=[sum])
     evolution.tell({c: (50.0, 90.0 + sum(c)) for c in evolution.ask()})
     assert evolution.best == ((0, 0), (50.0, 90.0))
 

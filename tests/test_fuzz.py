@@ -7,8 +7,8 @@ import torch
 from conftest import load
 
 import scratch
-import weight_files
 from engines.nni_engine import read_experiment
+from space import weight_files
 from space.search_space import SearchSpace
 from training import checkpoint
 from utils import UserError

@@ -14,9 +14,8 @@ import torch
 from conftest import ROOT, load
 from test_readme import PAGES, section
 
-import distributed
 from space.search_space import SearchSpace
-from training import recipe
+from training import distributed, recipe
 
 RESULTS = ROOT / "bench" / "results" / "gpu.json"
 

@@ -89,9 +89,7 @@ def test_a_process_reads_its_share_and_keeps_nothing(images, tmp_path, monkeypat
     """Of batches of 8, 8 and 5 images the second of two ranks has the second."""
     opened, real = [], image_cache.open_images
     monkeypatch.setattr(image_cache, "open_images", lambda *args: opened.append(Recording(real(*args))) or opened[-1])
-    monkeypatch.setattr("distributed.rank", lambda: 1)
-    monkeypatch.setattr("distributed.world_size", lambda: 2)
-    batches = FixedBatches(loader_of(images), evaluation_plan(N_IMAGES, 8), tmp_path, sharded=True)
+    batches = FixedBatches(loader_of(images), evaluation_plan(N_IMAGES, 8), tmp_path, rank=1, world_size=2)
     for n in (1, 2):
         ((x, _),) = batches
         assert len(x) == 8 and opened[n - 1].rows == list(range(8, 16)) and len(opened) == n

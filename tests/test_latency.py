@@ -26,11 +26,11 @@ from devices import table as latency
 from devices.timing import Networks, Torch
 from engines import local_engine
 from engines.search_record import SearchRecord, prepare_search, read_results, state_path
-from evolution_tuner import Evolution
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
 from reports import page
 from reports.search_results import RandomSearch, SearchResults
+from space.evolution import Evolution
 from space.search_space import SearchSpace
 from utils import UserError, read_json, write_json
 
@@ -474,7 +474,7 @@ def world(tree, images, tmp_path, table, monkeypatch, forked):
     content |= {"split": Data.of(images, config).split, "classes": ["apple", "bird", "car"], "architecture": None}
     torch.save(content | {"model": ShuffleNetV2OneShot(space=SPACE).state_dict()}, tmp_path / "s.pth")
     write_json(tmp_path / "nni_auto_gen_search_space.json", SPACE.nni_search_space())
-    write_json(tmp_path / "latency.json", {name: value for name, value in table.items() if name != "runtime"})
+    write_json(tmp_path / "latency.json", table)
     monkeypatch.setattr(local_engine, "_evaluate", evaluate)
     small = "--population 6 --generations 3 --engine local --concurrency 1 --device cpu --loader torchvision"
     return ("--data-dir", tree, "--checkpoint", tmp_path / "s.pth", small, "--out", tmp_path)
@@ -494,7 +494,6 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     assert "measuring the 10 best candidates as whole networks in PyTorch" in stderr and "rank 1: predicted" in stderr
     assert f"latencies are those of PyTorch {torch.__version__} on " in stderr
     assert len(state["confirmations"]) == 1 and state["settings"]["latency"]["medians"]
-    assert "runtime" not in state["settings"]["latency"]  # as in searches before
     assert f"space: {OFFER.format(*times(read_json(tmp_path / 'latency.json')))}\n" in stderr
     assert "excludes no candidate" not in stderr
     best = timed.load_architecture(tmp_path / "checkpoints" / "best.json")
@@ -544,7 +543,7 @@ def test_a_limit_without_effect_and_candidates_beyond_one(world, pretended, tmp_
         measured, scale = like(table, space, candidates)
         return [9 * ns if i not in (3, 5) else ns for i, ns in enumerate(measured)], scale
 
-    monkeypatch.setattr(latency, "measure_like", measure_like)
+    monkeypatch.setattr("engines.confirmation.measure_like", measure_like)
     stdout, stderr = run("search.py", *world, "--limit", "latency=100%", "--limit", "params=80k")
     assert "warning: the limit params=80k excludes no candidate of this space: they cost 3.684k to 6.724k\n" in stderr
     assert stderr.count("excludes no candidate") == 1 and ", latency in onnxruntime 0.0" in stderr

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import search
-from evolution_tuner import Evolution
 from settings.subjects import COSTS
 from space.custom import PRESETS
+from space.evolution import Evolution
 from space.limits import (
     Limits,
     as_settings,

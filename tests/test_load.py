@@ -131,7 +131,7 @@ def folder(trained, tree, tmp_path, monkeypatch):
 
 
 SMALL = (("iterations=1500", "iterations=6"), ("iterations=1000", "iterations=4"), ("batches=10", "batches=2"),
-         ("augment=", 'backend="torchvision", workers=0, augment='), ("population_size=16", "population_size=4"),
+         ("augment=", 'backend="torchvision", workers=0, augment='), ("population=16", "population=4"),
          ("generations=5", "generations=2"), ("warmup=", "keep="), ("heldout_per_class=200", "heldout_per_class=10"),
          ('bundled.unpack("data/fashion-mnist")', "folder"))  # fmt: skip
 

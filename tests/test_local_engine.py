@@ -15,7 +15,7 @@ import pytest
 from engines import local_engine
 from engines.local_engine import search_locally
 from engines.search_record import prepare_search, read_results
-from evolution_tuner import Evolution
+from space.evolution import Evolution
 from space.search_space import SearchSpace
 from utils import Interrupted, UserError, heartbeat, interrupt, signals
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import blocks
 import network
-import weight_files
+from space import weight_files
 from space.search_space import SearchSpace
 from utils import UserError
 

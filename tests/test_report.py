@@ -18,10 +18,10 @@ from PIL import Image
 
 import report
 from engines.search_record import SearchRecord, prepare_search, state_path
-from evolution_tuner import Evolution
 from reports.figures import LEFT, WIDTH, _legend, _text_width
 from reports.page import _tiles, read_log, write_report
 from reports.search_results import RandomSearch, SearchResults
+from space.evolution import Evolution
 from space.search_space import OPERATIONS, SearchSpace
 from utils import duration
 
@@ -327,7 +327,7 @@ def limited(tmp_path_factory):
     out = tmp_path_factory.mktemp("limited")
     high = timed.quantile("latency", 0.6)
     settings = SMALL | {"limits": {"latency": [None, high]}, "space": space.to_dict(), "counted": counted}
-    settings["latency"] = {"device": "Cray-1", "threads": 2, "batch_size": 1, "torch": "2.0", "spread": 0.01,
+    settings["latency"] = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0", "spread": 0.01,
                            "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
     prepare_search(out, settings, resume=False)
     record = SearchRecord(out, timed, Evolution.from_settings(timed, settings))

@@ -23,7 +23,8 @@ import yaml
 import search
 from engines import nni_engine
 from engines.search_record import prepare_search, read_results, state_path
-from evolution_tuner import Evolution, EvolutionWithFlops
+from evolution_tuner import EvolutionWithFlops
+from space.evolution import Evolution
 from space.limits import Limits, make_bounds
 from space.search_space import SearchSpace
 from utils import HERE, UserError, read_json

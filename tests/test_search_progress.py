@@ -14,7 +14,7 @@ from tqdm import tqdm
 from engines import progress
 from engines.progress import Progress
 from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
-from evolution_tuner import Evolution
+from space.evolution import Evolution
 from space.limits import shown
 from space.search_space import SearchSpace
 from utils import Screen, UserError, log, read_json, write_json

@@ -9,7 +9,7 @@ import pytest
 from test_evolution import LIMIT, SPACE, reward
 
 from engines.search_record import SearchRecord, prepare_search, ranked, read_generations, read_results, state_path
-from evolution_tuner import Evolution
+from space.evolution import Evolution
 from utils import UserError, hold_lock, read_json
 
 SETTINGS = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "generations": 3, "seed": 5}

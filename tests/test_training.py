@@ -26,13 +26,13 @@ from settings.fields import setting
 from settings.subjects import SUBJECTS, Training, deciding
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
+from space.weight_files import load
 from training import loop
 from training.checkpoint import checkpoints, newest
 from training.loop import train
 from training.recipe import Recipe, dropout_seed, learning_rate, parameter_groups
 from training.run import TrainingRun
 from utils import UserError
-from weight_files import load
 
 SPACE = SearchSpace(  # tensors of whole vectors of 16 floats, so that a written-out SGD has torch's rounding
     input_size=16, n_classes=3, stem_stride=1, stage_strides=(2, 2), stage_blocks=(2, 2), stage_channels=(32, 64),

@@ -7,10 +7,10 @@ import types
 
 import pytest
 
-import distributed
 import search
 import utils
 from engines import local_engine, trial
+from training import distributed
 from utils import HERE, UserError
 
 TAKE = """
@@ -70,13 +70,13 @@ def test_devices_are_those_that_are_visible(monkeypatch, visible, n, names):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr("distributed.gpu_count", lambda: n)
+    monkeypatch.setattr("training.distributed.gpu_count", lambda: n)
     assert trial.gpu_names() == names
 
 
 def test_a_process_sees_the_device_it_took_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setattr("distributed.gpu_count", lambda: 2)
+    monkeypatch.setattr("training.distributed.gpu_count", lambda: 2)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(trial, "held", [])
     trial.take_gpu("cpu")

@@ -11,7 +11,8 @@ from test_search_record import SETTINGS, result
 import evolution_tuner
 from engines import trial
 from engines.search_record import prepare_search, read_results, state_path
-from evolution_tuner import Evolution, EvolutionWithFlops, KeepResults
+from evolution_tuner import EvolutionWithFlops, KeepResults
+from space.evolution import Evolution
 from utils import read_json
 
 

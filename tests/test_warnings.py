@@ -13,9 +13,9 @@ from picture_files import exif
 from PIL import Image
 
 from engines.search_record import SearchRecord, first_generation_warning, prepare_search
-from evolution_tuner import Evolution
 from images.dataset import Data, DataConfig
 from reports.page import write_report
+from space.evolution import Evolution
 from space.search_space import SearchSpace
 from training import checkpoint
 

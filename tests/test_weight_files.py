@@ -13,7 +13,7 @@ import torch
 from test_network import CLASSES, SMALL, difference, image_batches, supernets
 
 import network
-import weight_files
+from space import weight_files
 from utils import UserError
 
 

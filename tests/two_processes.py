@@ -6,9 +6,9 @@ import sys
 import torch
 from test_training import SPACE, Images, settings
 
-import distributed
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler
+from training import distributed
 from training.evaluation import accuracy, evaluate, recalibrate_bn
 from training.loop import train
 from training.run import TrainingRun

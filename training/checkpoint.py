@@ -6,14 +6,14 @@ import re
 
 import torch
 
-import distributed
 from images.dataset import Data
 from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
 from settings.subjects import SUBJECTS, DataConfig
 from space.search_space import SearchSpace
+from space.weight_files import VERSION, load, load_file, load_weights
+from training import distributed
 from utils import UserError, atomic_write, log
-from weight_files import VERSION, load, load_file, load_weights
 
 
 def save(path, **content):

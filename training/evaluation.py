@@ -8,16 +8,30 @@ import time
 
 import torch
 
-import distributed
 from dataloader import Loader
-from images.image_cache import calibration_batches, validation_batches
+from images.dataset import calibration_plan, evaluation_plan
+from images.image_cache import FixedBatches
 from network import batch_norms
 from space.splitting import cut
-from training import checkpoint
+from training import checkpoint, distributed
 from training.prefix_tree import PrefixTree
 from utils import UserError
 
 NO_GPU = "--device cuda: no GPU that torch can use; leave the flag out or say cpu"
+
+
+def calibration_batches(loader, batches=200, batch_size=128, seed=0, cache=None):
+    """The training images that recalibrate BN: stratified by class, augmented, the same for all candidates.
+
+    `loader` is a Loader of the training images that augments.
+    """
+    return FixedBatches(loader, calibration_plan(loader.images.labels, batches, batch_size, seed), cache)
+
+
+def validation_batches(loader, batch_size=200, cache=None):
+    """All images of a Loader once, shared among the ranks."""
+    plan = evaluation_plan(len(loader.images), batch_size)
+    return FixedBatches(loader, plan, cache, distributed.rank(), distributed.world_size())
 
 
 def open_evaluation(path, out, images, given, evaluation, device, seed=0, split="search", listed=None):

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataloader import IMAGENET_MEAN, IMAGENET_STD, Loader, network_input, read_image
+from dataloader import Loader, read_image
 from images import bundled
 from images.dataset import ImageSet, evaluation_plan, resize_and_crop, scan, stratified_order
 from images.image_check import inspect
+from images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, network_input
 from settings.subjects import DataConfig
 from utils import HERE, UserError, atomic_write, commit, log, versions
 

@@ -13,8 +13,8 @@ import time
 
 import torch
 
-import distributed
 from images.dataset import training_plan
+from training import distributed
 from training.checkpoint import newest
 from training.evaluation import correct_counts
 from training.recipe import Recipe

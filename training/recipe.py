@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-import distributed
 from blocks import Narrow
 from network import autocast
+from training import distributed
 from utils import UserError, duration, heartbeat, log, private_folder
 
 DROPOUT = 0x44726F70  # separates these draws from others with the same seed

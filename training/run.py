@@ -10,11 +10,10 @@ import pathlib
 import torch
 from tqdm import tqdm
 
-import distributed
-import weight_files
 from settings.command_line import write_settings
 from settings.fields import flag
-from training import checkpoint
+from space import weight_files
+from training import checkpoint, distributed
 from utils import UserError, atomic_write, code_version, hold_lock, log, output_folder, start_logging
 
 STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs

@@ -21,7 +21,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from utils import UserError, heartbeats_to, run_script
+from utils import UserError, heartbeats_to, local_world_size, run_script
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of ranks without heartbeats in `together`
 POLL_S = 0.2
@@ -73,11 +73,6 @@ def rank():
 def world_size():
     """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_world_size():
-    """The number of ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def gpu_count():

@@ -327,8 +327,8 @@ def limited(tmp_path_factory):
     out = tmp_path_factory.mktemp("limited")
     high = timed.quantile("latency", 0.6)
     settings = SMALL | {"limits": {"latency": [None, high]}, "space": space.to_dict(), "counted": counted}
-    settings["latency"] = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0", "spread": 0.01,
-                           "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
+    settings["latency"] = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0",
+                           "spread": 0.01, "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
     prepare_search(out, settings, resume=False)
     record = SearchRecord(out, timed, Evolution.from_settings(timed, settings))
     while waiting := record.pending():

@@ -55,6 +55,17 @@ def settings():
     return dict(sorted(found.items()))
 
 
+def meaning(by_script):
+    """The help of a setting; where commands have other defaults, each default with its command."""
+    helps = {script: action.help.replace("%%", "%").replace("|", "\\|") for script, action in by_script.items()}
+    texts = list(dict.fromkeys(helps.values()))
+    (head, *others) = {text.split("(default: ")[0] for text in texts}
+    if len(texts) == 1 or others:
+        return "; or: ".join(texts)
+    defaults = (f"{script}: {text.removeprefix(f'{head}(default: ')[:-1]}" for script, text in helps.items())
+    return f"{head}(default: {'; '.join(defaults)})"
+
+
 def page():
     rows = []
     for name, by_script in settings().items():
@@ -66,10 +77,8 @@ def page():
         else:
             metavar = action.metavar or name.upper()
             values = " ".join(metavar) if isinstance(metavar, tuple) else metavar
-        helps = list(dict.fromkeys(a.help.replace("%%", "%") for a in by_script.values()))
         of = "all" if len(by_script) == len(command_line.SCRIPTS) else ", ".join(by_script)
-        meaning = "; or: ".join(helps).replace("|", "\\|")
-        rows.append(f"| `{name}` | {of} | {values.replace('|', ' or ')} | {meaning} |\n")
+        rows.append(f"| `{name}` | {of} | {values.replace('|', ' or ')} | {meaning(by_script)} |\n")
     return HEAD + "".join(rows)
 
 

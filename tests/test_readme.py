@@ -194,6 +194,9 @@ def test_a_block_runs_small(block, small_project):
         assert "| best of the search, retrained " in stdout
 
 
+MODULE = r"(?:-m (?=bench\.|faults\.))"
+
+
 def without_launcher(command):
     """The script of a command and its arguments; torchrun's own flags are checked and removed."""
     program, *words = shlex.split(command)
@@ -201,10 +204,12 @@ def without_launcher(command):
         args = torch.distributed.run.get_args_parser().parse_args(words)
         return args.training_script, args.training_script_args
     assert program == "python"
+    if words[0] == "-m":
+        return words[1].replace(".", "/") + ".py", words[2:]
     return words[0], words[1:]
 
 
-@pytest.mark.parametrize("command", [c for c in commands(*TAGS) if re.match(r"(python|torchrun) [a-z]", c)])
+@pytest.mark.parametrize("command", [c for c in commands(*TAGS) if re.match(rf"(python|torchrun) {MODULE}?[a-z]", c)])
 def test_a_command_is_accepted_by_its_script(command):
     script, words = without_launcher(command)
     if "/" not in script:
@@ -228,8 +233,8 @@ def test_the_readme_has_the_four_commands():
 
 @every_page
 def test_commands_in_the_text_exist(page):
-    for script in re.findall(r"`python ([\w./]+)", PAGES[page]):
-        assert (ROOT / script).is_file(), script
+    for script in re.findall(rf"`(python {MODULE}?[\w./]+)", PAGES[page]):
+        assert (ROOT / without_launcher(script)[0]).is_file(), script
     for target in re.findall(r"(?:^|`)make ([\w-]+)", PAGES[page], re.M):
         assert re.search(rf"^{target}:", MAKEFILE, re.M), target
 

@@ -20,20 +20,16 @@ from utils import UserError  # noqa: E402
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# Settings
 
-Every flag of the four commands is a setting of the file of `--config` too: in a section of the command's name, or in
-`common`, which serves all of them, without the dashes (`batch-size: 256`). The command line wins over the file, and
-the file over the defaults. `space` is a section of its own ([spaces.md](spaces.md)). Paths are relative to the file,
-and `~` is the home folder. A key given twice, and a section or setting that no command knows, are errors.
+Every flag of the four commands can also stand in the file of `--config`, without the dashes (`batch-size: 256`): in a
+section named after the command, or in `common`, which serves all of them. `space` is a section of its own
+([spaces.md](spaces.md)). The command line wins over the file, and the file over the defaults. Paths are relative to the
+file, and `~` is the home folder. Unknown settings, and a setting given twice, are errors.
 
-A setting is a field of a class in `settings/subjects.py`, from which all of this follows. To add one: the field, with
-`decides=False` if the result does not depend on it, and in `ABSENT` if its absence in an older file means something
-else than the default; then the code that takes its class.
+To add a setting: a field of a class in `settings/subjects.py`, with `decides=False` if the result does not depend on
+it, then the code that takes its class. `python tests/test_settings.py` writes this page.
 
-Made from the parsers by `python tests/test_settings.py`. A cross marks the commands that have the setting: supernet.py,
-tester.py, search.py, scratch.py.
-
-| setting | su | te | se | sc | values | meaning (default) |
-|---|---|---|---|---|---|---|
+| setting | of | values | meaning (default) |
+|---|---|---|---|
 """
 
 
@@ -59,6 +55,17 @@ def settings():
     return dict(sorted(found.items()))
 
 
+def meaning(by_script):
+    """The help of a setting; where commands have other defaults, each default with its command."""
+    helps = {script: action.help.replace("%%", "%").replace("|", "\\|") for script, action in by_script.items()}
+    texts = list(dict.fromkeys(helps.values()))
+    (head, *others) = {text.split("(default: ")[0] for text in texts}
+    if len(texts) == 1 or others:
+        return "; or: ".join(texts)
+    defaults = (f"{script}: {text.removeprefix(f'{head}(default: ')[:-1]}" for script, text in helps.items())
+    return f"{head}(default: {'; '.join(defaults)})"
+
+
 def page():
     rows = []
     for name, by_script in settings().items():
@@ -70,10 +77,8 @@ def page():
         else:
             metavar = action.metavar or name.upper()
             values = " ".join(metavar) if isinstance(metavar, tuple) else metavar
-        helps = list(dict.fromkeys(a.help.replace("%%", "%") for a in by_script.values()))
-        crosses = " | ".join("x" if script in by_script else "" for script in command_line.SCRIPTS)
-        meaning = "; or: ".join(helps).replace("|", "\\|")
-        rows.append(f"| `{name}` | {crosses} | {values.replace('|', ' or ')} | {meaning} |\n")
+        of = "all" if len(by_script) == len(command_line.SCRIPTS) else ", ".join(by_script)
+        rows.append(f"| `{name}` | {of} | {values.replace('|', ' or ')} | {meaning(by_script)} |\n")
     return HEAD + "".join(rows)
 
 

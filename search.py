@@ -64,7 +64,7 @@ from settings.subjects import (
     Weights,
 )
 from settings.subjects import Search as SearchSettings
-from space.custom import load_operations
+from space import own
 from space.evolution import Evolution, official_shares
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import Limits, as_settings, bounds_of, describe, idle_limits, make_bounds, offer
@@ -88,7 +88,7 @@ from utils import (
 )
 
 # The settings that a trial has too.
-OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "operations"]
+OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "own"]
 
 
 def parse_args(argv=None):
@@ -97,7 +97,7 @@ def parse_args(argv=None):
     parser.add(DataConfig, defaults=DataConfig.unset())
     parser.add(Images)
     parser.add(Weights, said="supernet")
-    parser.add(Space, only=("operations",))
+    parser.add(Space, only=("own",))
     parser.add(Evaluation)
     for subject in (SearchSettings, CostLimits, Trials, NNI):
         parser.add(subject)
@@ -187,7 +187,7 @@ def check_space_file(path, space, generate):
 def tester_command(args, mode):
     """The command of tester.py on the supernet and the outputs of this search."""
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
-    return command("tester.py", Run.of(vars(args)), args.operations, "--mode", mode, *weights)
+    return command("tester.py", Run.of(vars(args)), args.own, "--mode", mode, *weights)
 
 
 def find_latency_table(args, out, supernet):
@@ -239,7 +239,7 @@ def check(args, out):
     values = vars(args)
     images = Images.of(vars(args))
     prepare_images(images, args.demo)
-    load_operations(args.operations)
+    own.load(args.own)
     _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
     space = supernet.space
@@ -386,7 +386,7 @@ def report(results, space, args, out, limits, winner=None):
     if space.n_widths == 1:
         where = dataclasses.replace(Run.of(vars(args)), out=os.path.join(args.out, "channels"))
         words = ("--space", "channels", "--architecture", best_path(args))
-        channels = command("supernet.py", where, args.operations, *words)
+        channels = command("supernet.py", where, args.own, *words)
         print(f"search its channels, with the flags of the supernet's training:\n  {channels}")
     print(f"retrain the best:\n  {retrain_command(args)}")
     return winner
@@ -402,7 +402,7 @@ def retrain_command(args):
     for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
         if getattr(args, name) != getattr(known, name):
             words += [flag(name), str(getattr(args, name))]
-    text = command("scratch.py", Run.of(vars(args)), args.operations, *words)
+    text = command("scratch.py", Run.of(vars(args)), args.own, *words)
     sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
     if any("iterations" in sections.get(name, {}) for name in ("common", "scratch")):
         return text

@@ -75,7 +75,8 @@ def interrupt(number, _frame):
 @contextlib.contextmanager
 def signals(handler):
     """Within the block, SIGINT and SIGTERM are handled by `handler`: `interrupt`, or signal.SIG_IGN to ignore them."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     try:
         yield
     finally:
@@ -399,16 +400,25 @@ class _LogFile(logging.FileHandler):
 def start_logging(folder, device, seed):
     """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed."""
     folder = output_folder(folder)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in list(log.handlers):
+    for handler in [h for h in log.handlers if isinstance(h, (Screen, _LogFile))]:
         log.removeHandler(handler)
         handler.close()
-    for handler in (Screen(sys.stderr), _LogFile(folder / "run.log", errors="backslashreplace")):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
+    show_log()
+    _add_handler(_LogFile(folder / "run.log", errors="backslashreplace"))
     log.info("command: %s", shlex.join(sys.argv))
     log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, seed)
+
+
+def show_log():
+    """Logs to standard error, unless a program that imports this one has set up logging."""
+    if not log.hasHandlers():
+        _add_handler(Screen(sys.stderr))
+
+
+def _add_handler(handler):
+    log.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
 
 
 def versions():

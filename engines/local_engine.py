@@ -10,7 +10,7 @@ from engines.progress import Progress
 from engines.search_record import SearchRecord, listed_images
 from engines.trial import gpu_names, take_gpu
 from settings.subjects import DataConfig, Evaluation, Images, Run
-from space.custom import load_operations
+from space import own
 from space.evolution import Evolution
 from space.splitting import chunks, cut
 from utils import UserError, check_shared_memory, heartbeat, heartbeats_to, leave_signals_to_parent, log
@@ -174,7 +174,7 @@ def _opened(trial):
     run = Run.of(values)
     evaluation = Evaluation.of(values)
     take_gpu(run.device)
-    load_operations(values["operations"])
+    own.load(values["own"])
     return evaluation, *open_evaluation(
         values["checkpoint"], run.out, Images.of(values), DataConfig.given(values), evaluation,
         resolve_device(run.device, run.threads), run.seed, listed=listed_images(run.out),

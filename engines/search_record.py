@@ -17,7 +17,7 @@ MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by it
 LARGE = {  # settings of a search whose values nobody reads: (where they come from, how they differ)
     "space": ("search space", "another one"), "checkpoint": ("--checkpoint", "other weights"),
     "split": ("held-out images", "others"), "costs": ("--flops-table", "other FLOPs"),
-    "latency": ("--latency-table", "other latencies"), "counted": ("--operations", "other costs"),
+    "latency": ("--latency-table", "other latencies"), "counted": ("--own", "other costs"),
 }  # fmt: skip
 MAX_CORRECTIONS = 3  # of the limit on latency in a search
 # What helps where the first generation's candidates can't be told apart, in this order (docs/experiments.md).

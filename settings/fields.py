@@ -49,7 +49,7 @@ def real(low=0.0, high=1e6):
 
 
 FORM = {"type": None, "unit": None, "choices": None, "nargs": None, "path": False, "decides": True, "in_files": True,
-        "extends": False, "excludes": None}  # fmt: skip
+        "extends": False, "excludes": None, "old": None}  # fmt: skip
 
 
 def setting(default, help, type=None, **form):
@@ -67,6 +67,7 @@ def setting(default, help, type=None, **form):
         in_files: whether a YAML file may set it
         extends: whether values on the command line are appended to those in a file instead of replacing them
         excludes: the name of a group of settings that exclude each other
+        old: its name before, which flags and files may still use
     """
     if not form.keys() <= FORM.keys():
         raise TypeError(f"a setting has no {', '.join(form.keys() - FORM.keys())}")

@@ -202,6 +202,7 @@ class Training(Settings):
         count(2, 1_000_000), unit="N",
     )  # fmt: skip
     compile: bool = setting(False, "compile the operations by torch.compile, before the first step (default: no)")
+    rule: str = setting("spos", "training rule, the paper's or one of the file of --own (default: spos)", unit="NAME")
     lr: float = setting(0.5, "initial learning rate, decays linearly to 0 (default: 0.5)", real(0, 1000))
     warmup: int = setting(0, "steps of linear warm-up (default: 0)", count(0), unit="N")
     momentum: float = setting(0.9, "momentum of SGD (default: 0.9)", real(0, 1))
@@ -246,9 +247,10 @@ class Space(Settings):
         "blocks, channels, joint, small, varied, or a YAML with a section 'space' (blocks, or the architecture's)",
         unit="NAME|FILE", path=True, decides=False,
     )  # fmt: skip
-    operations: str = setting(
-        None, "Python file that registers operations of your own", unit="FILE", path=True, decides=False
-    )
+    own: str = setting(
+        None, "Python file that registers operations or training rules of your own", unit="FILE", path=True,
+        decides=False, old="operations",
+    )  # fmt: skip
     architecture: str = setting(
         None, "JSON of an architecture, one-hot or a plain list (default: {default})", unit="FILE", path=True
     )

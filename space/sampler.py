@@ -49,6 +49,10 @@ class PathSampler:
             self.edges = np.array([low + (high - low) * i // n_bins for i in range(n_bins + 1)])
             self._check_bins()
 
+    def __repr__(self):
+        bins = f", {len(self.edges) - 1} bins of FLOPs in {self.flops_range}" if self.flops_range else ""
+        return f"PathSampler(seed {self.seed}{bins}, width_warmup {self.width_warmup})"
+
     def candidate(self, step):
         """The candidate of a step; training counts steps from 1."""
         if step < self.width_warmup:

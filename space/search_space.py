@@ -32,6 +32,7 @@ UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "latency": ("milliseconds (8ms)", {"ms": 1e6}),
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
+SAME_OPERATIONS = {}  # hash of the file of own operations, in checkpoints of before -> the hash that is used now
 OTHER_OPERATIONS = ("skip_1x1", "pointwise_1x1", "mobilenet_3x3")  # the project's, not the paper's
 
 
@@ -150,7 +151,8 @@ class SearchSpace:
         names = {field.name for field in dataclasses.fields(cls)} - {"given_costs"}
         if not isinstance(values, dict) or not set(values) <= names:
             raise UserError(f"search space: {reprlib.repr(values)} has entries other than {', '.join(sorted(names))}")
-        return cls(**values)
+        digest = values.get("operations_hash", "")
+        return cls(**values | {"operations_hash": SAME_OPERATIONS.get(digest, digest)})
 
     def to_dict(self):
         """Plain numbers, strings and lists, for JSON and checkpoints; leaves out defaults that older files lack."""

@@ -158,7 +158,7 @@ def test_no_command_is_imported():
 def test_every_room_is_small_and_says_what_belongs_there():
     assert len(list(HERE.glob("*.py"))) <= 12
     for room in ROOMS:
-        assert len(list((HERE / room).glob("*.py"))) <= 10, room
+        assert len(list((HERE / room).glob("*.py"))) <= 12, room
         tree = ast.parse((HERE / room / "__init__.py").read_text())
         assert ast.get_docstring(tree).endswith(".") and len(tree.body) == 1, room
 

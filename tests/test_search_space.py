@@ -56,12 +56,7 @@ def test_published_flops():
     assert [(i, *row) for i, row in enumerate(SPACE.choice_flops, 1)] == PUBLISHED
     assert SPACE.costs.stem_flops == 5_419_008
     assert SPACE.fixed_flops - SPACE.costs.stem_flops == 33_136_640
-    assert (
-        SPACE.flops(WINNER)
-        == network.get_candidate_flops(WINNER)
-        == network.get_candidate_flops(SPACE.to_architecture(WINNER))
-        == 322_918_720
-    )
+    assert SPACE.flops(WINNER) == 322_918_720
     assert SPACE.params(WINNER) == 3_558_464
 
 
@@ -123,7 +118,7 @@ def test_flops_equal_a_count_on_the_reference():
 @pytest.mark.parametrize("size, stem_stride", [(28, 1), (64, 1), (65, 2), (224, 2)])
 def test_small_images_keep_their_size_in_the_stem(size, stem_stride):
     assert SearchSpace.for_images(size, 10).stem_stride == stem_stride
-    assert network.get_candidate_flops(WINNER, size, 10) == SearchSpace(size, 10, stem_stride).flops(WINNER)
+    assert SearchSpace.for_images(size, 10).flops(WINNER) == SearchSpace(size, 10, stem_stride).flops(WINNER)
 
 
 def test_uniform_candidates_cost_what_is_published():

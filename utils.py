@@ -240,7 +240,7 @@ def read_json(path):
 
 def read_yaml(path):
     """The mapping in a YAML file, read by safe_load. Raises UserError that names the file."""
-    import yaml  # here, because the search space needs only the standard library
+    import yaml  # here: a missing package is named in one line once this module is imported
 
     try:
         with open(path, "rb") as file:
@@ -376,7 +376,7 @@ def duration(seconds):
 
 def above_progress_bars():
     """A context in which lines on standard error are printed above tqdm's progress bars, if any."""
-    tqdm = sys.modules.get("tqdm")  # not imported here, because the search space needs only the standard library
+    tqdm = sys.modules.get("tqdm")  # not imported here: without bars there is nothing to be above
     return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
 
 

@@ -229,11 +229,14 @@ class SearchSpace:
         """The index of the operation and that of the width of a block's choice."""
         return divmod(choice, self.n_widths)
 
+    def candidate_of(self, choices):
+        """The candidate that makes these choices, one for each block: the inverse of `block_choices`."""
+        operations, widths = zip(*map(self.operation_and_width, choices))
+        return (() if self.architecture else operations) + (widths if self.n_widths > 1 else ())
+
     def uniform_candidate(self, choice):
         """The candidate that makes the same choice at every block."""
-        operation, width = self.operation_and_width(choice)
-        operations = () if self.architecture else (operation,) * self.n_blocks
-        return operations + ((width,) * self.n_blocks if self.n_widths > 1 else ())
+        return self.candidate_of([choice] * self.n_blocks)
 
     def operations_of(self, candidate):
         """The index of the operation of each block among all `operations`."""

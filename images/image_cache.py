@@ -1,14 +1,16 @@
 """Caches the images that all candidates share: calibration and validation batches, decoded once on a machine.
 
 A set of decoded (and augmented) images is one file in `--cache`, uint8 RGB, memory-mapped by all processes that
-evaluate. The name and the first block of a file identify its content; a file with other content or of the wrong
-length is written again.
+evaluate. Its name is a hash of all that its pixels depend on; there is nothing else in it, and a file of the wrong
+length is written again. No .npy file: NumPy raises anything for a damaged header, and writing through its map ends the
+process where the disk is full.
 """
 
 import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -18,8 +20,7 @@ import torch
 
 from utils import atomic_write, heartbeat, log, try_lock
 
-VERSION = 1
-HEADER_BYTES = 4096
+VERSION = 2  # of the files: those of another one have other names, and may be deleted
 
 
 class FixedBatches:
@@ -65,44 +66,42 @@ class FixedBatches:
         """The decoded images (N, H, W, 3), mapped from their file, or None."""
         if self.cache is None:
             return None
-        images = open_images(self.loader, self.plan, pathlib.Path(self.cache), self._header)
+        images = open_images(self.loader, self.plan, pathlib.Path(self.cache) / f"{self._name}.images")
         if images is None:
             self.cache = None
         return images
 
     @functools.cached_property
-    def _header(self):
-        return _header(self.loader, self.plan)
+    def _name(self):
+        return _name(self.loader, self.plan)
 
 
 # --- the file ------------------------------------------------------------------------------------------------
 
 
-def open_images(loader, plan, folder, header):
-    """Returns the decoded images of a plan, a read-only array (N, H, W, 3) mapped from a file in `folder`.
+def open_images(loader, plan, path):
+    """Returns the decoded images of a plan, a read-only array (N, H, W, 3) mapped from a file.
 
-    Writes the file if it is missing, damaged or has another header. Returns None, with a warning, if it can't be
-    written.
+    Writes the file if it is missing or incomplete. Returns None, with a warning, if it can't be written.
     """
     shape = (sum(map(len, plan)), loader.config.input_size, loader.config.input_size, 3)
-    path = folder / f"{hashlib.sha256(header).hexdigest()[:20]}.images"
     try:
-        if not _is_complete(path, header, shape):
+        if not _is_complete(path, shape):
             with _lock(path):
-                if not _is_complete(path, header, shape):  # else another process has written it meanwhile
-                    _decode(path, loader, plan, header, shape)
-        return np.memmap(path, np.uint8, "r", HEADER_BYTES, shape)
+                if not _is_complete(path, shape):  # else another process has written it meanwhile
+                    _decode(path, loader, plan, shape)
+        return np.memmap(path, np.uint8, "r", shape=shape)
     except OSError as error:
         log.warning(
             "--cache %s: can't cache decoded images there (%s); decoding them every time",
-            folder,
+            path.parent,
             error.strerror or error,
         )
         return None
 
 
-def _header(loader, plan):
-    """The first block of a file: JSON of everything that its content depends on, and a checksum of the JSON."""
+def _name(loader, plan):
+    """A hash of all that the pixels of a plan depend on."""
     files = hashlib.sha256()
     for index in np.unique(np.concatenate(plan)[:, 1]):
         path = loader.images.paths[index]
@@ -119,23 +118,18 @@ def _header(loader, plan):
         "seed": loader.seed,
         "decoder": loader.decoder,
     }
-    text = json.dumps(content, sort_keys=True)
-    return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n".encode().ljust(HEADER_BYTES)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _is_complete(path, header, shape):
-    """Whether the file exists with this header and length."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read(HEADER_BYTES) == header and os.fstat(file.fileno()).st_size == HEADER_BYTES + np.prod(shape)
-    return False
+def _is_complete(path, shape):
+    return path.exists() and path.stat().st_size == math.prod(shape)
 
 
-def _decode(path, loader, plan, header, shape):
+def _decode(path, loader, plan, shape):
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # from a process that was killed while writing
         leftover.unlink()
-    log.info("decoding %d images into %s, %.1f GB, once", shape[0], path, np.prod(shape) / 1e9)
+    log.info("decoding %d images into %s, %.1f GB, once", shape[0], path, math.prod(shape) / 1e9)
     with atomic_write(path, "wb") as file:
-        file.write(header)
         for images, _ in loader.decode(plan):
             file.write(images.cpu().numpy().tobytes())
 

@@ -15,7 +15,7 @@ import torch
 from dataloader import Loader
 from images import image_cache
 from images.dataset import DataConfig, evaluation_plan, scan
-from images.image_cache import HEADER_BYTES, FixedBatches
+from images.image_cache import FixedBatches
 from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=40)
@@ -71,7 +71,7 @@ def test_what_comes_from_the_file_is_what_the_loader_gives(images, tmp_path):
 def test_the_file_is_laid_out_as_its_size_says(images, tmp_path):
     list(fixed(images, tmp_path))
     (path,) = files(tmp_path)
-    assert path.stat().st_size == HEADER_BYTES + N_IMAGES * IMAGE_BYTES
+    assert path.stat().st_size == N_IMAGES * IMAGE_BYTES
 
 
 class Recording:
@@ -124,12 +124,12 @@ def test_other_files_are_other_images(images, tmp_path):
     assert len(files(cache)) == 3
 
 
-@pytest.mark.parametrize("damage", ["truncated", "longer", "header", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "longer", "empty"])
 def test_a_damaged_file_is_made_anew(images, tmp_path, damage):
     expected = list(fixed(images, tmp_path))
     (path,) = files(tmp_path)
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[:-1], "longer": data + b"x", "header": b"?" + data[1:], "empty": b""}[damage])
+    path.write_bytes({"truncated": data[:-1], "longer": data + b"x", "empty": b""}[damage])
     assert same(fixed(images, tmp_path), expected)
     assert path.read_bytes() == data
 
@@ -151,7 +151,7 @@ def test_a_bad_image_is_named_and_leaves_no_file(images, tmp_path):
 
 def test_a_full_disk_is_logged_and_the_images_come_anyway(images, tmp_path, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 10 * IMAGE_BYTES, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * IMAGE_BYTES, limits[1]))
     try:
         batches = fixed(images, tmp_path / "cache")
         expected = list(batches.loader.batches(batches.plan))

@@ -381,7 +381,9 @@ def above_progress_bars():
 
 
 class Screen(logging.StreamHandler):
-    """Logs to standard error, above progress bars."""
+    """Logs to standard error, above progress bars. For tqdm.contrib.logging, each command would have to be a context,
+    and to import tqdm.
+    """
 
     def emit(self, record):
         with above_progress_bars():

@@ -143,14 +143,11 @@ def summary(model, measured):
     }  # fmt: skip
 
 
-def data_config(args, search, before):
-    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError.
-
-    `before` is what `checkpoint.data_before` returns.
-    """
+def data_config(args, search):
+    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError."""
     given = DataConfig.given(vars(args))
     if not search:
-        return DataConfig.resolve(before | given)
+        return DataConfig.resolve(given)
     try:
         stored = DataConfig.from_dict(search["data"])
     except (KeyError, TypeError):
@@ -163,7 +160,7 @@ def retrain(args, folder):
     values = vars(args)
     images = Images.of(vars(args))
     search = args.architecture and searched(args.architecture)
-    config = data_config(args, search, checkpoint.data_before(folder, args.resume))
+    config = data_config(args, search)
     data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
     device = resolve_device(args.device, args.threads)
     if search and search["space"].n_classes != len(data.classes):
@@ -186,7 +183,7 @@ def retrain(args, folder):
     loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
     validation = val_batches(args, data.val, config, device)
     contents = contents_of(space, config, data.classes, architecture=list(candidate))
-    settings = deciding(values) | config.newer | {"loader": loader.backend}
+    settings = deciding(values) | {"loader": loader.backend}
     run = TrainingRun(folder, "scratch", contents, settings, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
     if args.architecture and not search:

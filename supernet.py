@@ -29,7 +29,7 @@ from settings.subjects import DataConfig, Evaluation, Images, Run, Sampling, Spa
 from space.custom import make_space
 from space.limits import offer, shown
 from space.sampler import PathSampler, default_flops_range
-from training import checkpoint, distributed
+from training import distributed
 from training.evaluation import calibration_batches, evaluate, resolve_device, validation_batches
 from training.loop import train
 from training.recipe import prepare_compiler
@@ -72,7 +72,7 @@ def main(args):
     training = Training.of(values)
     images = Images.of(values)
     folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    config = DataConfig.resolve(checkpoint.data_before(folder, args.resume) | DataConfig.given(values))
+    config = DataConfig.resolve(DataConfig.given(values))
     data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
     device = resolve_device(args.device, args.threads)
     space = make_space(
@@ -91,7 +91,7 @@ def main(args):
     heldout_loader = Loader(heldout, config, False, args.seed, device, args.loader, args.workers)
     validation = validation_batches(heldout_loader, args.eval_batch_size, args.cache)
     contents = contents_of(space, config, data.classes, data.split, flops_range=sampler.flops_range)
-    settings = deciding(values) | config.newer | {"loader": loader.backend}
+    settings = deciding(values) | {"loader": loader.backend}
     run = TrainingRun(folder, "supernet", contents, settings, args.keep)
     run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
     utils.log.info("space: %s", offer(space))

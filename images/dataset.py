@@ -235,9 +235,7 @@ class Data:
             ignored = []
             self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
             if ignored:
-                old = any(path.lower().endswith(".jfif") for path in ignored)
-                note = "; runs and searches begun without .jfif files keep their images, and new ones read them" * old
-                self.warnings.append(ignored_line(folder, ignored) + note)
+                self.warnings.append(ignored_line(folder, ignored))
         for problem in unmatched_classes(folder, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes

@@ -326,7 +326,7 @@ def private_folder(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if os.name == "posix" and (not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077):
-        raise UserError(f"{path}: holds code, and is not a folder that you alone can open (mode 0700); remove it")
+        raise UserError(f"{path}: not a folder that only you can open (mode 0700); remove it")
     return path
 
 

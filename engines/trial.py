@@ -13,11 +13,10 @@ A trial with NNI, step by step:
 import contextlib
 import os
 import pathlib
-import stat
 import tempfile
 import time
 
-from utils import UserError, heartbeat, heartbeats_to, log, try_lock
+from utils import heartbeat, heartbeats_to, log, private_folder, try_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
 # NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
@@ -122,9 +121,4 @@ def take_device(names, folder):
 
 def lock_folder():
     """This user's folder of locks, on a local disk. Raises UserError if another user could write to it."""
-    folder = pathlib.Path(tempfile.gettempdir()) / f"spos-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(f"{folder}: not a folder that only you can write to; remove it")
-    return folder
+    return private_folder(pathlib.Path(tempfile.gettempdir()) / f"spos-{os.getuid()}")

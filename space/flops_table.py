@@ -66,22 +66,14 @@ def read_flops_table(path):
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UserError(f"{path}: over {MAX_BYTES} bytes, larger than any FLOPs table")
-        _check_opcodes(data)
-        table = _Unpickler(io.BytesIO(data)).load()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        EOFError,
-        OverflowError,
-        AttributeError,
-    ) as error:
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: over {MAX_BYTES} bytes, larger than any FLOPs table")
+    try:
+        _check_opcodes(data)
+        table = _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # a damaged pickle raises ValueError, TypeError, KeyError, EOFError and others
         raise UserError(f"{path}: not a plain FLOPs table ({str(error)[:80]})") from None
     return _check_table(table, path)
 

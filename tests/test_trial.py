@@ -91,7 +91,7 @@ def test_locks_are_private(monkeypatch, tmp_path):
     folder = trial.lock_folder()
     assert folder == trial.lock_folder() and folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o770)
-    with pytest.raises(UserError, match="not a folder that only you can write to"):
+    with pytest.raises(UserError, match="not a folder that only you can open"):
         trial.lock_folder()
     folder.rmdir()
     folder.symlink_to(tmp_path)

@@ -343,6 +343,19 @@ def try_lock(path):
     return file
 
 
+def wait_for_lock(paths, text):
+    """Locks the first free one of some files; returns (its path, the open file). Logs `text` once if it has to wait."""
+    while True:
+        for path in paths:
+            if file := try_lock(path):
+                return path, file
+        if text:
+            log.info(text)
+        text = None
+        heartbeat()
+        time.sleep(0.2)
+
+
 def hold_lock(path, wait_s=0):
     """Locks a file in a run's folder. Raises UserError if another process holds it for longer than `wait_s` seconds."""
     deadline = time.monotonic() + wait_s

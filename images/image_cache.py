@@ -6,19 +6,17 @@ length is written again. No .npy file: NumPy raises anything for a damaged heade
 process where the disk is full.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
-import time
 
 import numpy as np
 import torch
 
-from utils import atomic_write, heartbeat, log, try_lock
+from utils import atomic_write, log, wait_for_lock
 
 VERSION = 2  # of the files: those of another one have other names, and may be deleted
 
@@ -87,7 +85,8 @@ def open_images(loader, plan, path):
     shape = (sum(map(len, plan)), loader.config.input_size, loader.config.input_size, 3)
     try:
         if not _is_complete(path, shape):
-            with _lock(path):
+            waits = f"{path}: another process is decoding these images; waiting for it"
+            with wait_for_lock([path.with_suffix(".lock")], waits)[1]:
                 if not _is_complete(path, shape):  # else another process has written it meanwhile
                     _decode(path, loader, plan, shape)
         return np.memmap(path, np.uint8, "r", shape=shape)
@@ -132,17 +131,3 @@ def _decode(path, loader, plan, shape):
     with atomic_write(path, "wb") as file:
         for images, _ in loader.decode(plan):
             file.write(images.cpu().numpy().tobytes())
-
-
-@contextlib.contextmanager
-def _lock(path):
-    """Holds the lock of a file within the block, after waiting for other processes to release it."""
-    waiting = False
-    while not (file := try_lock(path.with_suffix(".lock"))):
-        if not waiting:
-            log.info("%s: another process is decoding these images; waiting for it", path)
-        waiting = True
-        heartbeat()
-        time.sleep(0.2)
-    with file:
-        yield

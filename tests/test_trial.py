@@ -206,10 +206,9 @@ def test_signs_of_life_are_passed_on_now_and_then(monkeypatch):
     assert heard == [100.0, 105.0, 117.0]
 
 
-def test_who_waits_for_a_device_lives(monkeypatch, tmp_path):
+def test_who_waits_for_a_device_lives(tmp_path):
     signs = []
     holder = utils.try_lock(tmp_path / "0.lock")
-    monkeypatch.setattr(trial, "POLL_S", 0.01)
     with utils.heartbeats_to(lambda: signs.append(holder.close()) if len(signs) == 2 else signs.append(None)):
         trial.take_device(["0"], tmp_path)
     assert len(signs) == 3

@@ -389,9 +389,9 @@ def training_plan(n_images, batch_size, seed, start=0, steps=None, rank=0, world
         yield np.stack([np.full_like(indices, epoch), indices], axis=1)
 
 
-def evaluation_plan(n_images, batch_size, rank=0, world_size=1):
-    """Batches of a rank; together, all ranks have every image once. The last batch may be smaller."""
-    indices = np.arange(rank, n_images, world_size)
+def evaluation_plan(n_images, batch_size):
+    """Batches that have every image once. The last one may be smaller."""
+    indices = np.arange(n_images)
     samples = np.stack([np.zeros_like(indices), indices], axis=1)
     return [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
 

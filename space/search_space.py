@@ -295,11 +295,6 @@ class SearchSpace:
         """Parameters of the candidate as a stand-alone network, with affine BN."""
         return self.cost("params", candidate)
 
-    @functools.cached_property
-    def flops_range(self):
-        """The lowest and the highest FLOPs of any candidate."""
-        return self.cost_range("flops")
-
     def cost_range(self, name):
         """The lowest and the highest of one of COSTS of any candidate: exact, since costs are sums over the blocks."""
         rows, fixed = self.cost_rows(name)
@@ -340,10 +335,6 @@ class SearchSpace:
         """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
         costs, below = self._distribution(name)
         return int(costs[bisect.bisect_left(below, share)])
-
-    def flops_quantile(self, share):
-        """The FLOPs at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
-        return self.quantile("flops", share)
 
     def flops_value(self, text, flag="FLOPs"):
         """Multiply-adds from a number ("330000000", "330M", "700k") or a quantile of uniform candidates ("59%")."""

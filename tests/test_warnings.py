@@ -190,7 +190,7 @@ def test_a_search_that_ranks_by_the_loss_is_not_advised_to():
 def test_the_report_repeats_the_warnings(tmp_path):
     space = SearchSpace.for_images(28, 10)
     settings = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "mutation_prob": 0.1, "generations": 1}
-    settings |= {"seed": 0, "flops_limit": space.flops_quantile(0.59), "space": space.to_dict()}
+    settings |= {"seed": 0, "flops_limit": space.quantile("flops", 0.59), "space": space.to_dict()}
     prepare_search(tmp_path, settings, resume=False, warnings=["c.pth: step 3 of 9"])
     record = SearchRecord(tmp_path, space, Evolution.from_settings(space, settings))
     for number, candidate in enumerate(record.pending()):

@@ -224,16 +224,25 @@ if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of thi
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+def read_bytes(path, most):
+    """The content of a file. Raises UserError if it can't be read, or has more than `most` bytes."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise UserError(f"{path}: over {MAX_JSON_BYTES} bytes, larger than any file of this project")
-        return json.loads(data)
+            data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # as of a null character in the name
+        raise UserError(f"{path!r}: {error}") from None
+    if len(data) > most:
+        raise UserError(f"{path}: over {most} bytes, larger than any such file of this project")
+    return data
+
+
+def read_json(path):
+    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+    data = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
 
@@ -242,15 +251,7 @@ def read_yaml(path):
     """The mapping in a YAML file, read by safe_load. Raises UserError that names the file."""
     import yaml  # here: a missing package is named in one line once this module is imported
 
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path!r}: {error}") from None
-    if len(data) > MAX_YAML_BYTES:
-        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, larger than any settings")
+    data = read_bytes(path, MAX_YAML_BYTES)
     try:
         document = yaml.load(data, _unique_keys_loader())
     except UserError as error:

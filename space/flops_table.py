@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import reprlib
 
-from utils import HERE, UserError
+from utils import HERE, UserError, read_bytes
 
 OFFICIAL = HERE / "data" / "op_flops_dict.pkl"  # where a user may put the official file; not part of this project
 MAX_BYTES = 1_000_000  # the official table has a few kB
@@ -63,13 +63,7 @@ def read_flops_table(path):
 
     Raises UserError if the file is missing or larger than any table, or holds anything but a table.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: over {MAX_BYTES} bytes, larger than any FLOPs table")
+    data = read_bytes(path, MAX_BYTES)
     try:
         _check_opcodes(data)
         table = _Unpickler(io.BytesIO(data)).load()

@@ -225,33 +225,34 @@ if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of thi
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+def read_bytes(path, most):
+    """The content of a file. Raises UserError if it can't be read, or has more than `most` bytes."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise UserError(f"{path}: over {MAX_JSON_BYTES} bytes, larger than any file of this project")
-        return json.loads(data)
+            data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # as of a null character in the name
+        raise UserError(f"{path!r}: {error}") from None
+    if len(data) > most:
+        raise UserError(f"{path}: over {most} bytes, larger than any such file of this project")
+    return data
+
+
+def read_json(path):
+    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+    data = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
 
 
 def read_yaml(path):
     """The mapping in a YAML file, read by safe_load. Raises UserError that names the file."""
-    import yaml  # here, because the search space needs only the standard library
+    import yaml  # here: a missing package is named in one line once this module is imported
 
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path!r}: {error}") from None
-    if len(data) > MAX_YAML_BYTES:
-        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, larger than any settings")
+    data = read_bytes(path, MAX_YAML_BYTES)
     try:
         document = yaml.load(data, _unique_keys_loader())
     except UserError as error:
@@ -327,7 +328,7 @@ def private_folder(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if os.name == "posix" and (not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077):
-        raise UserError(f"{path}: holds code, and is not a folder that you alone can open (mode 0700); remove it")
+        raise UserError(f"{path}: not a folder that only you can open (mode 0700); remove it")
     return path
 
 
@@ -342,6 +343,19 @@ def try_lock(path):
         file.close()
         return None
     return file
+
+
+def wait_for_lock(paths, text):
+    """Locks the first free one of some files; returns (its path, the open file). Logs `text` once if it has to wait."""
+    while True:
+        for path in paths:
+            if file := try_lock(path):
+                return path, file
+        if text:
+            log.info(text)
+        text = None
+        heartbeat()
+        time.sleep(0.2)
 
 
 def hold_lock(path, wait_s=0):
@@ -377,12 +391,14 @@ def duration(seconds):
 
 def above_progress_bars():
     """A context in which lines on standard error are printed above tqdm's progress bars, if any."""
-    tqdm = sys.modules.get("tqdm")  # not imported here, because the search space needs only the standard library
+    tqdm = sys.modules.get("tqdm")  # not imported here: without bars there is nothing to be above
     return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
 
 
 class Screen(logging.StreamHandler):
-    """Logs to standard error, above progress bars."""
+    """Logs to standard error, above progress bars. For tqdm.contrib.logging, each command would have to be a context,
+    and to import tqdm.
+    """
 
     def emit(self, record):
         with above_progress_bars():

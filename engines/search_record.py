@@ -281,10 +281,7 @@ def prepare_search(out, settings, resume, warnings=(), started_with=None):
 
 
 def settings_difference(before, now, ignore=()):
-    """{flag, or what it is: "0.5 (was 0.3)"} of what differs between the settings of two searches.
-
-    Settings of the data that the earlier file lacks have the value that their absence means.
-    """
+    """{flag, or what it is: "0.5 (was 0.3)"} of what differs between the settings of two searches."""
     changes = difference(SEARCH, _by_flags(before), _by_flags(now), ignore)
     for name in changes.keys() & LARGE.keys():
         where, how = LARGE[name]

@@ -23,7 +23,7 @@ def default_flops_range(space):
     """(low, high) in multiply-adds: 290M to 360M in the paper's space, in others the same quantiles."""
     if space.is_papers:
         return 290_000_000, 360_000_000
-    return space.flops_quantile(0.0014), space.flops_quantile(0.9986)
+    return space.quantile("flops", 0.0014), space.quantile("flops", 0.9986)
 
 
 class PathSampler:
@@ -115,7 +115,7 @@ class PathSampler:
             if hits.min() >= needed:
                 return
         rarest = int(hits.argmin())
-        low, high = self.space.flops_range
+        low, high = self.space.cost_range("flops")
         usual_low, usual_high = default_flops_range(self.space)
         rare = f"{rarest + 1} of {n_bins}, {self.edges[rarest]} to {self.edges[rarest + 1]}"
         raise UserError(

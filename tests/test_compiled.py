@@ -160,15 +160,15 @@ def test_a_folder_of_code_is_its_users_alone(tmp_path, monkeypatch):
     assert folder.stat().st_mode & 0o777 == 0o700 and private_folder(folder) == folder
     for mode in (0o770, 0o702, 0o740):
         folder.chmod(mode)
-        with pytest.raises(UserError, match=r"compiled: holds code, .*0700"):
+        with pytest.raises(UserError, match=r"compiled: not a folder .*0700"):
             private_folder(folder)
     folder.chmod(0o700)
     monkeypatch.setattr("os.getuid", lambda: folder.stat().st_uid + 1)
-    with pytest.raises(UserError, match="holds code"):
+    with pytest.raises(UserError, match="not a folder that only you can open"):
         private_folder(folder)
     monkeypatch.undo()
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(UserError, match="holds code"):
+    with pytest.raises(UserError, match="not a folder that only you can open"):
         private_folder(tmp_path / "link")
 
 

@@ -86,7 +86,7 @@ def accuracy(candidate):
 
 def settings(*objectives):
     evolution = {"population": 8, "select": 3, "mutation": 4, "crossover": 4, "mutation_prob": 0.1, "generations": 4}
-    return evolution | {"seed": 2, "flops_limit": SPACE.flops_range[1], "objectives": ["acc1", *objectives]}
+    return evolution | {"seed": 2, "flops_limit": SPACE.cost_range("flops")[1], "objectives": ["acc1", *objectives]}
 
 
 def fill(out, own, stop_after=10**9):

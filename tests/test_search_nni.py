@@ -425,7 +425,7 @@ def test_limit_is_official_at_imagenets_size_and_its_share_elsewhere():
         return make_bounds(space, args.limit or (), args.flops_limit)
 
     assert limits(SearchSpace()) == {"flops": (None, 330_000_000)}
-    assert limits(SPACE) == {"flops": (None, SPACE.flops_quantile(0.59))}
+    assert limits(SPACE) == {"flops": (None, SPACE.quantile("flops", 0.59))}
     assert limits(SPACE, "--flops-limit", "25M") == {"flops": (None, 25_000_000)}
 
 

@@ -98,14 +98,22 @@ def check_classes(ckpt, classes):
         raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")
 
 
-def check_settings(ckpt, settings, folder):
-    """Raises UserError, naming the flags, if a run has other settings than the one that it would resume."""
+def check_settings(ckpt, content, folder):
+    """Raises UserError, naming the flags, if a run has other settings than the one that it would resume.
+
+    `content` is that of a checkpoint of the run: its "settings", and its "data", which they leave to defaults.
+    """
+
+    def known(content):
+        given = {name: value for name, value in content["settings"].items() if value is not None}
+        return (DataConfig.from_dict(content["data"]).to_dict() if content["data"] else {}) | given
+
     before = ckpt.content["settings"]
-    if not before and settings:
+    if not before and content["settings"]:
         log.warning("warning: %s: has no settings to compare with those of now", ckpt.path)
         return
     ignored = () if "rule" in before else ("paths",)  # of runs from Python before
-    if changes := difference(SUBJECTS, before, settings, ignored):
+    if changes := difference(SUBJECTS, known(ckpt.content), known(content), ignored):
         flags = {name: flag(name) for name in changes} | {"processes": "processes"}  # not a flag
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
         raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")

@@ -168,7 +168,7 @@ class TrainingRun:
             raise UserError(f"{path}: not a checkpoint of this program; use {advice}")
         if missing := STATE - content.keys():
             raise UserError(f"{path}: has no {min(missing)} to resume from; use {advice}")
-        checkpoint.check_settings(found, self.settings, self.folder)
+        checkpoint.check_settings(found, self.contents | {"settings": self.settings}, self.folder)
         known = content | {"space": found.space.to_dict()}
         for name in ("space", "split", "classes", "architecture"):
             if known.get(name) != self.contents.get(name):

@@ -47,7 +47,7 @@ class Start:
         distributed.per_rank_batch_size(self.training.batch_size, self.training.micro_batch)
         if self.training.compile:
             prepare_compiler(self.device, self.images.cache, space.n_widths)
-        settings = deciding(self.values) | self.config.newer | {"loader": loader.backend}
+        settings = deciding(self.values) | {"loader": loader.backend}
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code
         contents = contents_of(space, self.config, self.data.classes, **contents)

@@ -9,6 +9,7 @@ import functools
 import threading
 
 from engines import trial
+from engines.heartbeats import heartbeat_file, note_heartbeat
 from engines.search_record import SearchRecord
 from space.evolution import Evolution
 from space.search_space import SearchSpace
@@ -107,10 +108,9 @@ class EvolutionWithFlops(Tuner):
             self.record.add(result, trial_id)
         self._plan_and_send()
 
-    @_stops_search_on_error
     def hear(self, trial_id, results):
-        """Counts a heartbeat of a trial, and keeps its results so far."""
-        self.record.hear(trial_id)
+        """Notes a heartbeat of a trial, and keeps its results so far."""
+        note_heartbeat(heartbeat_file(self.record.out, trial_id))
         if results:
             self.keep(trial_id, results)
 

@@ -159,6 +159,20 @@ def heartbeat():
             listener()
 
 
+class Silence:
+    """For how long others have given no heartbeat, by the clock of this process, which listens."""
+
+    def __init__(self):
+        self.noticed = {}  # name -> (its mark, when this process saw that first)
+
+    def seconds(self, name, mark):
+        """Seconds since `mark`, a value that each heartbeat changes, was seen first."""
+        now = time.monotonic()
+        if name not in self.noticed or self.noticed[name][0] != mark:
+            self.noticed[name] = mark, now
+        return now - self.noticed[name][1]
+
+
 def run_script(main, parse_args, may_print=lambda line: True):
     """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2, Ctrl-C
     one line and exit code 130. If the reader of standard output has ended (`| head -1`): no line, exit code 141.

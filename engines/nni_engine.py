@@ -13,13 +13,14 @@ import socket
 import sys
 import time
 
+from engines.heartbeats import forget_heartbeats, read_heartbeats
 from engines.machines import NOTICE_S, Connections, MachinesLost, check_machines
 from engines.progress import Progress
 from engines.search_record import prepare_search, state_path
 from engines.trial import lock_folder
 from settings.command_line import write_settings
 from settings.subjects import EVOLUTION
-from utils import HERE, UserError, log, read_yaml, signals, try_lock
+from utils import HERE, Silence, UserError, log, read_yaml, signals, try_lock
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 LOOPBACK = "127.0.0.1", "localhost", "::1"
@@ -177,14 +178,14 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
                     logs = folder / experiment.id / "log"
                     raise UserError(f"NNI did not start ({error}); its logs are in {logs}") from None
             log.info("NNI experiment %s, web UI at http://%s:%d", experiment.id, host, port)
-            listener = _Listener(trial_timeout)
+            listener = _Listener(out, trial_timeout)
             (manager,) = set(me.children()) - earlier
             while not progress.read()["done"]:
                 time.sleep(POLL_S)
                 started |= set(me.children(recursive=True)) - earlier
                 connections.check()
                 _check_alive(progress, manager, folder / experiment.id)
-                for job in listener.silent(experiment, progress.state["heard"]):
+                for job in listener.silent(experiment):
                     log.warning("trial %s gave no heartbeat for %d s: ending it", job, trial_timeout)
                     experiment.kill_trial_job(job)
         except UserError as error:
@@ -203,6 +204,7 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
                     with contextlib.suppress(Exception):
                         experiment.stop()
                 _end_processes(started)
+                forget_heartbeats(out)
 
 
 @contextlib.contextmanager
@@ -282,25 +284,21 @@ class _Listener:
     The tuner sends the candidates of a trial that was ended to other trials.
     """
 
-    def __init__(self, trial_timeout):
+    def __init__(self, out, trial_timeout):
+        self.out = out
         self.trial_timeout = trial_timeout
         self.next_look = 0.0
-        self.heard = {}  # running trial -> (its heartbeats so far, time of the last one)
+        self.silence = Silence()
 
-    def silent(self, experiment, heartbeats):
-        """The running trials that hang; `heartbeats` maps trials to their numbers of heartbeats."""
+    def silent(self, experiment):
+        """The running trials that hang."""
         now = time.monotonic()
         if now < self.next_look:
             return []
         self.next_look = now + min(LISTEN_S, self.trial_timeout / 4)
         running = [job.trialJobId for job in experiment.list_trial_jobs() if job.status == "RUNNING"]
-        before = self.heard
-        self.heard = {}
-        for job in running:
-            n, since = before.get(job, (None, now))
-            found = heartbeats.get(job, 0)
-            self.heard[job] = (n, since) if n == found else (found, now)
-        return [job for job, (_, since) in self.heard.items() if now - since > self.trial_timeout]
+        heartbeats = read_heartbeats(self.out)
+        return [job for job in running if self.silence.seconds(job, heartbeats.get(job)) > self.trial_timeout]
 
 
 def _end_processes(processes):

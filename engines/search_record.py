@@ -38,9 +38,8 @@ class SearchRecord:
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer), heard (heartbeats of each NNI trial), and where latency is
-                                   limited, confirmations: for each time that the best were measured as whole networks,
-                                   what was found and what followed
+                                   pid (of the writer), and where latency is limited, confirmations: for each time
+                                   that the best were measured as whole networks, what was found and what followed
 
     A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
@@ -127,12 +126,6 @@ class SearchRecord:
         """Records that a candidate has failed for good; returns as `add`."""
         numbers = dict.fromkeys(MEASURED)
         return self._append(candidate, {**numbers, "error": error}, trial)
-
-    def hear(self, trial):
-        """Counts a heartbeat of a trial, for nni_engine.py, which ends a silent one."""
-        heard = self.state["heard"]
-        heard[trial] = heard.get(trial, 0) + 1
-        self._write_state()
 
     def _append(self, candidate, numbers, trial):
         if candidate not in self.evolution.population or candidate in self.results:
@@ -274,7 +267,7 @@ def prepare_search(out, settings, resume, warnings=(), started_with=None):
                 advice = "leave the flags out, or name another --out"
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; {advice}")
             state = found
-        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "heard": {}}
+        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings)}
         state |= {"started_with": started_with} if started_with else {}
         write_json(path, state, indent=1)
     return state

@@ -22,6 +22,7 @@ import yaml
 
 import search
 from engines import nni_engine
+from engines.heartbeats import heartbeat_file
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import EvolutionWithFlops
 from space.evolution import Evolution
@@ -241,17 +242,20 @@ class FakeExperiment:
         return [types.SimpleNamespace(trialJobId=name, status=status) for name, status in self.jobs.items()]
 
 
-def test_a_trial_that_hangs_is_noticed_by_its_silence(monkeypatch):
+def test_a_trial_that_hangs_is_noticed_by_its_silence(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(nni_engine.time, "monotonic", lambda: clock[0])
-    experiment, listener, signs = FakeExperiment(a="RUNNING", b="RUNNING", w="WAITING"), nni_engine._Listener(300), {}
+    experiment, listener = FakeExperiment(a="RUNNING", b="RUNNING", w="WAITING"), nni_engine._Listener(tmp_path, 300)
+    file = heartbeat_file(tmp_path, "a")
+    file.parent.mkdir(parents=True)
     ended = {}
     for clock[0] in range(1000, 2000):
         if clock[0] == 1100:
             experiment.jobs["late"] = "RUNNING"
         if clock[0] < 1600:
-            signs["a"] = signs.get("a", 0) + 1  # b gives none at all
-        for job in listener.silent(experiment, signs):
+            file.touch()
+            os.utime(file, (clock[0], clock[0]))  # b gives none at all
+        for job in listener.silent(experiment):
             ended[job] = clock[0]
             del experiment.jobs[job]
     assert ended.keys() == {"a", "b", "late"}

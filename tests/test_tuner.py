@@ -10,6 +10,7 @@ from test_search_record import SETTINGS, result
 
 import evolution_tuner
 from engines import trial
+from engines.heartbeats import read_heartbeats
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import EvolutionWithFlops, KeepResults
 from space.evolution import Evolution
@@ -107,16 +108,20 @@ def test_an_assessor_passes_intermediate_results_to_the_tuner_of_its_process(tmp
     assert nni.tuner.record.trials == {tuple(first): "abc"}
 
 
-def test_signs_of_life_are_counted_and_are_no_results(tmp_path):
+def test_heartbeats_are_noted_and_are_no_results(tmp_path):
     nni = FakeNNI(tmp_path)
     nni.tuner.fruitless = 3
-    for n in (1, 2):
-        KeepResults().assess_trial("abc", [trial.intermediate()] * n)
+    written = state_path(tmp_path).stat()
+    KeepResults().assess_trial("abc", [trial.intermediate()])
     KeepResults().assess_trial("def", [trial.intermediate()])
-    assert nni.state["heard"] == {"abc": 2, "def": 1} and nni.state["evaluated"] == 0 and nni.tuner.fruitless == 3
+    before = read_heartbeats(tmp_path)
+    assert before.keys() == {"abc", "def"} and nni.tuner.fruitless == 3
+    assert state_path(tmp_path).stat() == written  # a heartbeat writes nothing that lasts
+    time.sleep(0.02)
     first = tuple(nni.sent[0][1]["candidates"][0])
     KeepResults().assess_trial("abc", [trial.intermediate(), trial.intermediate(result(first))])
-    assert nni.state["heard"]["abc"] == 3 and nni.state["evaluated"] == 1
+    after = read_heartbeats(tmp_path)
+    assert after["abc"] > before["abc"] and after["def"] == before["def"] and nni.state["evaluated"] == 1
 
 
 @pytest.mark.parametrize(("concurrency", "per_trial", "total"), [(1, None, 4), (2, None, 4), (3, None, 4), (3, 1, 3)])

@@ -43,6 +43,7 @@ from engines.search_record import (
     read_generations,
     read_results,
     read_state,
+    starts,
     state_path,
     unconfirmed,
 )
@@ -75,6 +76,7 @@ from training.evaluation import NO_GPU
 from utils import (
     Interrupted,
     UserError,
+    circumstances,
     cores,
     hold_lock,
     interrupt,
@@ -152,7 +154,8 @@ def settings_of(parser, given):
 
 def started_with(out):
     """(demo, config): whether the search in `out` was started with --demo, and its file of settings."""
-    found = read_state(out).get("started_with", {})
+    state = read_state(out)
+    found = [state.get("started_with", {}), *starts(state)][-1]  # the former in searches of before there were starts
     path = found.get("config")
     return bool(found.get("demo")), path if path and os.path.exists(path) else None
 
@@ -286,8 +289,9 @@ def check(args, out):
 
 def prepare(search, args, out):
     """Writes or checks the state file, and starts the log."""
-    started = {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
-    state = prepare_search(out, search.settings, args.resume, search.warnings, started)
+    start = {"command": shlex.join(["python", *sys.argv]), "versions": circumstances(args.device, args.seed)}
+    start |= {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
+    state = prepare_search(out, search.settings, args.resume, search.warnings, start)
     folder = out / "checkpoints" / "search"
     start_logging(folder, args.device, args.seed)
     write_settings(folder / "config.yml", "search", vars(args))

@@ -422,7 +422,12 @@ def start_logging(folder, device, seed):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.info("command: %s", shlex.join(sys.argv))
-    log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, seed)
+    log.info("versions: %s", circumstances(device, seed))
+
+
+def circumstances(device, seed):
+    """What a run needs to be repeated besides its command, as one line."""
+    return f"{versions()}; commit {commit()}; device {device}; seed {seed}"
 
 
 def versions():

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import statistics
+import time
 
 from settings.fields import difference, flag
 from settings.subjects import FIELDS, SEARCH, DataConfig, is_path
@@ -38,8 +39,9 @@ class SearchRecord:
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer), and where latency is limited, confirmations: for each time
-                                   that the best were measured as whole networks, what was found and what followed
+                                   pid (of the writer), starts (command, versions, demo, config, begun, last, of
+                                   each start of the search), and where latency is limited, confirmations: for each
+                                   time that the best were measured as whole networks, what was found and what followed
 
     A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
@@ -182,6 +184,8 @@ class SearchRecord:
 
     def _write_state(self, **changes):
         self.state |= {"evaluated": len(self.results), **changes}
+        for start in starts(self.state)[-1:]:
+            start["last"] = time.time()
         write_json(state_path(self.out), self.state, indent=1)
 
     def stop(self, error):
@@ -196,6 +200,11 @@ def _reward(result):
 def confirmations(state):
     """The rows about candidates that were measured as whole networks, in the state of a search."""
     return state.get("confirmations", [])
+
+
+def starts(state):
+    """The starts of a search, in its state, the last one last; none in searches of before they were kept."""
+    return state.get("starts", [])
 
 
 def n_generations(state):
@@ -242,10 +251,11 @@ def read_state(out):
     return found
 
 
-def prepare_search(out, settings, resume, warnings=(), started_with=None):
+def prepare_search(out, settings, resume, warnings=(), start=None):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
-    `started_with` is kept in the state, for the commands that are printed when the search is resumed without flags.
+    `start` (command, versions, demo, config) is kept in the state: for the report, and for the commands that are
+    printed when the search is resumed without flags.
 
     A search that is resumed may have more generations than before. Raises UserError if `out` has a search and
     `resume` is false, or where that search has other settings.
@@ -267,8 +277,9 @@ def prepare_search(out, settings, resume, warnings=(), started_with=None):
                 advice = "leave the flags out, or name another --out"
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; {advice}")
             state = found
-        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings)}
-        state |= {"started_with": started_with} if started_with else {}
+        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "starts": starts(state)}
+        if start:
+            state["starts"] += [{**start, "begun": time.time(), "last": time.time()}]
         write_json(path, state, indent=1)
     return state
 

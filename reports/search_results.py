@@ -13,6 +13,7 @@ from engines.search_record import (
     ranked,
     read_generations,
     settings_difference,
+    starts,
     state_path,
 )
 from settings.subjects import EVOLUTION
@@ -67,6 +68,7 @@ class SearchResults:
             raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
         self.objectives = self.settings.get("objectives", [])
         self.confirmations = confirmations(self.state)
+        self.starts = starts(self.state)
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
         self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations

@@ -93,7 +93,7 @@ from utils import (
 OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "operations"]
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "search")
     parser.add(Run)
     parser.add(DataConfig, defaults=DataConfig.unset())
@@ -103,6 +103,11 @@ def parse_args(argv=None):
     parser.add(Evaluation)
     for subject in (SearchSettings, CostLimits, Trials, NNI):
         parser.add(subject)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     before = {}  # settings of the search that is resumed
 
     def defaults(given):

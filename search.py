@@ -328,7 +328,7 @@ def run(search, args, out):
                     if reason := cannot_measure(search.latency):
                         log.warning("warning: the winner's latency is not checked: %s, then --resume", reason)
                         return
-                    confirm(search.space, search.settings, out, search.latency)
+                    confirm(out, search.latency)
                 else:
                     return
     except Interrupted as error:
@@ -343,18 +343,14 @@ def run(search, args, out):
 
 def run_engine(search, args, out):
     """Runs the generations that are left on the engine of the flags."""
-    space = search.space
-    settings = search.settings
-    experiment = search.experiment
     trial = trial_settings(args, out, search.supernet)
     sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
     sizes["trial_timeout"] = args.trial_timeout
     if args.engine == "local":
-        search_locally(space, settings, out, trial, **sizes)
+        search_locally(out, trial, **sizes)
     else:
-        command = trial_command(experiment, out, trial)
-        hosting = {"host": args.host, "port": args.port}
-        search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+        command = trial_command(search.experiment, out, trial)
+        search_with_nni(out, command, search.experiment, host=args.host, port=args.port, **sizes)
 
 
 def print_best(best, winner, limits):

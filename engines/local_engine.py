@@ -13,7 +13,6 @@ from engines.search_record import SearchRecord, listed_images
 from engines.trial import gpu_names, take_gpu
 from settings.subjects import DataConfig, Evaluation, Images, Run
 from space.custom import load_operations
-from space.evolution import Evolution
 from space.splitting import chunks, cut
 from utils import Silence, UserError, check_shared_memory, heartbeat, heartbeats_to, leave_signals_to_parent, log
 
@@ -22,21 +21,21 @@ HEARTBEAT_S = 0.2  # between those of a worker
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 
 
-def search_locally(space, settings, out, trial, concurrency=1, candidates_per_trial=None, trial_timeout=300):
+def search_locally(out, trial, concurrency=1, candidates_per_trial=None, trial_timeout=300):
     """Runs the search that `prepare_search` has set up in `out`, to its end.
 
     `trial` has the settings of a trial (name -> value). Candidates whose evaluation fails, whose worker dies, or whose
     worker gives no heartbeat for `trial_timeout` seconds, are evaluated again; those that fail again, on their own,
     count as failed. Raises UserError if no candidate can be evaluated.
     """
-    record = SearchRecord(out, space, Evolution.from_settings(space, settings))
+    record = SearchRecord(out)
     progress = Progress(out)
     with Workers(trial, concurrency, trial_timeout) as workers:
         while waiting := record.pending():
             progress.read()
             # The lists of NNI's trials, each cut as a trial cuts its own.
-            trials = chunks(space, waiting, workers.n, candidates_per_trial)
-            lists = [few for candidates in trials for few in cut(space, candidates)]
+            trials = chunks(record.space, waiting, workers.n, candidates_per_trial)
+            lists = [few for candidates in trials for few in cut(record.space, candidates)]
             generation = record.evolution.generation
             names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
             # First in lists; then those that failed, each on its own; then one at a time, because a worker that dies

@@ -16,10 +16,9 @@ import time
 from engines.heartbeats import forget_heartbeats, read_heartbeats
 from engines.machines import NOTICE_S, Connections, MachinesLost, check_machines
 from engines.progress import Progress
-from engines.search_record import prepare_search, state_path
+from engines.search_record import prepare_search, read_state, state_path
 from engines.trial import lock_folder
 from settings.command_line import write_settings
-from settings.subjects import EVOLUTION
 from utils import HERE, Silence, UserError, log, read_yaml, signals, try_lock
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
@@ -88,7 +87,7 @@ def trial_command(experiment, out, settings):
     return [*words, "--config", str(path)]
 
 
-def search_with_nni(space, command, settings, out, experiment, concurrency=1, candidates_per_trial=None, **hosting):
+def search_with_nni(out, command, experiment, concurrency=1, candidates_per_trial=None, **hosting):
     """Runs the search that `prepare_search` has set up in `out`, as an NNI experiment, to its end.
 
     `command` is that of a trial, as a list of words; `experiment` is the content of config_search.yml; `hosting` are
@@ -96,7 +95,7 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
     experiment resumes the search on the other machines.
     """
     while True:
-        config = _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial)
+        config = _nni_config(out, command, experiment, concurrency, candidates_per_trial)
         try:
             return host_experiment(config, out, **hosting)
         except MachinesLost as lost:
@@ -108,21 +107,14 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
         time.sleep(FORGET_S)
         concurrency = max(1, concurrency * len(left) // len(machines))
         experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
-        prepare_search(out, settings, resume=True)
+        prepare_search(out, read_state(out)["settings"], resume=True)
 
 
-def _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial):
+def _nni_config(out, command, experiment, concurrency, candidates_per_trial):
     """The content of the experiment file, completed for this search."""
     tuner = experiment["tuner"]
     assessor = experiment["assessor"]
-    class_args = {
-        "out": str(out),
-        "space": space.to_dict(),
-        **{name: settings[name] for name in ("flops_limit", "limits", "objectives") if name in settings},
-        "concurrency": concurrency,
-        "costs": json.loads(json.dumps(space.costs)),  # NNI takes plain lists
-        **{name: settings[name] for name in EVOLUTION},
-    }
+    class_args = {"out": str(out), "concurrency": concurrency}
     if candidates_per_trial:
         class_args["candidates_per_trial"] = candidates_per_trial
     return {

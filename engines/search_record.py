@@ -1,4 +1,4 @@
-"""The files of a search: written while it runs, read to resume or report it. Needs the standard library only."""
+"""The files of a search: written while it runs, read to resume or report it."""
 
 import collections
 import contextlib
@@ -11,6 +11,9 @@ import time
 
 from settings.fields import difference, flag
 from settings.subjects import FIELDS, SEARCH, DataConfig, is_path
+from space.evolution import Evolution
+from space.limits import bounds_of, describe
+from space.search_space import SearchSpace
 from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
 MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by its evaluation
@@ -29,7 +32,8 @@ HELPS = (
 
 
 class SearchRecord:
-    """An evolution with everything that a search writes below `out`; one process at a time may have it.
+    """The evolution of the search that `prepare_search` has set up in `out`, with everything that the search writes
+    there; one process at a time may have it.
 
         acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5, loss,
                                    n_images, seconds, and error where it failed (acc1 null); params and latency_ms
@@ -47,15 +51,17 @@ class SearchRecord:
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
     """
 
-    def __init__(self, out, space, evolution):
-        self.out, self.space, self.evolution = pathlib.Path(out), space, evolution
+    def __init__(self, out):
+        self.out = pathlib.Path(out)
         self.lock = _hold_writer_lock(out)
         self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
+        self.space = space_of(self.state["settings"])
+        self.evolution = Evolution.from_settings(self.space, self.state["settings"])
         self.confirmations = list(confirmations(self.state))  # those to replay
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         for result in read_results(out, repair=True):
-            candidate = space.check(result["architecture"])
+            candidate = self.space.check(result["architecture"])
             self.trials[candidate] = result.pop("trial", None)
             self.results[candidate] = result
         self._write_state()
@@ -218,6 +224,22 @@ def unconfirmed(state):
     return "latency" in state["settings"].get("limits", ()) and not (rows and rows[-1]["after"] == state["generation"])
 
 
+def space_of(settings):
+    """The SearchSpace of a search with these settings, with the costs that the search had.
+
+    An operation of one's own is counted by its module, which only search.py has; tables are not read again.
+    """
+    space = SearchSpace.from_dict(settings["space"])
+    if counted := settings.get("counted"):
+        space = space.with_costs(*counted)
+    given = {}
+    if table := settings.get("costs"):
+        given |= {"flops": table[0], "stem_flops": table[1], "tail_flops": 0}
+    if table := settings.get("latency"):
+        given |= {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
+    return space.with_costs(*space.costs._replace(**given)) if given else space
+
+
 def costs_of(settings):
     """The costs that matter in a search with these settings: FLOPs, what it limits, and what it makes low."""
     named = {"flops", *settings.get("limits", ()), *settings.get("objectives", ())}
@@ -298,8 +320,6 @@ def settings_difference(before, now, ignore=()):
 
 def _by_flags(settings):
     """The settings of a search by the names of its flags."""
-    from space.limits import bounds_of, describe  # here, because they need NumPy
-
     settings = dict(settings)
     data = settings.pop("data", None)
     if isinstance(data, dict):

@@ -13,12 +13,12 @@ from engines.search_record import (
     ranked,
     read_generations,
     settings_difference,
+    space_of,
     starts,
     state_path,
 )
 from settings.subjects import EVOLUTION
 from space.limits import Limits, bounds_of
-from space.search_space import SearchSpace
 from utils import UserError, read_json
 
 FEWEST = 8  # accuracies, to estimate a spread from
@@ -40,18 +40,9 @@ class SearchResults:
         self.state = read_json(state_path(out))
         try:
             self.settings = self.state["settings"]
-            self.space = SearchSpace.from_dict(self.settings["space"])
+            self.space = space_of(self.settings)
             self.bounds = bounds_of(self.settings)
             closed = self.state["generation"]
-            if counted := self.settings.get("counted"):
-                self.space = self.space.with_costs(*counted)
-            if table := self.settings.get("costs"):
-                flops, fixed = table
-                costs = {"flops": flops, "stem_flops": fixed, "tail_flops": 0}
-                self.space = self.space.with_costs(*self.space.costs._replace(**costs))
-            if table := self.settings.get("latency"):
-                latency = {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
-                self.space = self.space.with_costs(*self.space.costs._replace(**latency))
         except (KeyError, TypeError):
             raise UserError(f"{state_path(out)}: not the state of a search") from None
         self.generations = [

@@ -88,7 +88,7 @@ def fake(monkeypatch, forked):
 
 def searched(out, resume=False, **how):
     prepare_search(out, SETTINGS, resume)
-    search_locally(SPACE, SETTINGS, out, on_cpu(out), **how)
+    search_locally(out, on_cpu(out), **how)
     return read_results(out)
 
 
@@ -173,7 +173,7 @@ def test_lists_are_so_small_that_little_is_lost(tmp_path, fake, concurrency, per
     fake(evaluate)
     settings = SETTINGS | {"population": 30, "generations": 1}
     prepare_search(tmp_path, settings, False)
-    search_locally(SPACE, settings, tmp_path, on_cpu(tmp_path), concurrency=concurrency, candidates_per_trial=per_trial)
+    search_locally(tmp_path, on_cpu(tmp_path), concurrency=concurrency, candidates_per_trial=per_trial)
     lists = json.loads((tmp_path / "id2cand" / "000.json").read_text())
     assert sum(map(len, lists.values())) == 30 and max(map(len, lists.values())) == size
 

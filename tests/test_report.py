@@ -58,7 +58,7 @@ def make(
     limit = space.flops_value(limit)
     settings = {**evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": "0" * 64, "bn": "ema"}
     prepare_search(out, settings, resume=False, start=START)
-    record = SearchRecord(out, space, Evolution.from_settings(space, evolution | {"flops_limit": limit}))
+    record = SearchRecord(out)
     n = 0
     while waiting := record.pending():
         for candidate in waiting:
@@ -326,7 +326,7 @@ def limited(tmp_path_factory):
     settings["latency"] = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0",
                            "spread": 0.01, "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
     prepare_search(out, settings, resume=False)
-    record = SearchRecord(out, timed, Evolution.from_settings(timed, settings))
+    record = SearchRecord(out)
     while waiting := record.pending():
         for c in waiting:
             result = {"architecture": c, "acc1": accuracy(c), "acc5": 99.0, "n_images": 500, "seconds": 1.0}

@@ -5,7 +5,7 @@ import itertools
 import time
 
 import pytest
-from test_evolution import LIMIT, SPACE, reward, search
+from test_evolution import SPACE, reward, search
 from test_search_record import SETTINGS, result
 
 import evolution_tuner
@@ -20,10 +20,9 @@ from utils import read_json
 class FakeNNI:
     """Plays NNI's manager: asks for a trial once a free slot, runs trials as `step` says, swapping their parameters."""
 
-    def __init__(self, out, concurrency=2, resume=False, **settings):
-        settings = SETTINGS | settings
-        prepare_search(out, settings, resume)
-        self.tuner = EvolutionWithFlops(str(out), SPACE.to_dict(), LIMIT, concurrency, **settings)
+    def __init__(self, out, concurrency=2, resume=False, candidates_per_trial=None, **settings):
+        prepare_search(out, SETTINGS | settings, resume)
+        self.tuner = EvolutionWithFlops(str(out), concurrency, candidates_per_trial)
         self.ids, self.sent, self.out = itertools.count(), collections.deque(), out
         self.evaluated = []
         self.ask(concurrency)
@@ -87,7 +86,7 @@ def short_grace(monkeypatch):
 
 
 def plain():
-    evolution = Evolution.from_settings(SPACE, SETTINGS | {"flops_limit": LIMIT})
+    evolution = Evolution.from_settings(SPACE, SETTINGS)
     return search(evolution, lambda c: (reward(c), 99.0))
 
 
@@ -126,7 +125,7 @@ def test_heartbeats_are_noted_and_are_no_results(tmp_path):
 
 @pytest.mark.parametrize(("concurrency", "per_trial", "total"), [(1, None, 4), (2, None, 4), (3, None, 4), (3, 1, 3)])
 def test_generation_is_split_for_the_trials(tmp_path, concurrency, per_trial, total):
-    nni = FakeNNI(tmp_path, concurrency, **({"candidates_per_trial": per_trial} if per_trial else {}))
+    nni = FakeNNI(tmp_path, concurrency, candidates_per_trial=per_trial)
     chunks = [parameters["candidates"] for _, parameters in nni.sent]
     candidates = list(itertools.chain(*chunks))
     assert len(chunks) == concurrency and len(candidates) == total

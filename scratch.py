@@ -39,7 +39,7 @@ from training.loop import train
 from training.start import Start, folder_of, given_config
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "scratch")
     parser.add(Space, said="the published architecture_final.json")
     parser.add(Retraining)
@@ -48,6 +48,11 @@ def parse_args(argv=None):
     parser.add(DataConfig, defaults=DataConfig.unset())
     parser.add(Images)
     parser.add(Training, defaults={"iterations": 300_000})
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse(argv)
     if not (args.eval or args.export or args.predict):
         parser.refuse("training, which starts from random weights", "checkpoint")

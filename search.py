@@ -43,6 +43,7 @@ from engines.search_record import (
     read_generations,
     read_results,
     read_state,
+    starts,
     state_path,
     unconfirmed,
 )
@@ -75,6 +76,7 @@ from training.evaluation import NO_GPU
 from utils import (
     Interrupted,
     UserError,
+    circumstances,
     cores,
     hold_lock,
     interrupt,
@@ -91,7 +93,7 @@ from utils import (
 OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "own"]
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "search")
     parser.add(Run)
     parser.add(DataConfig, defaults=DataConfig.unset())
@@ -101,6 +103,11 @@ def parse_args(argv=None):
     parser.add(Evaluation)
     for subject in (SearchSettings, CostLimits, Trials, NNI):
         parser.add(subject)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     before = {}  # settings of the search that is resumed
 
     def defaults(given):
@@ -152,7 +159,8 @@ def settings_of(parser, given):
 
 def started_with(out):
     """(demo, config): whether the search in `out` was started with --demo, and its file of settings."""
-    found = read_state(out).get("started_with", {})
+    state = read_state(out)
+    found = [state.get("started_with", {}), *starts(state)][-1]  # the former in searches of before there were starts
     path = found.get("config")
     return bool(found.get("demo")), path if path and os.path.exists(path) else None
 
@@ -286,8 +294,9 @@ def check(args, out):
 
 def prepare(search, args, out):
     """Writes or checks the state file, and starts the log."""
-    started = {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
-    state = prepare_search(out, search.settings, args.resume, search.warnings, started)
+    start = {"command": shlex.join(["python", *sys.argv]), "versions": circumstances(args.device, args.seed)}
+    start |= {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
+    state = prepare_search(out, search.settings, args.resume, search.warnings, start)
     folder = out / "checkpoints" / "search"
     start_logging(folder, args.device, args.seed)
     write_settings(folder / "config.yml", "search", vars(args))
@@ -319,7 +328,7 @@ def run(search, args, out):
                     if reason := cannot_measure(search.latency):
                         log.warning("warning: the winner's latency is not checked: %s, then --resume", reason)
                         return
-                    confirm(search.space, search.settings, out, search.latency)
+                    confirm(out, search.latency)
                 else:
                     return
     except Interrupted as error:
@@ -334,18 +343,14 @@ def run(search, args, out):
 
 def run_engine(search, args, out):
     """Runs the generations that are left on the engine of the flags."""
-    space = search.space
-    settings = search.settings
-    experiment = search.experiment
     trial = trial_settings(args, out, search.supernet)
     sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
     sizes["trial_timeout"] = args.trial_timeout
     if args.engine == "local":
-        search_locally(space, settings, out, trial, **sizes)
+        search_locally(out, trial, **sizes)
     else:
-        command = trial_command(experiment, out, trial)
-        hosting = {"host": args.host, "port": args.port}
-        search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+        command = trial_command(search.experiment, out, trial)
+        search_with_nni(out, command, search.experiment, host=args.host, port=args.port, **sizes)
 
 
 def print_best(best, winner, limits):

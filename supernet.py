@@ -32,7 +32,7 @@ from training.loop import train
 from training.start import Start, given_config
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "supernet")
     parser.add(Run)
     parser.add(DataConfig, defaults=DataConfig.unset())
@@ -41,6 +41,11 @@ def parse_args(argv=None):
     parser.add(Evaluation)
     parser.add(Space, said="none; --space channels keeps its operations")
     parser.add(Sampling)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse(argv)
     if args.sampler == "uniform":
         parser.refuse("--sampler uniform", "flops-range", "flops-bins")

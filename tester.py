@@ -35,7 +35,7 @@ from training import checkpoint
 from training.evaluation import evaluate, evaluate_in_lists, open_evaluation, resolve_device
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "tester")
     parser.add(Testing)
     parser.add(Weights, said="supernet")
@@ -44,6 +44,11 @@ def parse_args(argv=None):
     parser.add(DataConfig, defaults=DataConfig.unset())
     parser.add(Images)
     parser.add(Evaluation)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse(argv)
     if args.mode == "test":
         parser.refuse("--mode test, which takes the space of the supernet", "space")

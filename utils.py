@@ -160,6 +160,20 @@ def heartbeat():
             listener()
 
 
+class Silence:
+    """For how long others have given no heartbeat, by the clock of this process, which listens."""
+
+    def __init__(self):
+        self.noticed = {}  # name -> (its mark, when this process saw that first)
+
+    def seconds(self, name, mark):
+        """Seconds since `mark`, a value that each heartbeat changes, was seen first."""
+        now = time.monotonic()
+        if name not in self.noticed or self.noticed[name][0] != mark:
+            self.noticed[name] = mark, now
+        return now - self.noticed[name][1]
+
+
 def run_script(main, parse_args, may_print=lambda line: True):
     """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2, Ctrl-C
     one line and exit code 130. If the reader of standard output has ended (`| head -1`): no line, exit code 141.
@@ -422,7 +436,12 @@ def start_logging(folder, device, seed):
     show_log()
     _add_handler(_LogFile(folder / "run.log", errors="backslashreplace"))
     log.info("command: %s", shlex.join(sys.argv))
-    log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, seed)
+    log.info("versions: %s", circumstances(device, seed))
+
+
+def circumstances(device, seed):
+    """What a run needs to be repeated besides its command, as one line."""
+    return f"{versions()}; commit {commit()}; device {device}; seed {seed}"
 
 
 def show_log():

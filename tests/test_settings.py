@@ -11,8 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from settings import command_line  # noqa: E402
-from settings.command_line import write_settings  # noqa: E402
+from settings.command_line import SCRIPTS, write_settings  # noqa: E402
 from settings.fields import difference, setting  # noqa: E402
 from settings.subjects import FIELDS, SEARCH, SUBJECTS, DataConfig, Training, deciding  # noqa: E402
 from utils import UserError  # noqa: E402
@@ -33,22 +32,11 @@ it, then the code that takes its class. `python tests/test_settings.py` writes t
 """
 
 
-def parser_of(script):
-    """The parser of a command."""
-    found, parse = [], command_line.Parser.parse
-    command_line.Parser.parse = lambda self, *args: found.append(self) or parse(self, *args)
-    try:
-        importlib.import_module(script).parse_args([])
-    finally:
-        command_line.Parser.parse = parse
-    return found[0]
-
-
 def settings():
     """{setting: {script: argparse action}} of all commands."""
     found = {}
-    for script in command_line.SCRIPTS:
-        for action in parser_of(script)._actions:
+    for script in SCRIPTS:
+        for action in importlib.import_module(script).make_parser()._actions:
             name = action.option_strings[0].removeprefix("--")
             if name not in ("-h", "config", "demo"):
                 found.setdefault(name, {})[script] = action
@@ -77,7 +65,7 @@ def page():
         else:
             metavar = action.metavar or name.upper()
             values = " ".join(metavar) if isinstance(metavar, tuple) else metavar
-        of = "all" if len(by_script) == len(command_line.SCRIPTS) else ", ".join(by_script)
+        of = "all" if len(by_script) == len(SCRIPTS) else ", ".join(by_script)
         rows.append(f"| `{name}` | {of} | {values.replace('|', ' or ')} | {meaning(by_script)} |\n")
     return HEAD + "".join(rows)
 

@@ -137,9 +137,9 @@ def test_without_nvml_another_process_counts(monkeypatch, loads, counted):
 def test_by_default_a_search_runs_a_trial_a_gpu(three_gpus, words, concurrency):
     args = search.parse_args(words)
     assert args.concurrency == concurrency
-    with local_engine.Workers({"device": args.device}, args.concurrency) as workers:
+    with local_engine.Workers({"device": args.device, "out": args.out}, args.concurrency) as workers:
         assert workers.n == concurrency
-    with local_engine.Workers({"device": args.device}, 9) as workers:
+    with local_engine.Workers({"device": args.device, "out": args.out}, 9) as workers:
         assert workers.n == (9 if args.device == "cpu" else 3)
 
 

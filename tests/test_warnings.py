@@ -15,7 +15,6 @@ from PIL import Image
 from engines.search_record import SearchRecord, first_generation_warning, prepare_search
 from images.dataset import Data, DataConfig
 from reports.page import write_report
-from space.evolution import Evolution
 from space.search_space import SearchSpace
 from training import checkpoint
 
@@ -192,7 +191,7 @@ def test_the_report_repeats_the_warnings(tmp_path):
     settings = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "mutation_prob": 0.1, "generations": 1}
     settings |= {"seed": 0, "flops_limit": space.quantile("flops", 0.59), "space": space.to_dict()}
     prepare_search(tmp_path, settings, resume=False, warnings=["c.pth: step 3 of 9"])
-    record = SearchRecord(tmp_path, space, Evolution.from_settings(space, settings))
+    record = SearchRecord(tmp_path)
     for number, candidate in enumerate(record.pending()):
         record.add({"architecture": candidate, "acc1": 10 + number / 10, "acc5": 50, "n_images": 2000, "seconds": 1})
     record.pending()

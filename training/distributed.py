@@ -22,7 +22,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
-from utils import UserError, heartbeats_to, local_world_size, run_script
+from utils import Silence, UserError, heartbeats_to, local_world_size, run_script
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of ranks without heartbeats in `together`
 POLL_S = 0.2
@@ -154,16 +154,11 @@ def together(function):
         with heartbeats_to(lambda: _store.add("heartbeats", 1), every_s=POLL_S):
             result = function()
         ready = _store.add(call, 1)
-        heartbeats = 0
-        changed = time.monotonic()
+        silence = Silence()
         while ready < world_size():
             time.sleep(POLL_S)
             ready = _store.add(call, 0)
-            before = heartbeats
-            heartbeats = _store.add("heartbeats", 0)
-            if heartbeats != before:
-                changed = time.monotonic()
-            elif time.monotonic() - changed > TIMEOUT.total_seconds():
+            if silence.seconds("ranks", _store.add("heartbeats", 0)) > TIMEOUT.total_seconds():
                 raise UserError(f"{LOST_RANK} (no heartbeat for {TIMEOUT.total_seconds():.0f} s)")
         return result
     except RuntimeError as error:  # the store is gone

@@ -18,7 +18,7 @@ import torch
 
 from utils import atomic_write, log, wait_for_lock
 
-VERSION = 2  # of the files: those of another one have other names, and may be deleted
+CACHE_VERSION = 2  # of the files: those of another one have other names, and may be deleted
 
 
 class FixedBatches:
@@ -89,7 +89,7 @@ class FixedBatches:
             text = f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n"
             files.update(text.encode(errors="surrogateescape"))
         content = {
-            "version": VERSION,
+            "version": CACHE_VERSION,
             "files": files.hexdigest(),
             "plan": hashlib.sha256(np.concatenate(self.plan).tobytes()).hexdigest(),
             "config": loader.config.to_dict(),

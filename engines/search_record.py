@@ -326,6 +326,9 @@ def _by_flags(settings):
         if is_path("group_by", data.get("group_by")):
             data.pop("group_by")  # may have moved; the split knows its content
         settings |= data
+    if isinstance(settings.get("space"), dict):
+        with contextlib.suppress(UserError):  # of a space that is damaged, which differs
+            settings["space"] = SearchSpace.from_dict(settings["space"]).to_dict()
     if settings.keys() & {"limits", "flops_limit"}:
         settings["limit"] = describe(bounds_of(settings))
     return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}

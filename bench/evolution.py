@@ -1,12 +1,11 @@
-"""Measures how close evolution comes to the best candidate, on tables whose optimum is known: `python
-bench/evolution.py`.
+"""How close evolution comes to the best candidate, on tables with a known optimum: `python -m bench.evolution`.
 
 A table gives every candidate of the paper's space (20 blocks, 4 operations) a reward that stands for its top-1 in the
 supernet, in thousandths of a percentage point; candidates over 330M FLOPs are illegal.
 
-    additive   a reward for each operation of each block: a gain that grows with the kernel, plus as much random
-    variation pairwise   additive, plus a term for each pair of operations of adjacent blocks noisy      additive,
-    measured with an error that depends on seed and candidate only
+    additive   a reward for each operation of each block: a gain that grows with the kernel, and as much at random
+    pairwise   additive, plus a term for each pair of operations of adjacent blocks
+    noisy      additive, measured with an error that depends on seed and candidate only
 
 Each method evaluates 1,000 different candidates a seed. On the additive table, evolution with more generations (of 50
 candidates; the official code evaluates 21) and with more parents is measured as well. The regret of a search is the
@@ -20,25 +19,21 @@ and reference point, in percent of that of the known front. The reference point 
 and the reward of the worst legal one. Writes bench/results/fronts.json.
 """
 
-import argparse
 import itertools
 import pathlib
 import random
 import statistics
-import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import utils
+from bench import study
 from settings.fields import count
 from space.evolution import Evolution
 from space.search_space import SearchSpace
-from utils import commit, read_json, versions, write_json
 
 SPACE = SearchSpace()
 LIMIT = 330_000_000
-TABLES = ROOT / "bench" / "evolution_tables.json"
+TABLES = study.ROOT / "bench" / "evolution_tables.json"
 MEAN = 60_000  # mean reward of uniform candidates
 SD = 1_000  # standard deviation of the additive rewards of uniform candidates
 PAIRS_SD = 500  # standard deviation of the sum of all pair terms
@@ -227,16 +222,18 @@ def compare_fronts(table, seed):
 
 
 def study_fronts(options):
-    table = read_json(TABLES)["tables"]["additive"]
+    table = study.read(TABLES)["tables"]["additive"]
     rows = [compare_fronts(table, seed) for seed in range(options.seeds)]
-    print("| method | evaluations | mean hypervolume, % of the known front's | lowest | highest |")
-    print("|---|---|---|---|---|")
+    cells = []
     for name in rows[0]:
         values = [row[name]["hypervolume"] for row in rows]
-        cells = [name, rows[0][name]["evaluations"], *(f"{f(values):.2f}" for f in (statistics.fmean, min, max))]
-        print(f"| {' | '.join(map(str, cells))} |")
+        numbers = (f"{function(values):.2f}" for function in (statistics.fmean, min, max))
+        cells.append((name, rows[0][name]["evaluations"], *numbers))
+    print(
+        study.table(("method", "evaluations", "mean hypervolume, % of the known front's", "lowest", "highest"), cells)
+    )
     settings = {"seeds": options.seeds, "shares": SHARES, "generations": FRONT_GENERATIONS}
-    write_json(options.results, {"settings": settings, "commit": commit(), "versions": versions(), "seeds": rows})
+    study.write(options.results or study.RESULTS / "fronts.json", {"settings": settings, "seeds": rows})
 
 
 def summary(regrets):
@@ -248,37 +245,20 @@ def summary(regrets):
     }
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make-tables", action="store_true", help="write the tables only")
-    parser.add_argument(
-        "--seeds", type=count(), default=100, metavar="N", help="searches of each table and method (default: 100)"
-    )
-    parser.add_argument("--fronts", action="store_true", help="compare a search for a front with five for winners")
-    parser.add_argument("--results", type=pathlib.Path, metavar="FILE", help="default: bench/results/NAME.json")
-    options = parser.parse_args(argv)
-    name = "fronts" if options.fronts else "evolution"
-    options.results = options.results or ROOT / "bench" / "results" / f"{name}.json"
-    if options.fronts:
-        study_fronts(options)
-        return
-    if options.make_tables:
-        write_json(TABLES, committed_tables())
-        return
-    committed = read_json(TABLES)
+def study_methods(options):
+    committed = study.read(TABLES)
     results = {}
-    print("| table | method | mean regret, % of the range | median | under 1% | optimum found | ms a search |")
-    print("|---|---|---|---|---|---|---|")
+    head = ("table", "method", "mean regret, % of the range", "median", "under 1%", "optimum found", "ms a search")
+    print(study.table(head, []))
     for name, method in [(t, m) for t in committed["tables"] for m in methods(t)]:
         table = committed["tables"][name]
-        settings = methods(name)[method]
         start = time.perf_counter()
-        regrets = [regret(table, seed, settings) for seed in range(options.seeds)]
+        regrets = [regret(table, seed, methods(name)[method]) for seed in range(options.seeds)]
         row = summary(regrets) | {"seconds": time.perf_counter() - start, "regrets": [round(r, 4) for r in regrets]}
         results.setdefault(name, {})[method] = row
-        cells = [name, method, f"{row['mean']:.2f}", f"{row['median']:.2f}", f"{row['under_1_percent']:.0%}"]
-        cells += [f"{row['exact']:.0%}", f"{1000 * row['seconds'] / options.seeds:.0f}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        shares = (f"{row[key]:.0%}" for key in ("under_1_percent", "exact"))
+        ms = f"{1000 * row['seconds'] / options.seeds:.0f}"
+        print(study.line((name, method, f"{row['mean']:.2f}", f"{row['median']:.2f}", *shares, ms)), flush=True)
     settings = {
         "seeds": options.seeds,
         "flops_limit": LIMIT,
@@ -286,9 +266,25 @@ def main(argv=None):
         "methods": METHODS | MORE,
         "range": {name: reward_range(table) for name, table in committed["tables"].items()},
     }
-    results = {"settings": settings, "commit": commit(), "versions": versions(), "results": results}
-    write_json(options.results, results, indent=1)
+    study.write(options.results or study.RESULTS / "evolution.json", {"settings": settings, "results": results}, 1)
+
+
+def parse_args(argv=None):
+    parser = study.parser(__doc__, {})
+    parser.add_argument("--make-tables", action="store_true", help="write the tables only")
+    text = "searches of each table and method (default: 100)"
+    parser.add_argument("--seeds", type=count(), default=100, metavar="N", help=text)
+    parser.add_argument("--fronts", action="store_true", help="compare a search for a front with five for winners")
+    parser.add_argument("--results", type=pathlib.Path, metavar="FILE", help="default: bench/results/NAME.json")
+    return parser.parse_args(argv)
+
+
+def main(options):
+    if options.make_tables:
+        utils.write_json(TABLES, committed_tables())
+    else:
+        (study_fronts if options.fronts else study_methods)(options)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

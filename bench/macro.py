@@ -1,4 +1,4 @@
-"""How well a supernet ranks networks whose accuracy others measured: `python bench/macro.py`.
+"""How well a supernet ranks networks whose accuracy others measured: `python -m bench.macro`.
 
 NAS-Bench-Macro (Su et al., arXiv 2103.11922) has 8 blocks of 3 operations, and the accuracy on CIFAR-10 of every
 network, trained three times. Two of them are the same network if their stages differ in where identities stand: 3,969
@@ -12,7 +12,6 @@ weights of the path (Hu et al., arXiv 2004.13431), and the mean top-1 of the sup
 macro.png, and prints the tables of docs/experiments.md.
 """
 
-import argparse
 import functools
 import json
 import lzma
@@ -21,27 +20,20 @@ import pathlib
 import random
 import re
 import statistics
-import subprocess
-import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import utils
-
-# isort: split
 import matplotlib
 import numpy as np
 import torch
 import yaml
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap, kendalltau
 
 import tester
+import utils
+from bench import study
+from bench.study import ROOT, agreement, side_by_side
 from network import ShuffleNetV2OneShot
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
-from settings.subjects import Search
-from space.custom import load_operations
+from space.custom import load_operations, make_space
 from space.evolution import Evolution
 from training import checkpoint
 from training.evaluation import evaluate
@@ -49,12 +41,11 @@ from training.evaluation import evaluate
 SETTINGS = ROOT / "bench" / "macro.yml"
 OPERATIONS = ROOT / "bench" / "macro_operations.py"
 TRUTH = ROOT / "data" / "nas-bench-macro.json.xz"
-RESULTS = ROOT / "bench" / "results" / "macro.json"
+RESULTS = study.RESULTS / "macro.json"
 STAGES = (2, 3, 3)  # blocks
 LIMITS = (35_000_000, 55_000_000, 75_000_000)  # FLOPs
 ON_THE_WAY, APART = 100, 2000  # networks scored in the checkpoints before the last, and the steps between these
 CHUNK = 500  # networks scored, and saved, together
-RESAMPLES = 1000
 SEARCHES = 100  # seeds of every search
 # 5 populations of 22, with the official shares of parents and children: 110 evaluations
 EVOLUTION = {"population": 22, "select": 4, "mutation": 11, "crossover": 11, "mutation_prob": 0.1, "generations": 5}
@@ -91,16 +82,6 @@ def write_settings(folder, args):
     path = folder / "settings.yml"
     path.write_text(yaml.safe_dump(document))
     return ["--config", path, "--operations", OPERATIONS, "--out", folder, "--threads", args.threads]
-
-
-def side_by_side(commands):
-    """Runs the commands at the same time. Ends this process where one fails."""
-    processes = [
-        subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL) for command in commands
-    ]
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        sys.exit("a part of the study failed; the same command resumes it")
 
 
 def some_distinct(n=None):
@@ -196,31 +177,6 @@ def flat_weights(module):
 # --- statistics -----------------------------------------------------------------------------------------------
 
 
-def agreement(predictors, truth, baseline=None):
-    """Kendall's tau with the truth, the mean over `predictors` (a list for each seed), and its 95% bootstrap interval.
-
-    With `baseline`, a list, the paired difference from that one's tau, and its interval. Networks are resampled.
-    """
-
-    def statistic(*rows):
-        *scores, other, true = rows
-        tau = statistics.fmean(kendalltau(score, true).statistic for score in scores)
-        return tau if baseline is None else tau - kendalltau(other, true).statistic
-
-    rows = (*predictors, truth if baseline is None else baseline, truth)
-    found = bootstrap(
-        rows,
-        statistic,
-        paired=True,
-        vectorized=False,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    low, high = found.confidence_interval
-    return [round(float(value), 3) for value in (statistic(*rows), low, high)]
-
-
 def rank(networks, scores, truth):
     """The agreement of scores, FLOPs and parameters with the truth over networks, and the paired differences."""
     true = [truth[n]["mean_acc"] for n in networks]
@@ -267,8 +223,8 @@ def picks(limit, scores, losses, truth):
     by_score, by_loss = scores.get, {n: -loss for n, loss in losses.items()}
     largest = max(legal, key=lambda n: truth[n]["flops"])
     return {
-        "evolution": row([evolve(limit, scores, truth, seed) for seed in range(SEARCHES)]),
-        "evolution by loss": row([evolve(limit, by_loss, truth, seed) for seed in range(SEARCHES)]),
+        "evolution": row([evolve(limit, scores, seed) for seed in range(SEARCHES)]),
+        "evolution by loss": row([evolve(limit, by_loss, seed) for seed in range(SEARCHES)]),
         "random search": row([max(random.Random(seed).sample(legal, 110), key=by_score) for seed in range(SEARCHES)]),
         "a random legal network": row(legal),
         "the largest legal network": row([largest]),
@@ -276,34 +232,22 @@ def picks(limit, scores, losses, truth):
     }
 
 
-class Published:
-    """Limits on a published cost, a function of a candidate; candidates beyond it are not repaired."""
-
-    def __init__(self, cost, limit):
-        self.cost = cost
-        self.limit = limit
-
-    def excess(self, candidate):
-        return max(0, self.cost(candidate) - self.limit)
-
-    def repair(self, candidate, rng):
-        return candidate
-
-    def neighbours(self, candidate, rng):
-        return ()
+@functools.cache
+def full_space():
+    """The published space."""
+    return make_space(str(SETTINGS), operations=str(OPERATIONS), input_size=32, n_classes=10)
 
 
-def evolve(limit, scores, truth, seed):
+def evolve(limit, scores, seed):
     """The distinct network that an evolution under a FLOPs limit picks by the scores."""
 
     def name(candidate):
-        return "".join(map(str, candidate))
+        return distinct("".join(map(str, candidate)))
 
-    limits = Published(lambda c: truth[name(c)]["flops"], limit)
-    evolution = Evolution((3,) * sum(STAGES), limits, Search(**EVOLUTION), seed)
+    evolution = Evolution.from_settings(full_space(), EVOLUTION | {"flops_limit": limit, "seed": seed})
     while population := evolution.ask():
-        evolution.tell({candidate: scores[distinct(name(candidate))] for candidate in population})
-    return distinct(name(evolution.best[0]))
+        evolution.tell({candidate: scores[name(candidate)] for candidate in population})
+    return name(evolution.best[0])
 
 
 # --- the report -----------------------------------------------------------------------------------------------
@@ -340,36 +284,40 @@ def summarise(args, folders):
         },
         "networks": networks,
         "scores": [[seed[n] for n in networks] for seed in scores],
-        "commit": utils.commit(),
-        "versions": utils.versions(),
     }  # fmt: skip
 
 
+def interval(row):
+    return "{:.2f} ({:.2f} to {:.2f})".format(*row)
+
+
 def tables(results):
-    """Two Markdown tables: taus, and what searches pick."""
-    lines = ["| networks | supernet | FLOPs | parameters | supernet minus FLOPs |", "|---|---|---|---|---|"]
-    for name, row in results["rank"].items():
-        region = f"all {row['networks']:,}" if name == "all" else f"{row['networks']:,} under {name}"
-        cells = (
-            "{:.2f} ({:.2f} to {:.2f})".format(*row[k]) for k in ("supernet", "FLOPs", "parameters", "minus FLOPs")
-        )
-        lines.append(f"| {region} | {' | '.join(cells)} |")
-    lines += ["", "| score | tau, half to choose by | tau, other half |", "|---|---|---|"]
-    for name, halves in results["other scores"].items():
-        cells = ("{:.2f} ({:.2f} to {:.2f})".format(*half) for half in halves.values())
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", table_of_picks(results["picks"])])
+    """Markdown tables: taus, other scores, and what searches pick."""
+    columns = {"supernet": "supernet", "FLOPs": "FLOPs", "parameters": "parameters",
+               "minus FLOPs": "supernet minus FLOPs"}  # fmt: skip
+    regions = {"all": "all {:,}"} | {f"{limit // 10**6}M": f"{{:,}} under {limit // 10**6}M" for limit in LIMITS}
+    rows = [
+        (regions[name].format(row["networks"]), *(interval(row[column]) for column in columns))
+        for name, row in results["rank"].items()
+    ]
+    others = [(name, *map(interval, halves.values())) for name, halves in results["other scores"].items()]
+    found = [
+        study.table(("networks", *columns.values()), rows),
+        study.table(("score", "tau, half to choose by", "tau, other half"), others),
+        table_of_picks(results["picks"]),
+    ]
+    return "\n\n".join(found)
 
 
 def table_of_picks(picks):
     """A Markdown table of the `picks` under each limit, {limit: [picks of each seed]}; empty without any."""
     if not picks:
         return ""
-    lines = [f"| picked by | {' | '.join(f'under {name}' for name in picks)} |", f"|{'---|' * (1 + len(picks))}"]
+    rows = []
     for picker in next(iter(picks.values()))[0]:
         means = [np.mean([seed[picker] for seed in seeds], axis=0) for seeds in picks.values()]
-        lines.append(f"| {picker} | {' | '.join(f'{acc:.2f}%, {percentile:.0f}th' for acc, percentile in means)} |")
-    return "\n".join(lines)
+        rows.append((picker, *(f"{acc:.2f}%, {percentile:.0f}th" for acc, percentile in means)))
+    return study.table(("picked by", *(f"under {name}" for name in picks)), rows)
 
 
 def draw(results, path):
@@ -395,17 +343,12 @@ def draw(results, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=pathlib.Path, default=ROOT / "data" / "cifar10")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "macro", help="folder of the supernets")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    defaults = {"--data-dir": ROOT / "data" / "cifar10", "--out": ROOT / "demo" / "macro", "--results": RESULTS}
+    defaults |= {"--iterations": None, "--seeds": 2, "--threads": 1, "--networks": None}
+    parser = study.parser(__doc__, defaults)
     parser.add_argument("--width", type=float, default=0.5, help="share of the published channels (default: 0.5)")
-    parser.add_argument("--iterations", type=int, help="default: that of bench/macro.yml")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="of each supernet (default: 1)")
-    parser.add_argument("--networks", type=int, help="to score in the last checkpoint (default: all 3,969)")
-    every = "score on every Nth held-out image (default: 1)"
-    parser.add_argument("--every", type=int, default=1, metavar="N", help=every)
+    text = "score on every Nth held-out image (default: 1)"
+    parser.add_argument("--every", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--score", type=pathlib.Path, metavar="FOLDER", help="only score the supernet in a folder")
     return parser.parse_args(argv)
 
@@ -414,16 +357,19 @@ def main(args):
     if args.score:
         return score(args.score, args.networks, args.every)
     folders = [args.out / f"{args.width:g}-{seed}" for seed in range(args.seeds)]
-    words = [write_settings(folder, args) for folder in folders]
-    side_by_side([[ROOT / "supernet.py", *w, "--seed", seed] for seed, w in enumerate(words)])
-    scoring = ["--every", args.every, *(["--networks", args.networks] if args.networks else [])]
-    side_by_side([[__file__, "--score", folder, *scoring] for folder in folders])
+    words = {folder: write_settings(folder, args) for folder in folders}
+    more = ["--every", args.every, *(["--networks", args.networks] if args.networks else [])]
+    trainings = {f"supernet {f.name}": (["supernet.py", *words[f], "--seed", seed], f / "training.txt")
+                 for seed, f in enumerate(folders)}  # fmt: skip
+    scorings = {f"scores {f.name}": (["-m", "bench.macro", "--score", f, *more], f / "scoring.txt") for f in folders}
+    side_by_side(trainings, args.seeds)
+    side_by_side(scorings, args.seeds)
     load_operations(OPERATIONS)
-    results = summarise(args, folders)
-    utils.write_json(args.results, results, indent=None)
+    results = study.rounded(summarise(args, folders))
+    study.write(args.results, results)
     draw(results, args.results.with_suffix(".png"))
     print(tables(results))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    utils.run_script(main, parse_args)

@@ -1,40 +1,32 @@
 """Ways to train a supernet that ranks NAS-Bench-Macro better, on one GPU, many supernets side by side.
 
-    python bench/macro_gpu.py                          half width, a million images each: all ways, the best two twice
-    python bench/macro_gpu.py --full                   full width, 100 epochs, two seeds
-    python bench/macro_gpu.py --ways "resized crops"   some ways; on a CPU, an hour of one core each
+    python -m bench.macro_gpu                          half width, a million images each: all ways, the best two twice
+    python -m bench.macro_gpu --full                   full width, 100 epochs, two seeds
+    python -m bench.macro_gpu --ways "resized crops"   some ways; on a CPU, an hour of one core each
 
 The images are decoded once and stay in the GPU's memory, since so small a network would wait for any loader; shifts of
 up to 4 px and flips augment them, as in the published trainings. A process trains a supernet, keeps checkpoints, and
-scores all 3,969 networks; `--jobs` of them run at a time, and the same command resumes. The two supernets of the
-paper's way ("baseline") are also measured for bench/macro_study.py. Writes the scores into --out, and
-bench/results/macro_gpu.json; prints the tables of docs/experiments.md.
+scores all 3,969 networks; `--jobs` of them run at a time, and the same command resumes. Writes the scores into --out,
+and bench/results/macro_gpu.json; prints the tables of docs/experiments.md.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-import utils
-
-# isort: split
-import macro
-import macro_study
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
 import supernet as supernet_script
+import utils
+from bench import macro, study
+from bench.study import ROOT, agreement
 from images.dataset import calibration_plan, draw_augmentation, evaluation_plan, training_plan
 from network import ShuffleNetV2OneShot
 from settings.subjects import DataConfig, Training
@@ -45,7 +37,8 @@ from training.evaluation import resolve_device
 from training.recipe import Recipe, begin_momentum
 from training.run import TrainingRun, contents_of
 
-RESULTS = ROOT / "bench" / "results" / "macro_gpu.json"
+RESULTS = study.RESULTS / "macro_gpu.json"
+STUDIED = 600  # networks by which ways are chosen
 IMAGES = 1_024_000  # of a training of half width, as in bench/macro.py
 FULL_IMAGES, FULL_LR = 5_000_000, 0.2
 HELD_OUT = 200  # images of each class
@@ -74,7 +67,7 @@ class Way:
 
     @property
     def paths(self):
-        return len(macro_study.OPERATIONS) if self.fair else 1
+        return 3 if self.fair else 1
 
 
 SPLIT = ("split: identity", "split: inverted residuals")
@@ -274,19 +267,13 @@ def train(way, seed, folder, data, args):
 # --- scores ---------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(data, folder, file, every=1, split="search"):
-    """As macro.open_checkpoint, with images in memory."""
-    supernet, _ = checkpoint.load_supernet(file, None)
-    supernet.to(data.device, memory_format=torch.channels_last)
-    return supernet, list(data.calibration()), list(data.batches(split, every)), "average"
-
-
 def score(folder, data, networks):
     """Writes the scores of networks in the last checkpoint of a folder: mean loss, and top-1 in percent."""
     file = checkpoint.newest(folder / "checkpoints" / "supernet")
-    supernet, *how = open_checkpoint(data, folder, file)
-    losses, hits = macro_study.image_by_image(supernet, networks, *how).mean(2, dtype=float)
-    rows = {n: [round(loss, 5), round(100 * acc1, 3)] for n, loss, acc1 in zip(networks, losses, hits)}
+    supernet, _ = checkpoint.load_supernet(file, None)
+    supernet.to(data.device, memory_format=torch.channels_last)
+    batches = list(data.calibration()), list(data.batches("search"))
+    rows = {n: [loss, acc1] for n, acc1, loss in macro.measure(supernet, networks, *batches, "average")}
     seconds = checkpoint.load_file(file)["metrics"]["seconds"]
     utils.write_json(folder / "scores.json", {"seconds": seconds, "scores": rows}, indent=None)
 
@@ -316,16 +303,11 @@ def folder_of(args, name, seed):
 def work(args, name, seed):
     """Trains and scores a supernet of a way; what is done already is skipped."""
     folder = folder_of(args, name, seed)
-    device = resolve_device(args.device, args.threads)
     way = ways(args)[name]
-    data = ImagesInMemory(decoded(args.data_dir, args.images), device, way.resized)
+    data = ImagesInMemory(decoded(args.data_dir, args.images), resolve_device(args.device, args.threads), way.resized)
     train(way, seed, folder, data, args)
-    networks = macro.some_distinct(args.networks)
     if not (folder / "scores.json").exists():
-        score(folder, data, networks)
-    if name == "baseline":
-        some = macro.some_distinct(args.studied)
-        macro_study.measure(folder, some, functools.partial(open_checkpoint, data))
+        score(folder, data, macro.some_distinct(args.networks))
 
 
 def ways(args):
@@ -333,21 +315,10 @@ def ways(args):
 
 
 def side_by_side(args, jobs):
-    """Runs the jobs, pairs of a way and a seed, `--jobs` at a time, in their order; says when one ends."""
-
-    def run(job):
-        name, seed = job
-        words = [sys.executable, __file__, *sys.argv[1:], "--job", name, str(seed)]
-        folder = folder_of(args, name, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "a") as output:
-            code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
-        print(f"{name}, seed {seed}: {'done' if code == 0 else f'failed, see {folder}/output.txt'}", flush=True)
-        return code
-
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        if any(pool.map(run, jobs)):
-            sys.exit("a part of the study failed; the same command resumes it")
+    """Runs the jobs, pairs of a way and a seed, `--jobs` at a time, in their order."""
+    own = ["-m", "bench.macro_gpu", *sys.argv[1:], "--job"]
+    commands = {f"{way}, seed {n}": ([*own, way, n], folder_of(args, way, n) / "output.txt") for way, n in jobs}
+    study.side_by_side(commands, args.jobs)
 
 
 def parts_of(name):
@@ -367,7 +338,7 @@ def choice(args, name):
     loss = read_scores(args, name, 0)[0]
     truth = macro.load_truth()
     some = macro.halves(macro.some_distinct(args.studied))["chosen by"]
-    return macro_study.tau([loss[network] for network in some], [truth[network]["mean_acc"] for network in some])
+    return study.tau([loss[network] for network in some], [truth[network]["mean_acc"] for network in some])
 
 
 def taus(args, name, seed, baseline=None):
@@ -382,12 +353,12 @@ def taus(args, name, seed, baseline=None):
         true = [truth[network]["mean_acc"] for network in some]
         losses = [-loss[network] for network in some]
         row[half] = {
-            "loss": macro.agreement([losses], true),
-            "top-1": macro.agreement([[acc1[network] for network in some]], true),
+            "loss": agreement([losses], true),
+            "top-1": agreement([[acc1[network] for network in some]], true),
         }
         if baseline:
             before = [-baseline[0][network] for network in some]
-            row[half]["gain"] = macro.agreement([losses], true, before)
+            row[half]["gain"] = agreement([losses], true, before)
     return row
 
 
@@ -403,7 +374,7 @@ def summarise(args):
     pair = [found for seed in (0, 1) if (found := read_scores(args, "baseline", seed))]
     limits = () if args.networks else macro.LIMITS  # a search may ask for any network
     return {
-        "taus": macro_study.rounded(rows),
+        "taus": study.rounded(rows),
         "picks": {
             f"{limit // 10**6}M": [macro.picks(limit, acc1, loss, truth) for loss, acc1, _ in pair] for limit in limits
         },
@@ -419,41 +390,34 @@ def label(name):
 
 def tables(width, results):
     """Markdown tables of one width."""
-    lines = [
-        "| trained, seed | top-1, sd | tau by top-1 | by loss | half to choose by | other half | gain, other half |",
-        f"|{'---|' * 7}",
-    ]
+    head = ("trained, seed", "top-1, sd", "tau by top-1", "by loss", "half to choose by", "other half",
+            "gain, other half")  # fmt: skip
+    cells = []
     for name, rows in results["taus"].items():
         for seed, row in rows.items():
             mean, deviation = row["acc1"]
             gain = row["reported"].get("gain")
-            cells = [
+            cells.append((
+                f"{width}, {name}, {seed}",
                 f"{mean:.1f}, {deviation:.1f}",
                 f"{row['all']['top-1'][0]:.2f}",
-                "{:.2f} ({:.2f} to {:.2f})".format(*row["all"]["loss"]),
+                macro.interval(row["all"]["loss"]),
                 f"{row['chosen by']['loss'][0]:.2f}",
                 f"{row['reported']['loss'][0]:.2f}",
                 "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain) if gain else "",
-            ]
-            lines.append(f"| {width}, {name}, {seed} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", macro.table_of_picks(results["picks"])])
+            ))  # fmt: skip
+    return f"{study.table(head, cells)}\n\n{macro.table_of_picks(results['picks'])}"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {"--data-dir": ROOT / "data" / "cifar10", "--out": ROOT / "demo" / "macro_gpu", "--results": RESULTS}
+    defaults |= {"--seeds": 2, "--jobs": 9, "--threads": 1, "--networks": None}
+    parser = study.parser(__doc__, defaults, device="auto")
     parser.add_argument("--full", action="store_true", help="full width, 100 epochs")
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways, two seeds each")
-    parser.add_argument("--seeds", type=int, default=2, help="of --ways (default: 2)")
-    parser.add_argument("--data-dir", type=pathlib.Path, default=ROOT / "data" / "cifar10")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways, --seeds seeds each")
     parser.add_argument("--images", type=pathlib.Path, help="file of decoded images (default: OUT/images.npz)")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "macro_gpu", help="folder of the supernets")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--jobs", type=int, default=9, help="processes at a time (default: 9)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
     parser.add_argument("--share", type=float, default=1.0, help="of each training's images (default: 1)")
-    parser.add_argument("--networks", type=int, help="to score (default: all 3,969)")
-    parser.add_argument("--studied", type=int, default=macro_study.NETWORKS, help="to choose ways by (default: 600)")
+    parser.add_argument("--studied", type=int, default=STUDIED, help=f"to choose ways by (default: {STUDIED})")
     parser.add_argument("--train", action="store_true", help="only train and score")
     parser.add_argument("--job", nargs=2, metavar=("WAY", "SEED"), help="only train and score one supernet")
     args = parser.parse_args(argv)
@@ -478,12 +442,10 @@ def main(args):
     if args.train:
         return
     width = "full" if args.full else "half"
-    before = utils.read_json(args.results) if args.results.exists() else {}
-    found = {"commit": utils.commit(), "versions": utils.versions()}
-    results = before | {width: summarise(args)} | found
-    utils.write_json(args.results, results, indent=None)
+    results = study.read(args.results) | {width: summarise(args)}
+    study.write(args.results, results)
     print(tables(f"{width} width", results[width]))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    utils.run_script(main, parse_args)

@@ -1,34 +1,25 @@
-"""Measures the cost of a training step, change by change: `python bench/train.py`, on a GPU with `--batch-size 1024`.
+"""Measures the cost of a training step, change by change: `python -m bench.train`, on a GPU with `--batch-size 1024`.
 
 The reference is a plain float32 NCHW step of the published network (the reference of the tests: channel shuffle by
 reshape and permute, SGD, loss and top-1 fetched after every step), on a GPU with TF32 off and on. Every further row
 has one more change, up to the step of supernet.py. All rows take the same paths and batches from the same initial
 weights, in turns; medians are reported. Prints Markdown tables and adds to bench/results/train.json. Needs neither
-DALI nor NNI nor images.
+DALI nor NNI nor images. bench/gpu.py measures with the same steps.
 
 The floor is the time of a step if the convolutions ran at the rate of a large matrix product, and if each convolution
 wrote and read its activations once in each of the three passes (forward, gradient of input, gradient of weights) at
 the rate of a copy.
 """
 
-import argparse
-import contextlib
-import json
-import pathlib
+import runpy
 import statistics
-import sys
-import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import utils
-
-# isort: split
 import torch
-from reference_spos import Network
 from torch import nn
 
+import utils
+from bench import study
+from bench.study import memory_mb, seconds
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
@@ -41,39 +32,31 @@ KINDS = {  # of operations other than convolutions, by parts of their names, in 
     "elementwise": ("relu", "clamp", "threshold", "add", "mul", "div"),
 }  # fmt: skip
 CONVOLUTIONS = ("depthwise", "pointwise", "other convolutions")
+OFFICIAL = {"views": False, "channels_last": False, "fused": False, "lazy": False}
 
 
 class Variant:
-    """A network and its optimizer with some of the changes; `step(images, labels, path)` takes a training step."""
+    """A supernet of its own and its optimizer, with some of the changes.
 
-    def __init__(
-        self,
-        name,
-        space,
-        weights,
-        device,
-        views=True,
-        channels_last=True,
-        fused=True,
-        lazy=True,
-        amp="off",
-        tf32=False,
-        compiled=False,
-    ):
-        self.name = name
+    `views`: channels are shuffled without a copy, which the reference network does not; `lazy`: metrics stay on the
+    device; `compiled`: torch.compile of all operations.
+    """
+
+    def __init__(self, space, device, views=True, channels_last=True, fused=True, lazy=True, amp="off", tf32=False,
+                 compiled=False):  # fmt: skip
         self.device = device
         self.amp = amp
         self.lazy = lazy
         self.tf32 = tf32
         self.fused = fused
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        if views:
-            self.model = ShuffleNetV2OneShot(space=space)
-        else:
-            self.model = Network(
-                None, space.n_classes, stem_stride=space.stem_stride, last_size=space.blocks[-1].out_size
-            )
-        self.model.load_state_dict(weights)
+        torch.manual_seed(0)
+        self.model = ShuffleNetV2OneShot(space=space)
+        if not views:
+            reference = runpy.run_path(str(study.ROOT / "tests" / "reference_spos.py"))["Network"]
+            weights, last = self.model.state_dict(), space.blocks[-1].out_size
+            self.model = reference(None, space.n_classes, stem_stride=space.stem_stride, last_size=last)
+            self.model.load_state_dict(weights)
         self.model.to(device, memory_format=self.layout).train()
         if compiled:
             torch._dynamo.config.recompile_limit = 200  # one function `forward` is compiled for 80 operations
@@ -83,6 +66,7 @@ class Variant:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
 
     def step(self, images, labels, path):
+        """Takes a training step."""
         images = images.to(memory_format=self.layout)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
@@ -98,48 +82,31 @@ class Variant:
 
 
 def variants(space, device, compiled):
-    """The rows, each with one more change than the one before; `compiled` adds torch.compile of all operations."""
-    torch.manual_seed(0)
-    weights = ShuffleNetV2OneShot(space=space).state_dict()
-    off = {"views": False, "channels_last": False, "fused": False, "lazy": False}
-    changes = [("reference", {})]
+    """{row: Variant}, each with one more change than the one before; `compiled` adds torch.compile."""
+    changes = {"reference": {}}
     if device.type == "cuda":
-        changes.append(("reference, TF32", {"tf32": True}))
-    changes += [
-        ("+ shuffle as views", {"views": True}),
-        ("+ channels-last", {"channels_last": True}),
-        ("+ fused SGD", {"fused": True}),
-        ("+ metrics fetched late", {"lazy": True}),
-    ]
+        changes["reference, TF32"] = {"tf32": True}
+    changes |= {
+        "+ shuffle as views": {"tf32": False, "views": True},
+        "+ channels-last": {"channels_last": True},
+        "+ fused SGD": {"fused": True},
+        "+ metrics fetched late": {"lazy": True},
+    }
     if compiled:
-        changes.append(("+ torch.compile", {"compiled": True}))
-    changes.append(("+ bf16", {"amp": "bf16", "compiled": False}))
-    found = []
-    for name, change in changes:
-        if name != "reference, TF32":
-            off |= change
-        found.append(Variant(name, space, weights, device, **(off | change)))
+        changes["+ torch.compile"] = {"compiled": True}
+    changes["+ bf16"] = {"amp": "bf16", "compiled": False}
+    settings, found = OFFICIAL, {}
+    for name, change in changes.items():
+        settings = settings | change
+        found[name] = Variant(space, device, **settings)
     return found
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def memory_mb(device, reset=False):
-    """Peak memory in MB since the last reset: of the GPU, or of this process."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 1e6
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    with contextlib.suppress(OSError):
-        if reset:
-            pathlib.Path("/proc/self/clear_refs").write_text("5")
-        (line,) = [x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024 / 1e6
-    return float("nan")
+def random_batch(space, n, device, generator=None):
+    """Images (n, 3, H, W) in [0, 255] and labels (n,)."""
+    shape = (n, 3, space.input_size, space.input_size)
+    images = (torch.rand(shape, generator=generator) * 255).to(device)
+    return images, torch.randint(0, space.n_classes, (n,), generator=generator).to(device)
 
 
 def kind_of(name, shapes):
@@ -164,18 +131,11 @@ def profile(variant, batch):
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    def step():
-        variant.step(*batch)
-        synchronize(variant.device)
-
-    step()
-    start = time.perf_counter()
-    step()
-    wall = 1000 * (time.perf_counter() - start)
+    _, wall = (1000 * seconds(variant.device, lambda: variant.step(*batch)) for _ in range(2))
     gpu = variant.device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
     with profile(activities=activities, record_shapes=True) as profiler:
-        step()
+        seconds(variant.device, lambda: variant.step(*batch))
     kinds, kernels = dict.fromkeys([*CONVOLUTIONS, *KINDS, "rest"], 0.0), {}
     for event in profiler.key_averages(group_by_input_shape=True):
         if event.device_type == DeviceType.CPU:
@@ -193,18 +153,10 @@ def rates(device, dtype=torch.float32):
     a = torch.rand(side, side, device=device).to(dtype)
     big = torch.rand(copied // 4, device=device)
     target = torch.zeros_like(big)
-
-    def seconds(function):
-        times = []
-        for _ in range(5):
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return side**3 / seconds(lambda: a @ a), 2 * big.nbytes / seconds(lambda: target.copy_(big))
+    product, copy = (
+        min(seconds(device, function) for _ in range(5)) for function in (lambda: a @ a, lambda: target.copy_(big))
+    )
+    return side**3 / product, 2 * big.nbytes / copy
 
 
 def floors_ms(space, path, batch_size, multiply_adds_per_s, bytes_per_s, bytes_per_value=4):
@@ -231,78 +183,65 @@ def floors_ms(space, path, batch_size, multiply_adds_per_s, bytes_per_s, bytes_p
     return floors
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):
+    defaults = {"--results": study.RESULTS / "train.json", "--steps": 15, "--threads": None}
+    parser = study.parser(__doc__, defaults, device="auto")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="add a row with all operations compiled, whose first step takes minutes",
-    )
+    text = "add a row with all operations compiled, whose first step takes minutes"
+    parser.add_argument("--compile", action="store_true", help=text)
     parser.add_argument("--paths", type=int, metavar="N", help="take N paths in turn, fewer than --steps")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "train.json")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(options):
     device = resolve_device(options.device, options.threads)
     space = SearchSpace.for_images(options.input_size, options.classes)
     sampler = PathSampler(space, 0, default_flops_range(space))
     generator = torch.Generator().manual_seed(0)
-    shape = (options.batch_size, 3, options.input_size, options.input_size)
     rows = variants(space, device, options.compile)
     paths = [sampler.candidate(i) for i in range(options.paths or options.steps + 1)]
-    seconds = {v.name: [] for v in rows}
-    peaks = {}
+    times, peaks = {name: [] for name in rows}, dict.fromkeys(rows, 0)
     for step in range(options.steps + 1):
-        images = (torch.rand(shape, generator=generator) * 255).to(device)
-        labels = torch.randint(0, options.classes, (options.batch_size,), generator=generator).to(device)
-        for variant in rows:
+        batch = random_batch(space, options.batch_size, device, generator)
+        for name, variant in rows.items():
             memory_mb(device, reset=True)
-            synchronize(device)
-            start = time.perf_counter()
-            variant.step(images, labels, paths[step % len(paths)])
-            synchronize(device)
+            took = seconds(device, lambda: variant.step(*batch, paths[step % len(paths)]))  # noqa: B023  # called now
             if step >= (options.paths or 1):  # the ones before are warm-up
-                seconds[variant.name].append(time.perf_counter() - start)
-            peaks[variant.name] = max(peaks.get(variant.name, 0), memory_mb(device))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    counted = len(seconds["reference"])
+                times[name].append(took)
+            peaks[name] = max(peaks[name], memory_mb(device))
+    medians = {name: statistics.median(some) for name, some in times.items()}
     threads = torch.get_num_threads()
     title = f"{options.input_size} px, batch {options.batch_size}, {device}, {threads} threads"
-    print(f"{title}, median of {counted} steps\n")
-    print("| | ms per step | times the reference | images per second | peak memory, MB |\n|---|---|---|---|---|")
-    for name, s in medians.items():
-        cells = f"{1000 * s:.0f} | {medians['reference'] / s:.2f} | {options.batch_size / s:.0f} | {peaks[name]:.0f}"
-        print(f"| {name} | {cells} |")
-    batch = images, labels, paths[0]
-    whole = next(v for v in rows if v.name == "+ metrics fetched late")
-    profiles = {v.name: profile(v, batch)[0] for v in (rows[0], whole, rows[-1])}
-    print("\n| ms per step | " + " | ".join(profiles) + " |\n|---|" + "---|" * len(profiles))
-    for kind in profiles["reference"]:
-        print(f"| {kind} | " + " | ".join(f"{p[kind]:.0f}" for p in profiles.values()) + " |")
-    floors = floors_ms(space, batch[2], options.batch_size, *rates(device))
+    print(f"{title}, median of {len(times['reference'])} steps\n")
+    cells = [
+        (
+            name,
+            f"{1000 * s:.0f}",
+            f"{medians['reference'] / s:.2f}",
+            f"{options.batch_size / s:.0f}",
+            f"{peaks[name]:.0f}",
+        )
+        for name, s in medians.items()
+    ]
+    print(study.table(("", "ms per step", "times the reference", "images per second", "peak memory, MB"), cells))
+    profiles = {name: profile(rows[name], (*batch, paths[0]))[0]
+                for name in ("reference", "+ metrics fetched late", "+ bf16")}  # fmt: skip
+    cells = [(kind, *(f"{p[kind]:.0f}" for p in profiles.values())) for kind in profiles["reference"]]
+    print("", study.table(("ms per step", *profiles), cells), sep="\n")
+    floors = floors_ms(space, paths[0], options.batch_size, *rates(device))
     compute, memory = (sum(floors[kind][n] for kind in CONVOLUTIONS) for n in (0, 1))
     print(f"\nFloor, float32: {compute:.0f} ms of multiply-adds, {memory:.0f} ms of memory traffic")
     result = {
-        "medians": medians,
-        "seconds": seconds,
-        "peaks_mb": peaks,
-        "profiles_ms": profiles,
+        "medians": medians, "seconds": times, "peaks_mb": peaks, "profiles_ms": profiles,
         "floor_ms": {"multiply_adds": compute, "bytes": memory},
-        "commit": utils.commit(),
-        "versions": utils.versions(),
-        "threads": torch.get_num_threads(),
+        "commit": utils.commit(), "versions": utils.versions(), "threads": threads,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    name = f"{device.type} {options.input_size} px batch {options.batch_size}"
-    if options.compile:
-        name += ", compiled"
-    results = json.loads(options.results.read_text()) if options.results.exists() else {}
-    utils.write_json(options.results, results | {name: result}, indent=1)
+    }  # fmt: skip
+    name = f"{device.type} {options.input_size} px batch {options.batch_size}{', compiled' * options.compile}"
+    utils.write_json(options.results, study.read(options.results) | {name: result}, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

@@ -35,12 +35,17 @@ OWN = {
 
 @pytest.fixture(autouse=True)
 def forget():
-    """Operations that a test registers are gone after it."""
-    before = dict(blocks.OPERATIONS)
+    """Operations that other tests have registered are gone, and those of a test after it."""
+    own = {name: operation for name, operation in blocks.OPERATIONS.items() if name not in custom.loaded}
+
+    def clean():
+        blocks.OPERATIONS.clear()
+        blocks.OPERATIONS.update(own)
+        custom.loaded.clear()
+
+    clean()
     yield
-    blocks.OPERATIONS.clear()
-    blocks.OPERATIONS.update(before)
-    custom.loaded.clear()
+    clean()
 
 
 def written(path, text):
@@ -275,13 +280,13 @@ def test_a_path_of_the_projects_operations_is_the_fixed_network_and_a_part_of_th
 
 
 def test_the_projects_operations_stand_beside_those_of_a_file(tmp_path):
-    demo, macro = str(ROOT / "bench/demo_operations.py"), str(ROOT / "bench/macro_operations.py")
-    custom.load_operations(macro)
-    both = ["skip", "skip_1x1", "pointwise", "pointwise_1x1", "identity", "mobilenet_3x3", "shufflenet_3x3"]
+    own = written(tmp_path / "own.py", EXAMPLE.replace('"identity"', '"skip"'))
+    custom.load_operations(ROOT / "bench" / "macro_operations.py")
+    both = ["skip", "skip_1x1", "pointwise_1x1", "identity", "mobilenet_3x3", "shufflenet_3x3"]
     space = {"operations": both, "stages": OWN["stages"], "stem": OWN["stem"]}
     with pytest.raises(UserError, match=r"operation 'skip' is not one of .*skip_1x1.*--operations"):
         custom.make_space(space)
-    assert custom.make_space(space, operations=demo).operations == tuple(both)
+    assert custom.make_space(space, operations=own).operations == tuple(both)
     assert custom.make_space("varied").operations_hash == ""
 
 

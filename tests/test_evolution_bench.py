@@ -4,11 +4,9 @@ import itertools
 import random
 
 import pytest
-from conftest import load
 
+from bench import evolution as bench
 from utils import read_json
-
-bench = load("bench/evolution.py")
 
 TABLES = read_json(bench.TABLES)["tables"]
 
@@ -93,7 +91,7 @@ def test_regret_on_the_additive_table():
 
 
 def test_results_file(tmp_path, capsys):
-    bench.main(["--seeds", "2", "--results", str(tmp_path / "r.json")])
+    bench.main(bench.parse_args(["--seeds", "2", "--results", str(tmp_path / "r.json")]))
     written = read_json(tmp_path / "r.json")
     assert written["settings"]["seeds"] == 2
     shown = capsys.readouterr().out.splitlines()[2:]

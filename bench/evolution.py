@@ -12,15 +12,9 @@ candidates; the official code evaluates 21) and with more parents is measured as
 reward of the optimum minus the true reward of the candidate that measured best, in percent of the range from the
 worst to the best legal candidate. Prints a Markdown table and writes bench/results/evolution.json. `--make-tables`
 writes bench/evolution_tables.json, reproducibly.
-
-`--fronts` instead compares, on the additive table, one search for the front of reward and FLOPs with the winners of
-five searches under limits of their own, at a third of their evaluations in all, by hypervolume: the area between front
-and reference point, in percent of that of the known front. The reference point is the highest FLOPs of any candidate
-and the reward of the worst legal one. Writes bench/results/fronts.json.
 """
 
 import itertools
-import pathlib
 import random
 import statistics
 import time
@@ -52,10 +46,6 @@ MORE = {  # on the additive table only: what brings 95 of 100 seeds within 1% of
     "evolution, 30 generations": OFFICIAL | {"generations": 30},
     "evolution, 20 parents": OFFICIAL | {"select": 20},
 }
-
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of all candidates: the limits of the searches that a search for a front replaces
-FRONT_GENERATIONS = OFFICIAL["generations"] * len(SHARES) // 3  # a third of their evaluations
-
 
 # --- tables --------------------------------------------------------------------------------------------------
 
@@ -167,75 +157,6 @@ def methods(table_name):
     return METHODS | (MORE if table_name == "additive" else {})
 
 
-# --- fronts --------------------------------------------------------------------------------------------------
-
-
-def known_front(table):
-    """(FLOPs, reward) of the front of all candidates of an additive table, by rising FLOPs; exact, as `extreme`."""
-    prefixes = [(SPACE.fixed_flops, MEAN)]
-    for row, costs in zip(table["rewards"], SPACE.choice_flops):
-        longer = [(cost + more, value + gain) for cost, value in prefixes for more, gain in zip(costs, row)]
-        prefixes = pareto(longer, SPACE.flops_range[1])
-    return prefixes
-
-
-def hypervolume(points, reference):
-    """The area of what the points (FLOPs, reward) beat, up to a reference point."""
-    area = 0
-    right, floor = reference
-    front = pareto([p for p in points if p[1] > floor], right)
-    for (cost, value), (following, _) in itertools.pairwise([*front, reference]):
-        area += (following - cost) * (value - floor)
-    return area
-
-
-def searched(table, seed, **settings):
-    """The evolution, with all that it has evaluated, of a search with these settings."""
-    evolution = Evolution.from_settings(SPACE, {**OFFICIAL, "seed": seed, **settings})
-    while population := evolution.ask():
-        evolution.tell({candidate: measured(table, candidate, seed) for candidate in population})
-    return evolution
-
-
-def point(table, candidate):
-    return SPACE.flops(candidate), reward(table, candidate)
-
-
-def compare_fronts(table, seed):
-    """Hypervolumes in percent of the known front's: of the search for a front, and of the winners of five searches."""
-    top = SPACE.flops_range[1]
-    reference = top, table["worst"]["reward"]
-    settings = {"flops_limit": top, "objectives": ["acc1", "flops"], "generations": FRONT_GENERATIONS}
-    family = searched(table, seed, **settings)
-    singles = [searched(table, seed, flops_limit=SPACE.flops_quantile(share)) for share in SHARES]
-    known = hypervolume(known_front(table), reference)
-    found = {
-        "one search for the front": (family.front(), len(family.rewards)),
-        "five winners": ([e.best[0] for e in singles], sum(len(e.rewards) for e in singles)),
-        "all that the five evaluated": ([c for e in singles for c in e.rewards], sum(len(e.rewards) for e in singles)),
-    }
-    return {
-        name: {"hypervolume": 100 * hypervolume([point(table, c) for c in candidates], reference) / known,
-               "evaluations": evaluations}
-        for name, (candidates, evaluations) in found.items()
-    }  # fmt: skip
-
-
-def study_fronts(options):
-    table = study.read(TABLES)["tables"]["additive"]
-    rows = [compare_fronts(table, seed) for seed in range(options.seeds)]
-    cells = []
-    for name in rows[0]:
-        values = [row[name]["hypervolume"] for row in rows]
-        numbers = (f"{function(values):.2f}" for function in (statistics.fmean, min, max))
-        cells.append((name, rows[0][name]["evaluations"], *numbers))
-    print(
-        study.table(("method", "evaluations", "mean hypervolume, % of the known front's", "lowest", "highest"), cells)
-    )
-    settings = {"seeds": options.seeds, "shares": SHARES, "generations": FRONT_GENERATIONS}
-    study.write(options.results or study.RESULTS / "fronts.json", {"settings": settings, "seeds": rows})
-
-
 def summary(regrets):
     return {
         "mean": statistics.fmean(regrets),
@@ -245,7 +166,17 @@ def summary(regrets):
     }
 
 
-def study_methods(options):
+def parse_args(argv=None):
+    parser = study.parser(__doc__, {"--results": study.RESULTS / "evolution.json"})
+    parser.add_argument("--make-tables", action="store_true", help="write the tables only")
+    text = "searches of each table and method (default: 100)"
+    parser.add_argument("--seeds", type=count(), default=100, metavar="N", help=text)
+    return parser.parse_args(argv)
+
+
+def main(options):
+    if options.make_tables:
+        return utils.write_json(TABLES, committed_tables())
     committed = study.read(TABLES)
     results = {}
     head = ("table", "method", "mean regret, % of the range", "median", "under 1%", "optimum found", "ms a search")
@@ -266,24 +197,7 @@ def study_methods(options):
         "methods": METHODS | MORE,
         "range": {name: reward_range(table) for name, table in committed["tables"].items()},
     }
-    study.write(options.results or study.RESULTS / "evolution.json", {"settings": settings, "results": results}, 1)
-
-
-def parse_args(argv=None):
-    parser = study.parser(__doc__, {})
-    parser.add_argument("--make-tables", action="store_true", help="write the tables only")
-    text = "searches of each table and method (default: 100)"
-    parser.add_argument("--seeds", type=count(), default=100, metavar="N", help=text)
-    parser.add_argument("--fronts", action="store_true", help="compare a search for a front with five for winners")
-    parser.add_argument("--results", type=pathlib.Path, metavar="FILE", help="default: bench/results/NAME.json")
-    return parser.parse_args(argv)
-
-
-def main(options):
-    if options.make_tables:
-        utils.write_json(TABLES, committed_tables())
-    else:
-        (study_fronts if options.fronts else study_methods)(options)
+    study.write(options.results, {"settings": settings, "results": results}, indent=1)
 
 
 if __name__ == "__main__":

@@ -43,14 +43,13 @@ from PIL import Image
 
 import utils
 from bench import study
+from bench.steps import Variant, Way, floors_ms, random_batch, rates
+from bench.steps import profile as profile_of
 from bench.study import ROOT, memory_mb, seconds
-from bench.train import OFFICIAL, Variant, floors_ms, random_batch, rates
-from bench.train import profile as profile_of
 from dataloader import AHEAD, Loader
 from images import bundled
 from images.dataset import DataConfig, scan, training_plan
-from network import ShuffleNetV2OneShot, autocast, batch_norms
-from settings.subjects import Training
+from network import ShuffleNetV2OneShot
 from space.evolution import Evolution
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
@@ -66,14 +65,14 @@ BYTES_BF16 = 3 * 2 * 2 * 4.32e6  # an image: three passes that read and write th
 ONE_PATH, COPY = "a step of architecture_final.json, channels-last, ms by images", "copy, GB/s"  # measured by hand
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
 MODULE = ["-m", "bench.gpu"]
-TRAINING = {  # name -> (changes of bench/train.py's Variant, cuDNN's benchmark, images)
+TRAINING = {  # name -> (settings of a Variant, cuDNN's benchmark, images)
     "bf16, channels-last, 1,024 images": ({"amp": "bf16"}, False, 1024),
     "float32, channels-last, 1,024 images": ({}, False, 1024),
     "bf16, channels-last, 128 images": ({"amp": "bf16"}, False, 128),
     "float32, channels-last, 128 images": ({}, False, 128),
     "bf16, channels-last": ({"amp": "bf16"}, False, 256),
     "float32, channels-last": ({}, False, 256),
-    "official way, float32": (OFFICIAL, True, 256),
+    "official way, float32": ({"official": True}, True, 256),
 }
 CANDIDATES = {  # name -> (one by one, settings of evaluate)
     "tree, BN folded": (False, {}),
@@ -123,99 +122,6 @@ WAYS = {  # name -> (images, settings of a Training, whether operations become C
     f"1,024 images, {COMPILED}": (1024, {"compile": True}, False),
 }
 TARGETS = {"128": 6000, "1,024": 10_000}  # images -> images per second
-
-
-class Way:
-    """A supernet of its own that takes steps of `n` images by the settings `changes` of a Training."""
-
-    def __init__(self, space, device, n, **changes):
-        torch.manual_seed(0)
-        self.n = n
-        self.space = space
-        self.model = ShuffleNetV2OneShot(space=space).train()
-        self.recipe = recipe.Recipe(self.model, Training(batch_size=max(2, n), lr=0.01, **changes), device)
-        self.device = self.recipe.device
-        self.images, self.labels = random_batch(space, n, device)
-        self.images = self.images.contiguous(memory_format=torch.channels_last)
-        self.steps = 0
-
-    def step(self, path):
-        """Seconds of a step."""
-        self.steps += 1
-        batch = self.images, self.labels
-        return seconds(self.device, lambda: self.recipe.train_one_step(self.steps, *batch, path))
-
-    def warm_up(self):
-        """Seconds of the first use of every operation, compilation included."""
-        choices = range(len(self.space.operations))
-        return sum(self.step(self.space.uniform_candidate(choice)) for choice in choices)
-
-    def peak_mb(self, path):
-        """Peak memory in MB of two steps, above that before them."""
-        memory_mb(self.device, reset=True)
-        before = torch.cuda.memory_allocated() / 1e6 if self.device.type == "cuda" else memory_mb(self.device)
-        for _ in range(2):
-            self.step(path)
-        return memory_mb(self.device) - before
-
-    def graph_operations(self):
-        """Makes every operation a CUDA graph of its forward and one of its backward pass; takes some steps.
-
-        Operations of a block share memory, since a step runs one of them. For the time alone, not a part of the
-        project until a GPU has shown what it gains: a replay may overwrite the gradients of the micro-batch before.
-        Source: torch.cuda.make_graphed_callables.
-        """
-        inputs = {}
-
-        def noted(part, x):
-            inputs[part] = x.detach().clone().requires_grad_(x.requires_grad)
-            return part(x)
-
-        run, self.recipe.run = self.recipe.run, noted
-        self.warm_up()
-        self.recipe.run = run
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.recipe.training.amp == "bf16", cache_enabled=False):
-            for block in self.model.features:
-                pool = torch.cuda.graph_pool_handle()
-                for operation in block:
-                    torch.cuda.make_graphed_callables(operation, (inputs[operation],), pool=pool)
-
-    def calibration(self, path, batches, graphs=False):
-        """Seconds of the forward passes of the calibration of one candidate, over so many batches of its images."""
-        self.model.eval()
-        for norm in batch_norms(self.model):
-            norm.train()
-        with torch.no_grad(), autocast(self.device, self.recipe.training.amp):
-            x, parts = self.images, []
-            for part in self.model.path(path):  # the first use of every operation
-                parts.append(Recorded(part, x) if graphs else part)
-                x = parts[-1](x)
-
-            def forward():
-                for _ in range(batches):
-                    functools.reduce(lambda x, part: part(x), parts, self.images)
-
-            return seconds(self.device, forward)
-
-
-class Recorded:
-    """A forward pass of a part as a CUDA graph, whose output the next replay overwrites."""
-
-    def __init__(self, part, x):
-        self.x = x.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            part(self.x)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=torch.cuda.graph_pool_handle()):
-            self.y = part(self.x)
-
-    def __call__(self, x):
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.y
 
 
 def ways(options, _):
@@ -484,7 +390,7 @@ def training(options, _):
 
     def row(changes, benchmark, n):
         torch.backends.cudnn.benchmark = benchmark
-        variant = Variant(space, device, tf32=device.type == "cuda", **changes)
+        variant = Variant(space, device, **changes)
         images, labels = random_batch(space, n if options.large else n // 64, device)
 
         def steps(paths):
@@ -522,7 +428,7 @@ def profile(options, _):
 
     def row(name, n):
         amp = "bf16" if name == "bf16" else "off"
-        variant = Variant(space, device, tf32=device.type == "cuda", amp=amp)
+        variant = Variant(space, device, amp=amp)
         n = n if options.large else n // 64
         kinds, kernels = profile_of(variant, (*random_batch(space, n, device), path))
         floors = floors_ms(space, path, n, *measured(name), dtypes[name].itemsize)

@@ -6,16 +6,13 @@ networks are distinct. data/make_cifar10.py makes the images.
 
 Trains a supernet of this space with supernet.py for each seed, side by side, a core each; scores every distinct network
 on the held-out images, and 100 of them in the checkpoints on the way; an interrupted study resumes. Reports Kendall's
-tau of scores, FLOPs and parameters with the published accuracy, and what a search by these scores picks. Other scores
-stand beside top-1, for the same supernets: the loss on the same images, the angle by which training turned the
-weights of the path (Hu et al., arXiv 2004.13431), and the mean top-1 of the supernets. Writes bench/results/macro.json,
-macro.png, and prints the tables of docs/experiments.md.
+tau of scores, FLOPs and parameters with the published accuracy, and what a search by these scores picks. Writes
+bench/results/macro.json, macro.png, and prints the tables of docs/experiments.md.
 """
 
 import functools
 import json
 import lzma
-import math
 import pathlib
 import random
 import re
@@ -23,7 +20,6 @@ import statistics
 
 import matplotlib
 import numpy as np
-import torch
 import yaml
 from matplotlib.figure import Figure
 
@@ -31,7 +27,6 @@ import tester
 import utils
 from bench import study
 from bench.study import ROOT, agreement, side_by_side
-from network import ShuffleNetV2OneShot
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
 from space.custom import load_operations, make_space
 from space.evolution import Evolution
@@ -149,31 +144,6 @@ def read_scores(folder, what=0):
     return scores
 
 
-def angles(folder, networks):
-    """{network: angle between initial and trained weights of its path, in radians}; the classifier, which all have, is
-    left out."""
-    supernet, ckpt = checkpoint.load_supernet(checkpoint.newest(folder / "checkpoints" / "supernet"), None)
-    torch.manual_seed(ckpt.content["settings"]["seed"])
-    initial = ShuffleNetV2OneShot(space=supernet.space)
-
-    @functools.cache
-    def products(key):
-        """(initial weights * trained ones, initial squared, trained squared), summed over a part."""
-        pairs = zip(*(flat_weights(model.module_of(key)) for model in (initial, supernet)))
-        return np.sum([[float(a @ b), float(a @ a), float(b @ b)] for a, b in pairs] or [[0.0] * 3], axis=0)
-
-    def angle(network):
-        keys = ("stem", *enumerate(map(int, network)), "head")
-        both, before, after = np.sum([products(key) for key in keys], axis=0)
-        return math.acos(both / math.sqrt(before * after))
-
-    return {network: angle(network) for network in networks}
-
-
-def flat_weights(module):
-    return [p.detach().double().flatten() for p in module.parameters()]
-
-
 # --- statistics -----------------------------------------------------------------------------------------------
 
 
@@ -189,21 +159,6 @@ def rank(networks, scores, truth):
         "parameters": agreement([params], true),
         "minus FLOPs": agreement(rows, true, flops),
         "minus parameters": agreement(rows, true, params),
-    }
-
-
-def other_scores(folders, networks, last, truth):
-    """The agreement of other scores with the truth, each on the half of the networks to choose by and on the other."""
-    acc1 = [read_scores(folder)[last] for folder in folders]
-    loss = [{n: -value for n, value in read_scores(folder, 1)[last].items()} for folder in folders]
-    mean = [{n: statistics.fmean(seed[n] for seed in acc1) for n in networks}]
-    scores = {"top-1": acc1, "loss": loss, "angle": [angles(folder, networks) for folder in folders]}
-    return {
-        name: {
-            half: agreement([[seed[n] for n in some] for seed in seeds], [truth[n]["mean_acc"] for n in some])
-            for half, some in halves(networks).items()
-        }
-        for name, seeds in (scores | {f"mean top-1 of {len(folders)} supernets": mean}).items()
     }
 
 
@@ -277,7 +232,6 @@ def summarise(args, folders):
         "seconds": [round(json.loads(log[-1])["seconds"]) for log in logs],
         "acc1": [[round(f(seed.values()), 2) for f in (statistics.fmean, statistics.stdev)] for seed in scores],
         "rank": {name: rank(some, scores, truth) for name, some in regions.items()},
-        "other scores": other_scores(folders, networks, last, truth),
         "way": way,
         "picks": {
             f"{limit // 10**6}M": [picks(limit, *seed, truth) for seed in zip(scores, losses)] for limit in searched
@@ -292,7 +246,7 @@ def interval(row):
 
 
 def tables(results):
-    """Markdown tables: taus, other scores, and what searches pick."""
+    """Markdown tables: taus, and what searches pick."""
     columns = {"supernet": "supernet", "FLOPs": "FLOPs", "parameters": "parameters",
                "minus FLOPs": "supernet minus FLOPs"}  # fmt: skip
     regions = {"all": "all {:,}"} | {f"{limit // 10**6}M": f"{{:,}} under {limit // 10**6}M" for limit in LIMITS}
@@ -300,13 +254,7 @@ def tables(results):
         (regions[name].format(row["networks"]), *(interval(row[column]) for column in columns))
         for name, row in results["rank"].items()
     ]
-    others = [(name, *map(interval, halves.values())) for name, halves in results["other scores"].items()]
-    found = [
-        study.table(("networks", *columns.values()), rows),
-        study.table(("score", "tau, half to choose by", "tau, other half"), others),
-        table_of_picks(results["picks"]),
-    ]
-    return "\n\n".join(found)
+    return f"{study.table(('networks', *columns.values()), rows)}\n\n{table_of_picks(results['picks'])}"
 
 
 def table_of_picks(picks):

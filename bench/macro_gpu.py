@@ -2,7 +2,7 @@
 
     python -m bench.macro_gpu                          half width, a million images each: all ways, the best two twice
     python -m bench.macro_gpu --full                   full width, 100 epochs, two seeds
-    python -m bench.macro_gpu --ways "resized crops"   some ways; on a CPU, an hour of one core each
+    python -m bench.macro_gpu --ways "strictly fair"   some ways; on a CPU, an hour of one core each
 
 The images are decoded once and stay in the GPU's memory, since so small a network would wait for any loader; shifts of
 up to 4 px and flips augment them, as in the published trainings. A process trains a supernet, keeps checkpoints, and
@@ -21,13 +21,12 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as F
 
 import supernet as supernet_script
 import utils
 from bench import macro, study
 from bench.study import ROOT, agreement
-from images.dataset import calibration_plan, draw_augmentation, evaluation_plan, training_plan
+from images.dataset import calibration_plan, evaluation_plan, training_plan
 from network import ShuffleNetV2OneShot
 from settings.subjects import DataConfig, Training
 from space.custom import make_space
@@ -62,7 +61,6 @@ class Way:
     fair: bool = False  # the paths of a step have every operation of each block once
     distinct: bool = False  # paths are uniform over the distinct networks, in the form that is scored
     exponent: float = 0.0  # the learning rate is multiplied by (FLOPs of the path / mean FLOPs) ** exponent
-    resized: bool = False  # random resized crops of --crop-scale 0.8 1 augment the images, as in bench/macro.yml
     first: tuple = ()  # operations that the first block may have; empty: all
 
     @property
@@ -73,7 +71,6 @@ class Way:
 SPLIT = ("split: identity", "split: inverted residuals")
 WAYS = {
     "baseline": Way(),
-    "resized crops": Way(resized=True),
     "distinct networks": Way(distinct=True),
     "strictly fair": Way(fair=True),
     "learning rate by FLOPs": Way(exponent=0.5),
@@ -121,8 +118,7 @@ class ImagesInMemory:
     `arrays` are those of `decoded`. The last HELD_OUT images of each class of train are the part "search".
     """
 
-    def __init__(self, arrays, device, resized=False):
-        self.resized = resized
+    def __init__(self, arrays, device):
         labels = arrays["train_labels"].astype(np.int64)
         heldout = np.concatenate([np.flatnonzero(labels == c)[-HELD_OUT:] for c in range(CLASSES)])
         train = np.setdiff1d(np.arange(len(labels)), heldout)
@@ -142,28 +138,13 @@ class ImagesInMemory:
         return torch.from_numpy(labels.astype(np.int64)).to(self.device)
 
     def augmented(self, indices, rng):
-        """Training images, each shifted by up to PADDING px or a resized crop, half of them flipped."""
-        if self.resized:
-            return self._resized_crops(indices, rng), self.labels["train"][torch.from_numpy(indices).to(self.device)]
+        """Training images, each shifted by up to PADDING px, half of them flipped."""
         draws = [rng.integers(n, size=len(indices)) for n in (2 * PADDING + 1, 2 * PADDING + 1, 2)]
         top, left, flip, rows = torch.from_numpy(np.stack([*draws, indices])).to(self.device, non_blocking=True)
         x = torch.where(flip[:, None] == 1, self.window.flip(0), self.window) + left[:, None]
         y = self.window + top[:, None]
         images = self.padded[rows[:, None, None], y[:, :, None], x[:, None, :]]
         return images.permute(0, 3, 1, 2).float(), self.labels["train"][rows]
-
-    def _resized_crops(self, indices, rng):
-        """As the torchvision loader with the settings of bench/macro.yml, on the CPU."""
-        config = DataConfig(crop_scale=(0.8, 1.0), jitter=0.0)
-        seed = int(rng.integers(2**31))
-        size = [len(self.window)] * 2
-        images = []
-        for index in indices:
-            pixels = self.pixels["train"][index].permute(2, 0, 1)
-            a = draw_augmentation(config, seed, 0, index, *pixels.shape[1:])
-            image = F.resized_crop(F.to_pil_image(pixels.cpu()), *a.window, size, F.InterpolationMode.BILINEAR)
-            images.append(np.asarray(F.hflip(image) if a.horizontal_flip else image))
-        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float()
 
     def batches(self, part, every=1):
         """Each `every`-th image of a part, as it is."""
@@ -303,9 +284,8 @@ def folder_of(args, name, seed):
 def work(args, name, seed):
     """Trains and scores a supernet of a way; what is done already is skipped."""
     folder = folder_of(args, name, seed)
-    way = ways(args)[name]
-    data = ImagesInMemory(decoded(args.data_dir, args.images), resolve_device(args.device, args.threads), way.resized)
-    train(way, seed, folder, data, args)
+    data = ImagesInMemory(decoded(args.data_dir, args.images), resolve_device(args.device, args.threads))
+    train(ways(args)[name], seed, folder, data, args)
     if not (folder / "scores.json").exists():
         score(folder, data, macro.some_distinct(args.networks))
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 from test_readme import PAGES, section
 
 from bench import gpu as bench
-from bench import train
+from bench import steps
 from space.search_space import SearchSpace
 from training import distributed, recipe
 
@@ -79,8 +79,8 @@ def test_floors_are_those_of_the_published_network():
     """The amounts of docs/scaling.md, "The amounts", at rates of one a second."""
     space = SearchSpace()
     path = space.load_architecture(ROOT / "architecture_final.json")
-    floors = train.floors_ms(space, path, 2, 1000, 1000, bytes_per_value=2)
-    multiply_adds, traffic = (sum(floors[kind][n] for kind in train.CONVOLUTIONS) for n in (0, 1))
+    floors = steps.floors_ms(space, path, 2, 1000, 1000, bytes_per_value=2)
+    multiply_adds, traffic = (sum(floors[kind][n] for kind in steps.CONVOLUTIONS) for n in (0, 1))
     classifier = space.last_channels * space.n_classes
     assert multiply_adds == pytest.approx(2 * 3 * (space.flops(path) - classifier), rel=1e-9)
     assert traffic == pytest.approx(2 * bench.BYTES_BF16, rel=2e-3)  # 4.32 million values, rounded
@@ -101,7 +101,7 @@ def test_floors_are_those_of_the_published_network():
     ],
 )
 def test_operations_have_kinds(name, shapes, kind):
-    assert train.kind_of(name, shapes) == kind
+    assert steps.kind_of(name, shapes) == kind
 
 
 def options(tmp_path, left):

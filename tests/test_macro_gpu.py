@@ -68,15 +68,6 @@ def test_images_in_memory(monkeypatch):
     assert torch.equal(again, images)
 
 
-def test_resized_crops(monkeypatch):
-    monkeypatch.setattr(gpu, "HELD_OUT", 3)
-    arrays = make_arrays(13)
-    arrays["train"][:] = np.arange(130, dtype=np.uint8)[:, None, None, None]
-    data = gpu.ImagesInMemory(arrays, "cpu", resized=True)
-    images, labels = data.augmented(np.array([0, 11]), np.random.default_rng(0))
-    assert images.unique().tolist() == [0, 14] and labels.tolist() == [0, 1]  # the last three of ten are held out
-
-
 def test_fair_paths_have_every_operation_once(space):
     paths = gpu.Paths(FAIR, space, seed=3)
     drawn = [paths.of_step(step) for step in range(1, 200)]

@@ -1,12 +1,9 @@
-"""What the demo's winner is compared with, and how often the demo succeeds.
+"""What the demo's winner is compared with: `python -m bench.demo_study`, an hour on one core.
 
-    python -m bench.demo_study             trains 60 random legal candidates as the demo retrains, an hour on one core
-    python -m bench.demo_study --demos 10 --jobs 2    then runs the demo with ten seeds, two at a time
-
-The candidates are drawn uniformly among those under the demo's FLOPs limit; the largest legal candidate is trained too.
-A second seed and half the steps, for 20 of them, say how well such trainings rank candidates at all. Each training is
-kept when it ends: an interrupted study resumes. Writes bench/results/demo_truth.json, which bench/demo.py reads, and
-with --demos bench/results/demo_seeds.json. Prints the tables of docs/experiments.md.
+Trains 60 random legal candidates, drawn uniformly among those under the demo's FLOPs limit, and the largest legal one,
+as the demo retrains. A second seed and half the steps, for 20 of them, say how well such trainings rank candidates at
+all. Each training is kept when it ends: an interrupted study resumes. Writes bench/results/demo_truth.json, which
+bench/demo.py reads; prints the tables of docs/experiments.md.
 """
 
 import math
@@ -14,21 +11,15 @@ import statistics
 
 import scratch
 import search
-import tester
 import utils
 from bench import study
 from bench.demo import TRUTH, read_truth
 from space.limits import make_bounds
-from training.evaluation import evaluate
 
-SEEDS = study.RESULTS / "demo_seeds.json"
 INPUT_SIZE = 28
 CLASSES = 10
 CANDIDATES = 60
 REPEATED = 20
-
-
-# --- the truth ------------------------------------------------------------------------------------------------
 
 
 def settings():
@@ -101,69 +92,14 @@ def print_truth(found):
     print(study.table((f"tau with the truth, {REPEATED} candidates", ""), rows))
 
 
-# --- whole demos ----------------------------------------------------------------------------------------------
-
-
-class Demo(study.Command):
-    """A demo with a seed. One that misses its goal, with exit code 1, counts as well."""
-
-    def __init__(self, seed, out):
-        super().__init__("-m bench.demo", ["--seed", seed], out / str(seed))
-
-    def numbers(self):
-        """Those of its table, None before it is there."""
-        return study.read(self.folder / "demo.json").get("table", {}).get("value")
-
-    def end(self):
-        code = super().end()
-        return 0 if self.numbers() else code
-
-
-def demos(n, out, jobs):
-    """Runs the demo with seeds 0 to n - 1, where SEEDS lacks them; returns their rows.
-
-    A row has the numbers of the demo's table, its CPU-seconds, and tau of its supernet.
-    """
-    rows = study.read(SEEDS).get("rows", [])
-    tasks = [study.Task(seed, Demo(seed, out)) for seed in range(n)]
-
-    def keep(task):
-        random_ones, _ = read_truth()
-        args = tester.parse_args(["--demo", "--out", str(task.command.folder)])
-        supernet, calibration, validation = tester.open_supernet(args)
-        measured = evaluate(supernet, [r["architecture"] for r in random_ones], calibration, validation, args.bn)
-        tau = study.tau([m["acc1"] for m in measured], [r["acc1"] for r in random_ones])
-        rows.append(
-            task.command.numbers() | {"seed": task.key, "tau": tau, "cpu_seconds": round(task.command.cpu_seconds)}
-        )
-        rows.sort(key=lambda row: row["seed"])
-        study.write(SEEDS, {"rows": rows}, indent=1)
-        print(rows, flush=True)
-
-    study.run(lambda: tasks, lambda: [row["seed"] for row in rows], keep, jobs, math.inf)
-    return rows
-
-
-def print_demos(rows):
-    head = ("seed", "mean in the supernet", "tau", "winner", "percentile", "largest", "CPU-seconds")
-    cells = "{seed} {supernet:.1f} {tau:.2f} {winner:.2f} {percentile:.0f} {largest:.2f} {cpu_seconds}"
-    print(f"\n{study.table(head, [cells.format(**row).split() for row in rows])}")
-    at_90 = sum(row["percentile"] >= 90 for row in rows)
-    not_below = sum(row["winner"] >= row["largest"] for row in rows)
-    print(f"\nat the 90th percentile or above: {at_90} of {len(rows)}; not below the largest: {not_below}")
-
-
 def parse_args(argv=None):
-    parser = study.parser(__doc__, {"--jobs": 1, "--out": study.ROOT / "demo" / "seeds"})
-    parser.add_argument("--demos", type=int, default=0, metavar="N", help="run the demo with N seeds")
+    parser = study.parser(__doc__, {"--jobs": 1, "--out": study.ROOT / "demo" / "truth"})
     return parser.parse_args(argv)
 
 
 def main(options):
     with study.interruptible():
-        print_truth(truth(options.out / "truth", options.jobs))
-        if options.demos:
-            print_demos(demos(options.demos, options.out, options.jobs))
+        print_truth(truth(options.out, options.jobs))
 
 
 if __name__ == "__main__":

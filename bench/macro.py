@@ -5,9 +5,9 @@ network, trained three times. Two of them are the same network if their stages d
 networks are distinct. data/make_cifar10.py makes the images.
 
 Trains a supernet of this space with supernet.py for each seed, side by side, a core each; scores every distinct network
-on the held-out images, and 100 of them in the checkpoints on the way; an interrupted study resumes. Reports Kendall's
-tau of scores, FLOPs and parameters with the published accuracy, and what a search by these scores picks. Writes
-bench/results/macro.json, macro.png, and prints the tables of docs/experiments.md.
+on the held-out images; an interrupted study resumes. Reports Kendall's tau of scores, FLOPs and parameters with the
+published accuracy, and what a search by these scores picks. Writes bench/results/macro.json, and prints the tables of
+docs/experiments.md.
 """
 
 import functools
@@ -18,16 +18,13 @@ import random
 import re
 import statistics
 
-import matplotlib
 import numpy as np
 import yaml
-from matplotlib.figure import Figure
 
 import tester
 import utils
 from bench import study
 from bench.study import ROOT, agreement, side_by_side
-from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
 from space.custom import load_operations, make_space
 from space.evolution import Evolution
 from training import checkpoint
@@ -39,7 +36,6 @@ TRUTH = ROOT / "data" / "nas-bench-macro.json.xz"
 RESULTS = study.RESULTS / "macro.json"
 STAGES = (2, 3, 3)  # blocks
 LIMITS = (35_000_000, 55_000_000, 75_000_000)  # FLOPs
-ON_THE_WAY, APART = 100, 2000  # networks scored in the checkpoints before the last, and the steps between these
 CHUNK = 500  # networks scored, and saved, together
 SEARCHES = 100  # seeds of every search
 # 5 populations of 22, with the official shares of parents and children: 110 evaluations
@@ -85,47 +81,23 @@ def some_distinct(n=None):
     return sorted(random.Random(1).sample(networks, n)) if n else networks
 
 
-def halves(networks):
-    """The half of the networks to choose a score by, and the other half."""
-    shuffled = random.Random(2).sample(networks, len(networks))
-    return {"chosen by": sorted(shuffled[::2]), "reported": sorted(shuffled[1::2])}
-
-
-def checkpoints(folder):
-    """{step: file} of a supernet's folder, in order."""
-    files = checkpoint.checkpoints(folder / "checkpoints" / "supernet")
-    return {int(re.search(r"\d+", file.stem)[0]): file for file in files}
-
-
-def open_checkpoint(folder, file, every=1, split="search"):
-    """(supernet, calibration batches, batches of each `every`-th image of the split, BN averaging) of a checkpoint."""
-    words = ["--config", folder / "settings.yml", "--operations", OPERATIONS, "--checkpoint", file, "--threads", 1]
-    args = tester.parse_args([*map(str, words), "--split", split])
-    supernet, calibration, validation = tester.open_supernet(args)
-    return supernet, calibration, [(images[::every], labels[::every]) for images, labels in validation], args.bn
-
-
 def score(folder, n_networks, every):
-    """Scores networks in checkpoints of a folder; folder/scores.jsonl keeps what is done: top-1 and loss.
+    """Scores `n_networks` (None: all) in the last checkpoint of a folder, on each `every`-th held-out image.
 
-    The last checkpoint scores `n_networks` of them (None: all). `every` takes each so many-th held-out image.
+    folder/scores.jsonl keeps what is done: top-1 and loss.
     """
-    path, networks = folder / "scores.jsonl", some_distinct(n_networks)
-    done = {(step, network) for step, scores in read_scores(folder).items() for network in scores}
-    files = checkpoints(folder)
-    for step, file in reversed(files.items()):
-        if step == max(files):
-            wanted = networks
-        else:
-            wanted = [] if step % APART else sorted(random.Random(0).sample(networks, min(ON_THE_WAY, len(networks))))
-        wanted = [network for network in wanted if (step, network) not in done]
-        if not wanted:
-            continue
-        supernet, *batches, bn = open_checkpoint(folder, file, every)
-        for chunk in (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)):
-            measured = measure(supernet, chunk, *batches, bn)
-            with open(path, "a") as lines:
-                lines.writelines(f"{json.dumps([step, *row])}\n" for row in measured)
+    file = checkpoint.newest(folder / "checkpoints" / "supernet")
+    step = int(re.search(r"\d+", file.stem)[0])
+    done = read_scores(folder).get(step, ())
+    wanted = [network for network in some_distinct(n_networks) if network not in done]
+    words = ["--config", folder / "settings.yml", "--operations", OPERATIONS, "--checkpoint", file, "--threads", 1]
+    args = tester.parse_args([*map(str, words)])
+    supernet, calibration, validation = tester.open_supernet(args)
+    validation = [(images[::every], labels[::every]) for images, labels in validation]
+    for chunk in (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)):
+        measured = measure(supernet, chunk, calibration, validation, args.bn)
+        with open(folder / "scores.jsonl", "a") as lines:
+            lines.writelines(f"{json.dumps([step, *row])}\n" for row in measured)
 
 
 def measure(supernet, networks, calibration, validation, bn):
@@ -221,18 +193,11 @@ def summarise(args, folders):
             regions[f"{limit // 10**6}M"] = legal
     searched = () if args.networks else LIMITS  # a search may ask for any network
     logs = [(folder / "checkpoints/supernet/log.jsonl").read_text().splitlines() for folder in folders]
-    way = {}
-    for step in sorted(set.intersection(*map(set, runs))):  # an interruption left a checkpoint of its own
-        some = [n for n in networks if all(n in run[step] for run in runs)]
-        true = [truth[n]["mean_acc"] for n in some]
-        rows = [[run[step][n] for n in some] for run in runs]
-        way[step] = {"tau": agreement(rows, true), "acc1": round(statistics.fmean(map(statistics.fmean, rows)), 2)}
     return {
         "settings": {"width": args.width, "steps": last, "every": args.every},
         "seconds": [round(json.loads(log[-1])["seconds"]) for log in logs],
         "acc1": [[round(f(seed.values()), 2) for f in (statistics.fmean, statistics.stdev)] for seed in scores],
         "rank": {name: rank(some, scores, truth) for name, some in regions.items()},
-        "way": way,
         "picks": {
             f"{limit // 10**6}M": [picks(limit, *seed, truth) for seed in zip(scores, losses)] for limit in searched
         },
@@ -268,28 +233,6 @@ def table_of_picks(picks):
     return study.table(("picked by", *(f"under {name}" for name in picks)), rows)
 
 
-def draw(results, path):
-    """Tau against steps of training, and supernet top-1 (mean of the seeds) against the truth."""
-    truth, way = load_truth(), results["way"]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        steps, taus = list(map(int, way)), np.array([row["tau"] for row in way.values()])
-        left.fill_between(steps, taus[:, 1], taus[:, 2], color=MEAN, alpha=0.2, linewidth=0)
-        left.plot(steps, taus[:, 0], "o-", color=BEST, markersize=4, label="supernet, 95% interval")
-        left.axhline(results["rank"]["all"]["FLOPs"][0], color=RANDOM, linestyle="--", label="FLOPs")
-        left.set(xlabel="steps of supernet training", ylabel="Kendall's tau with the published accuracy")
-        left.set_title("(a) How long to train")
-        left.legend(loc="lower right")
-        x = np.mean(results["scores"], axis=0)
-        y, flops = ([truth[n][name] for n in results["networks"]] for name in ("mean_acc", "flops"))
-        points = right.scatter(x, y, 5, np.array(flops) / 1e6, cmap="viridis_r", linewidths=0)
-        right.set(xlabel="top-1 in the supernet (%)", ylabel="published top-1 (%)", ylim=(70, 94))
-        right.set_title(f"(b) {len(x):,} networks; {sum(acc < 70 for acc in y)} lie below")
-        figure.colorbar(points, ax=right, label="FLOPs (millions)", pad=0.015, aspect=30).outline.set_edgecolor(GREY)
-        figure.savefig(path, dpi=160, facecolor="white")
-
-
 def parse_args(argv=None):
     defaults = {"--data-dir": ROOT / "data" / "cifar10", "--out": ROOT / "demo" / "macro", "--results": RESULTS}
     defaults |= {"--iterations": None, "--seeds": 2, "--threads": 1, "--networks": None}
@@ -315,7 +258,6 @@ def main(args):
     load_operations(OPERATIONS)
     results = study.rounded(summarise(args, folders))
     study.write(args.results, results)
-    draw(results, args.results.with_suffix(".png"))
     print(tables(results))
 
 

@@ -1,6 +1,6 @@
 """Ways to train a supernet that ranks NAS-Bench-Macro better, on one GPU, many supernets side by side.
 
-    python -m bench.macro_gpu                          half width, a million images each: all ways, the best two twice
+    python -m bench.macro_gpu                          half width, a million images each: all ways, two seeds
     python -m bench.macro_gpu --full                   full width, 100 epochs, two seeds
     python -m bench.macro_gpu --ways "strictly fair"   some ways; on a CPU, an hour of one core each
 
@@ -37,7 +37,6 @@ from training.recipe import Recipe, begin_momentum
 from training.run import TrainingRun, contents_of
 
 RESULTS = study.RESULTS / "macro_gpu.json"
-STUDIED = 600  # networks by which ways are chosen
 IMAGES = 1_024_000  # of a training of half width, as in bench/macro.py
 FULL_IMAGES, FULL_LR = 5_000_000, 0.2
 HELD_OUT = 200  # images of each class
@@ -313,45 +312,31 @@ def names(args):
 # --- the report -----------------------------------------------------------------------------------------------
 
 
-def choice(args, name):
-    """A key that orders ways by the tau of the loss on the half of the networks to choose by, the best first."""
-    loss = read_scores(args, name, 0)[0]
-    truth = macro.load_truth()
-    some = macro.halves(macro.some_distinct(args.studied))["chosen by"]
-    return study.tau([loss[network] for network in some], [truth[network]["mean_acc"] for network in some])
-
-
 def taus(args, name, seed, baseline=None):
-    """What the scores of a supernet are worth, on each half of the studied networks and on all; None if not done."""
+    """What the scores of a supernet are worth, and by loss the gain over another's; None if it is not done."""
     if (found := read_scores(args, name, seed)) is None:
         return None
     loss, acc1, seconds = found
     truth = macro.load_truth()
-    halves = macro.halves(macro.some_distinct(args.studied))
-    row = {"seconds": seconds, "acc1": [statistics.fmean(acc1.values()), statistics.stdev(acc1.values())]}
-    for half, some in (halves | {"all": list(loss)}).items():
-        true = [truth[network]["mean_acc"] for network in some]
-        losses = [-loss[network] for network in some]
-        row[half] = {
-            "loss": agreement([losses], true),
-            "top-1": agreement([[acc1[network] for network in some]], true),
-        }
-        if baseline:
-            before = [-baseline[0][network] for network in some]
-            row[half]["gain"] = agreement([losses], true, before)
-    return row
+    true = [truth[network]["mean_acc"] for network in loss]
+    losses = [-value for value in loss.values()]
+    row = {"loss": agreement([losses], true), "top-1": agreement([list(acc1.values())], true)}
+    if baseline:
+        row["gain"] = agreement([losses], true, [-baseline[0][network] for network in loss])
+    spread = [statistics.fmean(acc1.values()), statistics.stdev(acc1.values())]
+    return {"seconds": seconds, "acc1": spread, "all": row}
 
 
 def summarise(args):
     """The rows of `taus` of all ways, and of the baseline what searches pick, and the scores."""
     rows = {}
     for name in names(args):
-        for seed in (0, 1):
+        for seed in range(args.seeds):
             baseline = None if name == "baseline" else read_scores(args, "baseline", seed)
             if row := taus(args, name, seed, baseline):
                 rows.setdefault(label(name), {})[seed] = row
     truth = macro.load_truth()
-    pair = [found for seed in (0, 1) if (found := read_scores(args, "baseline", seed))]
+    pair = [found for seed in range(args.seeds) if (found := read_scores(args, "baseline", seed))]
     limits = () if args.networks else macro.LIMITS  # a search may ask for any network
     return {
         "taus": study.rounded(rows),
@@ -370,22 +355,14 @@ def label(name):
 
 def tables(width, results):
     """Markdown tables of one width."""
-    head = ("trained, seed", "top-1, sd", "tau by top-1", "by loss", "half to choose by", "other half",
-            "gain, other half")  # fmt: skip
     cells = []
     for name, rows in results["taus"].items():
         for seed, row in rows.items():
-            mean, deviation = row["acc1"]
-            gain = row["reported"].get("gain")
-            cells.append((
-                f"{width}, {name}, {seed}",
-                f"{mean:.1f}, {deviation:.1f}",
-                f"{row['all']['top-1'][0]:.2f}",
-                macro.interval(row["all"]["loss"]),
-                f"{row['chosen by']['loss'][0]:.2f}",
-                f"{row['reported']['loss'][0]:.2f}",
-                "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain) if gain else "",
-            ))  # fmt: skip
+            top1 = "{:.1f}, {:.1f}".format(*row["acc1"])
+            gain = "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["all"]["gain"]) if "gain" in row["all"] else ""
+            intervals = (macro.interval(row["all"][score]) for score in ("top-1", "loss"))
+            cells.append((f"{width}, {name}, {seed}", top1, *intervals, gain))
+    head = ("trained, seed", "top-1, sd", "tau by top-1", "by loss", "gain by loss")
     return f"{study.table(head, cells)}\n\n{macro.table_of_picks(results['picks'])}"
 
 
@@ -394,10 +371,9 @@ def parse_args(argv=None):
     defaults |= {"--seeds": 2, "--jobs": 9, "--threads": 1, "--networks": None}
     parser = study.parser(__doc__, defaults, device="auto")
     parser.add_argument("--full", action="store_true", help="full width, 100 epochs")
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways, --seeds seeds each")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="default: all; with --full, the baseline")
     parser.add_argument("--images", type=pathlib.Path, help="file of decoded images (default: OUT/images.npz)")
     parser.add_argument("--share", type=float, default=1.0, help="of each training's images (default: 1)")
-    parser.add_argument("--studied", type=int, default=STUDIED, help=f"to choose ways by (default: {STUDIED})")
     parser.add_argument("--train", action="store_true", help="only train and score")
     parser.add_argument("--job", nargs=2, metavar=("WAY", "SEED"), help="only train and score one supernet")
     args = parser.parse_args(argv)
@@ -410,15 +386,9 @@ def main(args):
         work(args, args.job[0], int(args.job[1]))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.ways or args.full:
-        side_by_side(args, [(name, seed) for seed in range(args.seeds) for name in args.ways or ["baseline"]])
-    else:
-        decoded(args.data_dir, args.images)
-        remedies = names(args)[1:]
-        first = [(part, 0) for name in remedies for part in parts_of(name)]
-        side_by_side(args, [("baseline", 0), ("baseline", 1), *first])
-        best = sorted(remedies, key=lambda name: choice(args, name))[:2]
-        side_by_side(args, [(part, 1) for name in best for part in parts_of(name)])
+    decoded(args.data_dir, args.images)
+    trained = args.ways or (["baseline"] if args.full else WAYS)
+    side_by_side(args, [(name, seed) for seed in range(args.seeds) for name in trained])
     if args.train:
         return
     width = "full" if args.full else "half"

@@ -3,7 +3,6 @@
     python -m bench.worth                            everything on one core, hours; the same command resumes
     python -m bench.worth --jobs 14 --seconds 220    fourteen processes at a time; ends then
     python -m bench.worth --report                   the tables of docs/experiments.md, and the figure
-    python -m bench.worth --tune                     tries learning rates, on images held out of train
 
 In the space `varied`, on the bundled images (bench/varied_fashion.yml) and on CIFAR-10 in data/cifar10
 (bench/varied_cifar10.yml), for each seed: a supernet, and from it a search and a retraining for each of three targets,
@@ -51,8 +50,6 @@ SEEDS = {"varied_fashion": 3}  # of a study; others have one
 TARGETS = ("59%", "30%", "10%")  # FLOPs that so many candidates meet
 RANDOM = 5  # candidates
 LONGER = (3, 9)  # multiples of the steps of a retraining
-RATES = (0.0125, 0.025, 0.05, 0.1)
-TUNED_ON = ["--heldout-per-class", "200"]  # of which 2,000 measure a rate
 BASELINE = "shufflenet_v2_x0_5"
 
 
@@ -204,40 +201,10 @@ class Tasks:
         seed, target, who, multiple = key
         folder = self.folder(seed, target) / f"{who.replace(' ', '-')}-{multiple}"
         words = [*self.of.words, "--seed", seed, *study.of_steps(self.of.iterations * multiple)]
-        return retraining([self.of.name, "retraining", *key], words, architecture, folder, needs)
-
-
-def retraining(key, words, architecture, folder, needs=None):
-    """As study.retraining; without an architecture, of torchvision's network."""
-    if architecture is None:
-        return study.Task(key, study.Command("-m bench.worth --train-baseline", words, folder))
-    return study.retraining(key, words, architecture, folder, needs)
-
-
-def heldout_tree(of, folder):
-    """Makes a tree of links whose val are the images held out of train, and whose train are the others."""
-    args = scratch.parse_args(of.words)
-    data = open_data(Images.of(vars(args)), DataConfig.resolve(DataConfig.given(vars(args))), args.demo)
-    for part, split in (("train", "supernet"), ("val", "search")):
-        images = data.images(split)
-        for path in images.paths:
-            link = folder / part / path
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(pathlib.Path(images.root, path).resolve())
-
-
-def tuning(of, out):
-    """Yields Tasks of keys [study, "tuning", who, learning rate], measured on images held out of train."""
-    folder = of.folder(out) / "tuning"
-    if not (folder / "images").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        heldout_tree(of, folder / "unfinished")
-        (folder / "unfinished").rename(folder / "images")
-    tuned = {name: of.space.to_architecture(c) for name, c in [*random_legal(of, TARGETS[0]).items()][-2:]}
-    for (name, architecture), rate in itertools.product([*tuned.items(), (BASELINE, None)], RATES):
-        words = [*of.words, "--data-dir", folder / "images", "--lr", rate, *study.of_steps(of.iterations)]
-        here = folder / f"{name.replace(' ', '-')}-{rate}"
-        yield retraining([of.name, "tuning", name, rate], words, architecture, here)
+        key = [self.of.name, "retraining", *key]
+        if architecture is None:
+            return study.Task(key, study.Command("-m bench.worth --train-baseline", words, folder))
+        return study.retraining(key, words, architecture, folder, needs)
 
 
 def kept(studies):
@@ -254,9 +221,7 @@ def run(tasks, rows, settings, jobs, end):
     """Runs the Tasks of `tasks()`, and keeps each as a row; `settings` are the digests of the studies by name."""
 
     def keep(task):
-        numbers = (
-            task.numbers() if task.key[1] in ("retraining", "tuning") else {"cpu_seconds": task.command.cpu_seconds}
-        )
+        numbers = task.numbers() if task.key[1] == "retraining" else {"cpu_seconds": task.command.cpu_seconds}
         rows.append({"key": task.key, "settings": settings[task.key[0]], **numbers})
         study.write(RESULTS, {"rows": rows})
         print(json.dumps(rows[-1]), flush=True)
@@ -433,19 +398,17 @@ def parse_args(argv=None):
     parser = study.parser(__doc__, {"--jobs": 1, "--seconds": 1e9, "--out": study.ROOT / "demo" / "spaces"})
     parser.add_argument("--settings", type=pathlib.Path, nargs="+", default=SETTINGS, metavar="FILE")
     parser.add_argument("--report", action="store_true", help="print the numbers, and draw the figure")
-    parser.add_argument("--tune", action="store_true", help="try learning rates, on images held out of train")
     return parser.parse_args(argv)
 
 
 def main(options):
-    studies = [Study(path, TUNED_ON if options.tune else ()) for path in options.settings]
+    studies = [Study(path) for path in options.settings]
     rows = kept(studies)
     if options.report:
         return report(studies, rows)
 
     def tasks():
-        each = [tuning(of, options.out) if options.tune else Tasks(of, options.out, rows).missing() for of in studies]
-        return list(itertools.chain(*each))
+        return [task for of in studies for task in Tasks(of, options.out, rows).missing()]
 
     settings = {of.name: of.digest for of in studies}
     with study.interruptible():

@@ -137,7 +137,7 @@ def test_two_supernets_are_scored_each_on_its_networks(tmp_path):
 def test_a_small_study_resumes(tmp_path, device):
     np.savez(tmp_path / "images.npz", **make_arrays(260, 32))
     words = ["--out", tmp_path, "--results", tmp_path / "results.json", "--ways", "baseline", "strictly fair"]
-    words += ["--share", 0.0004, "--networks", 12, "--jobs", 2, "--device", device]
+    words += ["--share", 0.0004, "--networks", 6, "--jobs", 2, "--device", device]
     command = [sys.executable, "-m", "bench.macro_gpu", *map(str, words)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     results = json.loads((tmp_path / "results.json").read_text())["half"]
@@ -145,7 +145,7 @@ def test_a_small_study_resumes(tmp_path, device):
         "baseline": ["0", "1"],
         "strictly fair": ["0", "1"],
     }
-    assert len(results["networks"]) == 12 and [len(seed) for seed in results["loss"]] == [12, 12]
+    assert len(results["networks"]) == 6 and [len(seed) for seed in results["loss"]] == [6, 6]
     folder = tmp_path / "half-strictly-fair-1"
     scores = (folder / "scores.json").read_text()
     (folder / "scores.json").unlink()

@@ -400,7 +400,7 @@ class _TorchvisionImages(_Images):
 # --- python dataloader.py --check DIR ------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "dataloader")
     parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
     parser.add_argument(
@@ -408,7 +408,11 @@ def parse_args(argv=None):
     )
     parser.add(Images, only=("cache", "max_pixels"))
     parser.add(DataConfig, only=("group_by",))
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 def main(parsed):

@@ -75,7 +75,8 @@ def interrupt(number, _frame):
 @contextlib.contextmanager
 def signals(handler):
     """Within the block, SIGINT and SIGTERM are handled by `handler`: `interrupt`, or signal.SIG_IGN to ignore them."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     try:
         yield
     finally:
@@ -159,6 +160,20 @@ def heartbeat():
             listener()
 
 
+class Silence:
+    """For how long others have given no heartbeat, by the clock of this process, which listens."""
+
+    def __init__(self):
+        self.noticed = {}  # name -> (its mark, when this process saw that first)
+
+    def seconds(self, name, mark):
+        """Seconds since `mark`, a value that each heartbeat changes, was seen first."""
+        now = time.monotonic()
+        if name not in self.noticed or self.noticed[name][0] != mark:
+            self.noticed[name] = mark, now
+        return now - self.noticed[name][1]
+
+
 def run_script(main, parse_args, may_print=lambda line: True):
     """Runs `main(parse_args())`; a UserError or OSError becomes one line on standard error and exit code 2, Ctrl-C
     one line and exit code 130. If the reader of standard output has ended (`| head -1`): no line, exit code 141.
@@ -224,33 +239,34 @@ if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of thi
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+def read_bytes(path, most):
+    """The content of a file. Raises UserError if it can't be read, or has more than `most` bytes."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise UserError(f"{path}: over {MAX_JSON_BYTES} bytes, larger than any file of this project")
-        return json.loads(data)
+            data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # as of a null character in the name
+        raise UserError(f"{path!r}: {error}") from None
+    if len(data) > most:
+        raise UserError(f"{path}: over {most} bytes, larger than any such file of this project")
+    return data
+
+
+def read_json(path):
+    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+    data = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
 
 
 def read_yaml(path):
     """The mapping in a YAML file, read by safe_load. Raises UserError that names the file."""
-    import yaml  # here, because the search space needs only the standard library
+    import yaml  # here: a missing package is named in one line once this module is imported
 
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path!r}: {error}") from None
-    if len(data) > MAX_YAML_BYTES:
-        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, larger than any settings")
+    data = read_bytes(path, MAX_YAML_BYTES)
     try:
         document = yaml.load(data, _unique_keys_loader())
     except UserError as error:
@@ -326,7 +342,7 @@ def private_folder(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if os.name == "posix" and (not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077):
-        raise UserError(f"{path}: holds code, and is not a folder that you alone can open (mode 0700); remove it")
+        raise UserError(f"{path}: not a folder that only you can open (mode 0700); remove it")
     return path
 
 
@@ -341,6 +357,19 @@ def try_lock(path):
         file.close()
         return None
     return file
+
+
+def wait_for_lock(paths, text):
+    """Locks the first free one of some files; returns (its path, the open file). Logs `text` once if it has to wait."""
+    while True:
+        for path in paths:
+            if file := try_lock(path):
+                return path, file
+        if text:
+            log.info(text)
+        text = None
+        heartbeat()
+        time.sleep(0.2)
 
 
 def hold_lock(path, wait_s=0):
@@ -376,12 +405,14 @@ def duration(seconds):
 
 def above_progress_bars():
     """A context in which lines on standard error are printed above tqdm's progress bars, if any."""
-    tqdm = sys.modules.get("tqdm")  # not imported here, because the search space needs only the standard library
+    tqdm = sys.modules.get("tqdm")  # not imported here: without bars there is nothing to be above
     return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
 
 
 class Screen(logging.StreamHandler):
-    """Logs to standard error, above progress bars."""
+    """Logs to standard error, above progress bars. For tqdm.contrib.logging, each command would have to be a context,
+    and to import tqdm.
+    """
 
     def emit(self, record):
         with above_progress_bars():
@@ -399,16 +430,30 @@ class _LogFile(logging.FileHandler):
 def start_logging(folder, device, seed):
     """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed."""
     folder = output_folder(folder)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in list(log.handlers):
+    for handler in [h for h in log.handlers if isinstance(h, (Screen, _LogFile))]:
         log.removeHandler(handler)
         handler.close()
-    for handler in (Screen(sys.stderr), _LogFile(folder / "run.log", errors="backslashreplace")):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
+    show_log()
+    _add_handler(_LogFile(folder / "run.log", errors="backslashreplace"))
     log.info("command: %s", shlex.join(sys.argv))
-    log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, seed)
+    log.info("versions: %s", circumstances(device, seed))
+
+
+def circumstances(device, seed):
+    """What a run needs to be repeated besides its command, as one line."""
+    return f"{versions()}; commit {commit()}; device {device}; seed {seed}"
+
+
+def show_log():
+    """Logs to standard error, unless a program that imports this one has set up logging."""
+    if not log.hasHandlers():
+        _add_handler(Screen(sys.stderr))
+
+
+def _add_handler(handler):
+    log.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
 
 
 def versions():

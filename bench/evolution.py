@@ -100,7 +100,7 @@ def with_extremes(rewards, pairs=(), noise_sd=0):
     found = {
         "best": extreme(table, SPACE.choice_flops, limit, 1),
         "worst": extreme(table, SPACE.choice_flops, limit, -1),
-        "best_without_limit": extreme(table, SPACE.choice_flops, SPACE.flops_range[1], 1),
+        "best_without_limit": extreme(table, SPACE.choice_flops, SPACE.cost_range("flops")[1], 1),
     }
     return table | {
         name: {"architecture": list(c), "flops": SPACE.flops(c), "reward": reward(table, c)}

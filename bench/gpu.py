@@ -53,7 +53,7 @@ from network import ShuffleNetV2OneShot
 from space.evolution import Evolution
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
-from training import distributed, recipe
+from training import compiled, distributed
 from training.evaluation import evaluate, resolve_device
 from training.loop import LOG_EVERY
 
@@ -130,9 +130,9 @@ def ways(options, _):
     sampler = PathSampler(space, 0, default_flops_range(space))
     on_gpu = device.type == "cuda"
     if options.large:
-        recipe.prepare_compiler(device, ROOT / "data" / "cache")
+        compiled.prepare_compiler(device, ROOT / "data" / "cache")
     else:
-        recipe.BACKEND = "eager"
+        compiled.BACKEND = "eager"
 
     def size(n):
         return n if options.large else max(2, n // 64)
@@ -368,6 +368,7 @@ def collectives(device):
         "all_reduce_mean": lambda x: [distributed.all_reduce_mean([x], 3), x][1],
         "all_reduce_sum": lambda x: distributed.all_reduce_sum(x.cpu()).to(device),
         "all_reduce_max": lambda x: x * distributed.all_reduce_max(1),
+        "mean": lambda x: x * distributed.mean(torch.ones(1)),
         "on_rank0": lambda x: torch.tensor(distributed.on_rank0(x.tolist), device=device),
         "check_same": lambda x: [distributed.check_same({"--seed": 1}), x][1],
     }

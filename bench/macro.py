@@ -25,7 +25,8 @@ import tester
 import utils
 from bench import study
 from bench.study import ROOT, agreement, side_by_side
-from space.custom import load_operations, make_space
+from space import own
+from space.custom import make_space
 from space.evolution import Evolution
 from training import checkpoint
 from training.evaluation import evaluate
@@ -72,7 +73,7 @@ def write_settings(folder, args):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.yml"
     path.write_text(yaml.safe_dump(document))
-    return ["--config", path, "--operations", OPERATIONS, "--out", folder, "--threads", args.threads]
+    return ["--config", path, "--own", OPERATIONS, "--out", folder, "--threads", args.threads]
 
 
 def some_distinct(n=None):
@@ -90,7 +91,7 @@ def score(folder, n_networks, every):
     step = int(re.search(r"\d+", file.stem)[0])
     done = read_scores(folder).get(step, ())
     wanted = [network for network in some_distinct(n_networks) if network not in done]
-    words = ["--config", folder / "settings.yml", "--operations", OPERATIONS, "--checkpoint", file, "--threads", 1]
+    words = ["--config", folder / "settings.yml", "--own", OPERATIONS, "--checkpoint", file, "--threads", 1]
     args = tester.parse_args([*map(str, words)])
     supernet, calibration, validation = tester.open_supernet(args)
     validation = [(images[::every], labels[::every]) for images, labels in validation]
@@ -162,7 +163,7 @@ def picks(limit, scores, losses, truth):
 @functools.cache
 def full_space():
     """The published space."""
-    return make_space(str(SETTINGS), operations=str(OPERATIONS), input_size=32, n_classes=10)
+    return make_space(str(SETTINGS), own_file=OPERATIONS, input_size=32, n_classes=10)
 
 
 def evolve(limit, scores, seed):
@@ -255,7 +256,7 @@ def main(args):
     scorings = {f"scores {f.name}": (["-m", "bench.macro", "--score", f, *more], f / "scoring.txt") for f in folders}
     side_by_side(trainings, args.seeds)
     side_by_side(scorings, args.seeds)
-    load_operations(OPERATIONS)
+    own.load(OPERATIONS)
     results = study.rounded(summarise(args, folders))
     study.write(args.results, results)
     print(tables(results))

@@ -33,8 +33,8 @@ from space.custom import make_space
 from space.sampler import PathSampler
 from training import checkpoint
 from training.evaluation import resolve_device
-from training.recipe import Recipe, begin_momentum
 from training.run import TrainingRun, contents_of
+from training.step import Step, begin_momentum
 
 RESULTS = study.RESULTS / "macro_gpu.json"
 IMAGES = 1_024_000  # of a training of half width, as in bench/macro.py
@@ -195,22 +195,25 @@ class Paths:
         return (statistics.fmean(map(self.space.flops, paths)) / self.mean_flops) ** self.way.exponent
 
 
-def train_one_step(recipe, step, paths, rate, images, labels):
+def train_one_step(step, number, paths, rate, images, labels):
     """A step of SGD with an equal share of the images for each path; returns the mean loss.
 
     An operation gets the gradient of its path, what all paths share the mean of their gradients.
     """
-    for group in recipe.optimizer.param_groups:
-        group["lr"] = rate * recipe.learning_rate(step)
-    recipe.optimizer.zero_grad(set_to_none=True)
-    model = recipe.model
-    batches = zip(paths, images.chunk(len(paths)), labels.chunk(len(paths)))
-    losses = [recipe._add_gradients(model.path(path), *batch, seed=0, n=1)[0] for path, *batch in batches]
+    for group in step.optimizer.param_groups:
+        group["lr"] = rate * step.learning_rate(number)
+    step.optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for path, *batch in zip(paths, images.chunk(len(paths)), labels.chunk(len(paths))):
+        torch.manual_seed(0)  # of dropout
+        ((loss, _),) = step.rule(step, path, *batch)
+        loss.backward()
+        losses.append(loss.detach())
     if len(paths) > 1:
-        operations = set(model.features.parameters())
-        torch._foreach_div_([p.grad for p in model.parameters() if p not in operations], len(paths))
-    begin_momentum(recipe.optimizer)
-    recipe.optimizer.step()
+        operations = set(step.model.features.parameters())
+        torch._foreach_div_([p.grad for p in step.model.parameters() if p not in operations], len(paths))
+    begin_momentum(step.optimizer)
+    step.optimizer.step()
     return torch.stack(losses).mean()
 
 
@@ -223,25 +226,25 @@ def train(way, seed, folder, data, args):
     parsed = vars(supernet_script.parse_args([*words, "--seed", str(seed)]))
     training = Training.of(parsed | {"batch_size": batch_size, "lr": way.lr, "amp": way.amp})
     config = DataConfig.resolve(DataConfig.given(parsed))
-    space = make_space(parsed["space"], None, parsed["operations"], config.input_size, CLASSES)
+    space = make_space(parsed["space"], None, parsed["own"], config.input_size, CLASSES)
     contents = contents_of(space, config, map(str, range(CLASSES)))
     deciding = dataclasses.asdict(way) | {"iterations": iterations, "seed": seed}
     run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, deciding, KEEP)
     run.start(data.device, seed)
     torch.manual_seed(seed)
-    recipe = Recipe(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
+    stepper = Step(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
     paths = Paths(way, space, seed)
-    done, metrics, rows, _ = run.resume(recipe)
+    done, metrics, rows, _ = run.resume(stepper)
     started = time.perf_counter() - metrics["seconds"]
     plan = training_plan(len(data.train_labels), batch_size, seed, done, iterations)
     for step, samples in enumerate(plan, done + 1):
         batch = data.augmented(samples[:, 1], np.random.default_rng([seed, AUGMENT, step]))
         drawn = paths.of_step(step)
-        loss = train_one_step(recipe, step, drawn, paths.rate(drawn), *batch)
+        loss = train_one_step(stepper, step, drawn, paths.rate(drawn), *batch)
         if step == iterations or step % SAVE_EVERY == 0:
             metrics = {"seconds": round(time.perf_counter() - started, 1), "loss": loss.item()}
             utils.log.info("step %d of %d: loss %.3f, %.0f s", step, iterations, metrics["loss"], metrics["seconds"])
-            run.save(step, recipe, metrics, rows)
+            run.save(step, stepper, metrics, rows)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,11 @@ import functools
 
 from blocks import InvertedResidual, Skip, register
 
-register("identity")(Skip)
+
+@register("identity")
+class Identity(Skip):
+    """Nothing, or a pointwise convolution and BN where channels or size change."""
+
+
 register("inverted_residual_3x3_e3")(functools.partial(InvertedResidual, kernel_size=3, expansion=3))
 register("inverted_residual_5x5_e6")(functools.partial(InvertedResidual, kernel_size=5, expansion=6))

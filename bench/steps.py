@@ -15,8 +15,9 @@ from bench import study
 from bench.study import memory_mb, seconds
 from network import ShuffleNetV2, ShuffleNetV2OneShot, autocast, batch_norms
 from settings.subjects import Training
-from training import recipe
+from training.compiled import CompiledStep
 from training.evaluation import correct_counts
+from training.step import Step, begin_momentum, parameter_groups
 
 KINDS = {  # of operations other than convolutions, by parts of their names, in this order
     "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "optimizer"), "matrix products": ("mm", "linear"),
@@ -46,7 +47,7 @@ class Variant:
             self.model = reference(None, space.n_classes, stem_stride=space.stem_stride, last_size=last)
             self.model.load_state_dict(weights)
         self.model.to(device, memory_format=self.layout).train()
-        groups = recipe.parameter_groups(self.model, 4e-5)
+        groups = parameter_groups(self.model, 4e-5)
         self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=not official or None)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
 
@@ -60,7 +61,7 @@ class Variant:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not self.official:
-            recipe.begin_momentum(self.optimizer)
+            begin_momentum(self.optimizer)
         self.optimizer.step()
         counts = torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels)))
         return [value.item() for value in counts] if self.official else counts
@@ -81,8 +82,9 @@ class Way:
         self.n = n
         self.space = space
         self.model = ShuffleNetV2OneShot(space=space).train()
-        self.recipe = recipe.Recipe(self.model, Training(batch_size=max(2, n), lr=0.01, **changes), device)
-        self.device = self.recipe.device
+        training = Training(batch_size=max(2, n), lr=0.01, **changes)
+        self.stepper = (CompiledStep if training.compile else Step)(self.model, training, device)
+        self.device = self.stepper.device
         self.images, self.labels = random_batch(space, n, device)
         self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.steps = 0
@@ -91,7 +93,7 @@ class Way:
         """Seconds of a step."""
         self.steps += 1
         batch = self.images, self.labels
-        return seconds(self.device, lambda: self.recipe.train_one_step(self.steps, *batch, path))
+        return seconds(self.device, lambda: self.stepper.train_one_step(self.steps, *batch, path))
 
     def warm_up(self):
         """Seconds of the first use of every operation, compilation included."""
@@ -119,10 +121,10 @@ class Way:
             inputs[part] = x.detach().clone().requires_grad_(x.requires_grad)
             return part(x)
 
-        run, self.recipe.run = self.recipe.run, noted
+        self.stepper.run_part = noted
         self.warm_up()
-        self.recipe.run = run
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.recipe.training.amp == "bf16", cache_enabled=False):
+        del self.stepper.run_part
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.stepper.training.amp == "bf16", cache_enabled=False):
             for block in self.model.features:
                 pool = torch.cuda.graph_pool_handle()
                 for operation in block:
@@ -133,7 +135,7 @@ class Way:
         self.model.eval()
         for norm in batch_norms(self.model):
             norm.train()
-        with torch.no_grad(), autocast(self.device, self.recipe.training.amp):
+        with torch.no_grad(), autocast(self.device, self.stepper.training.amp):
             x, parts = self.images, []
             for part in self.model.path(path):  # the first use of every operation
                 parts.append(Recorded(part, x) if graphs else part)

@@ -235,9 +235,7 @@ class Data:
             ignored = []
             self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
             if ignored:
-                old = any(path.lower().endswith(".jfif") for path in ignored)
-                note = "; runs and searches begun without .jfif files keep their images, and new ones read them" * old
-                self.warnings.append(ignored_line(folder, ignored) + note)
+                self.warnings.append(ignored_line(folder, ignored))
         for problem in unmatched_classes(folder, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
@@ -391,9 +389,9 @@ def training_plan(n_images, batch_size, seed, start=0, steps=None, rank=0, world
         yield np.stack([np.full_like(indices, epoch), indices], axis=1)
 
 
-def evaluation_plan(n_images, batch_size, rank=0, world_size=1):
-    """Batches of a rank; together, all ranks have every image once. The last batch may be smaller."""
-    indices = np.arange(rank, n_images, world_size)
+def evaluation_plan(n_images, batch_size):
+    """Batches that have every image once. The last one may be smaller."""
+    indices = np.arange(n_images)
     samples = np.stack([np.zeros_like(indices), indices], axis=1)
     return [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
 

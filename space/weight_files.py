@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from settings.subjects import DataConfig
-from space.custom import check_operations
+from space.own import check_operations
 from space.search_space import SearchSpace
 from utils import UserError
 
@@ -84,8 +84,9 @@ def parse(content, path, kind, space=None):
         check_operations(space, path)
         return Checkpoint(
             path=str(path), kind=kind, weights=weights, space=space,
-            data=DataConfig.from_dict(content["data"]), split=split, classes=tuple(classes),
-            architecture=None if architecture is None else space.check(architecture), content=content,
+            data=None if content["data"] is None else DataConfig.from_dict(content["data"]), split=split,
+            classes=tuple(classes), architecture=None if architecture is None else space.check(architecture),
+            content=content,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({str(error)[:100]})") from None

@@ -14,7 +14,8 @@ from conftest import ROOT
 from bench import macro as bench
 from bench import study
 from images import bundled
-from space.custom import _fields, load_operations, with_hash
+from space import own
+from space.custom import _fields
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.evaluation import evaluate
@@ -25,9 +26,9 @@ DISTINCT = sorted({bench.distinct(network) for network in TRUTH})
 
 @pytest.fixture(scope="module")
 def space():
-    load_operations(bench.OPERATIONS)
+    own.load(bench.OPERATIONS)
     section = yaml.safe_load(bench.SETTINGS.read_text())["space"]
-    return with_hash(SearchSpace(input_size=32, n_classes=10, **_fields(section, "macro.yml")))
+    return own.with_hash(SearchSpace(input_size=32, n_classes=10, **_fields(section, "macro.yml")))
 
 
 def test_costs_of_all_networks_are_the_published_ones(space):
@@ -108,7 +109,7 @@ def test_a_small_study_resumes(tmp_path):
     found = json.loads((tmp_path / "macro.json").read_text())
     assert found["scores"] == results["scores"] and len(found["scores"][0]) == 9
 
-    load_operations(bench.OPERATIONS)
+    own.load(bench.OPERATIONS)
     network = found["networks"][0]
     file = checkpoint.newest(tmp_path / "0.25-1" / "checkpoints" / "supernet")
     (supernet, _), images = checkpoint.load_supernet(file, None), torch.rand(40, 3, 32, 32)

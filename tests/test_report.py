@@ -19,7 +19,7 @@ from PIL import Image
 import report
 from engines.search_record import SearchRecord, prepare_search, state_path
 from reports.figures import LEFT, WIDTH, _legend, _text_width
-from reports.page import _tiles, read_log, write_report
+from reports.page import _tiles, write_report
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution
 from space.search_space import OPERATIONS, SearchSpace
@@ -35,13 +35,8 @@ SMALL = {
     "generations": 4,
     "seed": 5,
 }
-LOG = """23:59:50 command: search.py --data-dir '<b>&'
-23:59:51 versions: python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5
-00:00:20 generation 1 of 4
-08:00:00 command: search.py --resume
-08:00:01 versions: python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5
-08:00:30 stopping NNI
-"""
+START = {"command": "python search.py --data-dir '<b>&'", "demo": False, "config": None,
+         "versions": "python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5"}  # fmt: skip
 
 
 def accuracy(candidate):
@@ -62,9 +57,8 @@ def make(
     evolution = SMALL | changes
     limit = space.flops_value(limit)
     settings = {**evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": "0" * 64, "bn": "ema"}
-    prepare_search(out, settings, resume=False)
-    record = SearchRecord(out, space, Evolution.from_settings(space, evolution | {"flops_limit": limit}))
-    state_path(out).with_name("run.log").write_text(LOG)
+    prepare_search(out, settings, resume=False, start=START)
+    record = SearchRecord(out)
     n = 0
     while waiting := record.pending():
         for candidate in waiting:
@@ -83,8 +77,12 @@ def make(
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A finished search with its report."""
+    """A finished search, which was started twice, with its report."""
     out = make(tmp_path_factory.mktemp("searched"))
+    state = json.loads(state_path(out).read_text())
+    times = {"begun": 100, "last": 130}, {"begun": 7000, "last": 7030, "command": "python search.py --resume"}
+    state["starts"] = [START | changes for changes in times]
+    state_path(out).write_text(json.dumps(state))
     write_report(out)
     return out
 
@@ -162,14 +160,12 @@ def test_of_equals_the_report_has_the_one_in_best_json(tied):
         assert tuple(generation.best["architecture"]) == first
 
 
-def test_the_log_gives_commands_versions_and_seconds(tmp_path):
-    path = tmp_path / "run.log"
-    assert read_log(path) == ([], [], 0)
-    path.write_text(LOG)
-    commands, versions, seconds = read_log(path)
-    assert commands == ["python search.py --data-dir '<b>&'", "python search.py --resume"]
-    assert len(versions) == 2 and versions[0].endswith("commit abc1234; device auto; seed 5")
-    assert seconds == 30 + 30  # over midnight, and without the hours between the two starts
+def test_a_search_of_before_is_reported_without_its_command(searched, tmp_path):
+    out = shutil.copytree(searched, tmp_path / "searched")
+    state = json.loads(state_path(out).read_text())
+    state_path(out).write_text(json.dumps({name: value for name, value in state.items() if name != "starts"}))
+    page = write_report(out).read_text()
+    assert all(f"<dt>{name}</dt><dd>not recorded</dd>" in page for name in ("command", "versions", "wall clock"))
 
 
 @pytest.mark.parametrize(
@@ -292,8 +288,8 @@ def test_the_report_of_an_interrupted_search_leaves_the_search_as_it_is(tmp_path
 def test_the_page_says_what_ran_and_needs_no_network(searched):
     page = (searched / "report.html").read_text()
     best = max((r for r in on_disk(searched).values() if r["acc1"] is not None), key=lambda r: r["acc1"])
-    assert "python search.py --data-dir &#39;&lt;b&gt;&amp;&#39;" in page
-    for text in ("commit abc1234", "<dt>seed</dt><dd>5</dd>", "60 s by the log", "out of memory"):
+    assert "python search.py --data-dir &#39;&lt;b&gt;&amp;&#39;\npython search.py --resume" in page
+    for text in ("commit abc1234", "<dt>seed</dt><dd>5</dd>", "60 s, all starts together", "out of memory"):
         assert text in page
     for text in (
         f"{best['acc1']:.2f} %",
@@ -330,7 +326,7 @@ def limited(tmp_path_factory):
     settings["latency"] = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0",
                            "spread": 0.01, "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
     prepare_search(out, settings, resume=False)
-    record = SearchRecord(out, timed, Evolution.from_settings(timed, settings))
+    record = SearchRecord(out)
     while waiting := record.pending():
         for c in waiting:
             result = {"architecture": c, "acc1": accuracy(c), "acc5": 99.0, "n_images": 500, "seconds": 1.0}

@@ -33,6 +33,7 @@ except ImportError:  # Windows, where locks have no effect
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
+POLL_S = 0.5  # between two looks at what other processes do
 MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
 MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 
@@ -99,7 +100,7 @@ def end_with_parent(told=None):
     parent_ended = watch_parent()
 
     def watch():
-        while not parent_ended() and not (told.poll(0.5) if told else time.sleep(0.5)):
+        while not parent_ended() and not (told.poll(POLL_S) if told else time.sleep(POLL_S)):
             pass
         os._exit(int(parent_ended()))
 
@@ -369,7 +370,7 @@ def wait_for_lock(paths, text):
             log.info(text)
         text = None
         heartbeat()
-        time.sleep(0.2)
+        time.sleep(POLL_S)
 
 
 def hold_lock(path, wait_s=0):
@@ -378,7 +379,7 @@ def hold_lock(path, wait_s=0):
     while not (file := try_lock(path)):
         if time.monotonic() > deadline:
             raise UserError(f"{path}: another run is using this folder; wait for it to end, or choose another --out")
-        time.sleep(0.2)
+        time.sleep(POLL_S)
     return file
 
 

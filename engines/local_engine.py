@@ -14,9 +14,17 @@ from engines.trial import gpu_names, take_gpu
 from settings.subjects import DataConfig, Evaluation, Images, Run
 from space import own
 from space.splitting import chunks, cut
-from utils import Silence, UserError, check_shared_memory, heartbeat, heartbeats_to, leave_signals_to_parent, log
+from utils import (
+    POLL_S,
+    Silence,
+    UserError,
+    check_shared_memory,
+    heartbeat,
+    heartbeats_to,
+    leave_signals_to_parent,
+    log,
+)
 
-POLL_S = 1.0  # between looks at the workers' heartbeats
 HEARTBEAT_S = 0.2  # between those of a worker
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 

@@ -19,11 +19,10 @@ from engines.progress import Progress
 from engines.search_record import prepare_search, read_state, state_path
 from engines.trial import lock_folder
 from settings.command_line import write_settings
-from utils import HERE, Silence, UserError, log, read_yaml, signals, try_lock
+from utils import HERE, POLL_S, Silence, UserError, log, read_yaml, signals, try_lock
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 LOOPBACK = "127.0.0.1", "localhost", "::1"
-POLL_S = 0.5
 LISTEN_S = 5  # between looks at the running trials
 START_S = 60  # for NNI's manager and for the tuner to start; NNI's own 3 s and 10 s are too few on a busy machine
 # NNI's daemon on a machine waits 15 s for a lost manager, and would mistake the next one for it.

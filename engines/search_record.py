@@ -122,6 +122,7 @@ class SearchRecord:
         """
         candidate = self.space.check(result["architecture"])
         numbers = {key: result.get(key) for key in MEASURED}
+        numbers |= {"halves": result["halves"]} if "halves" in result else {}
         if not all(isinstance(numbers[k], (int, float)) and 0 <= numbers[k] <= 100 for k in ("acc1", "acc5")):
             return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial)
         if self.state["settings"].get("rank_by") == "loss":
@@ -326,6 +327,8 @@ def _by_flags(settings):
         if is_path("group_by", data.get("group_by")):
             data.pop("group_by")  # may have moved; the split knows its content
         settings |= data
+    with contextlib.suppress(KeyError, TypeError, UserError):
+        settings["space"] = SearchSpace.from_dict(settings["space"]).to_dict()  # of the same operations as then
     if settings.keys() & {"limits", "flops_limit"}:
         settings["limit"] = describe(bounds_of(settings))
     return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}

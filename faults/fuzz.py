@@ -181,7 +181,7 @@ class Checkpoint:
         self.path = path
         weights = ShuffleNetV2OneShot(space=TINY).state_dict()
         ours = {
-            "version": weight_files.VERSION,
+            "version": weight_files.CHECKPOINT_VERSION,
             "kind": "supernet",
             "step": 3,
             "model": dict(weights),

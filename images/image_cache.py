@@ -18,7 +18,7 @@ import torch
 
 from utils import atomic_write, log, wait_for_lock
 
-VERSION = 2  # of the files: those of another one have other names, and may be deleted
+CACHE_VERSION = 2  # of the files: those of another one have other names, and may be deleted
 
 
 class FixedBatches:
@@ -38,6 +38,13 @@ class FixedBatches:
 
     def __len__(self):
         return len(self.plan)
+
+    @property
+    def second_halves(self):
+        """For each batch of an iteration, which of its images are in the second half (N,); None where none is told."""
+        halves = self.loader.images.halves
+        own = self.plan[self.rank :: self.world_size]
+        return [None if halves is None else halves[samples[:, 1]] == 1 for samples in own]
 
     def prepare(self):
         """Decodes the images into the folder `cache`, unless they are there."""
@@ -89,7 +96,7 @@ class FixedBatches:
             text = f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n"
             files.update(text.encode(errors="surrogateescape"))
         content = {
-            "version": VERSION,
+            "version": CACHE_VERSION,
             "files": files.hexdigest(),
             "plan": hashlib.sha256(np.concatenate(self.plan).tobytes()).hexdigest(),
             "config": loader.config.to_dict(),

@@ -23,7 +23,7 @@ from space.own import check_operations
 from space.search_space import SearchSpace
 from utils import UserError
 
-VERSION = 1
+CHECKPOINT_VERSION = 1
 
 
 @dataclasses.dataclass
@@ -66,8 +66,10 @@ def parse(content, path, kind, space=None):
         return Checkpoint(str(path), kind, space, weights)
     version = content["version"]
     found = content.get("kind")
-    if type(version) is not int or version != VERSION:
-        raise UserError(f"{path}: checkpoint version {reprlib.repr(version)}, this program reads version {VERSION}")
+    if type(version) is not int or version != CHECKPOINT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint version {reprlib.repr(version)}, this program reads version {CHECKPOINT_VERSION}"
+        )
     if type(found) is not str or found != kind:
         raise UserError(f"{path}: a {reprlib.repr(found).strip(chr(39))} checkpoint, not a {kind} one")
     try:

@@ -17,7 +17,6 @@ TAKE = """
 import pathlib, sys
 from engines import trial
 
-trial.POLL_S = 0.05
 print(trial.take_device(sys.argv[2:], pathlib.Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """

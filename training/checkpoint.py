@@ -10,7 +10,7 @@ from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
 from settings.subjects import SUBJECTS, DataConfig
 from space.search_space import SearchSpace
-from space.weight_files import VERSION, load, load_weights
+from space.weight_files import CHECKPOINT_VERSION, load, load_weights
 from utils import UserError, atomic_write, log
 
 
@@ -18,7 +18,7 @@ def save(path, **content):
     """Writes a checkpoint under a temporary name, then renames it. Raises UserError if the disk is full."""
     try:
         with atomic_write(path, "wb") as file:
-            torch.save({"version": VERSION, **content}, file)
+            torch.save({"version": CHECKPOINT_VERSION, **content}, file)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if a write fails
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
         raise UserError(f"{path}: can't be written ({reason}); free some space, and the same command resumes") from None

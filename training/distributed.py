@@ -22,10 +22,9 @@ import zlib
 import torch
 import torch.distributed as dist
 
-from utils import Silence, UserError, heartbeats_to, local_world_size, run_script
+from utils import POLL_S, Silence, UserError, heartbeats_to, local_world_size, run_script
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of ranks without heartbeats in `together`
-POLL_S = 0.2
 LOST_RANK = "another rank of this run ended or hangs; the same command resumes from the last checkpoint"
 
 _store = None  # the key-value store that the ranks share

@@ -240,6 +240,14 @@ class SearchSpace:
         """The candidate that makes the same choice at every block."""
         return self.candidate_of([choice] * self.n_blocks)
 
+    def largest(self):
+        """The candidate with the most FLOPs; of equal choices, the first ones."""
+        return self.candidate_of([max(range(len(row)), key=row.__getitem__) for row in self.choice_flops])
+
+    def smallest(self):
+        """The candidate with the fewest FLOPs; of equal choices, the first ones."""
+        return self.candidate_of([min(range(len(row)), key=row.__getitem__) for row in self.choice_flops])
+
     def operations_of(self, candidate):
         """The index of the operation of each block among all `operations`."""
         return tuple(self.operations.index(name) for name, _ in self.chosen(candidate))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 
@@ -299,3 +300,15 @@ def test_official_files_have_numbers_for_names(tree, tmp_path, capsys):
 def test_the_modes_exclude_each_other(tmp_path):
     with pytest.raises(UserError, match="not allowed with"):
         scratch.parse_args(["--eval", "--export", str(tmp_path / "network.pt2")])
+
+
+def test_files_from_before_say_transparency_and_orientation_in_words(trained):
+    path, model, config = trained["imagenet"]
+    values = export.metadata(model, weight_files.load(path, "scratch"), config)
+    for alpha, exif in itertools.product(("white", "black", "dropped"), ("apply", "ignored")):
+        expected = DataConfig(32, 37, "imagenet", alpha=alpha, exif=exif)
+        size = export.metadata(model, weight_files.load(path, "scratch"), expected)["preprocessing"]
+        assert export.stored_config(values | {"preprocessing": size}) == expected
+        words = {"resize": 37, "crop": 32, "exif_orientation": "applied" if exif == "apply" else "ignored"}
+        words["transparency"] = alpha if alpha == "dropped" else f"composited on {alpha}"
+        assert export.stored_config(values | {"preprocessing": words}) == expected

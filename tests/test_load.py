@@ -1,22 +1,26 @@
 """network.load: a trained network in a line of Python, its feature maps, and torch.fx."""
 
+import dataclasses
 import importlib.util
 import os
+import pathlib
 import re
+import shutil
 import types
 
 import numpy as np
 import pytest
 import reference_spos
 import torch
-from conftest import CLASSES, ROOT, coloured_image
+from conftest import CLASSES, ROOT, coloured_image, run
+from picture_files import accepted, encoded
 from PIL import Image
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import network
 import utils
 from dataloader import Loader, network_input
-from images import bundled
+from images import bundled, pictures
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2
 from space.search_space import SearchSpace
@@ -210,29 +214,42 @@ def loaded_once(monkeypatch):
     monkeypatch.setattr(torch.export, "load", again)
 
 
-@pytest.mark.parametrize("number, name", [(0, "network.pt2"), pytest.param(1, "network.onnx", marks=needs_onnx),
-                                          (2, "plain.pt2")])  # fmt: skip
+@pytest.mark.parametrize("number, name", [(1, "network.pt2"), pytest.param(2, "network.onnx", marks=needs_onnx),
+                                          (3, "plain.pt2")])  # fmt: skip
 def test_the_snippets_about_exported_files_run(trained, folder, capsys, request, number, name):
-    """As they stand, on images of many sizes; where a snippet resizes, to the pixels of `preprocess`."""
-    path = trained["spos"][0]
-    export.export(name, *network.read(path), trained["spos"][2], with_preprocessing=number < 2)
+    """As they stand, on images of many sizes, with transparency and orientation: what `--predict` prints."""
+    path, _, config = trained["spos"]
+    config = dataclasses.replace(config, exif="apply", alpha="black")
+    export.export(name, *network.read(path), config, with_preprocessing=number < 3)
     request.getfixturevalue("loaded_once")
-    model, rng = network.load(path), np.random.default_rng(0)
+    files, rng = {}, np.random.default_rng(0)
+    for height, width in SIZES[:: 1 if number == 3 else 5]:
+        files[f"{height}_{width}.png"] = encoded(coloured_image(rng, height, width), "PNG")
+    kinds = re.compile("exif|alpha|_la|rgba8|transparent|palette8")
+    files |= {kind: content for kind, (content, *_) in accepted().items() if kinds.search(kind)}
+    assert len(files) > 20
+    for file, content in files.items():
+        pathlib.Path(file).write_bytes(content)
+    words = ["--checkpoint", name, "--loader", "torchvision", "--workers", 0]
+    predicted, _ = run("scratch.py", "--predict", *files, *words)
     found = snippets("training.md")
-    assert len(found) == 3
-    code = compile(found[number], name, "exec")
-    for height, width in SIZES:
-        os.remove("photo.jpg")
-        coloured_image(rng, height, width).save("photo.jpg")
+    assert len(found) == 4
+    code = compile(found[0] + found[number], name, "exec")
+    model = network.load(path)
+    model.config = config
+    for file, line in zip(files, predicted.splitlines(), strict=True):
+        os.replace(shutil.copy(file, "copy"), "photo.jpg")  # not into what it links to
         variables = {}
         exec(code, variables)
-        image = torch.from_numpy(np.array(Image.open("photo.jpg").convert("RGB")))[None]
-        assert image.shape == (1, height, width, 3)
-        x = model.preprocess(image)
-        if number == 2:
-            assert torch.equal(network_input(variables["image"].permute(1, 2, 0)[None], "spos"), x)
-        with torch.no_grad():
-            probabilities = model(x).softmax(dim=1)[0]
-        printed = capsys.readouterr().out.split()
-        assert printed[0] == CLASSES[probabilities.argmax()]
-        assert printed[1:] == [f"{probabilities.max():.1%}"][: number != 1]
+        with Image.open(file) as image:
+            picture = np.array(pictures.rgb(image, config))
+        image = torch.as_tensor(variables["image"])
+        if number == 3:
+            image = network_input(image.permute(1, 2, 0)[None], "spos")
+            assert torch.equal(image, model.preprocess(torch.from_numpy(picture)[None])), file
+        else:
+            assert np.array_equal(image[0], picture), file
+        first = re.search(r": (\S+) ([\d.]+)%", line)
+        printed = capsys.readouterr().out.replace("%", "").split()
+        assert printed[0] == first[1], file
+        assert number == 2 or float(printed[1]) == pytest.approx(float(first[2]), abs=0.11), file

@@ -121,8 +121,8 @@ def metadata(model, ckpt, config, with_preprocessing=False):
         "preprocessing": {  # what the user does; resizing and cropping are inside the form with preprocessing
             "resize": config.val_resize, "resize_what": "shorter side, px; the other side is rounded: int(x + 0.5)",
             "interpolation": "bilinear, not antialiased", "crop": size, "crop_where": "centre",
-            "transparency": "dropped" if config.alpha == "dropped" else f"composited on {config.alpha}",
-            "exif_orientation": "applied" if config.exif == "apply" else "ignored",
+            "alpha": config.alpha, "alpha_what": "seen through transparent pixels; dropped: the colours that they have",
+            "exif": config.exif, "exif_what": "apply: turned first, as the EXIF orientation says",
         },
         "inside": {"channels": "BGR", "range": [0, 255]} if spos
                   else {"channels": "RGB", "range": [0, 1], "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
@@ -298,9 +298,10 @@ def stored_config(values):
     """The DataConfig that the metadata of a program say."""
     size = values["preprocessing"]
     channels = {"BGR": "spos", "RGB": "imagenet"}[values["inside"]["channels"]]
-    alpha = size.get("transparency", "dropped").removeprefix("composited on ")
-    exif = "apply" if size.get("exif_orientation") == "applied" else "ignored"
-    return DataConfig(size["crop"], size["resize"], channels, alpha=alpha, exif=exif)
+    if "transparency" in size:  # the words of files from before
+        alpha = size["transparency"].removeprefix("composited on ")
+        size |= {"alpha": alpha, "exif": size["exif_orientation"].replace("applied", "apply")}
+    return DataConfig(size["crop"], size["resize"], channels, alpha=size["alpha"], exif=size["exif"])
 
 
 def predict(paths, model, ckpt, config, images, device):

@@ -62,13 +62,18 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
     every batch. Raises UserError if a loss is not finite.
     """
     show_log()
+    if not hasattr(loader, "batches"):
+        raise UserError(
+            f"the loader is a {type(loader).__name__}, whose order can't be resumed; make one by from_dataset(dataset) "
+            "or from_tensors(images, labels) of dataloader.py"
+        )
     batch_size = distributed.per_rank_batch_size(training.batch_size, training.micro_batch)
     step = (CompiledStep if training.compile else Step)(model.train(), training, **how)
     with contextlib.ExitStack() as closing:
         run = run or TrainingRun()
-        if run.folder and not run.lock:  # not begun by a command
-            run.start_from_python(step, sampler)
+        if run.folder and not run.started:  # by a command
             closing.callback(run.close)
+            run.start_from_python(step, sampler)
         state = _State(run, step, sampler, validate)
         distributed.broadcast_from_rank0(model.state_dict().values())
         if state.done >= training.iterations and not state.validation_due:

@@ -65,7 +65,10 @@ class TrainingRun:
     settings: dict = dataclasses.field(default_factory=dict)
     keep: int = 3
     log: typing.Callable | None = None
-    lock: typing.Any = dataclasses.field(default=None, init=False)  # the open lock file of a run that has been started
+    started: bool = dataclasses.field(default=False, init=False)
+    # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
+    lock: typing.Any = dataclasses.field(default=None, init=False)
+    content: typing.Any = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
         if self.folder is not None:
@@ -86,7 +89,8 @@ class TrainingRun:
         """Releases the lock of the folder."""
         if self.lock:
             self.lock.close()
-            self.lock = None
+        self.lock = None
+        self.started = False
 
     def start(self, device, seed, anew=False, warnings=(), images=None, config=None):
         """Locks the folder, starts its log, and logs the `warnings`; with `anew`, an earlier run in it is renamed.
@@ -94,6 +98,7 @@ class TrainingRun:
         `config` (name -> value) are the settings for config.yml; `images` is a hash of the images. Raises UserError if
         another run holds the lock, or if settings, images or code differ between ranks.
         """
+        self.started = True
         distributed.check_same(self._identity(images))
         distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
 
@@ -113,6 +118,7 @@ class TrainingRun:
             aside = next(name for name in names if not name.exists())
             self.folder.rename(aside)
         start_logging(self.folder, device, seed)
+        self.content = self._newest()
         write_settings(self.folder / "config.yml", self.kind, config)
         if aside:
             log.info("the previous run was moved to %s", aside)
@@ -126,7 +132,8 @@ class TrainingRun:
 
         Returns its (step, metrics, rows of the log, whether the validation of this step is still due).
         """
-        content = distributed.on_rank0(self._newest) if self.folder else None
+        content = distributed.on_rank0(lambda: self.content) if self.folder else None
+        self.content = None
         if content is None:
             return 0, {"seconds": 0.0}, torch.empty(0, 3, dtype=torch.double), False
         step.model.load_state_dict(content["model"])

@@ -201,7 +201,7 @@ def build_block(operation, shape, width=1.0, affine=True):
 
 
 class ChoiceBlock(nn.ModuleList):
-    """A choice block of the supernet: a path runs one of its operations, at one of `widths`.
+    """A choice block of the supernet: a path runs one of its operations, at one of `widths`; `part` returns it.
 
     Every operation has the weights of its widest form. At another width it uses the first channels of these weights and
     of their BN statistics.
@@ -214,10 +214,6 @@ class ChoiceBlock(nn.ModuleList):
         self.widths = widths
         self.affine = affine
         self.narrow = {}  # (operation, width) -> Narrow, built on first use
-
-    def forward(self, x, operation, width=0):
-        """Runs an operation at a width, both by index."""
-        return self.part(operation, width)(x)
 
     def part(self, operation, width=0):
         """The callable of an operation at a width: its module for the widest, else a Narrow."""

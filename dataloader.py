@@ -1,4 +1,4 @@
-"""Loaders: NVIDIA DALI, torchvision and synthetic images behind one signature.
+"""Loaders: NVIDIA DALI, torchvision, synthetic images, and images given in Python, behind one signature.
 
 Every loader decodes the batches of a plan to uint8 RGB (N, H, W, 3), with plan and augmentation parameters from
 images/dataset.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or RGB
@@ -103,38 +103,12 @@ class Loader:
             yield torch.from_numpy(rng.integers(0, 256, (len(samples), *shape), np.uint8)), samples
 
     def _torchvision(self, plan):
-        return self._made_by_workers(_TorchvisionImages, plan, pin_memory=self.device.type == "cuda")
-
-    def _made_by_workers(self, dataset, plan, pin_memory=False):
-        """Yields (what `dataset` makes of a batch, samples), made by worker processes, in the order of the plan."""
-        if self.workers:
-            utils.check_shared_memory(self.workers)
-        told, tell = multiprocessing.Pipe(duplex=False)
-        batches = torch.utils.data.DataLoader(
-            dataset(self.images, self.config, self.augment, self.seed),
-            batch_sampler=plan,
-            collate_fn=_as_it_is,
-            num_workers=self.workers,
-            pin_memory=pin_memory,
-            prefetch_factor=AHEAD if self.workers else None,
-            worker_init_fn=functools.partial(utils.leave_signals_to_parent, told),
-        )
-        try:
-            for made, samples, error in batches:
-                if error:
-                    raise UserError(error)
-                yield made, samples
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            what = f"one of {self.workers} loader processes ended: {str(error).splitlines()[0]}"
-            memory = " ".join(["too little memory?", utils.shared_memory()]).strip()
-            raise UserError(f"{what} ({memory}); resume with the same command and fewer --workers") from None
-        finally:  # a worker may be in the midst of a batch: DataLoader would wait for each for five seconds, twice
-            tell.send_bytes(b"end")
+        dataset = _TorchvisionImages(self.images, self.config, self.augment, self.seed)
+        return made_by_workers(dataset, plan, self.workers, pin_memory=self.device.type == "cuda")
 
     def _dali(self, plan):
-        batches = self._made_by_workers(_EncodedImages, plan)
+        dataset = _EncodedImages(self.images, self.config, self.augment, self.seed)
+        batches = made_by_workers(dataset, plan, self.workers)
         first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
         if first is None:
             return
@@ -281,6 +255,44 @@ def read_image(path, config):
     return torch.from_numpy(np.array(_decode(path, config)))[None]
 
 
+def made_by_workers(dataset, plan, workers, pin_memory=False):
+    """Yields (what `dataset` makes of a batch, samples), made by worker processes, in the order of the plan.
+
+    `dataset.__getitems__(samples)` returns (what it makes, samples, error or None).
+    """
+    if workers and multiprocessing.current_process().daemon:
+        utils.log.warning("a daemonic process can't have worker processes: images are loaded in it")
+        workers = 0
+    if workers:
+        utils.check_shared_memory(workers)
+    told, tell = multiprocessing.Pipe(duplex=False)
+    batches = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=plan,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=AHEAD if workers else None,
+        worker_init_fn=functools.partial(utils.leave_signals_to_parent, told),
+    )
+    try:
+        for made, samples, error in batches:
+            if error:
+                raise UserError(error)
+            yield made, samples
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = f"one of {workers} loader processes ended: {str(error).splitlines()[0]}"
+        if multiprocessing.get_start_method() != "fork" and not UserError.of_commands:
+            guard = 'put what the program does below  if __name__ == "__main__":  since they import it'
+            raise UserError(f"{what}; {guard}, or give workers=0") from None
+        memory = " ".join(["too little memory?", utils.shared_memory()]).strip()
+        raise UserError(f"{what} ({memory}); resume with the same command and fewer --workers") from None
+    finally:  # a worker may be in the midst of a batch: DataLoader would wait for each for five seconds, twice
+        tell.send_bytes(b"end")
+
+
 def _as_it_is(batch):
     return batch
 
@@ -397,10 +409,98 @@ class _TorchvisionImages(_Images):
         return np.asarray(F.horizontal_flip(image) if a.horizontal_flip else image)
 
 
+# --- images given in Python ----------------------------------------------------------------------------------
+
+
+class Given:
+    """A loader of images that a program gives. What `train`, `calibration_batches` and `evaluate` ask of a loader:
+
+        images          has a length and `labels`, an int array (N,), by which calibration images are chosen
+        batches(plan)   yields images (N, 3, H, W), float, and labels (N,), or as probabilities (N, classes), on the
+                        device, for each batch of a plan: an int array (N, 2) of epoch and index of the image
+
+    `make(plan)` yields images and labels. A run resumes exactly if they are a function of epoch and index.
+    """
+
+    def __init__(self, make, labels, device="cpu"):
+        self.make = make
+        self.labels = labels  # called once, because it may read all images
+        self.device = torch.device(device)
+
+    def __len__(self):
+        return len(self.images.labels)
+
+    @functools.cached_property
+    def images(self):
+        return _Labels(np.asarray(self.labels(), np.int64))
+
+    def batches(self, plan):
+        for images, labels in self.make(plan):
+            utils.heartbeat()
+            images = images.to(self.device, torch.float32, memory_format=torch.channels_last, non_blocking=True)
+            yield images, labels.to(self.device, non_blocking=True)
+
+
+class _Labels:
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def from_tensors(images, labels, augment=None, device="cpu"):
+    """A loader of images (N, 3, H, W) and labels (N,) that are in memory, on any device.
+
+    `augment(images, samples)` returns the batch as it is trained on, for samples (n, 2) of epoch and index: an array.
+    """
+
+    def make(plan):
+        for samples in plan:
+            rows = torch.from_numpy(samples[:, 1]).to(images.device)
+            batch = images[rows]
+            yield augment(batch, samples) if augment else batch, labels[rows.to(labels.device)]
+
+    return Given(make, lambda: labels.cpu().numpy(), device)
+
+
+def from_dataset(dataset, workers=0, augment=None, device="cpu"):
+    """A loader of a map-style Dataset, whose items are an image (3, H, W) and a label, made by `workers` processes.
+
+    `augment(image, epoch, index)` returns the image as it is trained on; it has to draw by epoch and index alone. The
+    labels are those of `dataset.targets`, if it has them, else every item is read once.
+    """
+
+    def make(plan):
+        items = _Items(dataset, augment)
+        return (made for made, _ in made_by_workers(items, plan, workers, torch.device(device).type == "cuda"))
+
+    def labels():
+        known = getattr(dataset, "targets", None)
+        return [int(dataset[i][1]) for i in range(len(dataset))] if known is None else known
+
+    return Given(make, labels, device)
+
+
+class _Items:
+    """Makes batches of a Dataset's items, in a worker."""
+
+    def __init__(self, dataset, augment):
+        self.dataset = dataset
+        self.augment = augment
+
+    def __getitems__(self, samples):
+        items = []
+        for epoch, index in np.asarray(samples).tolist():
+            image, label = self.dataset[index]
+            items.append((self.augment(image, epoch, index) if self.augment else image, label))
+        return torch.utils.data.default_collate(items), samples, None
+
+
 # --- python dataloader.py --check DIR ------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "dataloader")
     parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
     parser.add_argument(
@@ -408,7 +508,11 @@ def parse_args(argv=None):
     )
     parser.add(Images, only=("cache", "max_pixels"))
     parser.add(DataConfig, only=("group_by",))
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 def main(parsed):

@@ -9,9 +9,8 @@ import functools
 import threading
 
 from engines import trial
+from engines.heartbeats import heartbeat_file, note_heartbeat
 from engines.search_record import SearchRecord
-from space.evolution import Evolution
-from space.search_space import SearchSpace
 from space.splitting import chunks
 from utils import UserError, log
 
@@ -44,10 +43,8 @@ def _stops_search_on_error(method):
 class EvolutionWithFlops(Tuner):
     """NNI's tuner: sends the candidates of a SearchRecord to trials in chunks, and records what the trials report.
 
-    `out` is an absolute path, `space` a SearchSpace as a dict, `costs` the arguments of SearchSpace.with_costs,
-    `flops_limit` and `evolution` the settings of the evolution, with its `limits` if there are others. A generation is
-    split into as many chunks as trials run at a time, or into chunks of `candidates_per_trial`; the candidates of a
-    chunk share first blocks.
+    `out`, an absolute path, has the search. A generation is split into as many chunks as trials run at a time, or into
+    chunks of `candidates_per_trial`; the candidates of a chunk share first blocks.
 
     Its form follows from how NNI 3.0 behaves:
     - NNI may hand parameters to another trial than it tells the tuner, so only architectures that trials report count.
@@ -65,12 +62,8 @@ class EvolutionWithFlops(Tuner):
     # NNI creates a tuner and an assessor in one process and tells neither about the other: KeepResults finds it here.
     current = None
 
-    def __init__(self, out, space, flops_limit=None, concurrency=1, candidates_per_trial=None, costs=None, **evolution):
-        space = SearchSpace.from_dict(space)
-        if costs:
-            space = space.with_costs(*costs)
-        evolution = Evolution.from_settings(space, {**evolution, "flops_limit": flops_limit})
-        self.record = SearchRecord(out, space, evolution)
+    def __init__(self, out, concurrency=1, candidates_per_trial=None):
+        self.record = SearchRecord(out)
         self.concurrency = concurrency
         self.candidates_per_trial = candidates_per_trial
         self.lock = threading.RLock()
@@ -107,10 +100,9 @@ class EvolutionWithFlops(Tuner):
             self.record.add(result, trial_id)
         self._plan_and_send()
 
-    @_stops_search_on_error
     def hear(self, trial_id, results):
-        """Counts a heartbeat of a trial, and keeps its results so far."""
-        self.record.hear(trial_id)
+        """Notes a heartbeat of a trial, and keeps its results so far."""
+        note_heartbeat(heartbeat_file(self.record.out, trial_id))
         if results:
             self.keep(trial_id, results)
 

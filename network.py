@@ -36,6 +36,12 @@ class _ShuffleNet(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(space.last_channels, space.n_classes, bias=space.classifier_bias))
         initialize(self)
 
+    def forward(self, x, candidate=None):
+        """Logits (N, classes) of images (N, 3, H, W) through the candidate; a stand-alone network needs none."""
+        for part in self.path(candidate):
+            x = part(x)
+        return self.classify(x)
+
     def head(self, x):
         """Logits (N, classes) of the last block's output (N, C, H, W)."""
         return self.classify(self.conv_last(x))
@@ -50,7 +56,7 @@ class _ShuffleNet(nn.Module):
 
 
 class ShuffleNetV2OneShot(_ShuffleNet):
-    """The supernet: all operations of every block; `forward(x, candidate)` runs one per block.
+    """The supernet: all operations of every block, of which a path, the candidate's, runs one per block.
 
     `space` (a SearchSpace) replaces input_size and n_classes. BN has no affine parameters in a supernet (official);
     operations that are not in the candidate get no gradient at all.
@@ -61,22 +67,15 @@ class ShuffleNetV2OneShot(_ShuffleNet):
         blocks = zip(space.block_operations, space.blocks)
         super().__init__(space, affine, [ChoiceBlock(names, shape, space.widths, affine) for names, shape in blocks])
 
-    def forward(self, x, candidate):
-        """Logits (N, n_classes) of images (N, 3, H, W) through the candidate."""
-        for part in self.path(candidate):
-            x = part(x)
-        return self.classify(x)
-
     def path(self, candidate):
         """What images pass through before `classify`, in order: stem, the chosen operations, last convolution."""
-        choices = map(self.space.operation_and_width, self.space.block_choices(self.space.check(candidate)))
-        chosen = [block.part(*choice) for block, choice in zip(self.features, choices)]
-        return [self.first_conv, *chosen, self.conv_last]
+        choices = enumerate(self.space.block_choices(self.space.check(candidate)))
+        return [self.first_conv, *map(self.part, choices), self.conv_last]
 
-    def paths_through_all(self):
-        """Paths that together have every operation of every block, at every width."""
+    def candidates_with_all(self):
+        """Candidates that together have every operation of every block, at every width."""
         choices = range(len(self.space.block_operations[0]) * self.space.n_widths)
-        return [self.path(self.space.uniform_candidate(choice)) for choice in choices]
+        return [self.space.uniform_candidate(choice) for choice in choices]
 
     def part(self, key):
         """A part of the forward pass, as a callable: "stem", (block, choice), or "head"."""
@@ -106,16 +105,12 @@ class ShuffleNetV2(_ShuffleNet):
         self.config = DataConfig(space.input_size, round(space.input_size * 256 / 224))
         self.classes = None
 
-    def forward(self, x):
-        """Logits (N, n_classes) of images (N, 3, H, W)."""
-        return self.head(self.forward_features(x)[-1])
-
-    def path(self):
+    def path(self, candidate=None):
         """What images pass through before `classify`, in order: stem, blocks, last convolution."""
         return [self.first_conv, *self.features, self.conv_last]
 
-    def paths_through_all(self):
-        return [self.path()]
+    def candidates_with_all(self):
+        return [None]
 
     def forward_features(self, x):
         """The output of each stage, (N, channels, H / stride, W / stride), for images (N, 3, H, W) of any size.
@@ -144,17 +139,18 @@ class ShuffleNetV2(_ShuffleNet):
         return preprocess(images, self.config)
 
 
-def load(path, architecture=None, operations=None):
+def load(path, architecture=None, own=None, operations=None):
     """The retrained network in a file, a checkpoint of scratch.py or an official one, in eval mode on the CPU.
 
     An official file carries no architecture: that is read from the file `architecture`, by default the published
-    winner's. `operations` is a file of own operations. Raises UserError if a file is missing or damaged.
+    winner's. `own` (or `operations`, its old name) is a file of own operations. Raises UserError if a file is
+    missing or damaged.
 
         model = network.load("checkpoints/scratch/bnps-checkpoint.pth")
         logits = model(model.preprocess(images))  # uint8 RGB (N, H, W, 3) -> (N, classes)
         name = model.classes[logits[0].argmax()]
     """
-    return read(path, architecture, make_space(None, architecture, operations))[0]
+    return read(path, architecture, make_space(None, architecture, own or operations))[0]
 
 
 def read(path, architecture=None, space=None):
@@ -189,12 +185,6 @@ def initialize(model):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.constant_(module.bias, 1e-4)
-
-
-def get_candidate_flops(architecture, input_size=224, n_classes=1000):
-    """Multiply-adds of one image through the architecture (any form), counted from the shapes."""
-    space = SearchSpace.for_images(input_size, n_classes)
-    return space.flops(space.from_architecture(architecture))
 
 
 def batch_norms(module):

@@ -17,13 +17,17 @@ from reports.page import write_report
 from settings.command_line import Parser
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "report")
     parser.add_argument("run", metavar="RUN", type=pathlib.Path, help="the --out folder of a search")
     parser.add_argument(
         "--random", metavar="DIR", type=pathlib.Path, help="the --out folder of a random search to compare with"
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 def main(args):

@@ -28,23 +28,22 @@ import torch
 
 import network
 from dataloader import Loader
-from images.dataset import Data, check_batch_size, evaluation_plan, open_data, prepare, scan, training_plan
+from images.dataset import Data, evaluation_plan, prepare, scan, training_plan
 from network import ShuffleNetV2
 from settings.command_line import Parser
-from settings.subjects import RUNTIMES, DataConfig, Images, Retraining, Run, Space, Training, Weights, deciding
+from settings.subjects import RUNTIMES, DataConfig, Images, Retraining, Run, Space, Training, Weights
 from space.custom import make_space, searched
 from training import checkpoint, distributed
 from training.evaluation import accuracy, recalibrate_bn, resolve_device, validation_batches
 from training.export import export
 from training.loop import train
 from training.program import OF_A_PROGRAM, image_files, is_program, open_program, predict
-from training.recipe import prepare_compiler
-from training.run import TrainingRun, contents_of
+from training.start import Start, folder_of, given_config
 
 ACCURACIES = ("acc1", "acc5", "n_images")
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "scratch")
     parser.add(Space, said="the published architecture_final.json")
     parser.add(Retraining)
@@ -53,6 +52,11 @@ def parse_args(argv=None):
     parser.add(DataConfig, defaults=DataConfig.unset())
     parser.add(Images)
     parser.add(Training, defaults={"iterations": 300_000})
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse(argv)
     if not (args.eval or args.export or args.predict):
         parser.refuse("training, which starts from random weights", "checkpoint")
@@ -79,7 +83,7 @@ def open_network(args, folder):
 def space_of(args, input_size, n_classes):
     """The search space of the arguments."""
     where = f"{args.config}: space"
-    return make_space(args.space, args.architecture, args.operations, input_size, n_classes, where)
+    return make_space(args.space, args.architecture, args.own, input_size, n_classes, where)
 
 
 def val_batches(args, images, config, device):
@@ -165,29 +169,19 @@ def summary(model, measured):
     return {"architecture": list(candidate), **costs, **dict(zip(ACCURACIES, measured))}
 
 
-def data_config(args, search, before):
-    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError.
-
-    `before` is what `checkpoint.data_before` returns.
-    """
-    given = DataConfig.given(vars(args))
+def data_config(args, search):
+    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError."""
     if not search:
-        return DataConfig.resolve(before | given)
+        return given_config(vars(args))
     try:
         stored = DataConfig.from_dict(search["data"])
     except (KeyError, TypeError):
         raise utils.UserError(f"{search['state']}: not the state of a search") from None
-    return DataConfig.resolve(given, stored, search["state"])
+    return DataConfig.resolve(DataConfig.given(vars(args)), stored, search["state"])
 
 
-def retrain(args, folder):
-    """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
-    values = vars(args)
-    images = Images.of(vars(args))
-    search = args.architecture and searched(args.architecture)
-    config = data_config(args, search, checkpoint.data_before(folder, args.resume))
-    data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
-    device = resolve_device(args.device, args.threads)
+def chosen(args, search, config, data):
+    """(the SearchSpace, the candidate in it) of --architecture. Raises UserError if search or data contradict it."""
     if search and search["space"].n_classes != len(data.classes):
         counts = f"searched for {search['space'].n_classes} classes, the data has {len(data.classes)}"
         raise utils.UserError(f"{args.architecture}: {counts}; use the same --data-dir")
@@ -195,22 +189,21 @@ def retrain(args, folder):
     if search and dataclasses.replace(space, architecture=()) != dataclasses.replace(search["space"], architecture=()):
         raise utils.UserError(f"--space contradicts {search['state']}, which has another space; leave it out")
     try:
-        candidate = space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
+        return space, space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     except utils.UserError as error:
         if search or args.space:
             raise
         raise utils.UserError(f"{error}; name its search space by --space, if that is another one") from None
-    check_batch_size(len(data.train), args.batch_size)
-    if args.compile:
-        prepare_compiler(device, args.cache)
-    training = Training.of(values)
-    distributed.per_rank_batch_size(training.batch_size, training.micro_batch)  # refused before anything is written
-    loader = Loader(data.train, config, True, args.seed, device, args.loader, args.workers)
-    validation = val_batches(args, data.val, config, device)
-    contents = contents_of(space, config, data.classes, architecture=list(candidate))
-    settings = deciding(values) | config.newer | {"loader": loader.backend}
-    run = TrainingRun(folder, "scratch", contents, settings, args.keep)
-    run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
+
+
+def retrain(args, folder):
+    """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
+    search = args.architecture and searched(args.architecture)
+    start = Start("scratch", vars(args), data_config(args, search))
+    space, candidate = chosen(args, search, start.config, start.data)
+    loader = start.loader("train", augment=True)
+    validation = start.validation("val")
+    run = start.run(space, loader, architecture=list(candidate))
     if args.architecture and not search:
         assumed = f"{space.n_blocks} blocks of {', '.join(space.operations)}, images of {space.input_size} px"
         utils.log.info("%s: no record of a search beside it; assumes %s", args.architecture, assumed)
@@ -227,12 +220,12 @@ def retrain(args, folder):
         utils.log.info("step %d  val: top-1 %.2f%%, top-5 %.2f%% of %d images", step, acc1, acc5, n_images)
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    metrics = train(model, loader, training, None, validate, run, device, args.seed)
+    metrics = train(model, loader, start.training, None, validate, run, device=start.device, seed=args.seed)
     before = {"acc1_no_pass": metrics["val/acc1"], "acc5_no_pass": metrics["val/acc5"], "seconds": metrics["seconds"]}
     # Official `bnps-` checkpoint: BN momentum 1/i over training batches at learning rate 0, so a plain average.
     if args.bn_pass:
         end = args.iterations + args.bn_pass
-        plan = training_plan(len(data.train), args.batch_size, args.seed, args.iterations, end)
+        plan = training_plan(len(loader.images), args.batch_size, args.seed, args.iterations, end)
         share = itertools.islice(plan, distributed.rank(), None, distributed.world_size())
         recalibrate_bn(model, model, loader.batches(share), "average", sharded=distributed.world_size() > 1)
     result = summary(model, accuracy(model.eval(), validation)) | before
@@ -246,7 +239,7 @@ def retrain(args, folder):
 
 def main(args):
     distributed.join(args.device)
-    folder = pathlib.Path(args.out) / "checkpoints" / "scratch"
+    folder = folder_of("scratch", vars(args))
     if args.predict:
         predict_images(args, folder)
     else:

@@ -43,6 +43,7 @@ from engines.search_record import (
     read_generations,
     read_results,
     read_state,
+    starts,
     state_path,
     unconfirmed,
 )
@@ -64,7 +65,7 @@ from settings.subjects import (
     Weights,
 )
 from settings.subjects import Search as SearchSettings
-from space.custom import load_operations
+from space import own
 from space.evolution import Evolution, official_shares
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import Limits, as_settings, bounds_of, describe, idle_limits, make_bounds, offer
@@ -75,6 +76,7 @@ from training.evaluation import NO_GPU
 from utils import (
     Interrupted,
     UserError,
+    circumstances,
     cores,
     hold_lock,
     interrupt,
@@ -88,19 +90,24 @@ from utils import (
 )
 
 # The settings that a trial has too.
-OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "operations"]
+OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "own"]
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "search")
     parser.add(Run)
     parser.add(DataConfig, defaults=DataConfig.unset())
     parser.add(Images)
     parser.add(Weights, said="supernet")
-    parser.add(Space, only=("operations",))
+    parser.add(Space, only=("own",))
     parser.add(Evaluation)
     for subject in (SearchSettings, CostLimits, Trials, NNI):
         parser.add(subject)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     before = {}  # settings of the search that is resumed
 
     def defaults(given):
@@ -152,7 +159,8 @@ def settings_of(parser, given):
 
 def started_with(out):
     """(demo, config): whether the search in `out` was started with --demo, and its file of settings."""
-    found = read_state(out).get("started_with", {})
+    state = read_state(out)
+    found = [state.get("started_with", {}), *starts(state)][-1]  # the former in searches of before there were starts
     path = found.get("config")
     return bool(found.get("demo")), path if path and os.path.exists(path) else None
 
@@ -187,7 +195,7 @@ def check_space_file(path, space, generate):
 def tester_command(args, mode):
     """The command of tester.py on the supernet and the outputs of this search."""
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
-    return command("tester.py", Run.of(vars(args)), args.operations, "--mode", mode, *weights)
+    return command("tester.py", Run.of(vars(args)), args.own, "--mode", mode, *weights)
 
 
 def find_latency_table(args, out, supernet):
@@ -239,7 +247,7 @@ def check(args, out):
     values = vars(args)
     images = Images.of(vars(args))
     prepare_images(images, args.demo)
-    load_operations(args.operations)
+    own.load(args.own)
     _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
     space = supernet.space
@@ -286,8 +294,9 @@ def check(args, out):
 
 def prepare(search, args, out):
     """Writes or checks the state file, and starts the log."""
-    started = {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
-    state = prepare_search(out, search.settings, args.resume, search.warnings, started)
+    start = {"command": shlex.join(["python", *sys.argv]), "versions": circumstances(args.device, args.seed)}
+    start |= {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
+    state = prepare_search(out, search.settings, args.resume, search.warnings, start)
     folder = out / "checkpoints" / "search"
     start_logging(folder, args.device, args.seed)
     write_settings(folder / "config.yml", "search", vars(args))
@@ -319,7 +328,7 @@ def run(search, args, out):
                     if reason := cannot_measure(search.latency):
                         log.warning("warning: the winner's latency is not checked: %s, then --resume", reason)
                         return
-                    confirm(search.space, search.settings, out, search.latency)
+                    confirm(out, search.latency)
                 else:
                     return
     except Interrupted as error:
@@ -334,18 +343,14 @@ def run(search, args, out):
 
 def run_engine(search, args, out):
     """Runs the generations that are left on the engine of the flags."""
-    space = search.space
-    settings = search.settings
-    experiment = search.experiment
     trial = trial_settings(args, out, search.supernet)
     sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
     sizes["trial_timeout"] = args.trial_timeout
     if args.engine == "local":
-        search_locally(space, settings, out, trial, **sizes)
+        search_locally(out, trial, **sizes)
     else:
-        command = trial_command(experiment, out, trial)
-        hosting = {"host": args.host, "port": args.port}
-        search_with_nni(space, command, settings, out, experiment, **sizes, **hosting)
+        command = trial_command(search.experiment, out, trial)
+        search_with_nni(out, command, search.experiment, host=args.host, port=args.port, **sizes)
 
 
 def print_best(best, winner, limits):
@@ -386,7 +391,7 @@ def report(results, space, args, out, limits, winner=None):
     if space.n_widths == 1:
         where = dataclasses.replace(Run.of(vars(args)), out=os.path.join(args.out, "channels"))
         words = ("--space", "channels", "--architecture", best_path(args))
-        channels = command("supernet.py", where, args.operations, *words)
+        channels = command("supernet.py", where, args.own, *words)
         print(f"search its channels, with the flags of the supernet's training:\n  {channels}")
     print(f"retrain the best:\n  {retrain_command(args)}")
     return winner
@@ -402,7 +407,7 @@ def retrain_command(args):
     for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
         if getattr(args, name) != getattr(known, name):
             words += [flag(name), str(getattr(args, name))]
-    text = command("scratch.py", Run.of(vars(args)), args.operations, *words)
+    text = command("scratch.py", Run.of(vars(args)), args.own, *words)
     sections = read_yaml(args.config) if args.config else {}  # with --demo, demo.yml
     if any("iterations" in sections.get(name, {}) for name in ("common", "scratch")):
         return text

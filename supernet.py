@@ -16,27 +16,23 @@ import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 # isort: split
 import copy
 import json
-import pathlib
 import random
 
 import torch
 
-from dataloader import Loader
-from images.dataset import check_batch_size, open_data
 from network import ShuffleNetV2OneShot
 from settings.command_line import Parser, command
-from settings.subjects import DataConfig, Evaluation, Images, Run, Sampling, Space, Training, deciding
+from settings.subjects import DataConfig, Evaluation, Images, Run, Sampling, Space, Training
 from space.custom import make_space
 from space.limits import offer, shown
 from space.sampler import PathSampler, default_flops_range
-from training import checkpoint, distributed
-from training.evaluation import calibration_batches, evaluate, resolve_device, validation_batches
+from training import distributed
+from training.evaluation import calibration_batches, evaluate
 from training.loop import train
-from training.recipe import prepare_compiler
-from training.run import TrainingRun, contents_of
+from training.start import Start, given_config
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "supernet")
     parser.add(Run)
     parser.add(DataConfig, defaults=DataConfig.unset())
@@ -45,6 +41,11 @@ def parse_args(argv=None):
     parser.add(Evaluation)
     parser.add(Space, said="none; --space channels keeps its operations")
     parser.add(Sampling)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse(argv)
     if args.sampler == "uniform":
         parser.refuse("--sampler uniform", "flops-range", "flops-bins")
@@ -68,32 +69,15 @@ def make_sampler(sampling, space, seed, iterations):
 
 def main(args):
     distributed.join(args.device)
-    values = vars(args)
-    training = Training.of(values)
-    images = Images.of(values)
-    folder = pathlib.Path(args.out) / "checkpoints" / "supernet"
-    config = DataConfig.resolve(checkpoint.data_before(folder, args.resume) | DataConfig.given(values))
-    data = distributed.local_rank0_first(lambda: open_data(images, config, args.demo))
-    device = resolve_device(args.device, args.threads)
-    space = make_space(
-        args.space, args.architecture, args.operations, config.input_size, len(data.classes), f"{args.config}: space"
-    )
-    if args.compile:
-        prepare_compiler(device, args.cache, space.n_widths)
-    sampler = make_sampler(Sampling.of(values), space, args.seed, args.iterations)
-
-    train_images = data.images("supernet")
-    heldout = data.images("search")
-    check_batch_size(len(train_images), args.batch_size)
-    distributed.per_rank_batch_size(training.batch_size, training.micro_batch)  # refused before anything is written
-    loader = Loader(train_images, config, True, args.seed, device, args.loader, args.workers)
+    start = Start("supernet", vars(args), given_config(vars(args)))
+    classes = len(start.data.classes)
+    where = f"{args.config}: space"
+    space = make_space(args.space, args.architecture, args.own, start.config.input_size, classes, where)
+    sampler = make_sampler(Sampling.of(vars(args)), space, args.seed, args.iterations)
+    loader = start.loader("supernet", augment=True)
     calibration = calibration_batches(loader, args.bn_batches, args.bn_batch_size, args.seed, args.cache)
-    heldout_loader = Loader(heldout, config, False, args.seed, device, args.loader, args.workers)
-    validation = validation_batches(heldout_loader, args.eval_batch_size, args.cache)
-    contents = contents_of(space, config, data.classes, data.split, flops_range=sampler.flops_range)
-    settings = deciding(values) | config.newer | {"loader": loader.backend}
-    run = TrainingRun(folder, "supernet", contents, settings, args.keep)
-    run.start(device, args.seed, args.resume == "none", data.warnings, data.names_hash, values)
+    validation = start.validation("search")
+    run = start.run(space, loader, split=start.data.split, flops_range=sampler.flops_range)
     utils.log.info("space: %s", offer(space))
     if sampler.flops_range:
         low, high = (shown("flops", flops) for flops in sampler.flops_range)
@@ -112,9 +96,9 @@ def main(args):
         utils.log.info(text, step, acc1, acc5, len(results))
         return {"val/acc1": acc1, "val/acc5": acc5}
 
-    metrics = train(model, loader, training, sampler.candidate, validate, run, device, args.seed)
+    metrics = train(model, loader, start.training, sampler, validate, run, device=start.device, seed=args.seed)
     if distributed.rank() == 0:
-        utils.log.info("next: %s", command("tester.py", Run.of(values), args.operations, "--mode", "gen"))
+        utils.log.info("next: %s", command("tester.py", Run.of(vars(args)), args.own, "--mode", "gen"))
         print(json.dumps(metrics))
 
 

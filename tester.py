@@ -26,8 +26,8 @@ from engines.search_record import listed_images
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
-from space import weight_files
-from space.custom import load_operations, make_space
+from space import own, weight_files
+from space.custom import make_space
 from space.flops_table import official_comparison
 from space.limits import offer
 from space.search_space import SearchSpace
@@ -35,7 +35,7 @@ from training import checkpoint
 from training.evaluation import evaluate, evaluate_in_lists, open_evaluation, resolve_device
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(__doc__, "tester")
     parser.add(Testing)
     parser.add(Weights, said="supernet")
@@ -44,6 +44,11 @@ def parse_args(argv=None):
     parser.add(DataConfig, defaults=DataConfig.unset())
     parser.add(Images)
     parser.add(Evaluation)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser()
     args = parser.parse(argv)
     if args.mode == "test":
         parser.refuse("--mode test, which takes the space of the supernet", "space")
@@ -62,7 +67,7 @@ def open_space(args):
     supernet = args.checkpoint or checkpoint.newest(pathlib.Path(args.out) / "checkpoints" / "supernet")
 
     def given(*images):
-        return make_space(args.space, args.architecture, args.operations, *images, where=f"{args.config}: space")
+        return make_space(args.space, args.architecture, args.own, *images, where=f"{args.config}: space")
 
     space = given(args.input_size or 224)
     if not supernet:
@@ -97,7 +102,7 @@ def generate(args):
     if line := official_comparison(SearchSpace()):
         print(line)
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
-    print(f"next: {command('search.py', Run.of(vars(args)), args.operations, *weights)}")
+    print(f"next: {command('search.py', Run.of(vars(args)), args.own, *weights)}")
 
 
 def measure(args):
@@ -126,7 +131,7 @@ def open_supernet(args, listed=None):
     images = Images.of(values)
     if not listed:
         prepare(images, args.demo)
-    load_operations(args.operations)
+    own.load(args.own)
     return open_evaluation(
         args.checkpoint, args.out, images, DataConfig.given(values), Evaluation.of(values),
         resolve_device(args.device, args.threads), args.seed, args.split, listed,
@@ -154,6 +159,7 @@ def main(args):
         start_logging(args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
+        result.pop("halves", None)  # for the search alone
         print(json.dumps({**result, "flops": supernet.space.flops(candidate)}))
     elif os.environ.get("NNI_PLATFORM"):
         run_trial(args)

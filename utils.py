@@ -33,6 +33,7 @@ except ImportError:  # Windows, where locks have no effect
     fcntl = None
 
 HERE = pathlib.Path(__file__).resolve().parent
+POLL_S = 0.5  # between two looks at what other processes do
 MAX_YAML_BYTES = 100_000  # settings take about 1 kB; PyYAML needs a minute for a megabyte
 MAX_JSON_BYTES = 1_000_000  # an architecture takes about 2 kB
 
@@ -75,7 +76,8 @@ def interrupt(number, _frame):
 @contextlib.contextmanager
 def signals(handler):
     """Within the block, SIGINT and SIGTERM are handled by `handler`: `interrupt`, or signal.SIG_IGN to ignore them."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     try:
         yield
     finally:
@@ -98,7 +100,7 @@ def end_with_parent(told=None):
     parent_ended = watch_parent()
 
     def watch():
-        while not parent_ended() and not (told.poll(0.5) if told else time.sleep(0.5)):
+        while not parent_ended() and not (told.poll(POLL_S) if told else time.sleep(POLL_S)):
             pass
         os._exit(int(parent_ended()))
 
@@ -157,6 +159,20 @@ def heartbeat():
         if (now := time.monotonic()) - last[0] >= every_s:
             last[0] = now
             listener()
+
+
+class Silence:
+    """For how long others have given no heartbeat, by the clock of this process, which listens."""
+
+    def __init__(self):
+        self.noticed = {}  # name -> (its mark, when this process saw that first)
+
+    def seconds(self, name, mark):
+        """Seconds since `mark`, a value that each heartbeat changes, was seen first."""
+        now = time.monotonic()
+        if name not in self.noticed or self.noticed[name][0] != mark:
+            self.noticed[name] = mark, now
+        return now - self.noticed[name][1]
 
 
 def run_script(main, parse_args, may_print=lambda line: True):
@@ -224,33 +240,34 @@ if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of thi
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+def read_bytes(path, most):
+    """The content of a file. Raises UserError if it can't be read, or has more than `most` bytes."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise UserError(f"{path}: over {MAX_JSON_BYTES} bytes, larger than any file of this project")
-        return json.loads(data)
+            data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # as of a null character in the name
+        raise UserError(f"{path!r}: {error}") from None
+    if len(data) > most:
+        raise UserError(f"{path}: over {most} bytes, larger than any such file of this project")
+    return data
+
+
+def read_json(path):
+    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
+    data = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({str(error)[:80]})") from None
 
 
 def read_yaml(path):
     """The mapping in a YAML file, read by safe_load. Raises UserError that names the file."""
-    import yaml  # here, because the search space needs only the standard library
+    import yaml  # here: a missing package is named in one line once this module is imported
 
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path!r}: {error}") from None
-    if len(data) > MAX_YAML_BYTES:
-        raise UserError(f"{path}: over {MAX_YAML_BYTES} bytes, larger than any settings")
+    data = read_bytes(path, MAX_YAML_BYTES)
     try:
         document = yaml.load(data, _unique_keys_loader())
     except UserError as error:
@@ -326,7 +343,7 @@ def private_folder(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if os.name == "posix" and (not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077):
-        raise UserError(f"{path}: holds code, and is not a folder that you alone can open (mode 0700); remove it")
+        raise UserError(f"{path}: not a folder that only you can open (mode 0700); remove it")
     return path
 
 
@@ -343,13 +360,26 @@ def try_lock(path):
     return file
 
 
+def wait_for_lock(paths, text):
+    """Locks the first free one of some files; returns (its path, the open file). Logs `text` once if it has to wait."""
+    while True:
+        for path in paths:
+            if file := try_lock(path):
+                return path, file
+        if text:
+            log.info(text)
+        text = None
+        heartbeat()
+        time.sleep(POLL_S)
+
+
 def hold_lock(path, wait_s=0):
     """Locks a file in a run's folder. Raises UserError if another process holds it for longer than `wait_s` seconds."""
     deadline = time.monotonic() + wait_s
     while not (file := try_lock(path)):
         if time.monotonic() > deadline:
             raise UserError(f"{path}: another run is using this folder; wait for it to end, or choose another --out")
-        time.sleep(0.2)
+        time.sleep(POLL_S)
     return file
 
 
@@ -376,12 +406,14 @@ def duration(seconds):
 
 def above_progress_bars():
     """A context in which lines on standard error are printed above tqdm's progress bars, if any."""
-    tqdm = sys.modules.get("tqdm")  # not imported here, because the search space needs only the standard library
+    tqdm = sys.modules.get("tqdm")  # not imported here: without bars there is nothing to be above
     return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext()
 
 
 class Screen(logging.StreamHandler):
-    """Logs to standard error, above progress bars."""
+    """Logs to standard error, above progress bars. For tqdm.contrib.logging, each command would have to be a context,
+    and to import tqdm.
+    """
 
     def emit(self, record):
         with above_progress_bars():
@@ -399,16 +431,30 @@ class _LogFile(logging.FileHandler):
 def start_logging(folder, device, seed):
     """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed."""
     folder = output_folder(folder)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in list(log.handlers):
+    for handler in [h for h in log.handlers if isinstance(h, (Screen, _LogFile))]:
         log.removeHandler(handler)
         handler.close()
-    for handler in (Screen(sys.stderr), _LogFile(folder / "run.log", errors="backslashreplace")):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
+    show_log()
+    _add_handler(_LogFile(folder / "run.log", errors="backslashreplace"))
     log.info("command: %s", shlex.join(sys.argv))
-    log.info("versions: %s; commit %s; device %s; seed %s", versions(), commit(), device, seed)
+    log.info("versions: %s", circumstances(device, seed))
+
+
+def circumstances(device, seed):
+    """What a run needs to be repeated besides its command, as one line."""
+    return f"{versions()}; commit {commit()}; device {device}; seed {seed}"
+
+
+def show_log():
+    """Logs to standard error, unless a program that imports this one has set up logging."""
+    if not log.hasHandlers():
+        _add_handler(Screen(sys.stderr))
+
+
+def _add_handler(handler):
+    log.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
 
 
 def versions():

@@ -115,7 +115,7 @@ def with_extremes(rewards, pairs=(), noise_sd=0):
     found = {
         "best": extreme(table, SPACE.choice_flops, limit, 1),
         "worst": extreme(table, SPACE.choice_flops, limit, -1),
-        "best_without_limit": extreme(table, SPACE.choice_flops, SPACE.flops_range[1], 1),
+        "best_without_limit": extreme(table, SPACE.choice_flops, SPACE.cost_range("flops")[1], 1),
     }
     return table | {
         name: {"architecture": list(c), "flops": SPACE.flops(c), "reward": reward(table, c)}
@@ -180,7 +180,7 @@ def known_front(table):
     prefixes = [(SPACE.fixed_flops, MEAN)]
     for row, costs in zip(table["rewards"], SPACE.choice_flops):
         longer = [(cost + more, value + gain) for cost, value in prefixes for more, gain in zip(costs, row)]
-        prefixes = pareto(longer, SPACE.flops_range[1])
+        prefixes = pareto(longer, SPACE.cost_range("flops")[1])
     return prefixes
 
 
@@ -208,11 +208,11 @@ def point(table, candidate):
 
 def compare_fronts(table, seed):
     """Hypervolumes in percent of the known front's: of the search for a front, and of the winners of five searches."""
-    top = SPACE.flops_range[1]
+    top = SPACE.cost_range("flops")[1]
     reference = top, table["worst"]["reward"]
     settings = {"flops_limit": top, "objectives": ["acc1", "flops"], "generations": FRONT_GENERATIONS}
     family = searched(table, seed, **settings)
-    singles = [searched(table, seed, flops_limit=SPACE.flops_quantile(share)) for share in SHARES]
+    singles = [searched(table, seed, flops_limit=SPACE.quantile("flops", share)) for share in SHARES]
     known = hypervolume(known_front(table), reference)
     found = {
         "one search for the front": (family.front(), len(family.rewards)),

@@ -37,7 +37,6 @@ from engines.search_record import SearchRecord, prepare_search, unconfirmed
 from settings.fields import count
 from settings.subjects import RUNTIMES
 from space.custom import PRESETS
-from space.evolution import Evolution
 from space.search_space import SearchSpace
 from utils import commit, read_json, versions, write_json
 
@@ -99,9 +98,10 @@ def accuracy(space, candidate, seed):
 def search(space, table, high, seed, out):
     """The state of a search with a limit on latency in ns, confirmed as search.py does."""
     settings = {**EVOLUTION, "seed": seed, "limits": {"latency": [None, high]}, "space": space.to_dict()}
+    settings["latency"] = {name: table[name] for name in ("medians", "stem_and_tail")}
     prepare_search(out, settings, resume=False)
     while True:
-        record = SearchRecord(out, space, Evolution.from_settings(space, settings))
+        record = SearchRecord(out)
         while waiting := record.pending():
             for c in waiting:
                 acc1 = accuracy(space, c, seed)
@@ -110,7 +110,7 @@ def search(space, table, high, seed, out):
         state = read_json(out / "checkpoints" / "search" / "state.json")
         if state["done"] and not unconfirmed(state):
             return state
-        confirm(space, settings, out, table)
+        confirm(out, table)
 
 
 def measure_again(space, candidates, table):

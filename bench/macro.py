@@ -41,7 +41,7 @@ import tester
 from network import ShuffleNetV2OneShot
 from reports.figures import BEST, GREY, MEAN, RANDOM, STYLE
 from settings.subjects import Search
-from space.custom import load_operations
+from space import own
 from space.evolution import Evolution
 from training import checkpoint
 from training.evaluation import evaluate
@@ -418,7 +418,7 @@ def main(args):
     side_by_side([[ROOT / "supernet.py", *w, "--seed", seed] for seed, w in enumerate(words)])
     scoring = ["--every", args.every, *(["--networks", args.networks] if args.networks else [])]
     side_by_side([[__file__, "--score", folder, *scoring] for folder in folders])
-    load_operations(OPERATIONS)
+    own.load(OPERATIONS)
     results = summarise(args, folders)
     utils.write_json(args.results, results, indent=None)
     draw(results, args.results.with_suffix(".png"))

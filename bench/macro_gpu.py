@@ -42,8 +42,8 @@ from space.custom import make_space
 from space.sampler import PathSampler
 from training import checkpoint
 from training.evaluation import resolve_device
-from training.recipe import Recipe, begin_momentum
 from training.run import TrainingRun, contents_of
+from training.step import Step, begin_momentum
 
 RESULTS = ROOT / "bench" / "results" / "macro_gpu.json"
 IMAGES = 1_024_000  # of a training of half width, as in bench/macro.py
@@ -256,7 +256,7 @@ def train(way, seed, folder, data, args):
     run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, deciding, KEEP)
     run.start(data.device, seed)
     torch.manual_seed(seed)
-    recipe = Recipe(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
+    recipe = Step(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
     paths = Paths(way, space, seed)
     done, metrics, rows, _ = run.resume(recipe)
     started = time.perf_counter() - metrics["seconds"]

@@ -33,7 +33,7 @@ from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
 from training.evaluation import correct_counts, resolve_device
-from training.recipe import begin_momentum, parameter_groups
+from training.step import begin_momentum, parameter_groups
 
 KINDS = {  # of operations other than convolutions, by parts of their names, in this order
     "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "optimizer"), "matrix products": ("mm", "linear"),

@@ -3,7 +3,7 @@
     python bench/ways.py --images 64 --micro-batch 8      at 224 px, minutes on two CPU cores
     python bench/ways.py --images 8 --compile             adds a compiled step, after minutes, and what steps call
 
-All rows take the same random paths and images through `Recipe.train_one_step`, in turns, after the first use of every
+All rows take the same random paths and images through `Step.train_one_step`, in turns, after the first use of every
 operation; medians are reported, and the peak of the memory above what a row has at rest. "calls" are the kernels that
 Inductor has made and the operators that a step calls, forward and backward, views and allocations aside; they are
 counted on a CPU. Prints a Markdown table and adds to bench/results/ways.json. Needs neither DALI nor NNI nor images.
@@ -34,8 +34,9 @@ from network import ShuffleNetV2OneShot, autocast, batch_norms
 from settings.subjects import Training
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
+from training.compiled import prepare_compiler
 from training.evaluation import resolve_device
-from training.recipe import Recipe, prepare_compiler, run_part, torch_compiler
+from training.step import Step, run_part, torch_compiler
 
 spec = importlib.util.spec_from_file_location("bench_train", ROOT / "bench" / "train.py")
 train = importlib.util.module_from_spec(spec)
@@ -57,7 +58,7 @@ class Way:
         self.model = ShuffleNetV2OneShot(space=space).train()
         self.n = n
         self.space = space
-        self.recipe = Recipe(self.model, Training(batch_size=max(2, n), lr=0.01, **changes), device)
+        self.recipe = Step(self.model, Training(batch_size=max(2, n), lr=0.01, **changes), device)
         self.device = self.recipe.device
         self.images = torch.rand(n, 3, space.input_size, space.input_size, device=device).mul_(255)
         self.images = self.images.contiguous(memory_format=torch.channels_last)

@@ -2,38 +2,48 @@
 
 import concurrent.futures.process
 import functools
+import itertools
 import json
 import multiprocessing
-import time
+import os
 
+from engines.heartbeats import forget_heartbeats, heartbeat_file, note_heartbeat, read_heartbeats
 from engines.progress import Progress
 from engines.search_record import SearchRecord, listed_images
 from engines.trial import gpu_names, take_gpu
 from settings.subjects import DataConfig, Evaluation, Images, Run
-from space.custom import load_operations
-from space.evolution import Evolution
+from space import own
 from space.splitting import chunks, cut
-from utils import UserError, check_shared_memory, heartbeat, heartbeats_to, leave_signals_to_parent, log
+from utils import (
+    POLL_S,
+    Silence,
+    UserError,
+    check_shared_memory,
+    heartbeat,
+    heartbeats_to,
+    leave_signals_to_parent,
+    log,
+)
 
-POLL_S = 1.0  # between looks at the workers' heartbeats
+HEARTBEAT_S = 0.2  # between those of a worker
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 
 
-def search_locally(space, settings, out, trial, concurrency=1, candidates_per_trial=None, trial_timeout=300):
+def search_locally(out, trial, concurrency=1, candidates_per_trial=None, trial_timeout=300):
     """Runs the search that `prepare_search` has set up in `out`, to its end.
 
     `trial` has the settings of a trial (name -> value). Candidates whose evaluation fails, whose worker dies, or whose
     worker gives no heartbeat for `trial_timeout` seconds, are evaluated again; those that fail again, on their own,
     count as failed. Raises UserError if no candidate can be evaluated.
     """
-    record = SearchRecord(out, space, Evolution.from_settings(space, settings))
+    record = SearchRecord(out)
     progress = Progress(out)
     with Workers(trial, concurrency, trial_timeout) as workers:
         while waiting := record.pending():
             progress.read()
             # The lists of NNI's trials, each cut as a trial cuts its own.
-            trials = chunks(space, waiting, workers.n, candidates_per_trial)
-            lists = [few for candidates in trials for few in cut(space, candidates)]
+            trials = chunks(record.space, waiting, workers.n, candidates_per_trial)
+            lists = [few for candidates in trials for few in cut(record.space, candidates)]
             generation = record.evolution.generation
             names = {tuple(c): f"{generation:03}_{i:03}" for i, candidates in enumerate(lists) for c in candidates}
             # First in lists; then those that failed, each on its own; then one at a time, because a worker that dies
@@ -63,6 +73,7 @@ class Workers:
 
     def __init__(self, trial, concurrency, trial_timeout=300):
         self.trial_timeout = trial_timeout
+        self.out = trial["out"]
         n_gpus = len(gpu_names()) if trial["device"] != "cpu" else 0
         self.trial = json.dumps(trial)
         self.n = min(concurrency, n_gpus or concurrency)
@@ -95,63 +106,56 @@ class Workers:
     def _finished(self, futures):
         """Yields (future, False) as they finish; if a worker hangs, ends all workers and yields (future, True)."""
         left = set(futures)
-        changed = time.monotonic()
+        silence = Silence()
         while left:
             done, left = concurrent.futures.wait(left, POLL_S, concurrent.futures.FIRST_COMPLETED)
-            changed = time.monotonic() if done else changed
             yield from ((future, False) for future in done)
-            if left and time.monotonic() - min(filter(None, self.heartbeats), default=changed) > self.trial_timeout:
+            heartbeats = read_heartbeats(self.out)
+            heartbeats["all of them"] = len(left), *heartbeats.values()  # where none is heard, as while they start
+            if left and max(itertools.starmap(silence.seconds, heartbeats.items())) > self.trial_timeout:
                 self._end()
                 yield from ((future, True) for future in left)
                 return
 
     def _submit(self, candidates):
         try:
-            return self._workers().submit(_work, _evaluate, self.trial, candidates)
+            return self._workers().submit(_work, _evaluate, self.out, self.trial, candidates)
         except concurrent.futures.process.BrokenProcessPool:  # a worker died while it was idle
             self._end()
-            return self._workers().submit(_work, _evaluate, self.trial, candidates)
+            return self._workers().submit(_work, _evaluate, self.out, self.trial, candidates)
 
     def _workers(self):
         if self.pool is None:
             check_shared_memory(self.n)
-            # The time of each worker's last heartbeat, 0 while it is idle; and how many workers have started.
-            self.heartbeats = SPAWN.Array("d", self.n, lock=False)
-            started = SPAWN.Value("i")
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, _start, (self.heartbeats, started))
+            forget_heartbeats(self.out)  # of a search that was killed
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, leave_signals_to_parent)
         return self.pool
 
     def _end(self):
         """Ends the workers at once; the next `evaluate` starts new ones."""
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            workers = multiprocessing.active_children()
+            for process in workers:
                 process.kill()
+            for process in workers:
+                process.join()
+            forget_heartbeats(self.out)
             self.pool = None
 
 
 # --- in a worker ---------------------------------------------------------------------------------------------
 
-_note_heartbeat = None  # function of a time, for this worker
 
-
-def _start(heartbeats, started):
-    global _note_heartbeat
-    leave_signals_to_parent()
-    with started.get_lock():
-        number = started.value
-        started.value += 1
-    _note_heartbeat = functools.partial(heartbeats.__setitem__, number)
-
-
-def _work(evaluation, trial, candidates):
-    """Returns `evaluation(trial, candidates)`; its heartbeats reach the search."""
-    with heartbeats_to(lambda: _note_heartbeat(time.monotonic())):
+def _work(evaluation, out, trial, candidates):
+    """Returns `evaluation(trial, candidates)`; its heartbeats reach the search in `out`."""
+    file = heartbeat_file(out, os.getpid())
+    with heartbeats_to(lambda: note_heartbeat(file), HEARTBEAT_S):
         try:
             heartbeat()
             return evaluation(trial, candidates)
         finally:
-            _note_heartbeat(0.0)
+            file.unlink(missing_ok=True)
 
 
 def _evaluate(trial, candidates):
@@ -174,7 +178,7 @@ def _opened(trial):
     run = Run.of(values)
     evaluation = Evaluation.of(values)
     take_gpu(run.device)
-    load_operations(values["operations"])
+    own.load(values["own"])
     return evaluation, *open_evaluation(
         values["checkpoint"], run.out, Images.of(values), DataConfig.given(values), evaluation,
         resolve_device(run.device, run.threads), run.seed, listed=listed_images(run.out),

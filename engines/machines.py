@@ -13,10 +13,9 @@ import shlex
 import subprocess
 import time
 
-from utils import UserError
+from utils import POLL_S, UserError
 
 READY_S = 60
-POLL_S = 0.5
 # Until a silent machine counts as stopped: ssh asks it three times, every five seconds, and this leaves some margin.
 NOTICE_S = 20
 

@@ -13,17 +13,16 @@ import socket
 import sys
 import time
 
+from engines.heartbeats import forget_heartbeats, read_heartbeats
 from engines.machines import NOTICE_S, Connections, MachinesLost, check_machines
 from engines.progress import Progress
-from engines.search_record import prepare_search, state_path
+from engines.search_record import prepare_search, read_state, state_path
 from engines.trial import lock_folder
 from settings.command_line import write_settings
-from settings.subjects import EVOLUTION
-from utils import HERE, UserError, log, read_yaml, signals, try_lock
+from utils import HERE, POLL_S, Silence, UserError, log, read_yaml, signals, try_lock
 
 PRELOAD = HERE / "engines" / "preload.js"  # loaded into NNI's manager
 LOOPBACK = "127.0.0.1", "localhost", "::1"
-POLL_S = 0.5
 LISTEN_S = 5  # between looks at the running trials
 START_S = 60  # for NNI's manager and for the tuner to start; NNI's own 3 s and 10 s are too few on a busy machine
 # NNI's daemon on a machine waits 15 s for a lost manager, and would mistake the next one for it.
@@ -87,7 +86,7 @@ def trial_command(experiment, out, settings):
     return [*words, "--config", str(path)]
 
 
-def search_with_nni(space, command, settings, out, experiment, concurrency=1, candidates_per_trial=None, **hosting):
+def search_with_nni(out, command, experiment, concurrency=1, candidates_per_trial=None, **hosting):
     """Runs the search that `prepare_search` has set up in `out`, as an NNI experiment, to its end.
 
     `command` is that of a trial, as a list of words; `experiment` is the content of config_search.yml; `hosting` are
@@ -95,7 +94,7 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
     experiment resumes the search on the other machines.
     """
     while True:
-        config = _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial)
+        config = _nni_config(out, command, experiment, concurrency, candidates_per_trial)
         try:
             return host_experiment(config, out, **hosting)
         except MachinesLost as lost:
@@ -107,21 +106,14 @@ def search_with_nni(space, command, settings, out, experiment, concurrency=1, ca
         time.sleep(FORGET_S)
         concurrency = max(1, concurrency * len(left) // len(machines))
         experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
-        prepare_search(out, settings, resume=True)
+        prepare_search(out, read_state(out)["settings"], resume=True)
 
 
-def _nni_config(space, command, settings, out, experiment, concurrency, candidates_per_trial):
+def _nni_config(out, command, experiment, concurrency, candidates_per_trial):
     """The content of the experiment file, completed for this search."""
     tuner = experiment["tuner"]
     assessor = experiment["assessor"]
-    class_args = {
-        "out": str(out),
-        "space": space.to_dict(),
-        **{name: settings[name] for name in ("flops_limit", "limits", "objectives") if name in settings},
-        "concurrency": concurrency,
-        "costs": json.loads(json.dumps(space.costs)),  # NNI takes plain lists
-        **{name: settings[name] for name in EVOLUTION},
-    }
+    class_args = {"out": str(out), "concurrency": concurrency}
     if candidates_per_trial:
         class_args["candidates_per_trial"] = candidates_per_trial
     return {
@@ -177,14 +169,14 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
                     logs = folder / experiment.id / "log"
                     raise UserError(f"NNI did not start ({error}); its logs are in {logs}") from None
             log.info("NNI experiment %s, web UI at http://%s:%d", experiment.id, host, port)
-            listener = _Listener(trial_timeout)
+            listener = _Listener(out, trial_timeout)
             (manager,) = set(me.children()) - earlier
             while not progress.read()["done"]:
                 time.sleep(POLL_S)
                 started |= set(me.children(recursive=True)) - earlier
                 connections.check()
                 _check_alive(progress, manager, folder / experiment.id)
-                for job in listener.silent(experiment, progress.state["heard"]):
+                for job in listener.silent(experiment):
                     log.warning("trial %s gave no heartbeat for %d s: ending it", job, trial_timeout)
                     experiment.kill_trial_job(job)
         except UserError as error:
@@ -203,6 +195,7 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
                     with contextlib.suppress(Exception):
                         experiment.stop()
                 _end_processes(started)
+                forget_heartbeats(out)
 
 
 @contextlib.contextmanager
@@ -282,25 +275,21 @@ class _Listener:
     The tuner sends the candidates of a trial that was ended to other trials.
     """
 
-    def __init__(self, trial_timeout):
+    def __init__(self, out, trial_timeout):
+        self.out = out
         self.trial_timeout = trial_timeout
         self.next_look = 0.0
-        self.heard = {}  # running trial -> (its heartbeats so far, time of the last one)
+        self.silence = Silence()
 
-    def silent(self, experiment, heartbeats):
-        """The running trials that hang; `heartbeats` maps trials to their numbers of heartbeats."""
+    def silent(self, experiment):
+        """The running trials that hang."""
         now = time.monotonic()
         if now < self.next_look:
             return []
         self.next_look = now + min(LISTEN_S, self.trial_timeout / 4)
         running = [job.trialJobId for job in experiment.list_trial_jobs() if job.status == "RUNNING"]
-        before = self.heard
-        self.heard = {}
-        for job in running:
-            n, since = before.get(job, (None, now))
-            found = heartbeats.get(job, 0)
-            self.heard[job] = (n, since) if n == found else (found, now)
-        return [job for job, (_, since) in self.heard.items() if now - since > self.trial_timeout]
+        heartbeats = read_heartbeats(self.out)
+        return [job for job in running if self.silence.seconds(job, heartbeats.get(job)) > self.trial_timeout]
 
 
 def _end_processes(processes):

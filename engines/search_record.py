@@ -1,4 +1,4 @@
-"""The files of a search: written while it runs, read to resume or report it. Needs the standard library only."""
+"""The files of a search: written while it runs, read to resume or report it."""
 
 import collections
 import contextlib
@@ -7,9 +7,13 @@ import json
 import os
 import pathlib
 import statistics
+import time
 
 from settings.fields import difference, flag
 from settings.subjects import FIELDS, SEARCH, DataConfig, is_path
+from space.evolution import Evolution
+from space.limits import bounds_of, describe
+from space.search_space import SearchSpace
 from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
 MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by its evaluation
@@ -17,7 +21,7 @@ MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by it
 LARGE = {  # settings of a search whose values nobody reads: (where they come from, how they differ)
     "space": ("search space", "another one"), "checkpoint": ("--checkpoint", "other weights"),
     "split": ("held-out images", "others"), "costs": ("--flops-table", "other FLOPs"),
-    "latency": ("--latency-table", "other latencies"), "counted": ("--operations", "other costs"),
+    "latency": ("--latency-table", "other latencies"), "counted": ("--own", "other costs"),
 }  # fmt: skip
 MAX_CORRECTIONS = 3  # of the limit on latency in a search
 # What helps where the first generation's candidates can't be told apart, in this order (docs/experiments.md).
@@ -28,7 +32,8 @@ HELPS = (
 
 
 class SearchRecord:
-    """An evolution with everything that a search writes below `out`; one process at a time may have it.
+    """The evolution of the search that `prepare_search` has set up in `out`, with everything that the search writes
+    there; one process at a time may have it.
 
         acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5, loss,
                                    n_images, seconds, and error where it failed (acc1 null); params and latency_ms
@@ -38,23 +43,25 @@ class SearchRecord:
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer), heard (heartbeats of each NNI trial), and where latency is
-                                   limited, confirmations: for each time that the best were measured as whole networks,
-                                   what was found and what followed
+                                   pid (of the writer), starts (command, versions, demo, config, begun, last, of
+                                   each start of the search), and where latency is limited, confirmations: for each
+                                   time that the best were measured as whole networks, what was found and what followed
 
     A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
     """
 
-    def __init__(self, out, space, evolution):
-        self.out, self.space, self.evolution = pathlib.Path(out), space, evolution
+    def __init__(self, out):
+        self.out = pathlib.Path(out)
         self.lock = _hold_writer_lock(out)
         self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
+        self.space = space_of(self.state["settings"])
+        self.evolution = Evolution.from_settings(self.space, self.state["settings"])
         self.confirmations = list(confirmations(self.state))  # those to replay
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         for result in read_results(out, repair=True):
-            candidate = space.check(result["architecture"])
+            candidate = self.space.check(result["architecture"])
             self.trials[candidate] = result.pop("trial", None)
             self.results[candidate] = result
         self._write_state()
@@ -115,6 +122,7 @@ class SearchRecord:
         """
         candidate = self.space.check(result["architecture"])
         numbers = {key: result.get(key) for key in MEASURED}
+        numbers |= {"halves": result["halves"]} if "halves" in result else {}
         if not all(isinstance(numbers[k], (int, float)) and 0 <= numbers[k] <= 100 for k in ("acc1", "acc5")):
             return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial)
         if self.state["settings"].get("rank_by") == "loss":
@@ -127,12 +135,6 @@ class SearchRecord:
         """Records that a candidate has failed for good; returns as `add`."""
         numbers = dict.fromkeys(MEASURED)
         return self._append(candidate, {**numbers, "error": error}, trial)
-
-    def hear(self, trial):
-        """Counts a heartbeat of a trial, for nni_engine.py, which ends a silent one."""
-        heard = self.state["heard"]
-        heard[trial] = heard.get(trial, 0) + 1
-        self._write_state()
 
     def _append(self, candidate, numbers, trial):
         if candidate not in self.evolution.population or candidate in self.results:
@@ -189,6 +191,8 @@ class SearchRecord:
 
     def _write_state(self, **changes):
         self.state |= {"evaluated": len(self.results), **changes}
+        for start in starts(self.state)[-1:]:
+            start["last"] = time.time()
         write_json(state_path(self.out), self.state, indent=1)
 
     def stop(self, error):
@@ -205,6 +209,11 @@ def confirmations(state):
     return state.get("confirmations", [])
 
 
+def starts(state):
+    """The starts of a search, in its state, the last one last; none in searches of before they were kept."""
+    return state.get("starts", [])
+
+
 def n_generations(state):
     """How many generations a search has in all, with those that confirmations added."""
     return state["settings"]["generations"] + sum(row["generations"] for row in confirmations(state))
@@ -214,6 +223,22 @@ def unconfirmed(state):
     """Whether a search whose generations are complete limits latency, and its best candidates are to be measured."""
     rows = confirmations(state)
     return "latency" in state["settings"].get("limits", ()) and not (rows and rows[-1]["after"] == state["generation"])
+
+
+def space_of(settings):
+    """The SearchSpace of a search with these settings, with the costs that the search had.
+
+    An operation of one's own is counted by its module, which only search.py has; tables are not read again.
+    """
+    space = SearchSpace.from_dict(settings["space"])
+    if counted := settings.get("counted"):
+        space = space.with_costs(*counted)
+    given = {}
+    if table := settings.get("costs"):
+        given |= {"flops": table[0], "stem_flops": table[1], "tail_flops": 0}
+    if table := settings.get("latency"):
+        given |= {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
+    return space.with_costs(*space.costs._replace(**given)) if given else space
 
 
 def costs_of(settings):
@@ -249,10 +274,11 @@ def read_state(out):
     return found
 
 
-def prepare_search(out, settings, resume, warnings=(), started_with=None):
+def prepare_search(out, settings, resume, warnings=(), start=None):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
-    `started_with` is kept in the state, for the commands that are printed when the search is resumed without flags.
+    `start` (command, versions, demo, config) is kept in the state: for the report, and for the commands that are
+    printed when the search is resumed without flags.
 
     A search that is resumed may have more generations than before. Raises UserError if `out` has a search and
     `resume` is false, or where that search has other settings.
@@ -274,17 +300,15 @@ def prepare_search(out, settings, resume, warnings=(), started_with=None):
                 advice = "leave the flags out, or name another --out"
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; {advice}")
             state = found
-        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "heard": {}}
-        state |= {"started_with": started_with} if started_with else {}
+        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "starts": starts(state)}
+        if start:
+            state["starts"] += [{**start, "begun": time.time(), "last": time.time()}]
         write_json(path, state, indent=1)
     return state
 
 
 def settings_difference(before, now, ignore=()):
-    """{flag, or what it is: "0.5 (was 0.3)"} of what differs between the settings of two searches.
-
-    Settings of the data that the earlier file lacks have the value that their absence means.
-    """
+    """{flag, or what it is: "0.5 (was 0.3)"} of what differs between the settings of two searches."""
     changes = difference(SEARCH, _by_flags(before), _by_flags(now), ignore)
     for name in changes.keys() & LARGE.keys():
         where, how = LARGE[name]
@@ -294,8 +318,6 @@ def settings_difference(before, now, ignore=()):
 
 def _by_flags(settings):
     """The settings of a search by the names of its flags."""
-    from space.limits import bounds_of, describe  # here, because they need NumPy
-
     settings = dict(settings)
     data = settings.pop("data", None)
     if isinstance(data, dict):
@@ -305,6 +327,8 @@ def _by_flags(settings):
         if is_path("group_by", data.get("group_by")):
             data.pop("group_by")  # may have moved; the split knows its content
         settings |= data
+    with contextlib.suppress(KeyError, TypeError, UserError):
+        settings["space"] = SearchSpace.from_dict(settings["space"]).to_dict()  # of the same operations as then
     if settings.keys() & {"limits", "flops_limit"}:
         settings["limit"] = describe(bounds_of(settings))
     return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}

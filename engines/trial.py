@@ -13,11 +13,9 @@ A trial with NNI, step by step:
 import contextlib
 import os
 import pathlib
-import stat
 import tempfile
-import time
 
-from utils import UserError, heartbeat, heartbeats_to, log, try_lock
+from utils import heartbeats_to, private_folder, wait_for_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
 # NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
@@ -82,8 +80,6 @@ def report(results):
 # Each device has a lock, which all searches of a user on a machine share. A lock has the device's name in
 # CUDA_VISIBLE_DEVICES: searches that share a machine must all use numbers, or all use UUIDs.
 
-POLL_S = 1.0
-
 held = []  # open lock files; the system closes them when the process ends for any reason, which frees the device
 
 
@@ -107,24 +103,12 @@ def gpu_names():
 
 def take_device(names, folder):
     """Locks the first free device until this process ends and returns its name; waits while all are taken."""
-    waiting = False
-    while True:
-        for name in names:
-            if file := try_lock(folder / f"{name.replace('/', '_')}.lock"):
-                held.append(file)
-                return name
-        if not waiting:
-            log.warning("all %d GPUs are taken by other processes; waiting for one", len(names))
-        waiting = True
-        heartbeat()
-        time.sleep(POLL_S)
+    paths = {folder / f"{name.replace('/', '_')}.lock": name for name in names}
+    path, file = wait_for_lock(paths, f"all {len(names)} GPUs are taken by other processes; waiting for one")
+    held.append(file)
+    return paths[path]
 
 
 def lock_folder():
     """This user's folder of locks, on a local disk. Raises UserError if another user could write to it."""
-    folder = pathlib.Path(tempfile.gettempdir()) / f"spos-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UserError(f"{folder}: not a folder that only you can write to; remove it")
-    return folder
+    return private_folder(pathlib.Path(tempfile.gettempdir()) / f"spos-{os.getuid()}")

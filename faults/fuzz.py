@@ -43,7 +43,6 @@ from fuzz_mutations import ODD_VALUES, ODD_WORDS, TAGS, laughs, mutate_bytes, mu
 from engines.nni_engine import read_experiment
 from images.dataset import DataConfig
 from network import ShuffleNetV2OneShot
-from settings import command_line
 from space.flops_table import read_flops_table
 from space.limits import make_bounds
 from space.search_space import OPERATIONS, SearchSpace
@@ -92,7 +91,7 @@ class Checkpoint:
         self.path = path
         weights = ShuffleNetV2OneShot(space=TINY).state_dict()
         ours = {
-            "version": weight_files.VERSION,
+            "version": weight_files.CHECKPOINT_VERSION,
             "kind": "supernet",
             "step": 3,
             "model": dict(weights),
@@ -217,13 +216,9 @@ class CommandLine:
     def __init__(self, path):
         self.actions = {}
         self.parsers = {name: importlib.import_module(name).parse_args for name in SCRIPTS}
-        parse = command_line.Parser.parse
-        made = []
-        command_line.Parser.parse = lambda parser, *args: made.append(parser) or parse(parser, *args)
-        for name, parse_args in self.parsers.items():
-            parse_args([])
-            self.actions[name] = [a for a in made[-1]._actions if a.option_strings]
-        command_line.Parser.parse = parse
+        for name in SCRIPTS:
+            parser = importlib.import_module(name).make_parser()
+            self.actions[name] = [action for action in parser._actions if action.option_strings]
 
     def inputs(self, rng):
         name = rng.choice(SCRIPTS)

@@ -98,7 +98,7 @@ def through_nni(folder, rounds):
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        search_with_nni(space, [sys.executable, str(folder / "trial.py")], settings, folder, experiment, 2, 1)
+        search_with_nni(folder, [sys.executable, str(folder / "trial.py")], experiment, 2, 1)
     finally:
         ended.set()
         watcher.join()

@@ -41,6 +41,7 @@ class ImageSet:
     paths: tuple
     labels: np.ndarray
     classes: tuple
+    halves: np.ndarray | None = None  # (N,): 0 or 1, where two halves are told apart
 
     def __len__(self):
         return len(self.paths)
@@ -235,9 +236,7 @@ class Data:
             ignored = []
             self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
             if ignored:
-                old = any(path.lower().endswith(".jfif") for path in ignored)
-                note = "; runs and searches begun without .jfif files keep their images, and new ones read them" * old
-                self.warnings.append(ignored_line(folder, ignored) + note)
+                self.warnings.append(ignored_line(folder, ignored))
         for problem in unmatched_classes(folder, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
@@ -270,7 +269,7 @@ class Data:
         """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""
         parts = {part: {"per_class": np.bincount(images.labels).tolist(), "paths": images.paths}
                  for part, images in (("train", self.train), ("val", self.val))}  # fmt: skip
-        held_out = {"heldout": self.heldout.tolist(), "split": self.split}
+        held_out = {"heldout": self.heldout.tolist(), "halves": self.halves.tolist(), "split": self.split}
         write_json(path, {"classes": self.classes, **held_out, **parts})
 
     def _read_list(self, path, folder):
@@ -283,6 +282,7 @@ class Data:
             for part, images in (("train", content["train"]), ("val", content["val"]))
         )
         self.heldout = np.array(content["heldout"])
+        self.halves = np.array(content["halves"])
         self.split = content["split"]
 
     @functools.cached_property
@@ -313,6 +313,19 @@ class Data:
         if not group_by:
             return np.arange(len(self.train))
         return number_groups(self.train, groups_of(group_by, "train", self.train.paths), group_by)
+
+    @functools.cached_property
+    def halves(self):
+        """The half, 0 or 1, of each held-out image (N,): a measurement on both tells how far one can be trusted.
+
+        Random groups of images, the same in every process, until one half is full.
+        """
+        _, groups = np.unique(self.groups[self.heldout], return_inverse=True)
+        sizes = np.bincount(groups)
+        order = np.random.default_rng(self.config.split_seed).permutation(len(sizes))
+        half = np.empty(len(sizes), int)
+        half[order] = np.cumsum(sizes[order]) - sizes[order] / 2 > sizes.sum() / 2
+        return half[groups]
 
     def _draw_groups(self, per_class):
         """Which groups are held out, as bools: of each class in random order, until they have `per_class` images."""
@@ -362,7 +375,7 @@ class Data:
         if part in ("train", "val"):
             return getattr(self, part)
         if part == "search":
-            return self.train.take(self.heldout)
+            return dataclasses.replace(self.train.take(self.heldout), halves=self.halves)
         return self.train.take(np.setdiff1d(np.arange(len(self.train)), self.heldout))
 
 
@@ -391,9 +404,9 @@ def training_plan(n_images, batch_size, seed, start=0, steps=None, rank=0, world
         yield np.stack([np.full_like(indices, epoch), indices], axis=1)
 
 
-def evaluation_plan(n_images, batch_size, rank=0, world_size=1):
-    """Batches of a rank; together, all ranks have every image once. The last batch may be smaller."""
-    indices = np.arange(rank, n_images, world_size)
+def evaluation_plan(n_images, batch_size):
+    """Batches that have every image once. The last one may be smaller."""
+    indices = np.arange(n_images)
     samples = np.stack([np.zeros_like(indices), indices], axis=1)
     return [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
 

@@ -1,25 +1,24 @@
 """Caches the images that all candidates share: calibration and validation batches, decoded once on a machine.
 
 A set of decoded (and augmented) images is one file in `--cache`, uint8 RGB, memory-mapped by all processes that
-evaluate. The name and the first block of a file identify its content; a file with other content or of the wrong
-length is written again.
+evaluate. Its name is a hash of all that its pixels depend on; there is nothing else in it, and a file of the wrong
+length is written again. No .npy file: NumPy raises anything for a damaged header, and writing through its map ends the
+process where the disk is full.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
-import time
 
 import numpy as np
 import torch
 
-from utils import atomic_write, heartbeat, log, try_lock
+from utils import atomic_write, log, wait_for_lock
 
-VERSION = 1
-HEADER_BYTES = 4096
+CACHE_VERSION = 2  # of the files: those of another one have other names, and may be deleted
 
 
 class FixedBatches:
@@ -40,6 +39,13 @@ class FixedBatches:
     def __len__(self):
         return len(self.plan)
 
+    @property
+    def second_halves(self):
+        """For each batch of an iteration, which of its images are in the second half (N,); None where none is told."""
+        halves = self.loader.images.halves
+        own = self.plan[self.rank :: self.world_size]
+        return [None if halves is None else halves[samples[:, 1]] == 1 for samples in own]
+
     def prepare(self):
         """Decodes the images into the folder `cache`, unless they are there."""
         self._mapped()
@@ -49,106 +55,65 @@ class FixedBatches:
         if decoded is None:
             yield from self.loader.batches(self.plan[self.rank :: self.world_size])
             return
-        first = 0
-        for number, samples in enumerate(self.plan):
-            if number % self.world_size != self.rank:
-                first += len(samples)
-                continue
-            images = torch.from_numpy(np.array(decoded[first : first + len(samples)]))
+        ends = np.cumsum([len(samples) for samples in self.plan])
+        for samples, end in list(zip(self.plan, ends))[self.rank :: self.world_size]:
+            images = torch.from_numpy(np.array(decoded[end - len(samples) : end]))
             if self.loader.device.type == "cuda":
                 images = images.pin_memory()
             labels = torch.from_numpy(self.loader.images.labels[samples[:, 1]])
             yield self.loader.finish(images), labels.to(self.loader.device, non_blocking=True)
-            first += len(samples)
 
     def _mapped(self):
-        """The decoded images (N, H, W, 3), mapped from their file, or None."""
+        """The decoded images, a read-only array (N, H, W, 3) mapped from their file; None without one.
+
+        Writes the file if it is missing or incomplete; from the first failure on, with a warning, there is none.
+        """
         if self.cache is None:
             return None
-        images = open_images(self.loader, self.plan, pathlib.Path(self.cache), self._header)
-        if images is None:
+        path = pathlib.Path(self.cache) / f"{self._name}.images"
+        shape = (sum(map(len, self.plan)), self.loader.config.input_size, self.loader.config.input_size, 3)
+        try:
+            if not _is_complete(path, shape):
+                waits = f"{path}: another process is decoding these images; waiting for it"
+                with wait_for_lock([path.with_suffix(".lock")], waits)[1]:
+                    if not _is_complete(path, shape):  # else another process has written it meanwhile
+                        self._decode(path, shape)
+            return np.memmap(path, np.uint8, "r", shape=shape)
+        except OSError as error:
+            text = "--cache %s: can't cache decoded images there (%s); decoding them every time"
+            log.warning(text, self.cache, error.strerror or error)
             self.cache = None
-        return images
+            return None
 
     @functools.cached_property
-    def _header(self):
-        return _header(self.loader, self.plan)
+    def _name(self):
+        """A hash of all that the pixels depend on."""
+        loader = self.loader
+        files = hashlib.sha256()
+        for index in np.unique(np.concatenate(self.plan)[:, 1]):
+            path = loader.images.paths[index]
+            state = os.stat(os.path.join(loader.images.root, path)) if loader.images.root else None
+            text = f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n"
+            files.update(text.encode(errors="surrogateescape"))
+        content = {
+            "version": CACHE_VERSION,
+            "files": files.hexdigest(),
+            "plan": hashlib.sha256(np.concatenate(self.plan).tobytes()).hexdigest(),
+            "config": loader.config.to_dict(),
+            "augment": loader.augment,
+            "seed": loader.seed,
+            "decoder": loader.decoder,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _decode(self, path, shape):
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # from a process that was killed while writing
+            leftover.unlink()
+        log.info("decoding %d images into %s, %.1f GB, once", shape[0], path, math.prod(shape) / 1e9)
+        with atomic_write(path, "wb") as file:
+            for images, _ in self.loader.decode(self.plan):
+                file.write(images.cpu().numpy().tobytes())
 
 
-# --- the file ------------------------------------------------------------------------------------------------
-
-
-def open_images(loader, plan, folder, header):
-    """Returns the decoded images of a plan, a read-only array (N, H, W, 3) mapped from a file in `folder`.
-
-    Writes the file if it is missing, damaged or has another header. Returns None, with a warning, if it can't be
-    written.
-    """
-    shape = (sum(map(len, plan)), loader.config.input_size, loader.config.input_size, 3)
-    path = folder / f"{hashlib.sha256(header).hexdigest()[:20]}.images"
-    try:
-        if not _is_complete(path, header, shape):
-            with _lock(path):
-                if not _is_complete(path, header, shape):  # else another process has written it meanwhile
-                    _decode(path, loader, plan, header, shape)
-        return np.memmap(path, np.uint8, "r", HEADER_BYTES, shape)
-    except OSError as error:
-        log.warning(
-            "--cache %s: can't cache decoded images there (%s); decoding them every time",
-            folder,
-            error.strerror or error,
-        )
-        return None
-
-
-def _header(loader, plan):
-    """The first block of a file: JSON of everything that its content depends on, and a checksum of the JSON."""
-    files = hashlib.sha256()
-    for index in np.unique(np.concatenate(plan)[:, 1]):
-        path = loader.images.paths[index]
-        state = os.stat(os.path.join(loader.images.root, path)) if loader.images.root else None
-        files.update(
-            f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n".encode(errors="surrogateescape")
-        )
-    content = {
-        "version": VERSION,
-        "files": files.hexdigest(),
-        "plan": hashlib.sha256(np.concatenate(plan).tobytes()).hexdigest(),
-        "config": loader.config.to_dict(),
-        "augment": loader.augment,
-        "seed": loader.seed,
-        "decoder": loader.decoder,
-    }
-    text = json.dumps(content, sort_keys=True)
-    return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n".encode().ljust(HEADER_BYTES)
-
-
-def _is_complete(path, header, shape):
-    """Whether the file exists with this header and length."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read(HEADER_BYTES) == header and os.fstat(file.fileno()).st_size == HEADER_BYTES + np.prod(shape)
-    return False
-
-
-def _decode(path, loader, plan, header, shape):
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # from a process that was killed while writing
-        leftover.unlink()
-    log.info("decoding %d images into %s, %.1f GB, once", shape[0], path, np.prod(shape) / 1e9)
-    with atomic_write(path, "wb") as file:
-        file.write(header)
-        for images, _ in loader.decode(plan):
-            file.write(images.cpu().numpy().tobytes())
-
-
-@contextlib.contextmanager
-def _lock(path):
-    """Holds the lock of a file within the block, after waiting for other processes to release it."""
-    waiting = False
-    while not (file := try_lock(path.with_suffix(".lock"))):
-        if not waiting:
-            log.info("%s: another process is decoding these images; waiting for it", path)
-        waiting = True
-        heartbeat()
-        time.sleep(0.2)
-    with file:
-        yield
+def _is_complete(path, shape):
+    return path.exists() and path.stat().st_size == math.prod(shape)

@@ -22,7 +22,7 @@ from settings.subjects import Images
 from utils import UserError, cores, heartbeat, log, read_json, write_json
 
 RECORD = "checked.json"  # in the folder of --cache: {folder: entry} of the trees that passed; see `remember`
-VERSION = 2  # of the check: a tree that passed another one is checked again
+CHECK_VERSION = 2  # of the check: a tree that passed another one is checked again
 CHUNK = 64  # files a task of a thread
 
 
@@ -116,7 +116,7 @@ def check_images(folder, paths, cache, max_pixels=Images.max_pixels):
     """
     files = fingerprint(folder, paths)
     entry = _record(cache).get(os.path.abspath(folder)) if cache else None
-    if isinstance(entry, dict) and (entry.get("version"), entry.get("files")) == (VERSION, files):
+    if isinstance(entry, dict) and (entry.get("version"), entry.get("files")) == (CHECK_VERSION, files):
         return entry
     found = inspect_all(folder, paths, max_pixels)
     wrong = found.unreadable + found.mislabelled
@@ -150,7 +150,7 @@ def remember(folder, files, counts, cache):
     """Records that a tree with this fingerprint passed, and its counts; drops trees that no longer exist."""
     kept = {name: value for name, value in _record(cache).items() if os.path.isdir(name)}
     path = pathlib.Path(cache, RECORD)
-    entry = {"version": VERSION, "files": files, **counts}
+    entry = {"version": CHECK_VERSION, "files": files, **counts}
     try:
         write_json(path, kept | {os.path.abspath(folder): entry}, indent=1)
     except OSError as error:

@@ -19,7 +19,9 @@ SUFFIXES = {  # of the formats that are read, by Pillow's names; MPO is JPEG wit
     "PPM": (".ppm", ".pgm"), "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
 }  # fmt: skip
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # of 8 bits a channel
-TURNS = {  # what an orientation of EXIF asks for; 1 asks for nothing
+# What an orientation of EXIF asks for; 1 asks for nothing. Pillow's exif_transpose raises for damaged EXIF data whose
+# orientation is readable, because it writes all of them back.
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,

@@ -9,8 +9,7 @@ import io
 import matplotlib
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.textpath import TextPath
+from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from space.limits import shown
@@ -63,11 +62,13 @@ def draw(run, random, folder):
     with matplotlib.rc_context(STYLE):
         figures = {
             "generations": _generations(run, random),
-            "plane": _plane(run),
+            "plane": _plane(run, run.main_cost, run.front(), gid="front", label="Pareto front"),
             "operations": _operations(run),
             "best": _best(run),
-            **{f"front-{cost}": _front(run, cost) for cost in run.objectives if cost != "acc1"},
         }
+        for cost in run.objectives[1:]:
+            members = sorted((r for _, r in run.family()), key=_axis(run, cost)[1])
+            figures[f"front-{cost}"] = _plane(run, cost, members, gid="members", label="the front")
         return {name: save_figure(name, figure, folder) for name, figure in figures.items()}
 
 
@@ -94,19 +95,8 @@ def _generations(run, random):
     shown = [g for g in run.generations if g.succeeded]
     numbers = [g.number for g in shown]
     means = [g.mean for g in shown]
-    low, high = ([g.mean + sign * g.sd for g in shown] for sign in (-1, 1))
-    if len(shown) > 1:
-        left.fill_between(numbers, low, high, color=MEAN, alpha=0.22, linewidth=0, label="± 1 standard deviation")
-    else:
-        left.errorbar(
-            numbers,
-            means,
-            [g.sd for g in shown],
-            color=MEAN,
-            capsize=3,
-            linestyle="none",
-            label="± 1 standard deviation",
-        )
+    spread = [g.sd for g in shown]
+    left.errorbar(numbers, means, spread, color=MEAN, capsize=3, linestyle="none", label="± 1 standard deviation")
     left.plot(numbers, means, "o-", color=MEAN, markersize=4, gid="mean", label="mean")
     left.plot(numbers, [g.best["acc1"] for g in shown], "s-", color=BEST, markersize=4, gid="best", label="best")
     left.set(xlabel="generation", ylabel="top-1 in the supernet (%)", title="(a) Accuracy by generation")
@@ -166,49 +156,35 @@ def _draw_limits(axes, run, cost, unit):
     return [limit / unit for _, limit in limits]
 
 
-def _plane(run):
-    """Every candidate by `main_cost` and top-1, the Pareto front and the limit; failed candidates at the lower edge."""
+def _plane(run, cost, circled, **drawn):
+    """Every candidate by a cost and top-1, those `circled` joined, and the limits; failed ones at the lower edge.
+
+    `drawn` has the gid and label of the circles.
+    """
     figure = Figure(figsize=(9, 4.3), layout="constrained")
     axes = figure.subplots()
     last = run.generations[-1].number
     shades = matplotlib.colormaps["Blues"]([0.3 + 0.7 * i / max(last - 1, 1) for i in range(last)])
     size = 26 if len(run.succeeded) < 300 else 14
-    label, place, unit = _axis(run, run.main_cost)
-    points = axes.scatter(
-        [place(r) for r in run.succeeded],
-        [r["acc1"] for r in run.succeeded],
-        size,
-        [r["generation"] for r in run.succeeded],
-        cmap=ListedColormap(shades),
-        vmin=0.5,
-        vmax=last + 0.5,
-        edgecolors="white",
-        linewidths=0.4,
-        gid="candidates",
-    )
-    front = run.front()
-    x = [place(r) for r in front]
-    y = [r["acc1"] for r in front]
-    axes.plot(x, y, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
-    axes.scatter(x, y, 2.6 * size, "none", edgecolors=INK, linewidths=1, gid="front", label="Pareto front")
-    limits = _draw_limits(axes, run, run.main_cost, unit)
+    label, place, unit = _axis(run, cost)
+
+    def scatter(results, *look, **how):
+        return axes.scatter([place(r) for r in results], [r["acc1"] for r in results], *look, **how)
+
+    numbers = [r["generation"] for r in run.succeeded]
+    points = scatter(run.succeeded, size, numbers, cmap=ListedColormap(shades), vmin=0.5, vmax=last + 0.5,
+                     edgecolors="white", linewidths=0.4, gid="candidates")  # fmt: skip
+    ends = [place(r) for r in circled], [r["acc1"] for r in circled]
+    axes.plot(*ends, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
+    scatter(circled, 2.6 * size, "none", edgecolors=INK, linewidths=1, **drawn)
+    limits = _draw_limits(axes, run, cost, unit)
     if beyond := [r for r in run.succeeded if run.is_beyond(r)]:
-        x = [place(r) for r in beyond]
-        y = [r["acc1"] for r in beyond]
         text = "beyond the limit, after measurements"
-        axes.scatter(x, y, 3 * size, "none", marker="s", edgecolors=LIMIT, linewidths=1, gid="beyond", label=text)
-    if failed := [r for r in run.results if r["acc1"] is None]:
-        axes.scatter(
-            [place(r) for r in failed],
-            [0.02] * len(failed),
-            22,
-            LIMIT,
-            marker="x",
-            linewidths=1.1,
-            gid="failed",
-            label="failed (no accuracy)",
-            transform=axes.get_xaxis_transform(),
-        )
+        scatter(beyond, 3 * size, "none", marker="s", edgecolors=LIMIT, linewidths=1, gid="beyond", label=text)
+    if failed := [{**r, "acc1": 0.02} for r in run.results if r["acc1"] is None]:
+        edge = axes.get_xaxis_transform()
+        text = "failed (no accuracy)"
+        scatter(failed, 22, LIMIT, marker="x", linewidths=1.1, gid="failed", label=text, transform=edge)
     axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
     costs = [place(r) for r in run.results] + limits
     margin = 0.03 * (max(costs) - min(costs)) or 1
@@ -218,24 +194,6 @@ def _plane(run):
     bar = figure.colorbar(points, label="generation", pad=0.015, aspect=30)
     bar.locator = MaxNLocator(integer=True, min_n_ticks=1)
     bar.outline.set_visible(False)
-    return figure
-
-
-def _front(run, cost):
-    """Every candidate by a cost and top-1; those of the front of all objectives circled, and joined by that cost."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
-    label, value, unit = _axis(run, cost)
-    members = sorted((r for _, r in run.family()), key=value)
-    x = [value(r) for r in members]
-    y = [r["acc1"] for r in members]
-    others = [value(r) for r in run.succeeded]
-    axes.scatter(others, [r["acc1"] for r in run.succeeded], 14, PALE, linewidths=0, label="a candidate")
-    axes.plot(x, y, color=BEST, linewidth=1, zorder=1.5)
-    axes.scatter(x, y, 34, "none", edgecolors=BEST, linewidths=1.2, gid="members", label="the front")
-    _draw_limits(axes, run, cost, unit)
-    axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
-    axes.legend(loc="upper left", ncols=4, bbox_to_anchor=(0, 1.13), borderaxespad=0)
     return figure
 
 
@@ -299,59 +257,55 @@ def _operations(run):
 
 # --- the best as paths ---------------------------------------------------------------------------------------
 
-WIDTH = 648  # of the figure, in points
-LEFT = 46  # of these, what is left of the first block
-RIGHT = 4  # and what is right of the last column
+COLUMN = 0.82  # inches of a column of numbers beside the paths
+LEFT = 34  # points of what is left of the first block
 
 
 def _best(run):
     """The best candidates as paths, a row each: a box for each block, with colour and height by operation."""
     best = run.legal[:10]
     space = run.space
+    looks = {operation: _look(space, operation) for operation in space.operations}
     ends = _stage_ends(space)
     x = [i + 0.45 * sum(i >= end for end in ends) for i in range(space.n_blocks)]
     columns = _columns(run, best)
-    widths = [max(_text_width(text, 9) for text in (name, *values)) + 12 for name, values in columns.items()]
-    right = x[-1] + 1.5
-    unit = min((WIDTH - LEFT - RIGHT - sum(widths)) / right, 36)  # points from one block to the next
-    size = min(1, unit / 17)  # of texts in boxes, which shrink as blocks are more
-    entries = _legend([_look(space, operation)[0] for operation in space.operations], unit)
-    top = -2.4 - entries[-1][1]
-    figure = Figure(figsize=(WIDTH / 72, 0.36 * (len(best) + 0.1 - top)))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-LEFT / unit, (WIDTH - LEFT) / unit), ylim=(len(best) + 0.1, top))
-    axes.axis("off")
+    beside = COLUMN * len(columns)
+    span = max(x[-1] + 1.4, 14)
+    unit = (72 * (9 - beside) - LEFT) / span  # points from one block to the next
+    top = -1.4 - 0.6 * -(-len(looks) // 4)  # above the first row: names of the columns and the legend
+    figure = Figure(figsize=(9, 0.36 * (len(best) + 0.1 - top)))
+    paths, numbers = figure.subplots(1, 2, sharey=True, width_ratios=(9 - beside, beside))
+    figure.subplots_adjust(left=0, right=0.995, bottom=0, top=1, wspace=0)
+    paths.set(xlim=(-LEFT / unit, span), ylim=(len(best) + 0.1, top))
+    numbers.set_xlim(0, len(columns))
+    handles = [Patch(color=colour, label=f"{label}: {short}") for label, short, colour, *_ in looks.values()]
+    paths.legend(handles=handles, loc="upper left", ncols=4)
+    for axes in (paths, numbers):
+        axes.axis("off")
 
-    def box(x, y, operation, gid=None, width=0.9):
-        _, short, colour, on, height = _look(space, operation)
-        axes.add_patch(_box(x, y, height, colour, width)).set_gid(gid)
-        axes.text(x + 0.45, y, short, ha="center", va="center_baseline", color=on, fontsize=7.5 * size)
-
-    for (place, row), operation in zip(entries, space.operations):
-        box(place, top + 0.65 + row, operation)
-        axes.text(place + 1.2, top + 0.65 + row, _look(space, operation)[0], va="center_baseline", fontsize=8.5)
     for begin, end in zip([0, *ends], [*ends, space.n_blocks]):
-        shape = space.blocks[begin]
-        text = f"{shape.out_channels} ch, {shape.out_size} px"
-        room = (x[end - 1] - x[begin] + 1.3) * unit
-        fontsize = min(8, 8 * room / _text_width(text, 8))
-        axes.text((x[begin] + x[end - 1] + 0.9) / 2, -0.55, text, ha="center", color=GREY, fontsize=fontsize)
-    axes.text(-30 / unit, -0.55, "rank", ha="center", color=GREY, fontsize=8)
+        text = f"{space.blocks[begin].out_channels} ch\n{space.blocks[begin].out_size} px"
+        paths.text((x[begin] + x[end - 1] + 0.9) / 2, -0.35, text, ha="center", color=GREY, fontsize=8)
+    paths.text(-20 / unit, -0.35, "rank", ha="center", color=GREY, fontsize=8)
     for rank, result in enumerate(best, 1):
         y = rank - 0.5
-        axes.plot([-16 / unit, x[-1] + 1.4], [y, y], color=PALE, linewidth=1.5, zorder=0)
+        paths.plot([-9 / unit, x[-1] + 1.4], [y, y], color=PALE, linewidth=1.5, zorder=0)
         text, colour = (f"{rank}*", LIMIT) if run.is_beyond(result) else (str(rank), INK)
-        axes.text(-30 / unit, y, text, ha="center", va="center_baseline", color=colour)
+        paths.text(-20 / unit, y, text, ha="center", va="center_baseline", color=colour)
         for block, (operation, scale) in enumerate(space.chosen(result["architecture"])):
-            gid = f"path-{rank}-block-{block + 1}"
-            box(x[block], y, operation, gid, 0.3 + 0.6 * scale / max(space.widths))
-    spare = ((WIDTH - LEFT - RIGHT - sum(widths)) / unit - right) / len(columns)
-    for (name, values), width in zip(columns.items(), widths):
-        right += width / unit + spare
-        axes.text(right, -0.55, name, ha="right", color=GREY, fontsize=8)
+            _, short, colour, on, height = looks[operation]
+            width = 0.3 + 0.6 * scale / max(space.widths)
+            corner = x[block] + (0.9 - width) / 2, y - height / 2
+            shape = "round,pad=0,rounding_size=0.12"
+            box = FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=colour, edgecolor="none")
+            paths.add_patch(box).set_gid(f"path-{rank}-block-{block + 1}")
+            size = 7.5 * min(1, unit / 17)
+            paths.text(x[block] + 0.45, y, short, ha="center", va="center_baseline", color=on, fontsize=size)
+    for right, (name, values) in enumerate(columns.items(), 1):
+        numbers.text(right, -0.35, name, ha="right", color=GREY, fontsize=8)
         for row, value in enumerate(values):
             weight = "normal" if row else "bold"
-            axes.text(right, row + 0.5, value, ha="right", va="center_baseline", weight=weight)
+            numbers.text(right, row + 0.5, value, ha="right", va="center_baseline", weight=weight)
     return figure
 
 
@@ -369,32 +323,6 @@ def _columns(run, best):
     return columns | {"generation": [str(r["generation"]) for r in best]}
 
 
-def _legend(labels, unit):
-    """(place, row) of each entry of a legend, in rows of the figure's width; a place is in units of `unit` points."""
-    places = []
-    at = row = 0
-    for label in labels:
-        width = 1.2 + (_text_width(label, 8.5) + 22) / unit
-        if at and at + width > (WIDTH - LEFT) / unit:
-            at = 0
-            row += 1
-        places.append((at, row))
-        at += width
-    return places
-
-
-def _text_width(text, size):
-    """The width of a text in points."""
-    return TextPath((0, 0), text, size=size).get_extents().width if text else 0
-
-
 def _stage_ends(space):
     """Blocks before each stage but the first."""
     return [sum(space.stage_blocks[:i]) for i in range(1, len(space.stage_blocks))]
-
-
-def _box(x, y, height, colour, width=0.9):
-    """The box of a block, by default 0.9 wide, vertically centred in its row."""
-    shape = "round,pad=0,rounding_size=0.12"
-    corner = (x + (0.9 - width) / 2, y - height / 2)
-    return FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=colour, edgecolor="none")

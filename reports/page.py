@@ -4,44 +4,14 @@ import base64
 import json
 import math
 import pathlib
-import re
 
 import jinja2
 
-from engines.search_record import n_generations, state_path
+from engines.search_record import n_generations
 from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
 from space.limits import describe, shown
 from utils import atomic_write, duration
-
-# --- the log -------------------------------------------------------------------------------------------------
-
-
-def read_log(path):
-    """(commands, versions, seconds) from a search's run.log, over all of its runs.
-
-    The log has times without dates, so a gap of a day or more is not counted.
-    """
-    commands = []
-    versions = []
-    seconds = 0
-    before = None
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        match = re.match(r"(\d\d):(\d\d):(\d\d) (?:(command|versions): )?(.*)", line)
-        if not match:
-            continue
-        now = int(match[1]) * 3600 + int(match[2]) * 60 + int(match[3])
-        if match[4] == "command":
-            commands.append(f"python {match[5]}")
-        else:
-            seconds += 0 if before is None else (now - before) % 86_400
-        if match[4] == "versions":
-            versions.append(match[5])
-        before = now
-    return commands, versions, seconds
-
-
-# --- the page ------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -145,13 +115,13 @@ def _costs(run, best):
 
 
 def _cost(run):
-    _, _, wall = read_log(state_path(run.out).with_name("run.log"))
+    wall = sum(start["last"] - start["begun"] for start in run.starts)
     seconds = [r["seconds"] or 0 for r in run.results]
     pairs = {
         "candidates": f"{len(run.results)}, {run.n_failed or 'none'} of them failed",
         "evaluation": f"{duration(sum(seconds))} in all, {sum(seconds) / len(run.succeeded):.2f} s per candidate, "
         f"{sum(r['n_images'] or 0 for r in run.results):,} images validated",
-        "wall clock": f"{duration(wall)} by the log, all starts together" if wall else "not recorded",
+        "wall clock": f"{duration(wall)}, all starts together" if run.starts else "not recorded",
     }
     if run.n_failed:
         pairs["last failure"] = next(r.get("error", "") for r in reversed(run.results) if r["acc1"] is None)
@@ -159,10 +129,9 @@ def _cost(run):
 
 
 def _settings(run):
-    commands, versions, _ = read_log(state_path(run.out).with_name("run.log"))
     pairs = {
-        "command": "\n".join(dict.fromkeys(commands)) or "not recorded",
-        "versions": "\n".join(dict.fromkeys(versions)) or "not recorded",
+        name: "\n".join(dict.fromkeys(start[name] for start in run.starts)) or "not recorded"
+        for name in ("command", "versions")
     }
     pairs["seed"] = run.settings["seed"]
     settings = dict(run.settings)

@@ -13,11 +13,12 @@ from engines.search_record import (
     ranked,
     read_generations,
     settings_difference,
+    space_of,
+    starts,
     state_path,
 )
 from settings.subjects import EVOLUTION
 from space.limits import Limits, bounds_of
-from space.search_space import SearchSpace
 from utils import UserError, read_json
 
 FEWEST = 8  # accuracies, to estimate a spread from
@@ -39,18 +40,9 @@ class SearchResults:
         self.state = read_json(state_path(out))
         try:
             self.settings = self.state["settings"]
-            self.space = SearchSpace.from_dict(self.settings["space"])
+            self.space = space_of(self.settings)
             self.bounds = bounds_of(self.settings)
             closed = self.state["generation"]
-            if counted := self.settings.get("counted"):
-                self.space = self.space.with_costs(*counted)
-            if table := self.settings.get("costs"):
-                flops, fixed = table
-                costs = {"flops": flops, "stem_flops": fixed, "tail_flops": 0}
-                self.space = self.space.with_costs(*self.space.costs._replace(**costs))
-            if table := self.settings.get("latency"):
-                latency = {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
-                self.space = self.space.with_costs(*self.space.costs._replace(**latency))
         except (KeyError, TypeError):
             raise UserError(f"{state_path(out)}: not the state of a search") from None
         self.generations = [
@@ -67,6 +59,7 @@ class SearchResults:
             raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
         self.objectives = self.settings.get("objectives", [])
         self.confirmations = confirmations(self.state)
+        self.starts = starts(self.state)
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
         self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
             adder = group
             if name := form["excludes"]:
                 adder = exclusive[name] = exclusive.get(name) or group.add_mutually_exclusive_group()
-            adder.add_argument(flag(field.name), **options)
+            adder.add_argument(*map(flag, filter(None, (field.name, form["old"]))), **options)
 
     def error(self, message):
         raise UserError(message if len(message) <= 500 else f"{message[:200]} ... {message[-100:]}")
@@ -169,7 +169,7 @@ def write_settings(path, section, values):
 
     words = {}
     for name, value in values.items():
-        if value is not None and FIELDS[name].metadata["in_files"]:
+        if value is not None and (name not in FIELDS or FIELDS[name].metadata["in_files"]):
             words[flag(name).removeprefix("--")] = os.path.abspath(value) if is_path(name, value) else value
     document = {section: words}
     if isinstance(words.get("space"), dict):  # a description has a section of its own, a name has not
@@ -178,21 +178,22 @@ def write_settings(path, section, values):
         yaml.safe_dump(document, file)
 
 
-def command(script, run, operations, *words):
-    """The command line of another script: these words, with the settings file and output folder of a Run."""
+def command(script, run, own, *words):
+    """The command line of another script: these words, with the settings file and output folder of a Run, and --own."""
     words = ["python", script, *words]
     if run.demo:
         words += ["--demo"]
     elif run.config:
         words += ["--config", run.config]
-    if operations != _operations_of(run.config):
-        words += ["--operations", operations]
+    if own != _own_of(run.config):
+        words += ["--own", own]
     if run.out != ".":
         words += ["--out", run.out]
     return shlex.join(words)
 
 
-def _operations_of(path):
-    """The file of operations that the section `common` of a settings file names, or None."""
-    named = read_yaml(path).get("common", {}).get("operations") if path else None
+def _own_of(path):
+    """The file of --own that the section `common` of a settings file names, or None."""
+    common = read_yaml(path).get("common", {}) if path else {}
+    named = common.get("own", common.get("operations"))
     return named and _beside(path, named)

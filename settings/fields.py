@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import math
 import reprlib
-from typing import ClassVar
 
 from utils import UserError
 
@@ -49,7 +48,7 @@ def real(low=0.0, high=1e6):
 
 
 FORM = {"type": None, "unit": None, "choices": None, "nargs": None, "path": False, "decides": True, "in_files": True,
-        "extends": False, "excludes": None}  # fmt: skip
+        "extends": False, "excludes": None, "old": None}  # fmt: skip
 
 
 def setting(default, help, type=None, **form):
@@ -67,6 +66,7 @@ def setting(default, help, type=None, **form):
         in_files: whether a YAML file may set it
         extends: whether values on the command line are appended to those in a file instead of replacing them
         excludes: the name of a group of settings that exclude each other
+        old: its name before, which flags and files may still use
     """
     if not form.keys() <= FORM.keys():
         raise TypeError(f"a setting has no {', '.join(form.keys() - FORM.keys())}")
@@ -76,11 +76,10 @@ def setting(default, help, type=None, **form):
 class Settings:
     """Base of the frozen dataclasses of settings. Raises UserError if a value is out of bounds.
 
-    A field that an older file lacks has the value in `ABSENT`, or else its default. `TITLE` is the heading in --help.
+    `TITLE` is the heading in --help.
     """
 
     TITLE = ""
-    ABSENT: ClassVar[dict] = {}
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -118,15 +117,12 @@ def difference(subjects, before, now, ignore=()):
     """Compares two mappings of settings (name -> value). Returns {name: "0.5 (was 0.3)"} for those that differ.
 
     `subjects` are the classes of the settings: those that don't affect the result are not compared, and absent ones
-    have their `ABSENT` value. Names that no class has are compared; names in `ignore` are not.
+    have their defaults. Names that no class has are compared; names in `ignore` are not.
     """
-    known = {field.name: (cls, field) for cls in subjects for field in dataclasses.fields(cls)}
+    known = {field.name: field for cls in subjects for field in dataclasses.fields(cls)}
 
     def value(values, name):
-        if name not in values and name in known:
-            cls, field = known[name]
-            return cls.ABSENT.get(name, field.default)
-        found = values.get(name)
+        found = values.get(name, known[name].default if name in known else None)
         return list(found) if isinstance(found, tuple) else found
 
     def shown(value):
@@ -134,7 +130,7 @@ def difference(subjects, before, now, ignore=()):
 
     changes = {}
     for name in sorted(before.keys() | now.keys()):
-        if name in ignore or (name in known and not known[name][1].metadata["decides"]):
+        if name in ignore or (name in known and not known[name].metadata["decides"]):
             continue
         old, new = value(before, name), value(now, name)
         if old != new:

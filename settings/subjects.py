@@ -97,7 +97,7 @@ class DataConfig(Settings):
         unit="REGEX|CSV", path=True,
     )  # fmt: skip
 
-    ABSENT: ClassVar[dict] = {"alpha": "dropped", "exif": "ignored", "jfif": False, "crop_padding": 0}
+    UNWRITTEN: ClassVar[dict] = {"alpha": "dropped", "jfif": False}  # what it means that a file lacks one of these
 
     @classmethod
     def unset(cls):
@@ -125,7 +125,7 @@ class DataConfig(Settings):
                 contradiction = f"{flag(name)} {value} contradicts {source}, which has {getattr(stored, name)}"
                 raise UserError(f"{contradiction}; leave the flag out")
         if not stored:
-            values = (cls.ABSENT if source else {}) | values
+            values = (cls.UNWRITTEN if source else {}) | values
             values.setdefault("val_resize", round(values.get("input_size", cls.input_size) * 256 / 224))
         config = dataclasses.replace(stored or cls(), **values)
         if config.val_resize < config.input_size:
@@ -136,15 +136,9 @@ class DataConfig(Settings):
                 raise UserError(f"{flag(name)} {low} {high}: the first must not be larger than the second")
         return config
 
-    @property
-    def newer(self):
-        """{name: value} of the settings that older files lack."""
-        return {name: getattr(self, name) for name in self.ABSENT}
-
     def to_dict(self):
-        """Plain values by name; what absence means is absent, as in older files."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if self.ABSENT.get(name) != value}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """Plain values by name."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values):
@@ -159,7 +153,7 @@ class DataConfig(Settings):
             kinds = (str, type(None)) if default is None else kinds
             if (type(default) is tuple) != (len(numbers) == 2) or any(type(n) not in kinds for n in numbers):
                 raise TypeError(f"{field.name} is a {type(value).__name__}")
-        return cls(**{**cls.ABSENT, **values})
+        return cls(**{**cls.UNWRITTEN, **values})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +196,7 @@ class Training(Settings):
         count(2, 1_000_000), unit="N",
     )  # fmt: skip
     compile: bool = setting(False, "compile the operations by torch.compile, before the first step (default: no)")
+    rule: str = setting("spos", "training rule, the paper's or one of the file of --own (default: spos)", unit="NAME")
     lr: float = setting(0.5, "initial learning rate, decays linearly to 0 (default: 0.5)", real(0, 1000))
     warmup: int = setting(0, "steps of linear warm-up (default: 0)", count(0), unit="N")
     momentum: float = setting(0.9, "momentum of SGD (default: 0.9)", real(0, 1))
@@ -246,9 +241,10 @@ class Space(Settings):
         "blocks, channels, joint, small, varied, or a YAML with a section 'space' (blocks, or the architecture's)",
         unit="NAME|FILE", path=True, decides=False,
     )  # fmt: skip
-    operations: str = setting(
-        None, "Python file that registers operations of your own", unit="FILE", path=True, decides=False
-    )
+    own: str = setting(
+        None, "Python file that registers operations or training rules of your own", unit="FILE", path=True,
+        decides=False, old="operations",
+    )  # fmt: skip
     architecture: str = setting(
         None, "JSON of an architecture, one-hot or a plain list (default: {default})", unit="FILE", path=True
     )

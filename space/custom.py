@@ -1,14 +1,12 @@
-"""Search spaces and operations of the user: presets by name, a YAML file or section, a file of operations."""
+"""Search spaces: presets by name, a YAML file or section, the space of an architecture."""
 
 import dataclasses
-import hashlib
-import importlib.util
 import pathlib
 import reprlib
 
-import blocks
 from settings.subjects import is_path
-from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
+from space import own
+from space.search_space import SearchSpace
 from utils import UserError, read_json, read_yaml
 
 WIDTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
@@ -37,18 +35,16 @@ ENTRIES = {  # entries of a space in YAML, or of a mapping in it -> fields of a 
     "architecture": "architecture",  # the index of a fixed operation for each block
 }
 
-loaded = {}  # name of an operation of the user -> SHA-256 of its file
 
-
-def make_space(name=None, architecture=None, operations=None, input_size=224, n_classes=1000, where="space"):
+def make_space(name=None, architecture=None, own_file=None, input_size=224, n_classes=1000, where="space"):
     """The SearchSpace `name` for images of `input_size` px and `n_classes` classes.
 
     `name` is a preset, a YAML file with a section `space`, or the content of such a section, named `where` in errors.
-    `architecture` is the path of an architecture, `operations` that of a file of operations. Without a name, the space
+    `architecture` is the path of an architecture, `own_file` that of a file of --own. Without a name, the space
     is that of the search which wrote the architecture, else `joint` for an architecture with widths, else the paper's.
     Raises UserError if the space is not valid.
     """
-    load_operations(operations)
+    own.load(own_file)
     given = {}
     if isinstance(name, dict):
         given = _fields(name, where)
@@ -69,7 +65,7 @@ def make_space(name=None, architecture=None, operations=None, input_size=224, n_
         whole = dataclasses.replace(space, widths=WIDTHS, architecture=())
         fixed = whole.operations_of(whole.load_architecture(architecture))
         space = dataclasses.replace(whole, architecture=fixed)
-    return with_hash(space)
+    return own.with_hash(space)
 
 
 def searched(path):
@@ -88,9 +84,10 @@ def _space_of(path):
     """The fields of the space in which a search found the architecture in a file, if there is a record next to it."""
     if settings := searched(path):
         space = settings["space"]
-        check_operations(space, settings["state"])
-        own = {"input_size", "n_classes", "architecture", "operations_hash"}  # of the images, of `channels`, computed
-        return {field.name: getattr(space, field.name) for field in dataclasses.fields(space) if field.name not in own}
+        own.check_operations(space, settings["state"])
+        other = {"input_size", "n_classes", "architecture", "operations_hash"}  # of images, of `channels`, computed
+        fields = (field.name for field in dataclasses.fields(space))
+        return {name: getattr(space, name) for name in fields if name not in other}
     architecture = read_json(path)
     return dict(PRESETS["joint"]) if isinstance(architecture, dict) and "ChannelChoice1" in architecture else {}
 
@@ -120,50 +117,3 @@ def _stages(stages, where):
         if not isinstance(stage, dict) or stage.keys() != STAGE.keys():
             raise UserError(f"{where}: stage {number} is {reprlib.repr(stage)}, not a mapping of {', '.join(STAGE)}")
     return {field: [stage[key] for stage in stages] for key, field in STAGE.items()}
-
-
-# --- own operations -------------------------------------------------------------------------------------------
-
-
-def load_operations(path):
-    """Executes a user's file, which registers operations with `blocks.register`; does nothing for None.
-
-    Raises UserError if the file fails, registers no operation, or registers an official name.
-    """
-    if path is None:
-        return
-    try:
-        digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"--operations {path}: {error.strerror}") from None
-    if digest in loaded.values():
-        return
-    before = dict(blocks.OPERATIONS)
-    try:
-        spec = importlib.util.spec_from_file_location("own_operations", path)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:
-        raise UserError(f"--operations {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    changed = [name for name, operation in blocks.OPERATIONS.items() if before.get(name) is not operation]
-    if taken := sorted(set(changed) & set(OPERATIONS)):
-        blocks.OPERATIONS.update(before)
-        raise UserError(f"--operations {path}: {taken[0]!r} is the name of an official operation")
-    if not changed:
-        raise UserError(f"--operations {path}: registers no operation; decorate its class with blocks.register(name)")
-    loaded.update(dict.fromkeys(changed, digest))
-
-
-def with_hash(space):
-    """The space with the hash of the file of its own operations. Raises UserError if one is not loaded."""
-    own = [name for name in space.operations if name in loaded or name not in OPERATIONS + OTHER_OPERATIONS]
-    for name in own:
-        if name not in loaded:
-            known = ", ".join(blocks.OPERATIONS)
-            raise UserError(f"search space: operation {name!r} is not one of {known}; name its file by --operations")
-    return dataclasses.replace(space, operations_hash=loaded[own[0]][:16] if own else "")
-
-
-def check_operations(space, where):
-    """Raises UserError if operations of the space in a file are not loaded, or have changed since it was written."""
-    if with_hash(space).operations_hash != space.operations_hash:
-        raise UserError(f"{where}: its operations come from another version of the file of --operations; use that one")

@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import reprlib
 
-from utils import HERE, UserError
+from utils import HERE, UserError, read_bytes
 
 OFFICIAL = HERE / "data" / "op_flops_dict.pkl"  # where a user may put the official file; not part of this project
 MAX_BYTES = 1_000_000  # the official table has a few kB
@@ -63,25 +63,11 @@ def read_flops_table(path):
 
     Raises UserError if the file is missing or larger than any table, or holds anything but a table.
     """
+    data = read_bytes(path, MAX_BYTES)
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UserError(f"{path}: over {MAX_BYTES} bytes, larger than any FLOPs table")
         _check_opcodes(data)
         table = _Unpickler(io.BytesIO(data)).load()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        EOFError,
-        OverflowError,
-        AttributeError,
-    ) as error:
+    except Exception as error:  # a damaged pickle raises ValueError, TypeError, KeyError, EOFError and others
         raise UserError(f"{path}: not a plain FLOPs table ({str(error)[:80]})") from None
     return _check_table(table, path)
 

@@ -16,8 +16,7 @@ import numpy as np
 from settings.subjects import COSTS
 from utils import UserError
 
-ENUMERABLE = 1_000_000  # spaces of up to so many candidates are enumerated
-STARTS = 20  # random candidates that are repaired, to find a legal one in other spaces
+SOLVE_S = 10  # s in which the solver ends
 KICKS = 3  # times that a stuck repair redraws some blocks
 # The limit in the paper's space, and the share of its candidates that meet it, which is the limit in other spaces.
 OFFICIAL_LIMIT = "330M", "59%"
@@ -264,17 +263,49 @@ class Limits:
     # --- what is possible ------------------------------------------------------------------------------------
 
     def check(self):
-        """Raises UserError if no candidate meets all limits; it names the tightest one and the nearest possible cost.
-
-        In spaces of up to ENUMERABLE candidates this is exact; in larger ones, STARTS repairs have to fail.
-        """
-        if self._nearest({}, self.bounds) is None:
+        """Raises UserError if no candidate meets all limits; names the tightest one and the nearest possible cost."""
+        rng = random.Random(0)
+        candidate = self.repair(self.space.random_candidate(rng), rng)
+        if not self.excess(candidate):  # mostly, and in less time than it takes to import SciPy for a proof
             return
-        within = {}
+        within = Limits(self.space, {}, self.correction)
         for name in sorted(self.bounds, key=self._tightness):
-            if (nearest := self._nearest(within, {name: self.bounds[name]})) is not None:
-                raise UserError(self._impossible(name, within, nearest))
-            within[name] = self.bounds[name]
+            low, high = self.bounds[name]
+            limits = within._with(name, low, high)
+            if not (found := limits.optimum()):
+                above = within._with(name, high, None).optimum(name)
+                below = within._with(name, None, low).optimum(name, -1)
+                excess = Limits(self.space, {name: (low, high)}, self.correction).excess
+                nearest = min(filter(None, (candidate, above, below)), key=excess)
+                raise UserError(self._impossible(name, within.bounds, self.space.cost(name, nearest)))
+            within, candidate = limits, found
+
+    def _with(self, name, low, high):
+        return Limits(self.space, self.bounds | {name: (low, high)}, self.correction)
+
+    def optimum(self, name=None, sign=1):
+        """The candidate in the bounds of the lowest cost `name`, or of the highest if `sign` is -1; without it any one.
+
+        A mixed-integer linear programme with a variable for each choice of each block, solved exactly, or as far as
+        SOLVE_S seconds suffice. Returns None if there is none, or none was found in that time. Ignores `banned`.
+        """
+        from scipy.optimize import LinearConstraint, milp  # here, because it takes half a second
+        from scipy.sparse import csr_array
+
+        sizes = [len(row) for row in self.space.choice_flops]
+        n = sum(sizes)
+        blocks = csr_array((np.ones(n), (np.repeat(np.arange(len(sizes)), sizes), np.arange(n))))
+        constraints = [LinearConstraint(blocks, 1, 1)]  # one choice each
+        for (rows, fixed), low, high in zip(self.costs, self.low, self.high):
+            # Costs are whole numbers: half a unit more excludes the same candidates, whatever the solver rounds.
+            ends = np.ceil(low) - fixed - 0.5, np.floor(high) - fixed + 0.5
+            constraints.append(LinearConstraint(np.concatenate(rows), *ends))
+        aims = sign * np.concatenate(self.space.cost_rows(name)[0]) if name else np.zeros(n)
+        options = {"mip_rel_gap": 0, "time_limit": SOLVE_S}
+        found = milp(aims, integrality=1, constraints=constraints, options=options).x
+        if found is None:
+            return None
+        return self.space.candidate_of(int(block.argmax()) for block in np.split(found, np.cumsum(sizes)[:-1]))
 
     def _tightness(self, name):
         """How many standard deviations a bound lies from the mean of uniform candidates, on the side it excludes."""
@@ -282,40 +313,6 @@ class Limits:
         rows, fixed = self.costs[i]
         mean = fixed + sum(float(np.mean(row)) for row in rows)
         return max(self.low[i] - mean, mean - self.high[i]) / self.scale[i]
-
-    def _nearest(self, within, bounds):
-        """None if a candidate meets `within` and `bounds`; else the cost nearest to the one bound in `bounds`, of the
-        candidates that meet `within`."""
-        limits = Limits(self.space, {**within, **bounds}, self.correction)
-        inner = len(within)
-        if math.prod(self.space.choices) <= ENUMERABLE:
-            totals = limits._all()
-            over = limits._over(totals)
-            if not over.all():
-                return None
-            if inner:
-                outside = Limits(self.space, within, self.correction)._over(totals[:inner]) > 0
-                over = np.where(outside, np.inf, over)
-            return totals[inner].flat[int(np.argmin(over))]
-        rng = random.Random(0)
-        found = []
-        limits.scale = [s / 1000 if i < inner else s for i, s in enumerate(limits.scale)]  # `within` goes first
-        for _ in range(STARTS):
-            candidate = limits.repair(self.space.random_candidate(rng), rng)
-            if not (over := limits.excess(candidate)):
-                return None
-            found.append((over, candidate))
-        return self.space.cost(next(iter(bounds)), min(found)[1])
-
-    def _all(self):
-        """The costs of all candidates of the space, in one order for all costs: (costs, candidates)."""
-        totals = []
-        for rows, fixed in self.costs:
-            total = np.array([fixed])
-            for row in rows:
-                total = (total[:, None] + np.array(row)).ravel()
-            totals.append(total)
-        return np.array(totals)
 
     def _impossible(self, name, within, nearest):
         """The message of `check`."""

@@ -23,7 +23,7 @@ def default_flops_range(space):
     """(low, high) in multiply-adds: 290M to 360M in the paper's space, in others the same quantiles."""
     if space.is_papers:
         return 290_000_000, 360_000_000
-    return space.flops_quantile(0.0014), space.flops_quantile(0.9986)
+    return space.quantile("flops", 0.0014), space.quantile("flops", 0.9986)
 
 
 class PathSampler:
@@ -48,6 +48,10 @@ class PathSampler:
                 raise UserError(f"--flops-range {low} {high}: the first must be the lower one")
             self.edges = np.array([low + (high - low) * i // n_bins for i in range(n_bins + 1)])
             self._check_bins()
+
+    def __repr__(self):
+        bins = f", {len(self.edges) - 1} bins of FLOPs in {self.flops_range}" if self.flops_range else ""
+        return f"PathSampler(seed {self.seed}{bins}, width_warmup {self.width_warmup})"
 
     def candidate(self, step):
         """The candidate of a step; training counts steps from 1."""
@@ -111,7 +115,7 @@ class PathSampler:
             if hits.min() >= needed:
                 return
         rarest = int(hits.argmin())
-        low, high = self.space.flops_range
+        low, high = self.space.cost_range("flops")
         usual_low, usual_high = default_flops_range(self.space)
         rare = f"{rarest + 1} of {n_bins}, {self.edges[rarest]} to {self.edges[rarest + 1]}"
         raise UserError(

@@ -2,7 +2,7 @@
 
 Everything that knows how many choice blocks there are, which operations and widths a block offers, how wide and how
 large each block is, and how a candidate is written down, is in this file; space/costs.py counts what a choice costs.
-Needs only the standard library, and torch to count costs that were not given.
+Needs torch only to count costs that were not given.
 
     candidate      a tuple of ints: the index of an operation for each block, then of a width for each block,
                    without the part that offers no choice
@@ -15,12 +15,15 @@ Needs only the standard library, and torch to count costs that were not given.
 Source: paper (arXiv 1904.00420) section 3.4 and table 1; official `src/Search/blocks.py`, `network.py`.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
 import re
 import reprlib
 from typing import NamedTuple
+
+import numpy as np
 
 from space.costs import Costs, count_costs
 from utils import UserError, read_json
@@ -32,6 +35,7 @@ UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "latency": ("milliseconds (8ms)", {"ms": 1e6}),
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
+SAME_OPERATIONS = {}  # hash of the file of own operations, in checkpoints of before -> the hash that is used now
 OTHER_OPERATIONS = ("skip_1x1", "pointwise_1x1", "mobilenet_3x3")  # the project's, not the paper's
 
 
@@ -150,7 +154,8 @@ class SearchSpace:
         names = {field.name for field in dataclasses.fields(cls)} - {"given_costs"}
         if not isinstance(values, dict) or not set(values) <= names:
             raise UserError(f"search space: {reprlib.repr(values)} has entries other than {', '.join(sorted(names))}")
-        return cls(**values)
+        digest = values.get("operations_hash", "")
+        return cls(**values | {"operations_hash": SAME_OPERATIONS.get(digest, digest)})
 
     def to_dict(self):
         """Plain numbers, strings and lists, for JSON and checkpoints; leaves out defaults that older files lack."""
@@ -226,11 +231,22 @@ class SearchSpace:
         """The index of the operation and that of the width of a block's choice."""
         return divmod(choice, self.n_widths)
 
+    def candidate_of(self, choices):
+        """The candidate that makes these choices, one for each block: the inverse of `block_choices`."""
+        operations, widths = zip(*map(self.operation_and_width, choices))
+        return (() if self.architecture else operations) + (widths if self.n_widths > 1 else ())
+
     def uniform_candidate(self, choice):
         """The candidate that makes the same choice at every block."""
-        operation, width = self.operation_and_width(choice)
-        operations = () if self.architecture else (operation,) * self.n_blocks
-        return operations + ((width,) * self.n_blocks if self.n_widths > 1 else ())
+        return self.candidate_of([choice] * self.n_blocks)
+
+    def largest(self):
+        """The candidate with the most FLOPs; of equal choices, the first ones."""
+        return self.candidate_of([max(range(len(row)), key=row.__getitem__) for row in self.choice_flops])
+
+    def smallest(self):
+        """The candidate with the fewest FLOPs; of equal choices, the first ones."""
+        return self.candidate_of([min(range(len(row)), key=row.__getitem__) for row in self.choice_flops])
 
     def operations_of(self, candidate):
         """The index of the operation of each block among all `operations`."""
@@ -289,11 +305,6 @@ class SearchSpace:
         """Parameters of the candidate as a stand-alone network, with affine BN."""
         return self.cost("params", candidate)
 
-    @functools.cached_property
-    def flops_range(self):
-        """The lowest and the highest FLOPs of any candidate."""
-        return self.cost_range("flops")
-
     def cost_range(self, name):
         """The lowest and the highest of one of COSTS of any candidate: exact, since costs are sums over the blocks."""
         rows, fixed = self.cost_rows(name)
@@ -314,40 +325,26 @@ class SearchSpace:
         return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
     def _distribution(self, name):
-        """(upper cost, share of uniform candidates at or under it), rising; costs are rounded to a grid.
+        """(upper costs, share of uniform candidates at or under each), rising; costs are rounded to a grid.
 
         Adds the blocks up one by one on a grid of 1/8192 of the range, with an error of about 1e-4 of it: exact
         enumeration of 4^20 candidates is out of reach and sampling would need a seed.
         """
-        known = vars(self).setdefault("_distributions", {})
-        if name not in known:
-            rows, _ = self.cost_rows(name)
-            low, high = self.cost_range(name)
-            step = max((high - low) / 8192, 1)
-            counts = {0: 1}
-            for row in rows:
-                offsets = [round((cost - min(row)) / step) for cost in row]
-                following = {}
-                for cell, n in counts.items():
-                    for offset in offsets:
-                        following[cell + offset] = following.get(cell + offset, 0) + n
-                counts = following
-            total = sum(counts.values())
-            below = 0
-            known[name] = []
-            for cell in sorted(counts):
-                below += counts[cell]
-                known[name].append((min(low + cell * step, high), below / total))
-        return known[name]
+        rows, _ = self.cost_rows(name)
+        low, high = self.cost_range(name)
+        step = max((high - low) / 8192, 1)
+        counts = np.ones(1)
+        for row in rows:
+            cells = np.bincount([round((cost - min(row)) / step) for cost in row])
+            # Scaled to stay finite, by a power of two to stay exact where floats can count the candidates.
+            counts = np.convolve(counts, cells / 2 ** (len(row) - 1).bit_length())
+        below = list(itertools.accumulate(int(n * 2.0**1000) for n in counts))
+        return np.minimum(low + np.arange(len(counts)) * step, high), [n / below[-1] for n in below]
 
     def quantile(self, name, share):
         """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
-        distribution = self._distribution(name)
-        return next((int(cost) for cost, below in distribution if below >= share), int(distribution[-1][0]))
-
-    def flops_quantile(self, share):
-        """The FLOPs at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
-        return self.quantile("flops", share)
+        costs, below = self._distribution(name)
+        return int(costs[bisect.bisect_left(below, share)])
 
     def flops_value(self, text, flag="FLOPs"):
         """Multiply-adds from a number ("330000000", "330M", "700k") or a quantile of uniform candidates ("59%")."""

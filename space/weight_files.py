@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from settings.subjects import DataConfig
-from space.custom import check_operations
+from space.own import check_operations
 from space.search_space import SearchSpace
 from utils import UserError
 
-VERSION = 1
+CHECKPOINT_VERSION = 1
 
 
 @dataclasses.dataclass
@@ -66,8 +66,10 @@ def parse(content, path, kind, space=None):
         return Checkpoint(str(path), kind, space, weights)
     version = content["version"]
     found = content.get("kind")
-    if type(version) is not int or version != VERSION:
-        raise UserError(f"{path}: checkpoint version {reprlib.repr(version)}, this program reads version {VERSION}")
+    if type(version) is not int or version != CHECKPOINT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint version {reprlib.repr(version)}, this program reads version {CHECKPOINT_VERSION}"
+        )
     if type(found) is not str or found != kind:
         raise UserError(f"{path}: a {reprlib.repr(found).strip(chr(39))} checkpoint, not a {kind} one")
     try:
@@ -84,8 +86,9 @@ def parse(content, path, kind, space=None):
         check_operations(space, path)
         return Checkpoint(
             path=str(path), kind=kind, weights=weights, space=space,
-            data=DataConfig.from_dict(content["data"]), split=split, classes=tuple(classes),
-            architecture=None if architecture is None else space.check(architecture), content=content,
+            data=None if content["data"] is None else DataConfig.from_dict(content["data"]), split=split,
+            classes=tuple(classes), architecture=None if architecture is None else space.check(architecture),
+            content=content,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({str(error)[:100]})") from None

@@ -20,7 +20,6 @@ import dataloader
 import utils
 from images.dataset import DataConfig, evaluation_plan, scan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from settings import command_line
 from space.search_space import SearchSpace
 from training import checkpoint
 
@@ -49,16 +48,10 @@ def files(folder):
 
 def numeric_flags():
     """(script, flag, how many numbers it takes) of every flag whose type is a number, as the parsers say."""
-    parse, parsers = command_line.Parser.parse, []
-    try:
-        command_line.Parser.parse = lambda self, *args: parsers.append(self) or parse(self, *args)
-        for script in SCRIPTS:
-            importlib.import_module(script).parse_args([])
-            for action in parsers[-1]._actions:
-                if action.type:
-                    yield script, action.option_strings[0], action.nargs or 1
-    finally:
-        command_line.Parser.parse = parse
+    for script in SCRIPTS:
+        for action in importlib.import_module(script).make_parser()._actions:
+            if action.type:
+                yield script, action.option_strings[0], action.nargs or 1
 
 
 FLAGS = list(numeric_flags())

@@ -296,7 +296,7 @@ def test_a_flops_table_is_what_the_search_counts_by(out, data, tmp_path, forked,
     small = "--population 3 --select 1 --mutation 0 --crossover 0 --generations 1 --engine local"
     supernet = checkpoint.newest(out / "checkpoints" / "supernet")
     words = (*data, CALIBRATION, small, "--checkpoint", supernet, "--out", tmp_path)
-    limit = 10 * SPACE.flops_quantile(0.59)
+    limit = 10 * SPACE.quantile("flops", 0.59)
 
     def refused(*more):
         _, stderr = run("search.py", *words, *more, code=2)
@@ -306,7 +306,7 @@ def test_a_flops_table_is_what_the_search_counts_by(out, data, tmp_path, forked,
     table.write_bytes(pickle.dumps(print))
     assert f"{table}: not a plain FLOPs table (holds" in refused("--flops-table", table)
     table.write_bytes(pickle.dumps(entries))
-    lowest = f"the lowest cost of any candidate, {10 * SPACE.flops_range[0]};"
+    lowest = f"the lowest cost of any candidate, {10 * SPACE.cost_range('flops')[0]};"
     assert lowest in refused("--flops-table", table, "--flops-limit", limit // 10)
     _, stderr = run("search.py", *words, "--flops-table", table, "--flops-limit", limit)
     first = "shufflenet_3x3_stride_2 (16, 64, 32, 16, 16, 2) is"

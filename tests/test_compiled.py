@@ -22,10 +22,11 @@ from torch._dynamo.utils import counters
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.sampler import PathSampler
 from space.search_space import SearchSpace
-from training import recipe
+from training import compiled
 from training.checkpoint import checkpoints
+from training.compiled import CompiledStep, prepare_compiler
 from training.evaluation import evaluate
-from training.recipe import Recipe, prepare_compiler
+from training.step import Step
 from utils import UserError, private_folder
 
 SPACE = SearchSpace(  # two shapes of blocks
@@ -39,7 +40,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing is compiled yet, and graphs are counted from 0."""
-    monkeypatch.setattr(recipe, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
 
@@ -55,19 +56,20 @@ def supernet(space=SPACE):
 
 def compare(space, paths, n, tolerance, **changes):
     """Steps of an eager and of a compiled supernet with the same weights, on the same images; returns the graphs."""
-    eager, compiled = (Recipe(supernet(space), settings(lr=0.0, compile=c, **changes)) for c in (False, True))
+    pair = {False: Step, True: CompiledStep}
+    eager, fast = (kind(supernet(space), settings(lr=0.0, compile=c, **changes)) for c, kind in pair.items())
     images = (torch.rand(n, 3, space.input_size, space.input_size) * 255).to(memory_format=torch.channels_last)
     labels, found = torch.arange(n) % space.n_classes, []
     for step, path in enumerate(paths, 1):
-        (loss, logits), (expected, other) = (r.train_one_step(step, images, labels, path) for r in (compiled, eager))
+        (loss, logits), (expected, other) = (s.train_one_step(step, images, labels, path) for s in (fast, eager))
         assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
         torch.testing.assert_close(logits, other, rtol=tolerance, atol=tolerance)
-        for (name, p), q in zip(compiled.model.named_parameters(), eager.model.parameters(), strict=True):
+        for (name, p), q in zip(fast.model.named_parameters(), eager.model.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), name
             if p.grad is not None:
                 assert (p.grad - q.grad).abs().max() <= 10 * tolerance * q.grad.abs().max(), name
         found.append(graphs())
-    for (name, b), other in zip(compiled.model.named_buffers(), eager.model.buffers(), strict=True):
+    for (name, b), other in zip(fast.model.named_buffers(), eager.model.buffers(), strict=True):
         torch.testing.assert_close(b, other, rtol=tolerance, atol=1e-4, msg=name)
     return found
 
@@ -110,7 +112,7 @@ def test_operations_are_compiled_before_the_first_step_and_never_again(tmp_path,
 def test_mixed_precision_and_one_network_are_compiled_too():
     torch.manual_seed(0)
     network = ShuffleNetV2((1, 0, 0), space=SPACE)
-    step = Recipe(network.train(), settings(compile=True, amp="bf16"))
+    step = CompiledStep(network.train(), settings(compile=True, amp="bf16"))
     images, labels = torch.rand(4, 3, 16, 16) * 255, torch.arange(4) % 3
     for n in (1, 2):
         loss, _ = step.train_one_step(n, images.to(memory_format=torch.channels_last), labels)
@@ -133,14 +135,14 @@ def test_what_torch_can_not_compile_is_a_line(monkeypatch):
     def backend(graph, inputs):
         raise ValueError("no\nsuch kernel")
 
-    monkeypatch.setattr(recipe, "BACKEND", backend)
+    monkeypatch.setattr(compiled, "BACKEND", backend)
     images, labels = torch.rand(4, 3, 16, 16), torch.arange(4) % 3
     with pytest.raises(UserError, match=r"^--compile: torch can't compile .*no such kernel.*leave the flag out$"):
-        Recipe(supernet(), settings(compile=True)).train_one_step(1, images, labels, (0, 0, 0))
-    monkeypatch.setattr(recipe, "BACKEND", "aot_eager")
+        CompiledStep(supernet(), settings(compile=True)).train_one_step(1, images, labels, (0, 0, 0))
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     with pytest.raises(UserError, match="--compile: operations of several widths"):
         wide = SearchSpace(**{**SPACE.to_dict(), "widths": (0.5, 1.0)})
-        Recipe(supernet(wide), settings(compile=True)).train_one_step(1, images, labels, (0, 0, 0, 1, 1, 1))
+        CompiledStep(supernet(wide), settings(compile=True)).train_one_step(1, images, labels, (0, 0, 0, 1, 1, 1))
 
 
 def test_what_a_machine_lacks_is_a_line(monkeypatch, tmp_path):
@@ -158,15 +160,15 @@ def test_a_folder_of_code_is_its_users_alone(tmp_path, monkeypatch):
     assert folder.stat().st_mode & 0o777 == 0o700 and private_folder(folder) == folder
     for mode in (0o770, 0o702, 0o740):
         folder.chmod(mode)
-        with pytest.raises(UserError, match=r"compiled: holds code, .*0700"):
+        with pytest.raises(UserError, match=r"compiled: not a folder .*0700"):
             private_folder(folder)
     folder.chmod(0o700)
     monkeypatch.setattr("os.getuid", lambda: folder.stat().st_uid + 1)
-    with pytest.raises(UserError, match="holds code"):
+    with pytest.raises(UserError, match="not a folder that only you can open"):
         private_folder(folder)
     monkeypatch.undo()
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(UserError, match="holds code"):
+    with pytest.raises(UserError, match="not a folder that only you can open"):
         private_folder(tmp_path / "link")
 
 
@@ -202,7 +204,7 @@ def test_the_papers_space_has_32_graphs_of_operations():
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("changes", [{}, {"micro_batch": 4}])
 def test_inductor_computes_what_eager_does(monkeypatch, tmp_path, changes):
-    monkeypatch.setattr(recipe, "BACKEND", "inductor")
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     prepare_compiler(CPU, tmp_path)
     rng = random.Random(0)
@@ -215,10 +217,10 @@ import json, sys
 import utils, torch
 from test_compiled import SPACE, supernet, settings
 from torch._dynamo.utils import counters
-from training.recipe import Recipe, prepare_compiler
+from training.compiled import CompiledStep, prepare_compiler
 prepare_compiler(torch.device("cpu"), sys.argv[1])
 images = (torch.rand(8, 3, 16, 16) * 255).to(memory_format=torch.channels_last)
-Recipe(supernet(), settings(compile=True)).train_one_step(1, images, torch.arange(8) % 3, (0, 1, 0))
+CompiledStep(supernet(), settings(compile=True)).train_one_step(1, images, torch.arange(8) % 3, (0, 1, 0))
 print(json.dumps({**counters["aot_autograd"], **counters["inductor"]}))
 """
 
@@ -251,7 +253,7 @@ SPACE_FILE = """space:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("script", ["supernet.py", "scratch.py"])
 def test_the_scripts_train_compiled_and_resume(tmp_path, data, monkeypatch, script):
-    monkeypatch.setattr(recipe, "BACKEND", "inductor")
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
     (tmp_path / "space.yml").write_text(SPACE_FILE)
     (tmp_path / "path.json").write_text("[0, 1]")
     words = [*data, "--space", tmp_path / "space.yml", "--compile --batch-size 8 --micro-batch 4 --iterations 4"]

@@ -16,7 +16,7 @@ from conftest import ROOT, run
 
 import blocks
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from space import custom
+from space import custom, own, search_space
 from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
 from training import checkpoint
 from training.evaluation import recalibrate_bn, update_bn
@@ -33,14 +33,21 @@ OWN = {
 }
 
 
-@pytest.fixture(autouse=True)
+BEFORE = dict(blocks.OPERATIONS)
+
+
 def forget():
-    """Operations that a test registers are gone after it."""
-    before = dict(blocks.OPERATIONS)
-    yield
+    """What files have registered is gone, as in another process."""
     blocks.OPERATIONS.clear()
-    blocks.OPERATIONS.update(before)
-    custom.loaded.clear()
+    blocks.OPERATIONS.update(BEFORE)
+    for known in (own.loaded, own.hashes, search_space.SAME_OPERATIONS):
+        known.clear()
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    yield
+    forget()
 
 
 def written(path, text):
@@ -91,13 +98,13 @@ def test_the_record_beside_an_architecture_is_checked(tmp_path):
             custom.make_space(architecture=path, input_size=28, n_classes=10)
     operations = written(tmp_path / "own.py", EXAMPLE)
     space = custom.make_space(
-        name=written(tmp_path / "s.yml", {"space": OWN}), operations=operations, input_size=28, n_classes=10
+        name=written(tmp_path / "s.yml", {"space": OWN}), own_file=operations, input_size=28, n_classes=10
     )
     state.write_text(json.dumps({"settings": {"space": space.to_dict()}}))
-    custom.loaded.clear()
+    forget()
     with pytest.raises(UserError, match=r"state\.json: its operations come from another version"):
-        changed = written(tmp_path / "own.py", EXAMPLE + "\n# another version\n")
-        custom.make_space(architecture=path, operations=changed, input_size=28, n_classes=10)
+        changed = written(tmp_path / "own.py", EXAMPLE.replace("3 * shape", "4 * shape"))
+        custom.make_space(architecture=path, own_file=changed, input_size=28, n_classes=10)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,7 @@ def test_the_record_beside_an_architecture_is_checked(tmp_path):
         ({"stem": {"channels": "4"}}, "stem_channels is '4'"),
         ({"widths": [1.0, 0.5]}, "widths .* do not rise"),
         ({"widths": ["wide"]}, "widths"),
-        ({"operations": ["swin"]}, "operation 'swin' is not one of shufflenet_3x3.*--operations"),
+        ({"operations": ["swin"]}, "operation 'swin' is not one of shufflenet_3x3.*--own"),
         ({"operations": ["identity", "identity"]}, "has a name twice"),
         ({"stem": {"channels": 16}}, "do not grow"),
     ],
@@ -120,7 +127,7 @@ def test_what_makes_no_network_is_a_line_that_names_the_entry(tmp_path, changes,
     operations = written(tmp_path / "own.py", EXAMPLE)
     space = written(tmp_path / "space.yml", {"space": OWN | changes})
     with pytest.raises(UserError, match=message) as error:
-        custom.make_space(space, operations=operations, input_size=28, n_classes=10)
+        custom.make_space(space, own_file=operations, input_size=28, n_classes=10)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -130,22 +137,20 @@ def test_what_makes_no_network_is_a_line_that_names_the_entry(tmp_path, changes,
         (None, "No such file"),
         ("def", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("x = 1", "registers no operation"),
+        ("x = 1", "registers nothing"),
         ("import blocks\nblocks.register('xception_3x3')(int)", "'xception_3x3' is the name of an official operation"),
     ],
 )
 def test_a_file_of_operations_that_can_not_be_used_is_a_line(tmp_path, code, message):
     path = str(tmp_path / "none.py") if code is None else written(tmp_path / "own.py", code)
-    with pytest.raises(UserError, match=f"--operations {re.escape(path)}: .*{message}"):
-        custom.load_operations(path)
+    with pytest.raises(UserError, match=f"--own {re.escape(path)}: .*{message}"):
+        own.load(path)
     assert blocks.OPERATIONS["xception_3x3"] is blocks.ShuffleXceptionBlock
 
 
 def test_an_operation_that_does_not_fit_its_block_is_a_line(tmp_path):
-    custom.load_operations(
-        written(tmp_path / "own.py", EXAMPLE.replace("shape.out_channels, 1, affine", "7, 1, affine"))
-    )
-    space = custom.with_hash(SearchSpace(28, 10, operations=("inverted_residual_5x5",)))
+    own.load(written(tmp_path / "own.py", EXAMPLE.replace("shape.out_channels, 1, affine", "7, 1, affine")))
+    space = own.with_hash(SearchSpace(28, 10, operations=("inverted_residual_5x5",)))
     with pytest.raises(
         UserError, match=r"'inverted_residual_5x5' at BlockShape\(in_channels=16.*returns \(1, 7, 7, 7\)"
     ):
@@ -168,7 +173,7 @@ def flops_by_hooks(network):
 
 
 def test_costs_are_counted_from_the_module(tmp_path):
-    custom.load_operations(written(tmp_path / "own.py", EXAMPLE))
+    own.load(written(tmp_path / "own.py", EXAMPLE))
     space = custom.make_space(written(tmp_path / "s.yml", {"space": OWN}), input_size=28, n_classes=10)
     candidate = (1, 0, 2, 1, 0, 1, 1, 0)
     network = ShuffleNetV2(candidate, space=space).eval()
@@ -199,7 +204,7 @@ class Odd(nn.Module):
 
 def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path):
     """A convolution with bias, its BN apart, and dropout: folded or not, one by one or as a tree."""
-    custom.load_operations(written(tmp_path / "odd.py", ODD))
+    own.load(written(tmp_path / "odd.py", ODD))
     fields = OWN | {"operations": ["odd", "shufflenet_3x3"]}
     space = custom.make_space(written(tmp_path / "s.yml", {"space": fields}), input_size=16, n_classes=10)
     torch.manual_seed(0)
@@ -221,16 +226,16 @@ def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path
 
 def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
     operations = written(tmp_path / "own.py", EXAMPLE)
-    custom.load_operations(operations)
+    own.load(operations)
     space = custom.make_space(written(tmp_path / "s.yml", {"space": OWN}), input_size=28, n_classes=10)
     content = {"kind": "supernet", "space": space.to_dict(), "classes": list("abcdefghij"), "split": None, "data": {}}
     path = tmp_path / "supernet.pth"
     checkpoint.save(path, model=ShuffleNetV2OneShot(space=space).state_dict(), **content)
     assert checkpoint.load_supernet(path, None)[1].space == space
-    custom.loaded.clear()
-    with pytest.raises(UserError, match=r"operation 'identity' is not one of .*--operations"):
+    forget()
+    with pytest.raises(UserError, match=r"operation 'identity' is not one of .*--own"):
         checkpoint.load_supernet(path, None)
-    custom.load_operations(written(tmp_path / "own.py", EXAMPLE + "\n# another version\n"))
+    own.load(written(tmp_path / "own.py", EXAMPLE.replace("3 * shape", "4 * shape")))
     with pytest.raises(UserError, match=r"supernet\.pth: its operations come from another version"):
         checkpoint.load_supernet(path, None)
 
@@ -276,24 +281,23 @@ def test_a_path_of_the_projects_operations_is_the_fixed_network_and_a_part_of_th
 
 def test_the_projects_operations_stand_beside_those_of_a_file(tmp_path):
     demo, macro = str(ROOT / "bench/demo_operations.py"), str(ROOT / "bench/macro_operations.py")
-    custom.load_operations(macro)
+    own.load(macro)
     both = ["skip", "skip_1x1", "pointwise", "pointwise_1x1", "identity", "mobilenet_3x3", "shufflenet_3x3"]
     space = {"operations": both, "stages": OWN["stages"], "stem": OWN["stem"]}
-    with pytest.raises(UserError, match=r"operation 'skip' is not one of .*skip_1x1.*--operations"):
+    with pytest.raises(UserError, match=r"operation 'skip' is not one of .*skip_1x1.*--own"):
         custom.make_space(space)
-    assert custom.make_space(space, operations=demo).operations == tuple(both)
+    assert custom.make_space(space, own_file=demo).operations == tuple(both)
     assert custom.make_space("varied").operations_hash == ""
 
 
 def test_an_operation_of_a_user_that_has_a_name_of_the_projects_is_the_users(tmp_path):
     """Names that the project took later still mean what they meant in files of before."""
     operations = written(tmp_path / "own.py", EXAMPLE.replace('"identity"', '"skip_1x1"'))
-    space = custom.make_space("varied", operations=operations)
+    space = custom.make_space("varied", own_file=operations)
     assert space.operations_hash and blocks.OPERATIONS["skip_1x1"] is not blocks.Skip
-    custom.loaded.clear()
-    blocks.OPERATIONS["skip_1x1"] = blocks.Skip
+    forget()
     with pytest.raises(UserError, match="its operations come from another version"):
-        custom.check_operations(space, "supernet.pth")
+        own.check_operations(space, "supernet.pth")
 
 
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
@@ -321,12 +325,12 @@ def kill_once(script, words, seen):
 @pytest.mark.parametrize("kind", ["small", "joint", "own", "varied"])
 def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine):
     out = tmp_path / "out"
-    own = ("--operations", written(tmp_path / "own.py", EXAMPLE)) if kind == "own" else ()
+    own_file = ("--own", written(tmp_path / "own.py", EXAMPLE)) if kind == "own" else ()
     space = written(tmp_path / "space.yml", {"space": OWN}) if kind == "own" else kind
-    words = (*SMALL, *TRAIN, "--val-paths", 1, "--space", space, *own, "--cache", tmp_path / "cache", "--out", out)
+    words = (*SMALL, *TRAIN, "--val-paths", 1, "--space", space, *own_file, "--cache", tmp_path / "cache", "--out", out)
     kill_once("supernet.py", words, (out / "checkpoints/supernet/checkpoint-0000003.pth").exists)
-    run("tester.py", "--mode", "gen", *own, "--out", out)
-    words = (*SMALL, *SEARCH, "--engine", engine, *own, "--cache", tmp_path / "cache", "--out", out)
+    run("tester.py", "--mode", "gen", *own_file, "--out", out)
+    words = (*SMALL, *SEARCH, "--engine", engine, *own_file, "--cache", tmp_path / "cache", "--out", out)
     acc = out / "acc/000.jsonl"
     kill_once("search.py", words, lambda: acc.exists() and acc.read_text().endswith("\n"))
     results = [
@@ -335,7 +339,7 @@ def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine)
     assert len(results) == len({tuple(r["architecture"]) for r in results}) == 8
 
     best = out / "checkpoints/best.json"
-    words = ("--demo", "--heldout-per-class", 4, "--space", space, *own, "--out", out)
+    words = ("--demo", "--heldout-per-class", 4, "--space", space, *own_file, "--out", out)
     stdout, _ = run("scratch.py", *words, *TRAIN, "--bn-pass", 2, "--architecture", best)
     retrained = json.loads(stdout.splitlines()[-1])
     assert retrained["architecture"] == max(results, key=lambda r: (r["acc1"], r["acc5"]))["architecture"]

@@ -30,8 +30,8 @@ from space import weight_files
 from space.sampler import PathSampler
 from training import checkpoint, distributed
 from training.distributed import per_rank_batch_size
-from training.recipe import dropout_seed
 from training.run import TrainingRun
+from training.step import dropout_seed
 from utils import UserError
 
 TORCHRUN = "torch.distributed.run --nproc-per-node 2 --master-port 0 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"

@@ -177,7 +177,7 @@ def test_impossible_settings(settings, message):
 
 
 def test_impossible_limit_names_the_lowest_cost():
-    lowest = SPACE.flops_range[0]
+    lowest = SPACE.cost_range("flops")[0]
     with pytest.raises(UserError, match=f"limit {lowest - 1} is below .*, {lowest};"):
         Evolution.from_settings(SPACE, {"flops_limit": lowest - 1})
     evolution = Evolution.from_settings(SPACE, {"flops_limit": lowest})
@@ -186,7 +186,7 @@ def test_impossible_limit_names_the_lowest_cost():
 
 def test_tight_limit_is_met_by_repair():
     """One candidate in 10^5 is legal: rejection finds none."""
-    limit = SPACE.flops_quantile(1e-5)
+    limit = SPACE.quantile("flops", 1e-5)
     population = Evolution.from_settings(SPACE, {"flops_limit": limit}).ask()
     assert len(set(population)) == 50
     assert all(SPACE.flops(c) <= limit for c in population)
@@ -196,7 +196,7 @@ def test_old_settings_give_the_populations_that_they_gave_before():
     """Of releases without other limits, whose searches resume; the lower share needs repairs."""
     for share, digest in ((0.59, "023ac0e9e68c2bcc"), (1e-5, "f67272b2a839429c")):
         settings = {"population": 20, "select": 4, "mutation": 10, "crossover": 10, "generations": 4, "seed": 3}
-        limit = SPACE.flops_quantile(share)
+        limit = SPACE.quantile("flops", share)
         evolution = Evolution.from_settings(SPACE, {**settings, "mutation_prob": 0.1, "flops_limit": limit})
         history = search(evolution, lambda c: (random.Random(str(c)).random(), 1.0))
         assert hashlib.sha256(repr(history).encode()).hexdigest()[:16] == digest

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.search_space import SearchSpace
 from training import evaluation, loop
-from training.recipe import Recipe
+from training.step import Step
 
 SPACE = SearchSpace(
     input_size=16, n_classes=7, stem_stride=1, stage_strides=(2, 2), stage_blocks=(2, 2), stage_channels=(8, 16),
@@ -115,8 +115,8 @@ def test_a_training_step_calls_nothing_that_waits(monkeypatch, changes):
     """With the metrics of the log, up to the line that fetches them; the first step makes the momentum buffers."""
     torch.manual_seed(0)
     model = ShuffleNetV2OneShot(space=SPACE)
-    recipe = Recipe(model, settings(**changes))
-    meter = loop._Meter(recipe, None, 0, 0.0, torch.empty(0, 3, dtype=torch.double))
+    recipe = Step(model, settings(**changes))
+    meter = loop._Meter(recipe, 0, 0.0, torch.empty(0, 3, dtype=torch.double))
     meter.untimed = 0  # after which the rows are fetched
     images, labels = torch.rand(4, 3, 16, 16), torch.randint(7, (4,))
     for name in ("cpu", "numpy", "tolist", "item", "__bool__", "__float__", "__int__", "__index__"):
@@ -125,7 +125,7 @@ def test_a_training_step_calls_nothing_that_waits(monkeypatch, changes):
     for step, path in enumerate([*PATHS, PATHS[0]], 1):
         with NoSynchronisation():
             loss, logits = recipe.train_one_step(step, images, labels, path)
-            meter.add(loss, logits, labels)
+            meter.add(path, loss, logits, labels)
     monkeypatch.undo()
     assert len(meter.window) == 4 and not all(map(torch.equal, before, model.parameters()))
 
@@ -141,7 +141,7 @@ def two_steps_and_a_resume(device, amp):
     def started():
         torch.manual_seed(0)
         model = ShuffleNetV2OneShot(space=SPACE).to(device, memory_format=torch.channels_last)
-        return Recipe(model, settings(amp=amp), device)
+        return Step(model, settings(amp=amp), device)
 
     def steps(recipe, numbers):
         for n in numbers:

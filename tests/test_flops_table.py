@@ -67,7 +67,7 @@ def test_other_costs_are_used_and_the_differences_told(write):
         ("rest_operation", (640, 1000, 7, 7, 1)): (33136641, 33136640),
     }
     assert space.flops(WINNER) == 322_918_720 + 2001  # of blocks 2-4 the winner's 2 and 4 are 5x5
-    assert space.flops_range[1] == SPACE.flops_range[1] + 1
+    assert space.cost_range("flops")[1] == SPACE.cost_range("flops")[1] + 1
     assert SPACE.flops(WINNER) == 322_918_720
 
 

@@ -86,12 +86,13 @@ def accuracy(candidate):
 
 def settings(*objectives):
     evolution = {"population": 8, "select": 3, "mutation": 4, "crossover": 4, "mutation_prob": 0.1, "generations": 4}
-    return evolution | {"seed": 2, "flops_limit": SPACE.flops_range[1], "objectives": ["acc1", *objectives]}
+    limit = {"flops_limit": SPACE.cost_range("flops")[1], "space": SPACE.to_dict()}
+    return evolution | {"seed": 2, **limit, "objectives": ["acc1", *objectives]}
 
 
 def fill(out, own, stop_after=10**9):
     prepare_search(out, own, resume=True)
-    record, n = SearchRecord(out, SPACE, Evolution.from_settings(SPACE, own)), 0
+    record, n = SearchRecord(out), 0
     while waiting := record.pending():
         for candidate in waiting:
             if n == stop_after:
@@ -125,8 +126,7 @@ def test_nnis_tuner_keeps_the_same_family(tmp_path):
     own = settings("params")
     fill(tmp_path / "a", own)
     prepare_search(tmp_path / "b", own, resume=False)
-    named = {name: own[name] for name in own if name != "flops_limit"}
-    tuner = EvolutionWithFlops(str(tmp_path / "b"), SPACE.to_dict(), own["flops_limit"], **named)
+    tuner = EvolutionWithFlops(str(tmp_path / "b"))
     while population := tuner.record.evolution.ask():
         tuner.keep("t", [{"architecture": list(c), "acc1": accuracy(c), "acc5": 99, "n_images": 9, "seconds": 1}
                          for c in population])  # fmt: skip
@@ -152,7 +152,7 @@ def test_search_for_a_front_as_a_user_types_it(world, tmp_path):  # noqa: F811
 
 
 def test_a_report_of_a_front_needs_no_latency(tmp_path):
-    fill(tmp_path, settings("flops", "params") | {"space": SPACE.to_dict()})
+    fill(tmp_path, settings("flops", "params"))
     page = write_report(tmp_path).read_text()
     assert "predicted" not in page and page.count('<a href="checkpoints/front/') == len(members(tmp_path)) > 1
     assert len(marks(tmp_path, "front-params")["members"]) == len(members(tmp_path))

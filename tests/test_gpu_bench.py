@@ -15,7 +15,7 @@ from conftest import ROOT, load
 from test_readme import PAGES, section
 
 from space.search_space import SearchSpace
-from training import distributed, recipe
+from training import compiled, distributed
 
 RESULTS = ROOT / "bench" / "results" / "gpu.json"
 
@@ -176,7 +176,7 @@ def test_the_fastest_way_is_adopted_where_it_gains_more_than_a_tenth():
 
 def test_ways_run_small_on_a_cpu_and_those_that_need_a_gpu_are_left_out(tmp_path, monkeypatch, capsys):
     bench, given = load("bench/gpu.py"), options(tmp_path, [])
-    monkeypatch.setattr(recipe, "BACKEND", recipe.BACKEND)  # what it is changed to is undone
+    monkeypatch.setattr(compiled, "BACKEND", compiled.BACKEND)  # what it is changed to is undone
     monkeypatch.setattr(bench, "default_flops_range", lambda space: None)  # too few candidates for bins
     given.large, given.steps, given.batches = False, 1, 1
     given.space = SearchSpace(16, 3, 1, (1,), (2,), (8,), 4, 8, operations=("shufflenet_3x3", "shufflenet_5x5"))

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from dataloader import Loader
-from images import image_cache
 from images.dataset import DataConfig, evaluation_plan, scan
-from images.image_cache import HEADER_BYTES, FixedBatches
+from images.image_cache import FixedBatches
 from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=40)
@@ -71,7 +70,7 @@ def test_what_comes_from_the_file_is_what_the_loader_gives(images, tmp_path):
 def test_the_file_is_laid_out_as_its_size_says(images, tmp_path):
     list(fixed(images, tmp_path))
     (path,) = files(tmp_path)
-    assert path.stat().st_size == HEADER_BYTES + N_IMAGES * IMAGE_BYTES
+    assert path.stat().st_size == N_IMAGES * IMAGE_BYTES
 
 
 class Recording:
@@ -87,8 +86,8 @@ class Recording:
 
 def test_a_process_reads_its_share_and_keeps_nothing(images, tmp_path, monkeypatch):
     """Of batches of 8, 8 and 5 images the second of two ranks has the second."""
-    opened, real = [], image_cache.open_images
-    monkeypatch.setattr(image_cache, "open_images", lambda *args: opened.append(Recording(real(*args))) or opened[-1])
+    opened, real = [], np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *args, **how: opened.append(Recording(real(*args, **how))) or opened[-1])
     batches = FixedBatches(loader_of(images), evaluation_plan(N_IMAGES, 8), tmp_path, rank=1, world_size=2)
     for n in (1, 2):
         ((x, _),) = batches
@@ -124,12 +123,12 @@ def test_other_files_are_other_images(images, tmp_path):
     assert len(files(cache)) == 3
 
 
-@pytest.mark.parametrize("damage", ["truncated", "longer", "header", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "longer", "empty"])
 def test_a_damaged_file_is_made_anew(images, tmp_path, damage):
     expected = list(fixed(images, tmp_path))
     (path,) = files(tmp_path)
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[:-1], "longer": data + b"x", "header": b"?" + data[1:], "empty": b""}[damage])
+    path.write_bytes({"truncated": data[:-1], "longer": data + b"x", "empty": b""}[damage])
     assert same(fixed(images, tmp_path), expected)
     assert path.read_bytes() == data
 
@@ -151,7 +150,7 @@ def test_a_bad_image_is_named_and_leaves_no_file(images, tmp_path):
 
 def test_a_full_disk_is_logged_and_the_images_come_anyway(images, tmp_path, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 10 * IMAGE_BYTES, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * IMAGE_BYTES, limits[1]))
     try:
         batches = fixed(images, tmp_path / "cache")
         expected = list(batches.loader.batches(batches.plan))

@@ -382,10 +382,11 @@ def settings(high, **changes):
 
 def run_search(out, timed, own, measure, stop_after=10**9):
     """A search with its confirmations, `measure(candidate)` in ns, started or resumed; returns the state."""
-    prepare_search(out, own, resume=True)
+    table = {"medians": timed.costs.latency, "stem_and_tail": timed.costs.fixed_latency}
+    prepare_search(out, {**own, "latency": table}, resume=True)
     n = 0
     while True:
-        record = SearchRecord(out, timed, Evolution.from_settings(timed, own))
+        record = SearchRecord(out)
         while waiting := record.pending():
             for candidate in waiting:
                 if n == stop_after:

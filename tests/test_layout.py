@@ -158,7 +158,7 @@ def test_no_command_is_imported():
 def test_every_room_is_small_and_says_what_belongs_there():
     assert len(list(HERE.glob("*.py"))) <= 12
     for room in ROOMS:
-        assert len(list((HERE / room).glob("*.py"))) <= 10, room
+        assert len(list((HERE / room).glob("*.py"))) <= 12, room
         tree = ast.parse((HERE / room / "__init__.py").read_text())
         assert ast.get_docstring(tree).endswith(".") and len(tree.body) == 1, room
 
@@ -168,6 +168,7 @@ def test_every_room_is_small_and_says_what_belongs_there():
     [
         ("nni", {"evolution_tuner", "engines.nni_engine", "engines.trial"}),
         ("nvidia", {"dataloader"}),
+        ("scipy", {"space.limits", "reports.search_results"}),
         ("matplotlib", {"reports.figures"}),
         ("onnx", {"training.export", "devices.onnx_runtime"}),
         ("onnxscript", set()),
@@ -187,7 +188,7 @@ def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, mod
         ("settings.command_line", {"utils", "settings"}),
         ("settings.subjects", {"utils", "settings"}),
         ("settings.fields", {"utils"}),
-        ("space.search_space", {"utils", "space", "settings"}),
+        ("space.search_space", {"utils", "space", "numpy"}),
         ("space.splitting", {"utils"}),
         ("images.bundled", {"utils"}),
         ("images.image_check", {"utils", "settings", "images", "PIL", "tqdm"}),
@@ -195,7 +196,7 @@ def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, mod
         ("images.pictures", {"utils", "PIL", "numpy"}),
         ("blocks", {"torch"}),
         ("space.costs", {"utils"}),
-        ("engines.search_record", {"utils", "settings"}),
+        ("engines.search_record", {"utils", "settings", "space"}),
     ],
 )
 def test_a_module_needs_few_packages(module, allowed):

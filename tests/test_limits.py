@@ -320,6 +320,27 @@ def test_impossible_together_names_the_tightest_and_what_the_others_leave(name, 
         costs = everything[1]
         assert reached == costs["params"][costs["latency"] >= bounds["latency"][0]].min()
     Limits(space, bounds | {"params": (None, reached)}).check()
+    assert Limits(space, bounds | {"params": (None, reached - 1)}).optimum() is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_optimum_is_that_of_all_candidates(seed, everything):
+    """Under bounds at, or next to, what some candidate costs, which are met exactly or not at all."""
+    space, (candidates, costs) = SPACES["small"], everything
+    rng = random.Random(seed)
+    some = [rng.randrange(len(candidates)) for _ in COSTS]
+    ends = {name: int(costs[name][i]) + rng.choice((-1, 0, 1)) for name, i in zip(COSTS, some)}
+    bounds = {
+        name: rng.choice(((None, end), (end, None), (end, end))) for name, end in ends.items() if rng.random() < 0.7
+    }
+    legal = meets(costs, bounds)
+    limits = Limits(space, bounds)
+    for name in (None, *COSTS):
+        for sign, best in ((1, np.min), (-1, np.max)):
+            found = limits.optimum(name, sign)
+            assert (found is not None) == legal.any()
+            assert found is None or not limits.excess(found)
+            assert None in (found, name) or space.cost(name, found) == best(costs[name][legal])
 
 
 def test_a_correction_and_banned_candidates_narrow_the_limits(everything):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from engines import local_engine
+from engines.heartbeats import heartbeat_file
 from engines.local_engine import search_locally
 from engines.search_record import prepare_search, read_results
 from space.evolution import Evolution
@@ -30,7 +31,11 @@ EVOLUTION = {
     "seed": 0,
 }
 SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%"), "space": SPACE.to_dict()}
-CPU = {"device": "cpu"}
+
+
+def on_cpu(out):
+    """The settings of a trial."""
+    return {"device": "cpu", "out": str(out)}
 
 
 def reward(candidate):
@@ -83,7 +88,7 @@ def fake(monkeypatch, forked):
 
 def searched(out, resume=False, **how):
     prepare_search(out, SETTINGS, resume)
-    search_locally(SPACE, SETTINGS, out, CPU, **how)
+    search_locally(out, on_cpu(out), **how)
     return read_results(out)
 
 
@@ -109,10 +114,10 @@ def test_only_what_fails_alone_has_failed(tmp_path, fake):
     assert {r.get("error") for r in results} == {None, "RuntimeError: too large", "a worker process died"}
 
 
-def test_a_worker_that_dies_while_it_waits_is_replaced(fake):
+def test_a_worker_that_dies_while_it_waits_is_replaced(tmp_path, fake):
     fake(evaluate)
     candidates, others = generations()[0], {child.pid for child in multiprocessing.active_children()}
-    with local_engine.Workers(CPU, 1) as workers:
+    with local_engine.Workers(on_cpu(tmp_path), 1) as workers:
         for _ in range(2):
             ((_, results, error),) = workers.evaluate([candidates])
             assert (results, error) == ([result(c) for c in candidates], None)
@@ -139,7 +144,7 @@ def test_a_worker_that_hangs_is_noticed_by_its_silence(tmp_path, fake, monkeypat
     candidates = list(itertools.chain(*generations()))
     hangs = next(c for c in candidates if sum(c) % 5 == 0)
     healthy = next(c for c in candidates if sum(c) % 5)
-    with local_engine.Workers(CPU, 2, trial_timeout=4) as workers:
+    with local_engine.Workers(on_cpu(tmp_path), 2, trial_timeout=4) as workers:
         found = {tuple(c): (results, error) for (c,), results, error in workers.evaluate([[healthy], [hangs]], False)}
         assert found[hangs] == ([], "a worker gave no heartbeat for 4 s")
         assert found[healthy] == ([result(healthy)], None)  # by a new worker
@@ -147,16 +152,17 @@ def test_a_worker_that_hangs_is_noticed_by_its_silence(tmp_path, fake, monkeypat
         time.sleep(2)  # silence of workers that have nothing to do
         ((_, results, error),) = workers.evaluate([[healthy]])
         assert (results, error) == ([result(healthy)], None)
+    assert not heartbeat_file(tmp_path, "").exists()
 
 
 def never_start(*_):
     time.sleep(600)
 
 
-def test_a_worker_that_never_starts_is_noticed(fake, monkeypatch):
+def test_a_worker_that_never_starts_is_noticed(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(local_engine, "POLL_S", 0.05)
-    monkeypatch.setattr(local_engine, "_start", never_start)
-    with local_engine.Workers(CPU, 1, trial_timeout=0.3) as workers:
+    monkeypatch.setattr(local_engine, "leave_signals_to_parent", never_start)
+    with local_engine.Workers(on_cpu(tmp_path), 1, trial_timeout=0.3) as workers:
         ((_, results, error),) = workers.evaluate([[generations()[0][0]]])
         assert (results, error) == ([], "a worker gave no heartbeat for 0.3 s")
 
@@ -167,7 +173,7 @@ def test_lists_are_so_small_that_little_is_lost(tmp_path, fake, concurrency, per
     fake(evaluate)
     settings = SETTINGS | {"population": 30, "generations": 1}
     prepare_search(tmp_path, settings, False)
-    search_locally(SPACE, settings, tmp_path, CPU, concurrency=concurrency, candidates_per_trial=per_trial)
+    search_locally(tmp_path, on_cpu(tmp_path), concurrency=concurrency, candidates_per_trial=per_trial)
     lists = json.loads((tmp_path / "id2cand" / "000.json").read_text())
     assert sum(map(len, lists.values())) == 30 and max(map(len, lists.values())) == size
 

@@ -15,7 +15,8 @@ from conftest import ROOT, load
 
 from images import bundled
 from network import ShuffleNetV2OneShot
-from space.custom import _fields, load_operations, with_hash
+from space import own
+from space.custom import _fields
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.evaluation import evaluate
@@ -27,9 +28,9 @@ DISTINCT = sorted({bench.distinct(network) for network in TRUTH})
 
 @pytest.fixture(scope="module")
 def space():
-    load_operations(bench.OPERATIONS)
+    own.load(bench.OPERATIONS)
     section = yaml.safe_load(bench.SETTINGS.read_text())["space"]
-    return with_hash(SearchSpace(input_size=32, n_classes=10, **_fields(section, "macro.yml")))
+    return own.with_hash(SearchSpace(input_size=32, n_classes=10, **_fields(section, "macro.yml")))
 
 
 def test_costs_of_all_networks_are_the_published_ones(space):
@@ -222,7 +223,7 @@ def test_a_small_study_resumes(tmp_path):
     assert [len(seed) for seed in losses] == [12, 12]
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
-    load_operations(bench.OPERATIONS)
+    own.load(bench.OPERATIONS)
     network = found["networks"][0]
     file = checkpoint.newest(tmp_path / "0.25-1" / "checkpoints" / "supernet")
     (supernet, ckpt), images = checkpoint.load_supernet(file, None), torch.rand(40, 3, 32, 32)

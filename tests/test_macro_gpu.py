@@ -14,9 +14,10 @@ from conftest import ROOT, load
 
 from network import ShuffleNetV2OneShot
 from settings.subjects import Training
-from space.custom import _fields, load_operations
+from space import own
+from space.custom import _fields
 from space.search_space import SearchSpace
-from training.recipe import Recipe
+from training.step import Step
 
 gpu = load("bench/macro_gpu.py")
 FAIR = gpu.Way(fair=True)
@@ -24,7 +25,7 @@ FAIR = gpu.Way(fair=True)
 
 @pytest.fixture(scope="module")
 def space():
-    load_operations(gpu.macro.OPERATIONS)
+    own.load(gpu.macro.OPERATIONS)
     section = yaml.safe_load(gpu.macro.SETTINGS.read_text())["space"]
     for part in (section["stem"], section["last"], *section["stages"]):
         part["channels"] //= 4  # with 8 torch 2.14 crashes in a backward pass on CPUs without AVX-512
@@ -107,7 +108,7 @@ def test_a_fair_step_is_one_update_of_all_paths(space):
     model = ShuffleNetV2OneShot(space=space)
     before = {name: p.clone() for name, p in model.named_parameters()}
     settings = Training(iterations=4, batch_size=12, lr=0.1, weight_decay=0.0, momentum=0.0)
-    recipe = Recipe(model.train(), settings, "cpu")
+    recipe = Step(model.train(), settings, "cpu")
     images, labels = torch.rand(12, 3, 32, 32) * 255, torch.arange(12) % 10
     paths = gpu.Paths(FAIR, space, 0).of_step(1)
     gpu.train_one_step(recipe, 1, paths, 0.5, images, labels)

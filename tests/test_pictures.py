@@ -188,7 +188,7 @@ def test_an_error_of_dali_names_the_file_and_the_cause(images, monkeypatch):
         decoded(few, CONFIG, True, "dali")
 
 
-# --- runs of before ------------------------------------------------------------------------------------------
+# --- what files leave out ----------------------------------------------------------------------------------------
 
 COMMANDS = {
     "supernet": "--val-paths 1 --bn-batches 1 --bn-batch-size 4 --heldout-per-class 2",
@@ -221,33 +221,31 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_run_of_before_resumes_with_the_images_as_it_saw_them(transparent_tree, tmp_path, script):
-    words = [*transparent_tree, *COMMANDS[script].format(tmp_path).split()]
+def test_a_run_whose_checkpoint_leaves_out_what_it_does_without_resumes(transparent_tree, tmp_path, script):
+    words = [*transparent_tree, *COMMANDS[script].format(tmp_path).split(), "--alpha", "dropped", "--no-jfif"]
     folders = {name: tmp_path / name / "checkpoints" / script for name in ("straight", "half")}
-    run(f"{script}.py", *words, "--out", tmp_path / "straight", "--alpha", "dropped", "--no-jfif")
+    run(f"{script}.py", *words, "--out", tmp_path / "straight")
     shutil.copytree(tmp_path / "straight", tmp_path / "half")
     (folders["half"] / "checkpoint-0000004.pth").unlink()
     path = folders["half"] / "checkpoint-0000002.pth"
     content = torch.load(path, weights_only=True)
-    for name in DataConfig.ABSENT:
-        del content["settings"][name]
-        assert name not in content["data"]
+    for name, value in {"alpha": "dropped", "exif": "ignored", "jfif": False, "crop_padding": 0}.items():
+        assert content["data"].pop(name) == value
+        content["settings"][name] = value
     torch.save(content, path)
     _, stderr = run(f"{script}.py", *words, "--out", tmp_path / "half", "--alpha", "white", code=2)
     assert "--alpha white (was dropped)" in stderr
     for _ in range(2):  # the second time from a checkpoint of now
-        _, stderr = run(f"{script}.py", *words, "--out", tmp_path / "half")
-        assert "1 .jfif; runs and searches begun without .jfif files keep their images" in stderr
+        run(f"{script}.py", *words, "--out", tmp_path / "half")
         assert same(weights(folders["straight"]), weights(folders["half"]))
 
 
-def test_what_older_files_lack_is_what_its_absence_means():
+def test_what_a_file_leaves_out_is_what_it_does_without():
     old = {"input_size": 32, "val_resize": 37}
     config = DataConfig.from_dict(old)
     assert (config.alpha, config.exif, config.jfif) == ("dropped", "ignored", False) and DataConfig().alpha == "white"
-    assert not config.to_dict().keys() & DataConfig.ABSENT.keys()  # so the headers of cached images stay
     assert DataConfig.resolve({"jfif": True}, None, "official.pth") == DataConfig(alpha="dropped")
-    search = {"data": DataConfig(32, 37).to_dict()}  # the record of a search of before
+    search = {"data": DataConfig(32, 37).to_dict()}
     del search["data"]["alpha"], search["data"]["jfif"]
     assert settings_difference(search, {"data": DataConfig.from_dict(search["data"]).to_dict()}) == {}
     assert settings_difference(search, {"data": DataConfig(32, 37).to_dict()}).keys() == {"--alpha", "--jfif"}

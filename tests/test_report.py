@@ -18,8 +18,7 @@ from PIL import Image
 
 import report
 from engines.search_record import SearchRecord, prepare_search, state_path
-from reports.figures import LEFT, WIDTH, _legend, _text_width
-from reports.page import _tiles, read_log, write_report
+from reports.page import _tiles, write_report
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution
 from space.search_space import OPERATIONS, SearchSpace
@@ -35,13 +34,8 @@ SMALL = {
     "generations": 4,
     "seed": 5,
 }
-LOG = """23:59:50 command: search.py --data-dir '<b>&'
-23:59:51 versions: python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5
-00:00:20 generation 1 of 4
-08:00:00 command: search.py --resume
-08:00:01 versions: python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5
-08:00:30 stopping NNI
-"""
+START = {"command": "python search.py --data-dir '<b>&'", "demo": False, "config": None,
+         "versions": "python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5"}  # fmt: skip
 
 
 def accuracy(candidate):
@@ -62,9 +56,8 @@ def make(
     evolution = SMALL | changes
     limit = space.flops_value(limit)
     settings = {**evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": "0" * 64, "bn": "ema"}
-    prepare_search(out, settings, resume=False)
-    record = SearchRecord(out, space, Evolution.from_settings(space, evolution | {"flops_limit": limit}))
-    state_path(out).with_name("run.log").write_text(LOG)
+    prepare_search(out, settings, resume=False, start=START)
+    record = SearchRecord(out)
     n = 0
     while waiting := record.pending():
         for candidate in waiting:
@@ -83,8 +76,12 @@ def make(
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A finished search with its report."""
+    """A finished search, which was started twice, with its report."""
     out = make(tmp_path_factory.mktemp("searched"))
+    state = json.loads(state_path(out).read_text())
+    times = {"begun": 100, "last": 130}, {"begun": 7000, "last": 7030, "command": "python search.py --resume"}
+    state["starts"] = [START | changes for changes in times]
+    state_path(out).write_text(json.dumps(state))
     write_report(out)
     return out
 
@@ -162,14 +159,12 @@ def test_of_equals_the_report_has_the_one_in_best_json(tied):
         assert tuple(generation.best["architecture"]) == first
 
 
-def test_the_log_gives_commands_versions_and_seconds(tmp_path):
-    path = tmp_path / "run.log"
-    assert read_log(path) == ([], [], 0)
-    path.write_text(LOG)
-    commands, versions, seconds = read_log(path)
-    assert commands == ["python search.py --data-dir '<b>&'", "python search.py --resume"]
-    assert len(versions) == 2 and versions[0].endswith("commit abc1234; device auto; seed 5")
-    assert seconds == 30 + 30  # over midnight, and without the hours between the two starts
+def test_a_search_of_before_is_reported_without_its_command(searched, tmp_path):
+    out = shutil.copytree(searched, tmp_path / "searched")
+    state = json.loads(state_path(out).read_text())
+    state_path(out).write_text(json.dumps({name: value for name, value in state.items() if name != "starts"}))
+    page = write_report(out).read_text()
+    assert all(f"<dt>{name}</dt><dd>not recorded</dd>" in page for name in ("command", "versions", "wall clock"))
 
 
 @pytest.mark.parametrize(
@@ -292,8 +287,8 @@ def test_the_report_of_an_interrupted_search_leaves_the_search_as_it_is(tmp_path
 def test_the_page_says_what_ran_and_needs_no_network(searched):
     page = (searched / "report.html").read_text()
     best = max((r for r in on_disk(searched).values() if r["acc1"] is not None), key=lambda r: r["acc1"])
-    assert "python search.py --data-dir &#39;&lt;b&gt;&amp;&#39;" in page
-    for text in ("commit abc1234", "<dt>seed</dt><dd>5</dd>", "60 s by the log", "out of memory"):
+    assert "python search.py --data-dir &#39;&lt;b&gt;&amp;&#39;\npython search.py --resume" in page
+    for text in ("commit abc1234", "<dt>seed</dt><dd>5</dd>", "60 s, all starts together", "out of memory"):
         assert text in page
     for text in (
         f"{best['acc1']:.2f} %",
@@ -330,7 +325,7 @@ def limited(tmp_path_factory):
     settings["latency"] = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0",
                            "spread": 0.01, "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
     prepare_search(out, settings, resume=False)
-    record = SearchRecord(out, timed, Evolution.from_settings(timed, settings))
+    record = SearchRecord(out)
     while waiting := record.pending():
         for c in waiting:
             result = {"architecture": c, "acc1": accuracy(c), "acc5": 99.0, "n_images": 500, "seconds": 1.0}
@@ -366,8 +361,15 @@ def test_the_figures_have_the_cost_that_is_limited(limited):
 def test_the_best_have_a_complete_legend_and_all_costs(limited):
     """Each of the six operations has an entry, within the figure."""
     found = texts(limited, "best")
-    labels = ["skip", "pointwise", "ShuffleNet 3x3", "ShuffleNet 5x5", "ShuffleNet 7x7", "Xception 3x3"]
-    assert [text for text in found if text in labels] == labels
+    labels = [
+        "skip: S",
+        "pointwise: P",
+        "ShuffleNet 3x3: 3",
+        "ShuffleNet 5x5: 5",
+        "ShuffleNet 7x7: 7",
+        "Xception 3x3: X",
+    ]
+    assert sorted(text for text in found if text in labels) == sorted(labels)
     run = SearchResults(limited)
     for result in run.legal[:10]:
         assert f"{result['latency_ms']:.3f}" in found
@@ -378,21 +380,6 @@ def test_the_best_have_a_complete_legend_and_all_costs(limited):
     page = (limited / "report.html").read_text()
     assert "Left out: the 3 that are beyond a limit" in page and f"<b>{high / 1e6:.3f} ms</b>" in page
     assert "Predicted from a table of torch 2.0 on Cray-1,\n2 threads" in page
-    root = ET.parse(limited / "figures" / "best.svg").getroot()
-    width = float(root.get("viewBox").split()[2])
-    elements = [element for element in root.iter(f"{SVG}text") if element.text in labels]
-    ends = [float(element.get("x")) + _text_width(element.text, 8.5) for element in elements]
-    assert len(ends) == 6 and max(ends) < width
-
-
-def test_a_legend_takes_as_many_rows_as_it_needs():
-    for n, unit in ((4, 17), (6, 36), (12, 9), (40, 20)):
-        entries = _legend(["ShuffleNet 3x3"] * n, unit)
-        rows = [row for _, row in entries]
-        assert rows == sorted(rows) and rows[-1] <= n * 120 / 500
-        assert all((place + 1.2) * unit + _text_width("ShuffleNet 3x3", 8.5) < WIDTH - LEFT for place, _ in entries)
-        for (place, row), (following, its_row) in itertools.pairwise(entries):
-            assert (following == 0) if its_row > row else following - place > 1.2
 
 
 def test_the_headline_has_no_interval_below_a_warning_of_noise(tmp_path):

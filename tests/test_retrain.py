@@ -80,5 +80,5 @@ def test_a_file_without_a_record_says_which_space_it_assumes(tree, tmp_path):
 def test_the_default_limit_of_a_small_space_can_be_broken(size):
     for n_classes in (10, 1000):
         space = SearchSpace(size, n_classes, **PRESETS["small"])
-        low, high = space.flops_range
+        low, high = space.cost_range("flops")
         assert low < make_bounds(space)["flops"][1] < high

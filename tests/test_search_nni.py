@@ -22,6 +22,7 @@ import yaml
 
 import search
 from engines import nni_engine
+from engines.heartbeats import heartbeat_file
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import EvolutionWithFlops
 from space.evolution import Evolution
@@ -66,18 +67,16 @@ HOST = """
 import json, pathlib, sys
 from engines import nni_engine
 from engines.search_record import prepare_search
-from space.search_space import SearchSpace
 from utils import Interrupted, interrupt, run_script, signals
 
 def main(arguments):
     out, settings, command, port, resume = json.loads(arguments)
     out = pathlib.Path(out)
-    space = SearchSpace.for_images(28, 10)
     prepare_search(out, settings, resume)
     experiment = nni_engine.read_experiment(nni_engine.HERE / "config_search.yml")
     try:
         with signals(interrupt):
-            nni_engine.search_with_nni(space, command, settings, out, experiment, 2, port=port)
+            nni_engine.search_with_nni(out, command, experiment, 2, port=port)
     except Interrupted as error:
         sys.exit(128 + error.args[0])
 
@@ -241,17 +240,20 @@ class FakeExperiment:
         return [types.SimpleNamespace(trialJobId=name, status=status) for name, status in self.jobs.items()]
 
 
-def test_a_trial_that_hangs_is_noticed_by_its_silence(monkeypatch):
+def test_a_trial_that_hangs_is_noticed_by_its_silence(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(nni_engine.time, "monotonic", lambda: clock[0])
-    experiment, listener, signs = FakeExperiment(a="RUNNING", b="RUNNING", w="WAITING"), nni_engine._Listener(300), {}
+    experiment, listener = FakeExperiment(a="RUNNING", b="RUNNING", w="WAITING"), nni_engine._Listener(tmp_path, 300)
+    file = heartbeat_file(tmp_path, "a")
+    file.parent.mkdir(parents=True)
     ended = {}
     for clock[0] in range(1000, 2000):
         if clock[0] == 1100:
             experiment.jobs["late"] = "RUNNING"
         if clock[0] < 1600:
-            signs["a"] = signs.get("a", 0) + 1  # b gives none at all
-        for job in listener.silent(experiment, signs):
+            file.touch()
+            os.utime(file, (clock[0], clock[0]))  # b gives none at all
+        for job in listener.silent(experiment):
             ended[job] = clock[0]
             del experiment.jobs[job]
     assert ended.keys() == {"a", "b", "late"}
@@ -425,7 +427,7 @@ def test_limit_is_official_at_imagenets_size_and_its_share_elsewhere():
         return make_bounds(space, args.limit or (), args.flops_limit)
 
     assert limits(SearchSpace()) == {"flops": (None, 330_000_000)}
-    assert limits(SPACE) == {"flops": (None, SPACE.flops_quantile(0.59))}
+    assert limits(SPACE) == {"flops": (None, SPACE.quantile("flops", 0.59))}
     assert limits(SPACE, "--flops-limit", "25M") == {"flops": (None, 25_000_000)}
 
 
@@ -444,13 +446,10 @@ def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
     (tmp_path / "nni_auto_gen_search_space.json").write_text("{}")
     costs = [[[n * (10 * block + n) for n in range(1, 5)] for block in range(20)], 1000]
     settings = SETTINGS | {"costs": costs, "flops_limit": 3000}
-    space = SPACE.with_costs(*SPACE.costs._replace(flops=costs[0], stem_flops=400, tail_flops=600))
     caught = {}
     monkeypatch.setattr(nni_engine, "host_experiment", lambda config, out: caught.update(config))
     prepare_search(tmp_path, settings, resume=False)
-    nni_engine.search_with_nni(
-        space, ["trial"], settings, tmp_path, nni_engine.read_experiment(HERE / "config_search.yml")
-    )
+    nni_engine.search_with_nni(tmp_path, ["trial"], nni_engine.read_experiment(HERE / "config_search.yml"))
     tuner = EvolutionWithFlops(**json.loads(json.dumps(caught["tuner"]["classArgs"])))
     while population := tuner.record.evolution.ask():
         tuner.keep(

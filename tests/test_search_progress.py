@@ -14,7 +14,6 @@ from tqdm import tqdm
 from engines import progress
 from engines.progress import Progress
 from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
-from space.evolution import Evolution
 from space.limits import shown
 from space.search_space import SearchSpace
 from utils import Screen, UserError, log, read_json, write_json
@@ -53,14 +52,13 @@ def lines(monkeypatch):
 def search(out, stop_after=None):
     """A search with progress, started or resumed: results come one by one, the second of each generation failed."""
     prepare_search(out, SETTINGS, resume=True)
-    evolution = Evolution.from_settings(SPACE, SETTINGS)
-    record, progress, n = SearchRecord(out, SPACE, evolution), Progress(out), 0
+    record, progress, n = SearchRecord(out), Progress(out), 0
     while waiting := record.pending():
         progress.read()
         for candidate in waiting:
             if n == stop_after:
                 return progress
-            if candidate == evolution.population[1]:
+            if candidate == record.evolution.population[1]:
                 record.fail(candidate, "broken")
             else:
                 record.add(

@@ -12,7 +12,8 @@ from engines.search_record import SearchRecord, prepare_search, ranked, read_gen
 from space.evolution import Evolution
 from utils import UserError, hold_lock, read_json
 
-SETTINGS = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "generations": 3, "seed": 5}
+SETTINGS = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "generations": 3, "seed": 5,
+            "flops_limit": LIMIT, "space": SPACE.to_dict()}  # fmt: skip
 
 
 def result(candidate, **changes):
@@ -27,14 +28,10 @@ def result(candidate, **changes):
     } | changes
 
 
-def record(out, settings=SETTINGS):
-    return SearchRecord(out, SPACE, Evolution.from_settings(SPACE, settings | {"flops_limit": LIMIT}))
-
-
 def fill(out, order=list, stop_after=math.inf):
     """A search in `out`, started or resumed, with results in an order, `stop_after` of them; returns their number."""
     prepare_search(out, SETTINGS, resume=True)
-    searching, n = record(out), 0
+    searching, n = SearchRecord(out), 0
     while waiting := searching.pending():
         for candidate in order(waiting):
             if n == stop_after:
@@ -80,7 +77,7 @@ def test_a_search_may_rank_by_the_loss(tmp_path):
     """Parents, files and winner follow the loss, here the opposite of accuracy; without a loss, a candidate failed."""
     settings = SETTINGS | {"rank_by": "loss"}
     prepare_search(tmp_path, settings, resume=False)
-    searching, asked = record(tmp_path), []
+    searching, asked = SearchRecord(tmp_path), []
     while waiting := searching.pending():
         asked += waiting
         for candidate in waiting:
@@ -98,7 +95,7 @@ def test_a_search_may_rank_by_the_loss(tmp_path):
     )
     assert SPACE.load_architecture(tmp_path / "checkpoints/best.json") == tuple(ranked(results)[0]["architecture"])
 
-    evolution, told = Evolution.from_settings(SPACE, SETTINGS | {"flops_limit": LIMIT}), []
+    evolution, told = Evolution.from_settings(SPACE, SETTINGS), []
     while population := evolution.ask():
         told += population
         evolution.tell({c: -reward(c) if sum(c) % 5 else None for c in population})
@@ -152,7 +149,7 @@ def test_search_that_dies_while_closing_a_generation_resumes_to_the_same_end(tmp
 
 def test_results_that_are_none(tmp_path):
     prepare_search(tmp_path, SETTINGS, resume=False)
-    searching = record(tmp_path)
+    searching = SearchRecord(tmp_path)
     a, b, c, _ = searching.pending()
     assert searching.add(result(a, acc1=math.nan))
     assert searching.add(result(b, acc5=None))
@@ -165,7 +162,7 @@ def test_results_that_are_none(tmp_path):
 
 def test_equal_top1_goes_by_top5(tmp_path):
     prepare_search(tmp_path, SETTINGS, resume=False)
-    searching = record(tmp_path)
+    searching = SearchRecord(tmp_path)
     for acc5, candidate in enumerate(searching.pending()):
         searching.add(result(candidate, acc1=50.0, acc5=60.0 + acc5))
     searching.pending()

@@ -22,7 +22,7 @@ from conftest import ROOT, run
 import search
 from engines import machines, nni_engine
 from engines.machines import Connections, MachinesLost, check_machines
-from engines.search_record import read_generations
+from engines.search_record import prepare_search, read_generations
 from utils import UserError, read_json
 
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
@@ -199,15 +199,15 @@ def test_the_search_continues_with_the_machines_that_are_left(tmp_path, monkeypa
         tried.append(([machine["host"] for machine in asked], config["trialConcurrency"]))
         raise MachinesLost(asked[:1], "no SSH connection")
 
+    prepare_search(tmp_path, {"seed": 0}, resume=False)
     prepared = []
     monkeypatch.setattr(nni_engine, "FORGET_S", 0)
     monkeypatch.setattr(nni_engine, "host_experiment", host)
-    monkeypatch.setattr(nni_engine, "prepare_search", lambda out, settings, resume: prepared.append(resume))
-    settings = dict.fromkeys(search.EVOLUTION, 1) | {"flops_limit": 1}
+    monkeypatch.setattr(nni_engine, "prepare_search", lambda out, settings, resume: prepared.append((settings, resume)))
     with pytest.raises(UserError, match="no machine is left; resume the search with --resume"):
-        nni_engine.search_with_nni(search.SearchSpace(), ["trial"], settings, tmp_path, found, concurrency=6)
+        nni_engine.search_with_nni(tmp_path, ["trial"], found, concurrency=6)
     hosts = ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
-    assert tried == [(hosts, 6), (hosts[1:], 4), (hosts[2:], 2)] and prepared == [True, True]
+    assert tried == [(hosts, 6), (hosts[1:], 4), (hosts[2:], 2)] and prepared == [({"seed": 0}, True)] * 2
 
 
 def test_addresses_of_the_loopback_interface_are_known():

@@ -11,8 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from settings import command_line  # noqa: E402
-from settings.command_line import write_settings  # noqa: E402
+from settings.command_line import SCRIPTS, write_settings  # noqa: E402
 from settings.fields import difference, setting  # noqa: E402
 from settings.subjects import FIELDS, SEARCH, SUBJECTS, DataConfig, Training, deciding  # noqa: E402
 from utils import UserError  # noqa: E402
@@ -33,22 +32,11 @@ it, then the code that takes its class. `python tests/test_settings.py` writes t
 """
 
 
-def parser_of(script):
-    """The parser of a command."""
-    found, parse = [], command_line.Parser.parse
-    command_line.Parser.parse = lambda self, *args: found.append(self) or parse(self, *args)
-    try:
-        importlib.import_module(script).parse_args([])
-    finally:
-        command_line.Parser.parse = parse
-    return found[0]
-
-
 def settings():
     """{setting: {script: argparse action}} of all commands."""
     found = {}
-    for script in command_line.SCRIPTS:
-        for action in parser_of(script)._actions:
+    for script in SCRIPTS:
+        for action in importlib.import_module(script).make_parser()._actions:
             name = action.option_strings[0].removeprefix("--")
             if name not in ("-h", "config", "demo"):
                 found.setdefault(name, {})[script] = action
@@ -77,7 +65,7 @@ def page():
         else:
             metavar = action.metavar or name.upper()
             values = " ".join(metavar) if isinstance(metavar, tuple) else metavar
-        of = "all" if len(by_script) == len(command_line.SCRIPTS) else ", ".join(by_script)
+        of = "all" if len(by_script) == len(SCRIPTS) else ", ".join(by_script)
         rows.append(f"| `{name}` | {of} | {values.replace('|', ' or ')} | {meaning(by_script)} |\n")
     return HEAD + "".join(rows)
 
@@ -135,10 +123,10 @@ OLD = {
 @pytest.mark.parametrize("command", OLD)
 def test_an_old_run_has_the_settings_of_the_same_command_today(command):
     script, *words = command.split()
-    values = vars(importlib.import_module(script).parse_args(words)) | DataConfig.ABSENT  # as data_before finds
-    assert difference(SUBJECTS, OLD[command], deciding(values)) == {}
-    values["batch_size"] = 65
-    assert difference(SUBJECTS, OLD[command], deciding(values)) == {"batch_size": "65 (was 64)"}
+    values = vars(importlib.import_module(script).parse_args(words))
+    before, now = ({k: v for k, v in found.items() if v is not None} for found in (OLD[command], deciding(values)))
+    assert difference(SUBJECTS, before, now) == {}
+    assert difference(SUBJECTS, before, now | {"batch_size": 65}) == {"batch_size": "65 (was 64)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,18 +134,15 @@ class Longer(Training):
     """Training with settings that older files do not have."""
 
     average: bool = setting(False, "a new switch")
-    alpha: str = setting("white", "a new default, where older runs were without")
     hint: int = setting(3, "what does not decide", decides=False)
-
-    ABSENT = {"alpha": "dropped"}  # noqa: RUF012
 
 
 @pytest.mark.parametrize(("subjects", "before"), [(SUBJECTS, next(iter(OLD.values()))), (SEARCH, {"population": 8})])
-def test_what_an_older_file_lacks_means_what_its_absence_means(subjects, before):
+def test_what_an_older_file_lacks_has_its_default(subjects, before):
     subjects = (*subjects, Longer)
-    assert difference(subjects, before, {**before, "average": False, "alpha": "dropped", "hint": 7}) == {}
-    changes = difference(subjects, before, {**before, "average": True, "alpha": "white"})
-    assert changes == {"average": "True (was False)", "alpha": "white (was dropped)"}
+    assert difference(subjects, before, {**before, "average": False, "hint": 7}) == {}
+    changes = difference(subjects, before, {**before, "average": True})
+    assert changes == {"average": "True (was False)"}
 
 
 # --- in Python -----------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from space.weight_files import load
 from training import loop
 from training.checkpoint import checkpoints, newest
 from training.loop import train
-from training.recipe import Recipe, dropout_seed, learning_rate, parameter_groups
 from training.run import TrainingRun
+from training.step import Step, dropout_seed, learning_rate, parameter_groups
 from utils import UserError
 
 SPACE = SearchSpace(  # tensors of whole vectors of 16 floats, so that a written-out SGD has torch's rounding
@@ -78,7 +78,7 @@ def supernet_run(
     run = training_run(folder, training, seed, loader)
     if training.resume == "none":
         run.start(torch.device("cpu"), seed, anew=True)
-    metrics = train(model, images or Images(), training, sampler.candidate, validate, run, device, seed)
+    metrics = train(model, images or Images(), training, sampler, validate, run, device=device, seed=seed)
     return model, metrics
 
 
@@ -218,10 +218,10 @@ def test_a_step_of_micro_batches_is_one_step_and_one_row(tmp_path, monkeypatch, 
         torch.manual_seed(0)
         models.append(ShuffleNetV2OneShot(space=space).train())
         models[-1].dropout.p = 0.0
-    recipe = Recipe(models[0], settings(micro_batch=4, amp=amp, lr=0.0))
+    recipe = Step(models[0], settings(micro_batch=4, amp=amp, lr=0.0))
     loss, logits = recipe.train_one_step(1, images, labels, path)
     assert len(recipe.optimizer.state_dict()["state"]) > 0 and logits.shape == (8, 3)
-    other, losses, outputs = Recipe(models[1], settings(amp=amp, lr=0.0)), [], []
+    other, losses, outputs = Step(models[1], settings(amp=amp, lr=0.0)), [], []
     statistics = None
     for part in (slice(0, 4), slice(4, 8)):
         with torch.autocast("cpu", torch.float16, enabled=amp == "fp16"):
@@ -320,7 +320,7 @@ def test_a_run_on_other_images_is_refused(tmp_path):
         run = training_run(tmp_path, settings(iterations=2))
         run.contents[key] = value
         with pytest.raises(UserError, match=f"trained with another {key}; .*--resume none"):
-            train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=2), run=run)
+            train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=2), PathSampler(SPACE, 0), run=run)
 
 
 def test_a_run_with_other_settings_is_refused(tmp_path):
@@ -577,8 +577,8 @@ def test_threads_that_wait_for_each_other_are_said(tmp_path, monkeypatch, caplog
         calls["process_time"] += cpu_s
         return train_one_step(self, *args)
 
-    train_one_step = Recipe.train_one_step
-    monkeypatch.setattr(Recipe, "train_one_step", step)
+    train_one_step = Step.train_one_step
+    monkeypatch.setattr(Step, "train_one_step", step)
     monkeypatch.setattr(loop.torch, "get_num_threads", lambda: threads)
     for name in calls:
         monkeypatch.setattr(loop.time, name, lambda name=name: calls[name])
@@ -613,7 +613,7 @@ class Ticking(Images):
 def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validations(
     tmp_path, monkeypatch, clock, caplog
 ):
-    steps, train_one_step = [], Recipe.train_one_step
+    steps, train_one_step = [], Step.train_one_step
 
     def kept(recipe, step, images, labels, candidate=None):
         loss, logits = train_one_step(recipe, step, images, labels, candidate)
@@ -625,7 +625,7 @@ def test_the_log_has_the_means_since_the_last_line_and_the_time_without_validati
         clock[0] += 100.0
         return {"val/acc1": step / 2}
 
-    monkeypatch.setattr(Recipe, "train_one_step", kept)
+    monkeypatch.setattr(Step, "train_one_step", kept)
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     caplog.set_level("INFO", "spos")
     args = settings(iterations=7, val_every=4, save_every=4, weight_decay=0.01)
@@ -667,13 +667,13 @@ def test_a_gpu_says_its_plan_with_the_first_line_of_the_log_from_steps_without_a
     tmp_path, monkeypatch, clock, caplog
 ):
     """The model and the images of a pretended GPU stay on the CPU; its first 20 steps take ten times as long."""
-    train_one_step = Recipe.train_one_step
+    train_one_step = Step.train_one_step
 
     def timed(recipe, step, *args):
         clock[0] += 1.0 if step <= 20 else 0.1
         return train_one_step(recipe, step, *args)
 
-    monkeypatch.setattr(Recipe, "train_one_step", timed)
+    monkeypatch.setattr(Step, "train_one_step", timed)
     monkeypatch.setattr(nn.Module, "to", lambda module, *args, **kwargs: module)
     monkeypatch.setattr(loop, "_peak_memory", lambda device: 0)
     caplog.set_level("INFO", "spos")

@@ -17,7 +17,6 @@ TAKE = """
 import pathlib, sys
 from engines import trial
 
-trial.POLL_S = 0.05
 print(trial.take_device(sys.argv[2:], pathlib.Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
@@ -91,7 +90,7 @@ def test_locks_are_private(monkeypatch, tmp_path):
     folder = trial.lock_folder()
     assert folder == trial.lock_folder() and folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o770)
-    with pytest.raises(UserError, match="not a folder that only you can write to"):
+    with pytest.raises(UserError, match="not a folder that only you can open"):
         trial.lock_folder()
     folder.rmdir()
     folder.symlink_to(tmp_path)
@@ -137,9 +136,9 @@ def test_without_nvml_another_process_counts(monkeypatch, loads, counted):
 def test_by_default_a_search_runs_a_trial_a_gpu(three_gpus, words, concurrency):
     args = search.parse_args(words)
     assert args.concurrency == concurrency
-    with local_engine.Workers({"device": args.device}, args.concurrency) as workers:
+    with local_engine.Workers({"device": args.device, "out": args.out}, args.concurrency) as workers:
         assert workers.n == concurrency
-    with local_engine.Workers({"device": args.device}, 9) as workers:
+    with local_engine.Workers({"device": args.device, "out": args.out}, 9) as workers:
         assert workers.n == (9 if args.device == "cpu" else 3)
 
 
@@ -206,10 +205,9 @@ def test_signs_of_life_are_passed_on_now_and_then(monkeypatch):
     assert heard == [100.0, 105.0, 117.0]
 
 
-def test_who_waits_for_a_device_lives(monkeypatch, tmp_path):
+def test_who_waits_for_a_device_lives(tmp_path):
     signs = []
     holder = utils.try_lock(tmp_path / "0.lock")
-    monkeypatch.setattr(trial, "POLL_S", 0.01)
     with utils.heartbeats_to(lambda: signs.append(holder.close()) if len(signs) == 2 else signs.append(None)):
         trial.take_device(["0"], tmp_path)
     assert len(signs) == 3

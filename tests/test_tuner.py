@@ -5,11 +5,12 @@ import itertools
 import time
 
 import pytest
-from test_evolution import LIMIT, SPACE, reward, search
+from test_evolution import SPACE, reward, search
 from test_search_record import SETTINGS, result
 
 import evolution_tuner
 from engines import trial
+from engines.heartbeats import read_heartbeats
 from engines.search_record import prepare_search, read_results, state_path
 from evolution_tuner import EvolutionWithFlops, KeepResults
 from space.evolution import Evolution
@@ -19,10 +20,9 @@ from utils import read_json
 class FakeNNI:
     """Plays NNI's manager: asks for a trial once a free slot, runs trials as `step` says, swapping their parameters."""
 
-    def __init__(self, out, concurrency=2, resume=False, **settings):
-        settings = SETTINGS | settings
-        prepare_search(out, settings, resume)
-        self.tuner = EvolutionWithFlops(str(out), SPACE.to_dict(), LIMIT, concurrency, **settings)
+    def __init__(self, out, concurrency=2, resume=False, candidates_per_trial=None, **settings):
+        prepare_search(out, SETTINGS | settings, resume)
+        self.tuner = EvolutionWithFlops(str(out), concurrency, candidates_per_trial)
         self.ids, self.sent, self.out = itertools.count(), collections.deque(), out
         self.evaluated = []
         self.ask(concurrency)
@@ -86,7 +86,7 @@ def short_grace(monkeypatch):
 
 
 def plain():
-    evolution = Evolution.from_settings(SPACE, SETTINGS | {"flops_limit": LIMIT})
+    evolution = Evolution.from_settings(SPACE, SETTINGS)
     return search(evolution, lambda c: (reward(c), 99.0))
 
 
@@ -107,21 +107,25 @@ def test_an_assessor_passes_intermediate_results_to_the_tuner_of_its_process(tmp
     assert nni.tuner.record.trials == {tuple(first): "abc"}
 
 
-def test_signs_of_life_are_counted_and_are_no_results(tmp_path):
+def test_heartbeats_are_noted_and_are_no_results(tmp_path):
     nni = FakeNNI(tmp_path)
     nni.tuner.fruitless = 3
-    for n in (1, 2):
-        KeepResults().assess_trial("abc", [trial.intermediate()] * n)
+    written = state_path(tmp_path).stat()
+    KeepResults().assess_trial("abc", [trial.intermediate()])
     KeepResults().assess_trial("def", [trial.intermediate()])
-    assert nni.state["heard"] == {"abc": 2, "def": 1} and nni.state["evaluated"] == 0 and nni.tuner.fruitless == 3
+    before = read_heartbeats(tmp_path)
+    assert before.keys() == {"abc", "def"} and nni.tuner.fruitless == 3
+    assert state_path(tmp_path).stat() == written  # a heartbeat writes nothing that lasts
+    time.sleep(0.02)
     first = tuple(nni.sent[0][1]["candidates"][0])
     KeepResults().assess_trial("abc", [trial.intermediate(), trial.intermediate(result(first))])
-    assert nni.state["heard"]["abc"] == 3 and nni.state["evaluated"] == 1
+    after = read_heartbeats(tmp_path)
+    assert after["abc"] > before["abc"] and after["def"] == before["def"] and nni.state["evaluated"] == 1
 
 
 @pytest.mark.parametrize(("concurrency", "per_trial", "total"), [(1, None, 4), (2, None, 4), (3, None, 4), (3, 1, 3)])
 def test_generation_is_split_for_the_trials(tmp_path, concurrency, per_trial, total):
-    nni = FakeNNI(tmp_path, concurrency, **({"candidates_per_trial": per_trial} if per_trial else {}))
+    nni = FakeNNI(tmp_path, concurrency, candidates_per_trial=per_trial)
     chunks = [parameters["candidates"] for _, parameters in nni.sent]
     candidates = list(itertools.chain(*chunks))
     assert len(chunks) == concurrency and len(candidates) == total

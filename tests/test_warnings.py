@@ -15,7 +15,6 @@ from PIL import Image
 from engines.search_record import SearchRecord, first_generation_warning, prepare_search
 from images.dataset import Data, DataConfig
 from reports.page import write_report
-from space.evolution import Evolution
 from space.search_space import SearchSpace
 from training import checkpoint
 
@@ -80,10 +79,10 @@ def test_files_that_are_left_out(tree):
         image.rotate(90).save(folder / "e.jfif", "JPEG")
     assert warnings(tree) == [text]
     assert "car/e.jfif" in Data(tree, DataConfig(heldout_per_class=1), tree.parent).train.paths
-    old = Data(tree, DataConfig(heldout_per_class=1, jfif=False), tree.parent)
-    assert "car/e.jfif" not in old.train.paths and len(old.train) == 12
-    (line,) = old.warnings
-    assert ": 6 files are ignored" in line and "1 .jfif" in line and "; runs and searches begun without .jfif" in line
+    without = Data(tree, DataConfig(heldout_per_class=1, jfif=False), tree.parent)
+    assert "car/e.jfif" not in without.train.paths and len(without.train) == 12
+    (line,) = without.warnings
+    assert ": 6 files are ignored" in line and "1 .jfif" in line
 
 
 def test_copies_on_both_sides_of_the_split(tree):
@@ -190,9 +189,9 @@ def test_a_search_that_ranks_by_the_loss_is_not_advised_to():
 def test_the_report_repeats_the_warnings(tmp_path):
     space = SearchSpace.for_images(28, 10)
     settings = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "mutation_prob": 0.1, "generations": 1}
-    settings |= {"seed": 0, "flops_limit": space.flops_quantile(0.59), "space": space.to_dict()}
+    settings |= {"seed": 0, "flops_limit": space.quantile("flops", 0.59), "space": space.to_dict()}
     prepare_search(tmp_path, settings, resume=False, warnings=["c.pth: step 3 of 9"])
-    record = SearchRecord(tmp_path, space, Evolution.from_settings(space, settings))
+    record = SearchRecord(tmp_path)
     for number, candidate in enumerate(record.pending()):
         record.add({"architecture": candidate, "acc1": 10 + number / 10, "acc5": 50, "n_images": 2000, "seconds": 1})
     record.pending()

@@ -202,7 +202,7 @@ def test_joint_candidates_are_spread_as_counted():
     candidates = PathSampler(PAPERS, 1)
     flops = torch.tensor([PAPERS.flops(candidates.candidate(step)) / 1e6 for step in range(3000)])
     assert flops.mean() == pytest.approx(302, abs=2) and flops.std() == pytest.approx(33, abs=2)
-    assert PAPERS.flops_quantile(0.79) == pytest.approx(330e6, rel=0.005)
+    assert PAPERS.quantile("flops", 0.79) == pytest.approx(330e6, rel=0.005)
     assert ((flops >= 290) & (flops <= 360)).float().mean() == pytest.approx(0.59, abs=0.03)
 
 

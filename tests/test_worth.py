@@ -28,7 +28,7 @@ def study(tmp_path, monkeypatch):
 def test_candidates_are_legal_and_the_first_ten_are_trained_twice(study):
     tasks = study.tasks()
     limit = study.bounds["flops"][1]
-    assert limit == study.space.flops_quantile(0.59)
+    assert limit == study.space.quantile("flops", 0.59)
     assert len(tasks) == len(set(tasks)) == 40 and sum(seed for _, seed in tasks) == 10
     assert all(study.space.flops(candidate) <= limit for candidate, _ in tasks)
     assert {c for c, seed in tasks if seed} == set(study.legal(10))

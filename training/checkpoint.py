@@ -1,6 +1,5 @@
 """Checkpoints, from which a run can be resumed, and a supernet with the images that it was trained on."""
 
-import contextlib
 import pathlib
 import re
 
@@ -11,8 +10,7 @@ from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
 from settings.subjects import SUBJECTS, DataConfig
 from space.search_space import SearchSpace
-from space.weight_files import VERSION, load, load_file, load_weights
-from training import distributed
+from space.weight_files import CHECKPOINT_VERSION, load, load_weights
 from utils import UserError, atomic_write, log
 
 
@@ -20,7 +18,7 @@ def save(path, **content):
     """Writes a checkpoint under a temporary name, then renames it. Raises UserError if the disk is full."""
     try:
         with atomic_write(path, "wb") as file:
-            torch.save({"version": VERSION, **content}, file)
+            torch.save({"version": CHECKPOINT_VERSION, **content}, file)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if a write fails
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
         raise UserError(f"{path}: can't be written ({reason}); free some space, and the same command resumes") from None
@@ -36,24 +34,6 @@ def checkpoints(folder):
     """The paths of the checkpoints in a folder, by rising step."""
     found = [p for p in pathlib.Path(folder).glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+\.pth", p.name)]
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
-
-
-def data_before(folder, resume):
-    """{name: value} of the settings of the data that the run in `folder` was begun without: what their absence means.
-
-    It has to go on with them. Empty where there is no run, or `resume` is "none". The same on every rank.
-    """
-
-    def find():
-        for path in reversed(checkpoints(folder)):
-            with contextlib.suppress(UserError):  # a damaged one, which resuming names
-                content = load_file(path)
-                data = content.get("data") if isinstance(content, dict) else None
-                absent = DataConfig.ABSENT.items() if isinstance(data, dict) else ()
-                return {name: value for name, value in absent if name not in data}
-        return {}
-
-    return distributed.on_rank0(find) if resume == "auto" else {}
 
 
 def prune(folder, keep):
@@ -118,9 +98,22 @@ def check_classes(ckpt, classes):
         raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")
 
 
-def check_settings(ckpt, settings, folder):
-    """Raises UserError, naming the flags, if a run has other settings than the one that it would resume."""
-    if changes := difference(SUBJECTS, ckpt.content["settings"], settings):
+def check_settings(ckpt, content, folder):
+    """Raises UserError, naming the flags, if a run has other settings than the one that it would resume.
+
+    `content` is that of a checkpoint of the run: its "settings", and its "data", which they leave to defaults.
+    """
+
+    def known(content):
+        given = {name: value for name, value in content["settings"].items() if value is not None}
+        return (DataConfig.from_dict(content["data"]).to_dict() if content["data"] else {}) | given
+
+    before = ckpt.content["settings"]
+    if not before and content["settings"]:
+        log.warning("warning: %s: has no settings to compare with those of now", ckpt.path)
+        return
+    ignored = () if "rule" in before else ("paths",)  # of runs from Python before
+    if changes := difference(SUBJECTS, known(ckpt.content), known(content), ignored):
         flags = {name: flag(name) for name in changes} | {"processes": "processes"}  # not a flag
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
         raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")

@@ -17,14 +17,14 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 
 import torch
 import torch.distributed as dist
 
-from utils import UserError, heartbeats_to, local_world_size, run_script
+from utils import POLL_S, Silence, UserError, heartbeats_to, local_world_size, run_script
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of ranks without heartbeats in `together`
-POLL_S = 0.2
 LOST_RANK = "another rank of this run ended or hangs; the same command resumes from the last checkpoint"
 
 _store = None  # the key-value store that the ranks share
@@ -153,16 +153,11 @@ def together(function):
         with heartbeats_to(lambda: _store.add("heartbeats", 1), every_s=POLL_S):
             result = function()
         ready = _store.add(call, 1)
-        heartbeats = 0
-        changed = time.monotonic()
+        silence = Silence()
         while ready < world_size():
             time.sleep(POLL_S)
             ready = _store.add(call, 0)
-            before = heartbeats
-            heartbeats = _store.add("heartbeats", 0)
-            if heartbeats != before:
-                changed = time.monotonic()
-            elif time.monotonic() - changed > TIMEOUT.total_seconds():
+            if silence.seconds("ranks", _store.add("heartbeats", 0)) > TIMEOUT.total_seconds():
                 raise UserError(f"{LOST_RANK} (no heartbeat for {TIMEOUT.total_seconds():.0f} s)")
         return result
     except RuntimeError as error:  # the store is gone
@@ -199,9 +194,18 @@ def broadcast_from_rank0(tensors):
 
 
 def average_gradients(parameters):
-    """Replaces each gradient by its mean over ranks, in one all-reduce; a parameter has one on all ranks or on none."""
-    if world_size() > 1:
-        _all_reduce_mean([p.grad for p in parameters if p.grad is not None])
+    """Replaces each gradient by its mean over ranks, in one all_reduce.
+
+    Raises UserError if ranks have gradients of different parameters: they would be added up wrongly.
+    """
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    trained = zlib.crc32(bytes(p.grad is not None for p in parameters))
+    highest, lowest = _all_reduce(torch.tensor([trained, -trained]), dist.ReduceOp.MAX).tolist()
+    if highest != -lowest:
+        raise UserError("the ranks train different weights: sampler and rule must choose the same paths on all of them")
+    _all_reduce_mean([p.grad for p in parameters if p.grad is not None])
 
 
 def all_reduce_mean(tensors, weight):
@@ -224,6 +228,11 @@ def _all_reduce_mean(tensors):
 def all_reduce_sum(values):
     """Returns the sum over ranks of a CPU tensor, which is not changed."""
     return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def mean(value):
+    """Returns the mean over ranks of a tensor of one number, as a float."""
+    return all_reduce_sum(value.detach().double().cpu()).item() / world_size()
 
 
 def all_reduce_max(value):

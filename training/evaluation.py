@@ -3,6 +3,7 @@
 Source: paper section 3.4 (BN statistics are recalculated before inference); official `src/Search/tester.py`.
 """
 
+import itertools
 import math
 import time
 
@@ -60,7 +61,8 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     them to the supernet's norms, node by node, so that `update_bn` updates them.
 
     Returns a dict for each candidate, in order: architecture, acc1 and acc5 in percent, loss (mean cross-entropy in
-    nats, None if it is not finite), n_images, seconds (its share).
+    nats, None if it is not finite), n_images, seconds (its share); where `validation` tells two halves of its images
+    apart, halves has acc1 and loss of each.
     `calibration` and `validation` yield batches (images (N, 3, H, W), labels (N,)), the same at every iteration. With
     `fold`, BN is folded into the convolutions for validation; `amp` "bf16" computes convolutions in bfloat16. The
     supernet is left in eval mode with its own BN statistics. Raises UserError if a candidate is not of its space.
@@ -70,22 +72,41 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     tree = PrefixTree(supernet, candidates, fold, amp)  # its nodes have fresh BN statistics
     with torch.inference_mode(), tree.own_statistics():
         update_bn(supernet, tree.forward, calibration, bn)
-        sums, n_images = dict.fromkeys(candidates, 0), 0
-        for images, labels in validation:
+        sums, n_images, n_second = dict.fromkeys(candidates, 0), 0, 0
+        for (images, labels), second in zip(validation, getattr(validation, "second_halves", itertools.repeat(None))):
+            second = torch.zeros(len(labels)) if second is None else torch.from_numpy(second)
+            second = second.to(labels.device, torch.bool)
             for candidate, logits in tree.logits(images):
-                counts = correct_counts(logits, labels), loss_sum(logits, labels)
+                counts = _counts(logits, labels), _counts(logits[second], labels[second])
                 sums[candidate] = sums[candidate] + torch.cat(counts)
             n_images += len(labels)
-    counts, n_images = _all_reduce_counts(list(sums.values()), n_images, 3)
-    means = dict(zip(sums, (counts * torch.tensor([100, 100, 1 / LOSS_UNITS], dtype=torch.double) / n_images).tolist()))
+            n_second += second.sum()
+    counts, n_images = _all_reduce_counts(list(sums.values()), n_images, 6)
+    n_second = distributed.all_reduce_sum(torch.as_tensor(n_second).cpu()).item()
+    counts = dict(zip(sums, counts))
     seconds = round((time.perf_counter() - start) / len(candidates), 3)
-    return [_result(c, *means[c], n_images, seconds) for c in candidates]
+    return [_result(c, counts[c], n_images, n_second, seconds) for c in candidates]
 
 
-def _result(candidate, acc1, acc5, loss, n_images, seconds):
-    loss = loss if math.isfinite(loss) else None  # JSON has no NaN
-    names = ("architecture", "acc1", "acc5", "loss", "n_images", "seconds")
-    return dict(zip(names, (list(candidate), acc1, acc5, loss, n_images, seconds)))
+def _counts(logits, labels):
+    return torch.cat((correct_counts(logits, labels), loss_sum(logits, labels)))
+
+
+def _result(candidate, counts, n_images, n_second, seconds):
+    whole, second = counts.split(3)
+    acc1, acc5, loss = _means(whole, n_images)
+    found = {"architecture": list(candidate), "acc1": acc1, "acc5": acc5, "loss": loss, "n_images": n_images}
+    if 0 < n_second < n_images:
+        halves = _means(whole - second, n_images - n_second), _means(second, n_second)
+        found["halves"] = {"acc1": [acc1 for acc1, _, _ in halves], "loss": [loss for _, _, loss in halves]}
+    return found | {"seconds": seconds}
+
+
+def _means(counts, n_images):
+    """(top-1 in percent, top-5 in percent, loss in nats or None) of counts of `_counts`."""
+    units = torch.tensor([100, 100, 1 / LOSS_UNITS], dtype=torch.double)
+    acc1, acc5, loss = (counts * units / n_images).tolist()
+    return acc1, acc5, loss if math.isfinite(loss) else None  # JSON has no NaN
 
 
 def evaluate_in_lists(supernet, candidates, *args, **how):

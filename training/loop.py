@@ -1,7 +1,7 @@
 """The loop of both training scripts: steps, metrics, validation, checkpoints, interruption.
 
 Everything random at a step (images, augmentation, path, dropout) is a pure function of seed and step, so a resumed run
-ends with the same bits as an uninterrupted one. The step itself is in recipe.py.
+ends with the same bits as an uninterrupted one. The step itself is in step.py.
 """
 
 import contextlib
@@ -16,10 +16,20 @@ import torch
 from images.dataset import training_plan
 from training import distributed
 from training.checkpoint import newest
+from training.compiled import CompiledStep
 from training.evaluation import correct_counts
-from training.recipe import Recipe
 from training.run import Journal, TrainingRun
-from utils import INTERRUPTED, Interrupted, UserError, duration, log, signals, watch_parent
+from training.step import Step
+from utils import (
+    INTERRUPTED,
+    Interrupted,
+    UserError,
+    duration,
+    log,
+    show_log,
+    signals,
+    watch_parent,
+)
 
 try:
     import resource
@@ -34,55 +44,71 @@ SAME_SIGNAL_S = 0.2  # signals within this time count as one: `timeout` sends it
 ERRORS = UserError, OSError  # of images and of worker processes
 
 
-def train(model, loader, training, candidate_at=None, validate=None, run=None, device="cpu", seed=0):
+def train(model, loader, training, sampler=None, validate=None, run=None, **how):
     """Trains `model` with the settings `training` (a Training). Returns the last metrics, among them `seconds`.
 
-    `loader` is a Loader that augments. `candidate_at(step)` returns the candidate that a supernet trains at a step;
-    steps count from 1. It must be a pure function, the same on all ranks, because it is called more than once for a
-    step. `validate(step)` returns {"val/...": percent}; it is called every training.val_every steps and at the end.
-    `run` (a TrainingRun) keeps checkpoints and logs, and resumes; without it nothing is kept on disk. With a run,
-    SIGINT and SIGTERM end the process after the current step is saved, or the last step while it waits for a batch; a
-    validation that they interrupt is repeated when the run is resumed. Each rank trains on its share of every batch.
-    Raises UserError if a loss is not finite.
+    Args:
+        model: a network.Trainable, such as the supernet or a retrained network
+        loader: has `images`, of some length, and `batches(plan)`, such as a Loader that augments
+        sampler: of a supernet's paths: `sampler.candidate(step)`, or a function of the step, from 1, is the candidate
+            that it trains. The same on all ranks. A sampler may have `after_step(step, candidate, loss)`, called after
+            each step with the mean loss of all ranks, and then `state_dict()` and `load_state_dict(state)`
+        validate: `validate(step)` returns {"val/...": percent}; called every training.val_every steps and at the end
+        run: a TrainingRun, which keeps checkpoints and logs, and resumes; without it nothing is kept on disk
+        how: device, seed, rule, make_optimizer, learning_rate of training.step.Step
+
+    With a run, SIGINT and SIGTERM end the process after the current step is saved, or the last step while it waits for
+    a batch; a validation that they interrupt is repeated when the run is resumed. Each rank trains on its share of
+    every batch. Raises UserError if a loss is not finite.
     """
+    show_log()
+    if not hasattr(loader, "batches"):
+        raise UserError(
+            f"the loader is a {type(loader).__name__}, whose order can't be resumed; make one by from_dataset(dataset) "
+            "or from_tensors(images, labels) of dataloader.py"
+        )
     batch_size = distributed.per_rank_batch_size(training.batch_size, training.micro_batch)
-    state = _State(run or TrainingRun(), Recipe(model.train(), training, device, seed), candidate_at, validate)
-    distributed.broadcast_from_rank0(model.state_dict().values())
-    if state.done >= training.iterations and not state.validation_due:
-        log.info("%s: finished, nothing to do (another --out or --resume none starts anew)", state.run.folder)
-        return state.metrics
-    epochs = training.iterations * training.batch_size / len(loader.images)
-    where = f"resuming at step {state.done}" if state.done else "from the start"
-    log.info("%d iterations of %d images, %.1f epochs; %s", training.iterations, training.batch_size, epochs, where)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    plan = training_plan(len(loader.images), batch_size, seed, state.done, training.iterations, rank, world_size)
-    with state:
+    step = (CompiledStep if training.compile else Step)(model.train(), training, **how)
+    with contextlib.ExitStack() as closing:
+        run = run or TrainingRun()
+        if run.folder and not run.started:  # by a command
+            closing.callback(run.close)
+            run.start_from_python(step, sampler)
+        state = _State(run, step, sampler, validate)
+        distributed.broadcast_from_rank0(model.state_dict().values())
+        if state.done >= training.iterations and not state.validation_due:
+            log.info("%s: finished, nothing to do (another --out or --resume none starts anew)", state.run.folder)
+            return state.metrics
+        epochs = training.iterations * training.batch_size / len(loader.images)
+        where = f"resuming at step {state.done}" if state.done else "from the start"
+        log.info("%d iterations of %d images, %.1f epochs; %s", training.iterations, training.batch_size, epochs, where)
+        ranks = distributed.rank(), distributed.world_size()
+        plan = training_plan(len(loader.images), batch_size, step.seed, state.done, training.iterations, *ranks)
+        closing.enter_context(state)
         state.finish_validation()
-        for step, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
-            candidate = candidate_at(step) if candidate_at else None
-            loss, logits = state.recipe.train_one_step(step, images, labels, candidate)
-            state.after(step, loss, logits, labels)
+        for number, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
+            candidate = state.candidate_at(number)
+            loss, logits = step.train_one_step(number, images, labels, candidate)
+            state.after(number, candidate, loss, logits, labels)
     return state.metrics
 
 
 class _State:
     """A training run between its steps: metrics, validation, checkpoints, interruption."""
 
-    def __init__(self, run, recipe, candidate_at, validate):
+    def __init__(self, run, step, sampler, validate):
         self.run = run
-        self.recipe = recipe
-        self.candidate_at = candidate_at
+        self.step = step
+        self.sampler = sampler
         self.validate = validate
-        self.done, self.metrics, rows, self.validation_due = run.resume(recipe)
-        self.meter = _Meter(recipe, candidate_at, self.done, self.metrics["seconds"], rows)
+        self.done, self.metrics, rows, self.validation_due = run.resume(step, sampler)
+        self.meter = _Meter(step, self.done, self.metrics["seconds"], rows)
         self.interruption = _Interruption()
 
     def __enter__(self):
         kept = self.done - 1 if self.validation_due else self.done
-        iterations = self.recipe.training.iterations
-        space = self.recipe.model.space
         self.closing = contextlib.ExitStack()
-        self.journal = self.closing.enter_context(Journal(self.run.folder, self.done, iterations, space, kept))
+        self.journal = self.closing.enter_context(Journal(self.run, self.done, self.step, kept))
         if self.run.folder:
             self.closing.enter_context(signals(self.interruption.note))
 
@@ -101,19 +127,25 @@ class _State:
         try:
             yield from self.meter.waits_for(self.interruption.ends_waits_for(batches))
         except Interrupted as error:
-            saved = self.save(self.meter.step) if self.meter.step > self.done else newest(self.run.folder)
+            saved = self.save(self.meter.number) if self.meter.number > self.done else newest(self.run.folder)
             self.interruption.end(saved, *error.args)
         except ERRORS:
-            self.keep(self.meter.step)
+            self.keep(self.meter.number)
             raise
 
-    def after(self, step, loss, logits, labels):
+    def candidate_at(self, step):
+        """The candidate that the sampler has for a step; None without a sampler."""
+        return self.sampler and getattr(self.sampler, "candidate", self.sampler)(step)
+
+    def after(self, step, candidate, loss, logits, labels):
         """Counts a step; logs, validates and saves if due; ends the process if a signal has come."""
-        training = self.recipe.training
-        self.meter.add(loss, logits, labels)
+        training = self.step.training
+        self.meter.add(candidate, loss, logits, labels)
+        if hasattr(self.sampler, "after_step"):
+            self.sampler.after_step(step, candidate, distributed.mean(loss))
         self.journal.progress.update()
-        if step == self.done + PLAN_AFTER[self.recipe.device.type][1]:
-            _log_plan(self.recipe, self.run.folder, step, self.meter)
+        if step == self.done + PLAN_AFTER[self.step.device.type][1]:
+            _log_plan(self.step, self.run.folder, self.meter, self.validate)
         stop = distributed.all_reduce_max(self.interruption.signal)
         closes = step == training.iterations or step % training.val_every == 0
         validation_due = bool(closes and self.validate)
@@ -121,7 +153,7 @@ class _State:
             self.metrics = self.meter.summary()
             self.journal.log(step, self.metrics)
             if not validation_due:
-                self.journal.write(step, self.metrics, self.candidate_at)
+                self.journal.write(step, self.metrics, self.meter.take_paths())
         if validation_due:
             if step == training.iterations:
                 self.save(step, validation_due)  # a kill during the last validation loses no step
@@ -134,7 +166,7 @@ class _State:
 
     def validated(self, step):
         """Validates, and writes all metrics. Returns the number of the signal that interrupted it, or 0."""
-        training = self.recipe.training
+        training = self.step.training
         meter = self.meter
         try:
             with meter.paused(), self.interruption.raised():
@@ -146,16 +178,16 @@ class _State:
             self.keep(step, validation_due=True)
             raise
         finally:
-            self.recipe.model.train()
+            self.step.model.train()
         left = training.iterations // training.val_every - step // training.val_every
         log.info("validation took %s; %d more to come", duration(meter.pauses[-1]), left)
-        self.journal.write(step, self.metrics, self.candidate_at)
+        self.journal.write(step, self.metrics, meter.take_paths())
         return 0
 
     def save(self, step, validation_due=False):
         """Saves a checkpoint and returns its path."""
         self.metrics["seconds"] = self.meter.seconds
-        return self.run.save(step, self.recipe, self.metrics, self.meter.fetch(), validation_due)
+        return self.run.save(step, self.step, self.sampler, self.metrics, self.meter.fetch(), validation_due)
 
     def keep(self, step, validation_due=False):
         """Saves a finished step before an error ends the run; not if other ranks may be in another collective."""
@@ -163,27 +195,28 @@ class _State:
             log.info("saved %s; the same command resumes from there", self.save(step, validation_due))
 
 
-def _log_plan(recipe, folder, step, meter):
+def _log_plan(step, folder, meter, validate):
     """Logs what the run will take in time, disk and memory, estimated from its first steps."""
     step_seconds = meter.step_seconds  # on all ranks, because it sums over them
     if distributed.rank():
         return
-    training = recipe.training
-    steps = training.iterations - step
-    size = 2 * sum(t.nbytes for t in recipe.model.state_dict().values())  # with momentum
+    training = step.training
+    steps = training.iterations - meter.number
+    size = 2 * sum(t.nbytes for t in step.model.state_dict().values())  # with momentum
     kept = f" {training.keep} checkpoints of {size / 1e6:.0f} MB;" if folder else ""
+    validations = f", plus {-(-steps // training.val_every)} validations" if validate else ""
     log.info(
-        "plan: %s for %d more steps of %.3g s, plus %d validations;%s peak memory so far %.1f GB",
-        duration(steps * step_seconds), steps, step_seconds, -(-steps // training.val_every), kept,
-        _peak_memory(recipe.device) / 1e9,
+        "plan: %s for %d more steps of %.3g s%s;%s peak memory so far %.1f GB",
+        duration(steps * step_seconds), steps, step_seconds, validations, kept, _peak_memory(step.device) / 1e9,
     )  # fmt: skip
     disk, free = (size * (training.keep + 1), shutil.disk_usage(folder).free) if folder else (0, 0)
     if disk > free:
         text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
         log.warning(text, folder, free / 1e9, disk / 1e9)
-    if recipe.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
-        text = "warning: %d threads compute less than one would; other programs run: try --threads 1"
-        log.warning(text, torch.get_num_threads())
+    if step.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
+        advice = "--threads 1" if UserError.of_commands else "torch.set_num_threads(1)"
+        text = "warning: %d threads compute less than one would; other programs run: try %s"
+        log.warning(text, torch.get_num_threads(), advice)
 
 
 def _peak_memory(device):
@@ -199,18 +232,18 @@ class _Meter:
     Values stay on the device until a line is due, so that a step needs no synchronisation.
     """
 
-    def __init__(self, recipe, candidate_at, step, seconds, rows):
-        self.recipe = recipe
-        self.candidate_at = candidate_at
+    def __init__(self, step, number, seconds, rows):
         self.step = step
+        self.number = number
+        self.paths = {}  # step -> candidate, of the steps since the last line
         self.rows = rows  # (n, 3): loss, images correct in top-1 and in top-5, over all ranks
         self.window = []  # the same of this rank, still on the device
         self.before = seconds
         self.started = time.perf_counter()
         self.pauses = []
         self.waited = 0.0  # seconds spent waiting for batches since the last line
-        self.logged = step, self.seconds
-        self.untimed = step + PLAN_AFTER[recipe.device.type][0]
+        self.logged = number, self.seconds
+        self.untimed = number + PLAN_AFTER[step.device.type][0]
         self.first = None  # (step, seconds) after the untimed steps
         self.computed_s = self.cpu_s = 0.0  # of the steps so far: seconds, and CPU seconds of all threads
 
@@ -223,7 +256,7 @@ class _Meter:
         """Mean seconds of the timed steps."""
         self.fetch()
         step, seconds = self.first
-        return (self.seconds - seconds) / max(1, self.step - step)
+        return (self.seconds - seconds) / max(1, self.number - step)
 
     @contextlib.contextmanager
     def paused(self):
@@ -245,12 +278,15 @@ class _Meter:
             self.computed_s += start - ready
             self.cpu_s += time.process_time() - ready_cpu_s
 
-    def add(self, loss, logits, labels):
+    def add(self, candidate, loss, logits, labels):
+        if labels.dim() > 1:  # probabilities: right is the most probable class
+            labels = labels.argmax(dim=1)
         self.window.append(torch.cat((loss.detach()[None], correct_counts(logits.detach(), labels))))
-        self.step += 1
-        if self.step == self.untimed:
+        self.number += 1
+        self.paths[self.number] = candidate
+        if self.number == self.untimed:
             self.fetch()
-            self.first = self.step, self.seconds
+            self.first = self.number, self.seconds
 
     def fetch(self):
         """The rows so far. Raises UserError if a loss is not finite, unless --amp fp16 can still lower its scale."""
@@ -258,29 +294,35 @@ class _Meter:
             rows = distributed.all_reduce_sum(torch.stack(self.window).double().cpu())
             rows[:, 0] /= distributed.world_size()
             finite = rows[:, 0].isfinite()
-            if not finite.all() and self.recipe.scaler.get_scale() <= 1:
-                bad = self.step - len(rows) + 1 + int(finite.logical_not().nonzero()[0])
-                path = f", path {list(self.candidate_at(bad))}" if self.candidate_at else ""
-                where = f"learning rate {self.recipe.learning_rate(bad):.4g}{path}"
+            if not finite.all() and self.step.scaler.get_scale() <= 1:
+                bad = self.number - len(rows) + 1 + int(finite.logical_not().nonzero()[0])
+                path = f", path {list(self.paths[bad])}" if self.paths.get(bad) else ""
+                where = f"learning rate {self.step.learning_rate(bad):.4g}{path}"
                 raise UserError(f"the loss of step {bad} is not finite ({where}); lower --lr, with another --out")
             self.rows = torch.cat((self.rows, rows[finite]))
             self.window = []
         return self.rows
 
+    def take_paths(self):
+        """The candidates of the steps since the last call."""
+        taken = list(self.paths.values())
+        self.paths = {}
+        return [candidate for candidate in taken if candidate]
+
     def summary(self):
         """The means over the rows since the last call, as metrics."""
         rows = self.fetch()
         self.rows = self.rows[:0]
-        batch_size = self.recipe.training.batch_size
+        batch_size = self.step.training.batch_size
         loss, top1, _ = rows.mean(dim=0).tolist()
         logged, before = self.logged
-        self.logged = self.step, self.seconds
+        self.logged = self.number, self.seconds
         seconds = max(1e-3, self.seconds - before)
         waited = self.waited
         self.waited = 0.0
         return {
-            "train/loss": loss, "train/acc1": top1 * 100 / batch_size, "train/lr": self.recipe.learning_rate(self.step),
-            "train/images_per_second": (self.step - logged) * batch_size / seconds,
+            "train/loss": loss, "train/acc1": top1 * 100 / batch_size, "train/lr": self.step.learning_rate(self.number),
+            "train/images_per_second": (self.number - logged) * batch_size / seconds,
             "train/wait_percent": min(100.0, 100 * waited / seconds),
             "seconds": self.seconds,
         }  # fmt: skip
@@ -340,4 +382,6 @@ class _Interruption:
             log.info("interrupted: saved %s; the same command resumes from there%s", saved, self.lost)
         else:
             log.info(INTERRUPTED)
+        if number == signal.SIGINT and not UserError.of_commands:
+            raise KeyboardInterrupt
         raise SystemExit(128 + number)

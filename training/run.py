@@ -6,31 +6,57 @@ import itertools
 import json
 import math
 import pathlib
+import reprlib
+import sys
+import typing
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from settings.command_line import write_settings
 from settings.fields import flag
-from space import weight_files
+from settings.subjects import deciding
+from space import own, weight_files
 from training import checkpoint, distributed
+from training.step import linear, name_of, sgd, single_path
 from utils import UserError, atomic_write, code_version, hold_lock, log, output_folder, start_logging
 
 STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs
 
 
 def contents_of(space, config, classes, split=None, **more):
-    """The `contents` of a run: its SearchSpace, its DataConfig, the names of the classes, the split of the images."""
-    return {"space": space.to_dict(), "data": config.to_dict(), "split": split, "classes": list(classes), **more}
+    """The `contents` of a run: its SearchSpace, its DataConfig, the names of the classes, the split of the images.
+
+    `config` is None for data of Python that has no DataConfig. Raises UserError if the classes are not names.
+    """
+    classes = list(classes)
+    if not all(isinstance(name, str) for name in classes):
+        raise UserError(f"classes {reprlib.repr(classes)} are not names: write them as texts")
+    data = config and config.to_dict()
+    return {"space": space.to_dict(), "data": data, "split": split, "classes": classes, **more}
+
+
+def described(thing):
+    """A sampler, a rule or another function in words, to compare it when a run is resumed."""
+    thing = getattr(thing, "__self__", thing)
+    if type(thing).__repr__ is not object.__repr__ and not hasattr(thing, "__qualname__"):
+        return repr(thing)
+    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    code = own.source_hash(thing)
+    return f"{name} ({code})" if code else name
 
 
 @dataclasses.dataclass
 class TrainingRun:
     """What a training run keeps in `folder`; without a folder nothing is kept. Only rank 0 writes.
 
-    `kind` ("supernet" or "scratch") and `contents` (see `contents_of`) go into every checkpoint. `settings` (name ->
-    value) are those that affect the result: a resumed run must have the same ones. `keep` is the number of checkpoints
-    that are kept.
+    Args:
+        kind: "supernet" or "scratch"
+        contents: of every checkpoint; see `contents_of`
+        settings: name -> value of those that affect the result: a resumed run must have the same ones. `train` adds
+            its own, with the rule, the sampler, and an optimizer or schedule that is not the official one
+        keep: the number of checkpoints that are kept
+        log: a function of a step and its metrics (name -> number), called for each line of the log
     """
 
     folder: pathlib.Path | None = None
@@ -38,6 +64,11 @@ class TrainingRun:
     contents: dict = dataclasses.field(default_factory=dict)
     settings: dict = dataclasses.field(default_factory=dict)
     keep: int = 3
+    log: typing.Callable | None = None
+    started: bool = dataclasses.field(default=False, init=False)
+    # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
+    lock: typing.Any = dataclasses.field(default=None, init=False)
+    content: typing.Any = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
         if self.folder is not None:
@@ -45,12 +76,29 @@ class TrainingRun:
         if distributed.world_size() > 1:
             self.settings = self.settings | {"processes": distributed.world_size()}
 
+    def start_from_python(self, step, sampler):
+        """Starts a run that no command has started, with the settings of a Step and a sampler."""
+        settings = dataclasses.asdict(step.training) | {"seed": step.seed, "rule": name_of(step.rule)}
+        code = own.source_hash(step.rule) if step.rule is not single_path else None
+        others = {"optimizer": step.make_optimizer, "schedule": step.schedule, "paths": sampler}
+        others = {name: described(value) for name, value in others.items() if value not in (None, sgd, linear)}
+        self.settings = deciding(settings) | ({"rule_code": code} if code else {}) | others | self.settings
+        self.start(step.device, step.seed, step.training.resume == "none", config=settings | others)
+
+    def close(self):
+        """Releases the lock of the folder."""
+        if self.lock:
+            self.lock.close()
+        self.lock = None
+        self.started = False
+
     def start(self, device, seed, anew=False, warnings=(), images=None, config=None):
         """Locks the folder, starts its log, and logs the `warnings`; with `anew`, an earlier run in it is renamed.
 
         `config` (name -> value) are the settings for config.yml; `images` is a hash of the images. Raises UserError if
         another run holds the lock, or if settings, images or code differ between ranks.
         """
+        self.started = True
         distributed.check_same(self._identity(images))
         distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
 
@@ -70,6 +118,7 @@ class TrainingRun:
             aside = next(name for name in names if not name.exists())
             self.folder.rename(aside)
         start_logging(self.folder, device, seed)
+        self.content = self._newest()
         write_settings(self.folder / "config.yml", self.kind, config)
         if aside:
             log.info("the previous run was moved to %s", aside)
@@ -78,17 +127,20 @@ class TrainingRun:
         for text in warnings:
             log.warning("warning: %s", text)
 
-    def resume(self, recipe):
-        """Loads the newest whole checkpoint, if there is one.
+    def resume(self, step, sampler=None):
+        """Loads the newest whole checkpoint, if there is one, into a Step and a sampler.
 
         Returns its (step, metrics, rows of the log, whether the validation of this step is still due).
         """
-        content = distributed.on_rank0(self._newest) if self.folder else None
+        content = distributed.on_rank0(lambda: self.content) if self.folder else None
+        self.content = None
         if content is None:
             return 0, {"seconds": 0.0}, torch.empty(0, 3, dtype=torch.double), False
-        recipe.model.load_state_dict(content["model"])
-        recipe.optimizer.load_state_dict(content["optimizer"])
-        recipe.scaler.load_state_dict(content["scaler"])
+        step.model.load_state_dict(content["model"])
+        step.optimizer.load_state_dict(content["optimizer"])
+        step.scaler.load_state_dict(content["scaler"])
+        if "sampler" in content:
+            sampler.load_state_dict(content["sampler"])
         metrics = dict(content["metrics"])
         validation_due = metrics.pop("validation_due", False)
         return content["step"], metrics, content["rows"], validation_due
@@ -123,51 +175,56 @@ class TrainingRun:
             raise UserError(f"{path}: not a checkpoint of this program; use {advice}")
         if missing := STATE - content.keys():
             raise UserError(f"{path}: has no {min(missing)} to resume from; use {advice}")
-        checkpoint.check_settings(found, self.settings, self.folder)
+        checkpoint.check_settings(found, self.contents | {"settings": self.settings}, self.folder)
+        known = content | {"space": found.space.to_dict()}
         for name in ("space", "split", "classes", "architecture"):
-            if content.get(name) != self.contents.get(name):
+            if known.get(name) != self.contents.get(name):
                 raise UserError(f"{path}: was trained with another {name}; use that, {advice}")
 
-    def save(self, step, recipe, metrics, rows, validation_due=False):
-        """Writes a checkpoint, removes the oldest, and returns its path; without a folder returns None."""
+    def save(self, number, step, sampler, metrics, rows, validation_due=False):
+        """Writes a checkpoint of step `number`, removes the oldest, and returns its path; None without a folder."""
         if self.folder is None:
             return None
-        path = self.folder / f"checkpoint-{step:07d}.pth"
+        path = self.folder / f"checkpoint-{number:07d}.pth"
         if distributed.rank() == 0:
             if validation_due:
                 metrics = {**metrics, "validation_due": True}
-            parts = {"model": recipe.model, "optimizer": recipe.optimizer, "scaler": recipe.scaler}
+            parts = {"model": step.model, "optimizer": step.optimizer, "scaler": step.scaler}
+            if hasattr(sampler, "state_dict"):
+                parts["sampler"] = sampler
             state = {name: part.state_dict() for name, part in parts.items()}
-            values = {"kind": self.kind, "step": step, "metrics": metrics, "rows": rows, "settings": self.settings}
+            values = {"kind": self.kind, "step": number, "metrics": metrics, "rows": rows, "settings": self.settings}
             checkpoint.save(path, **values, **state, **self.contents)
             checkpoint.prune(self.folder, self.keep)
         return path
 
 
 class Journal:
-    """Writes log.jsonl and TensorBoard's files in `folder`, and shows a progress bar on a terminal; on rank 0 only.
+    """Writes log.jsonl and TensorBoard's files of a run, and shows a progress bar on a terminal or in a notebook.
 
-    Removes the lines that a killed run wrote after step `kept`. Without a folder, only the bar is shown.
+    On rank 0 only. Removes the lines that a killed run wrote after step `kept`. Without a folder there is only the bar.
     """
 
-    def __init__(self, folder, done, total, space, kept):
-        self.folder = folder
+    def __init__(self, run, done, step, kept):
+        self.folder = run.folder
+        self.report = run.log
         self.done = done
-        self.total = total
-        self.space = space
+        self.total = step.training.iterations
+        self.space = step.space
         self.kept = kept
 
     def __enter__(self):
         shows = distributed.rank() == 0
         self.writes = shows and self.folder is not None
         self.closing = contextlib.ExitStack()
-        shown = {"unit": "step", "dynamic_ncols": True, "disable": None if shows else True}
+        hidden = (False if "ipykernel" in sys.modules else None) if shows else True  # None: unless on a terminal
+        shown = {"unit": "step", "dynamic_ncols": True, "disable": hidden}
         self.progress = self.closing.enter_context(tqdm(total=self.total, initial=self.done, **shown))
         if self.writes:
             self.board = curves(self.folder / "tensorboard", self.kept + 1)
             self.closing.callback(self.board.close)
             path = self.folder / "log.jsonl"
-            self.step = _cut(path, self.kept)
+            _cut(path, self.kept)
             self.file = self.closing.enter_context(open(path, "a"))
         return self
 
@@ -180,19 +237,20 @@ class Journal:
         names = ("loss", "acc1", "lr", "images_per_second", "wait_percent")
         log.info(text, step, self.total, *(metrics[f"train/{name}"] for name in names))
 
-    def write(self, step, metrics, candidate_at):
-        """Writes the metrics of a step and, to TensorBoard, the FLOPs of the paths since the last one."""
+    def write(self, step, metrics, paths):
+        """Writes the metrics of a step and, to TensorBoard, the FLOPs of the `paths` since the last one."""
+        if self.report and distributed.rank() == 0:
+            self.report(step, dict(metrics))
         if not self.writes:
             return
         for tag, value in metrics.items():
             self.board.add_scalar(tag, value, step)
-        if candidate_at:
-            mflops = [self.space.flops(candidate_at(s)) / 1e6 for s in range(self.step + 1, step + 1)]
+        if paths:
+            mflops = [self.space.flops(candidate) / 1e6 for candidate in paths]
             self.board.add_histogram("paths/MFLOPs", torch.tensor(mflops), step)
         self.progress.set_postfix(loss=f"{metrics['train/loss']:.3f}", top1=f"{metrics['train/acc1']:.1f}%")
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
-        self.step = step
 
 
 def curves(folder, purge_step):
@@ -212,13 +270,11 @@ class _NoCurves:
 
 
 def _cut(path, step):
-    """Removes lines of later steps, and an incomplete last one. Returns the step of the last line left, or 0."""
-    lines = []
+    """Removes lines of later steps, and an incomplete last one."""
     if path.exists():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True) if _step(line) <= step]
         with atomic_write(path) as file:
             file.writelines(lines)
-    return _step(lines[-1]) if lines else 0
 
 
 def _step(line):

@@ -1,0 +1,27 @@
+"""Training rules of other papers: supernet.py --own examples/rules.py --rule fair, or train(..., rule="fair")."""
+
+from torch.nn.functional import cross_entropy
+
+from space.own import register_rule
+
+
+@register_rule("fair")
+def strictly_fair(step, candidate, images, labels):
+    """FairNAS (Chu et al., arXiv 1907.01845): paths that together take every choice of every block once."""
+    rng = step.rng
+    for path in zip(*(rng.sample(range(n), n) for n in step.space.choices)):
+        logits = step.forward(path, images)
+        yield step.criterion(logits, labels), logits
+
+
+@register_rule("sandwich")
+def sandwich(step, candidate, images, labels):
+    """Universally slimmable networks (Yu and Huang, arXiv 1903.05134): the largest path learns the labels; the smallest
+    and two random ones learn what it says of the images."""
+    rng, space = step.rng, step.space
+    logits = step.forward(space.largest(), images)
+    yield step.criterion(logits, labels), logits
+    taught = logits.detach().softmax(dim=1)
+    for path in (space.smallest(), space.random_candidate(rng), space.random_candidate(rng)):
+        logits = step.forward(path, images)
+        yield cross_entropy(logits, taught), logits

@@ -1,0 +1,422 @@
+"""Training rules of one's own: what the step does for them, resuming, the ranks, and the hashes of own files."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from test_training import SPACE, Images, assert_same_end, settings
+
+from network import ShuffleNetV2, ShuffleNetV2OneShot
+from space import own, search_space
+from space.sampler import PathSampler
+from space.weight_files import load
+from training.checkpoint import newest
+from training.loop import train
+from training.run import TrainingRun, contents_of
+from training.step import Step, single_path
+from utils import UserError
+
+RULES = str(ROOT / "examples" / "rules.py")
+CONTENTS = contents_of(SPACE, None, ["a", "b", "c"])
+
+
+@pytest.fixture(autouse=True)
+def rules():
+    own.load(RULES)
+    yield
+    forget()
+
+
+def forget():
+    for name in own.REGISTRIES["rule"].keys() - {"spos"}:
+        del own.REGISTRIES["rule"][name]
+    for known in (own.loaded, own.hashes, search_space.SAME_OPERATIONS):
+        known.clear()
+
+
+def supernet(dtype=torch.float32):
+    torch.manual_seed(0)
+    return ShuffleNetV2OneShot(space=SPACE).to(dtype)
+
+
+def batch(n=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(n, 3, 16, 16, generator=generator).to(dtype) * 255, torch.arange(n) % 3
+
+
+class Stopping(Images):
+    """Fails after `n` batches of all runs."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def batches(self, plan):
+        for one in super().batches(plan):
+            if self.taken > self.n:
+                raise UserError("stopped")
+            yield one
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_strictly_fair_paths_take_every_operation_once():
+    model, (images, labels) = supernet(), batch()
+    Step(model, settings(rule="fair")).train_one_step(1, images, labels)
+    assert len(gradients(model)) == len(list(model.parameters()))
+    paths = []
+
+    def noted(step, candidate, images, labels):
+        yield from own.REGISTRIES["rule"]["fair"](step, candidate, images, labels)
+
+    step = Step(model, settings(), rule=noted)
+    forward = step.forward
+    step.forward = lambda path, images: paths.append(path) or forward(path, images)
+    step.train_one_step(1, images, labels)
+    assert all(sorted(column) == [0, 1, 2, 3] for column in zip(*paths)) and len(paths) == 4
+
+
+def test_a_sandwich_teaches_by_the_largest():
+    model, other, (images, labels) = supernet(torch.double), supernet(torch.double), batch(dtype=torch.double)
+    model.dropout.p = other.dropout.p = 0.0
+    step = Step(model, settings(rule="sandwich", lr=0.0))
+    _, last = step.train_one_step(1, images, labels)
+    found = gradients(model)
+    plain, rng = Step(other, settings(lr=0.0)), step.rng
+    paths = [SPACE.largest(), SPACE.smallest(), SPACE.random_candidate(rng), SPACE.random_candidate(rng)]
+    logits = [plain.forward(path, images) for path in paths]
+    losses = [plain.criterion(logits[0], labels)]
+    taught = logits[0].detach().softmax(1)
+    losses += [torch.nn.functional.cross_entropy(other_logits, taught) for other_logits in logits[1:]]
+    sum(losses).backward()
+    assert torch.equal(last, logits[-1].detach())
+    expected = gradients(other)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["fair", "sandwich"])
+def test_micro_batches_keep_the_statistics_of_the_first_and_average_the_gradients(rule):
+    """In double precision, with dropout off: the gradients are the mean of those of the micro-batches alone."""
+    whole, images, labels = supernet(torch.double), *batch(8, torch.double)
+    whole.dropout.p = 0.0
+    Step(whole, settings(rule=rule, lr=0.0, micro_batch=4)).train_one_step(3, images, labels)
+    parts = []
+    for half in (slice(0, 4), slice(4, 8)):
+        model = supernet(torch.double)
+        model.dropout.p = 0.0
+        Step(model, settings(rule=rule, lr=0.0)).train_one_step(3, images[half], labels[half])
+        parts.append((gradients(model), dict(model.named_buffers())))
+    (a, buffers), (b, _) = parts
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradient, (a[name] + b[name]) / 2, rtol=1e-9, atol=1e-14, msg=name)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in whole.named_buffers())
+
+
+@pytest.mark.parametrize("rule", ["fair", "sandwich"])
+def test_a_rule_resumes_to_the_bit_and_with_no_other_rule(tmp_path, rule):
+    for folder, steps in (("whole", (8,)), ("parts", (5, 8))):
+        for n in steps:
+            given = settings(iterations=8, save_every=5, rule=rule, micro_batch=4)
+            images = Stopping(n)
+            torch.manual_seed(0)
+            run_ = TrainingRun(tmp_path / folder, "supernet", CONTENTS)
+            try:
+                train(ShuffleNetV2OneShot(space=SPACE), images, given, PathSampler(SPACE, 0), run=run_)
+            except UserError as error:
+                assert str(error) == "stopped"
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    for other, text in (("spos", rf"--rule spos \(was {rule}\)"), ("fair", r"--rule fair \(was sandwich\)")):
+        if other != rule:
+            with pytest.raises(UserError, match=text):
+                run_ = TrainingRun(tmp_path / "parts", "supernet", CONTENTS)
+                train(supernet(), Images(), settings(iterations=9, rule=other), PathSampler(SPACE, 0), run=run_)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"lr": 0.2}, r"--lr 0.2 \(was 0.5\)"),
+        ({"iterations": 5}, r"--iterations 5 \(was 4\)"),
+        ({"seed": 3}, r"--seed 3 \(was 0\)"),
+        ({"sampler": lambda step: (0, 0, 0, 0)}, r"--paths .*<lambda> \(\w+\) \(was PathSampler\(seed 0, width_warmup"),
+        (
+            {"make_optimizer": lambda groups, training: torch.optim.AdamW(groups)},
+            r"--optimizer .*<lambda>.* \(was None",
+        ),
+        ({"rule": lambda *given: single_path(*given)}, r"--rule .*<lambda> \(was spos\)"),
+    ],
+)
+def test_a_run_in_python_is_not_resumed_with_other_settings(tmp_path, changes, text):
+    def go(iterations=4, seed=0, sampler=None, **how):
+        given = {name: how.pop(name) for name in ("lr",) if name in how}
+        sampler = sampler or PathSampler(SPACE, 0)
+        run_ = TrainingRun(tmp_path, "supernet", CONTENTS)
+        train(supernet(), Images(), settings(iterations=iterations, **given), sampler, run=run_, seed=seed, **how)
+
+    go()
+    go()  # finished: nothing to do, and not its own lock
+    with pytest.raises(UserError, match=text):
+        go(**changes)
+    lines = (tmp_path / "run.log").read_text()
+    assert "versions: python" in lines and "iterations of 8 images" in lines
+    kept = (tmp_path / "config.yml").read_text()
+    assert all(word in kept for word in ("rule: spos", "PathSampler(seed 0", "iterations: 4", "seed: 0"))
+
+
+def test_a_folder_of_before_without_settings_resumes_with_a_warning(tmp_path, caplog):
+    train(
+        supernet(),
+        Images(),
+        settings(iterations=2),
+        PathSampler(SPACE, 0),
+        run=TrainingRun(tmp_path, "supernet", CONTENTS),
+    )
+    path = newest(tmp_path)
+    content = load(path, "supernet").content
+    torch.save(content | {"settings": {}}, path)
+    run_ = TrainingRun(tmp_path, "supernet", CONTENTS)
+    train(supernet(), Images(), settings(iterations=3, lr=0.1), PathSampler(SPACE, 0), run=run_)
+    assert caplog.text.count("has no settings to compare") == 1
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own(tmp_path):
+    def adamw(groups, training):
+        return torch.optim.AdamW(groups, lr=training.lr)
+
+    model, rates = supernet(), []
+    step = Step(model, settings(iterations=4, lr=0.01), make_optimizer=adamw, learning_rate=lambda n, training: 0.1 / n)
+    assert [group["weight_decay"] for group in step.optimizer.param_groups] == [4e-5]
+    for n in (1, 2):
+        step.train_one_step(n, *batch(), (0, 1, 2, 3))
+        rates.append(step.optimizer.param_groups[0]["lr"])
+    assert rates == [0.1, 0.05]
+    train(supernet(), Images(), settings(iterations=4), PathSampler(SPACE, 0), make_optimizer=adamw)
+
+
+def test_soft_labels_count_by_their_largest_entry(caplog):
+    class Mixed(Images):
+        def batches(self, plan):
+            for images, labels in super().batches(plan):
+                soft = torch.nn.functional.one_hot(labels, 3).float()
+                yield images, 0.9 * soft + 0.1 * soft.roll(1, 0)
+
+    hard = train(supernet(), Images(), settings(iterations=3), PathSampler(SPACE, 0))
+    soft = train(supernet(), Mixed(), settings(iterations=3), PathSampler(SPACE, 0))
+    assert soft["train/loss"] != hard["train/loss"] and 0 <= soft["train/acc1"] <= 100
+
+
+def test_a_loss_that_is_not_finite_shows_whichever_path_it_is_of():
+    def broken(step, candidate, images, labels):
+        logits = step.forward(candidate, images)
+        yield logits.sum() * float("nan"), logits
+        yield from single_path(step, candidate, images, labels)
+
+    with pytest.raises(UserError, match=r"loss of step 1 is not finite .*path \["):
+        train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), rule=broken)
+    with pytest.raises(UserError, match="yields no loss"):
+        train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), rule=lambda *given: iter(()))
+    with pytest.raises(UserError, match=r"--rule other: is none of spos.*--own"):
+        train(supernet(), Images(), settings(iterations=2, rule="other"), PathSampler(SPACE, 0))
+
+
+def test_a_sampler_with_a_state_is_in_the_checkpoint(tmp_path):
+    class Greedy:
+        """Takes the candidate with the lowest loss so far, every other step."""
+
+        def __init__(self):
+            self.best, self.asked = [9.0, (0, 0, 0, 0)], []
+
+        def __repr__(self):
+            return "Greedy()"
+
+        def candidate(self, step):
+            self.asked.append(step)
+            return tuple(self.best[1]) if step % 2 else PathSampler(SPACE, 0).candidate(step)
+
+        def after_step(self, step, candidate, loss):
+            self.best = min(self.best, [loss, list(candidate)], key=lambda pair: pair[0])
+
+        def state_dict(self):
+            return {"best": self.best}
+
+        def load_state_dict(self, state):
+            self.best = state["best"]
+
+    ends = []
+    for folder, steps in (("whole", (60,)), ("parts", (33, 60))):
+        for n in steps:
+            sampler, images = Greedy(), Stopping(n)
+            torch.manual_seed(0)
+            try:
+                run_ = TrainingRun(tmp_path / folder, "supernet", CONTENTS)
+                train(ShuffleNetV2OneShot(space=SPACE), images, settings(iterations=60), sampler, run=run_)
+            except UserError as error:
+                assert str(error) == "stopped"
+            assert len(sampler.asked) == len(set(sampler.asked))
+        ends.append(sampler.best)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert ends[0] == ends[1]
+
+
+def test_a_stand_alone_network_is_trained_by_a_rule_too():
+    """Distillation from a teacher, with micro-batches."""
+    teacher = ShuffleNetV2((0, 1, 2, 3), space=SPACE).eval()
+
+    def distilled(step, candidate, images, labels):
+        with torch.no_grad():
+            taught = teacher(images).softmax(1)
+        logits = step.forward(candidate, images)
+        yield torch.nn.functional.cross_entropy(logits, taught), logits
+
+    network = ShuffleNetV2((0, 0, 0, 0), space=SPACE)
+    metrics = train(network, Images(), settings(iterations=3, micro_batch=4), rule=distilled)
+    assert 0 < metrics["train/loss"] < 10
+
+
+# --- own files -----------------------------------------------------------------------------------------------
+
+OPERATION = """
+from torch import nn
+from blocks import conv_bn, register
+
+EXPANSION = 2
+
+
+def helper(n):
+    return n * EXPANSION
+
+
+@register("wide")
+class Wide(nn.Module):
+    def __init__(self, shape, width, affine):
+        super().__init__()
+        n = helper(shape.in_channels)
+        self.layers = nn.Sequential(
+            *conv_bn(shape.in_channels, n, 1, affine=affine),
+            *conv_bn(n, shape.out_channels, 3, shape.stride, affine=affine),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+"""
+RULE = """
+from space.own import register_rule
+
+SCALE = 1.0
+
+
+@register_rule("own")
+def own_rule(step, candidate, images, labels):
+    logits = step.forward(candidate, images)
+    yield SCALE * step.criterion(logits, labels), logits
+"""
+
+
+def hashes(path, text):
+    forget()
+    path.write_text(text)
+    own.load(str(path))
+    return {kind: digest for (kind, _), digest in own.hashes.items()}
+
+
+def test_each_kind_has_a_hash_of_the_code_it_uses(tmp_path):
+    path = tmp_path / "own.py"
+    before = hashes(path, OPERATION + RULE)
+    assert before.keys() == {"operation", "rule"}
+    assert hashes(path, OPERATION + RULE.replace("SCALE = 1.0", "SCALE = 2.0"))["operation"] == before["operation"]
+    assert hashes(path, OPERATION.replace("EXPANSION = 2", "EXPANSION = 3") + RULE)["rule"] == before["rule"]
+    for old, new, kind in (("SCALE = 1.0", "SCALE = 2.0", "rule"), ("EXPANSION = 2", "EXPANSION = 3", "operation"),
+                           ("return n * EX", "return n + EX", "operation")):  # fmt: skip
+        assert hashes(path, (OPERATION + RULE).replace(old, new))[kind] != before[kind]
+    both = hashes(path, OPERATION + RULE + "\nprint()\n")
+    assert both["rule"] != before["rule"] and both["operation"] != before["operation"]
+    assert hashes(path, OPERATION + RULE + '\n"""Text."""\n# a comment\n') == before
+
+
+def test_a_hash_of_before_is_that_of_the_whole_file(tmp_path):
+    import hashlib
+
+    path = tmp_path / "own.py"
+    digest = hashes(path, OPERATION)["operation"]
+    whole = hashlib.sha256(OPERATION.encode()).hexdigest()[:16]
+    space = own.with_hash(dataclasses.replace(SPACE, operations=("wide", "shufflenet_3x3")))
+    assert space.operations_hash == digest
+    stored = space.to_dict() | {"operations_hash": whole}
+    assert search_space.SearchSpace.from_dict(stored) == space
+    own.check_operations(search_space.SearchSpace.from_dict(stored), "supernet.pth")
+
+
+def test_the_commands_train_by_a_rule_and_refuse_another(data, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OPERATION + RULE)
+    small = "--batch-size 4 --iterations {} --val-every 100 --bn-batches 1 --bn-batch-size 8 --val-paths 1 "
+    small += "--sampler uniform"
+    space = json.dumps({"stem": {"channels": 8}, "last": {"channels": 16}, "operations": ["wide", "shufflenet_3x3"],
+                        "stages": [{"blocks": 2, "channels": 16, "stride": 2}]})  # fmt: skip
+    (tmp_path / "space.yml").write_text(f'{{"space": {space}}}')
+    words = (*data, "--space", tmp_path / "space.yml", "--own", path, "--out", tmp_path)
+    run("supernet.py", *words, small.format(2), "--rule", "own")
+    _, err = run("supernet.py", *words, small.format(2), code=2)
+    assert "--rule spos (was own)" in err
+    path.write_text(OPERATION + RULE.replace("SCALE = 1.0", "SCALE = 2.0"))
+    forget()
+    out, _ = run("tester.py", *words[len(data) + 2 :], "--mode gen")
+    assert "2 choice blocks of 2 operations" in out  # the weights are readable
+    _, err = run("supernet.py", *words, small.format(2), "--rule", "own", code=2)
+    assert "--rule-code" in err and "--resume none" in err
+    _, err = run("supernet.py", *words, small.format(2), "--rule", "none", code=2)
+    assert "--rule none: is none of spos" in err
+
+
+# --- several ranks -------------------------------------------------------------------------------------------
+
+RANKS = """
+import pathlib, sys
+import utils, torch
+from test_rules import CONTENTS, RULES, SPACE, Images, settings
+from network import ShuffleNetV2OneShot
+from space import own
+from space.sampler import PathSampler
+from training import distributed
+from training.loop import train
+from training.run import TrainingRun
+
+def main(out):
+    own.load(RULES)
+    distributed.join("cpu")
+    for rule in ("fair", "sandwich"):
+        torch.manual_seed(distributed.rank())
+        model = ShuffleNetV2OneShot(space=SPACE)
+        given = settings(iterations=3, rule=rule, micro_batch=2)
+        train(model, Images(), given, PathSampler(SPACE, 0), run=TrainingRun(out / rule, "supernet", CONTENTS))
+        torch.save(dict(model.named_parameters()), out / f"{rule}-{distributed.rank()}.pth")
+    differs = lambda step: ((distributed.rank(),) * 4)
+    train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=1), differs)
+
+torch.set_num_threads(1)
+distributed.run(main, lambda: pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_same_weights_and_no_rule_can_forget_their_mean(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert "the ranks train different weights" in result.stderr and result.returncode != 0, result.stderr
+    assert not re.search("Traceback.*average_gradients", result.stderr, re.S)
+    for rule in ("fair", "sandwich"):
+        one, other = (torch.load(tmp_path / f"{rule}-{rank}.pth") for rank in (0, 1))
+        assert all(torch.equal(weights, other[name]) for name, weights in one.items())

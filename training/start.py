@@ -1,0 +1,69 @@
+"""What both training commands do before their first step, in one order: images, device, loader, the run's folder."""
+
+import pathlib
+
+from dataloader import Loader
+from images.dataset import check_batch_size, open_data
+from settings.subjects import DataConfig, Images, Training, deciding
+from space import own
+from training import distributed
+from training.compiled import prepare_compiler
+from training.evaluation import resolve_device, validation_batches
+from training.run import TrainingRun, contents_of
+from training.step import find_rule
+
+
+class Start:
+    """The settings `values` (name -> value) of a training command, and what they name: images and device.
+
+    `kind` is "supernet" or "scratch", and the name of the folder in OUT/checkpoints.
+    """
+
+    def __init__(self, kind, values, config):
+        self.kind = kind
+        self.values = values
+        self.config = config  # a DataConfig
+        self.training = Training.of(values)
+        self.images = Images.of(values)
+        self.seed = values["seed"]
+        self.folder = folder_of(kind, values)
+        self.data = distributed.local_rank0_first(lambda: open_data(self.images, config, values["demo"]))
+        self.device = resolve_device(values["device"], values["threads"])
+
+    def loader(self, part, augment=False):
+        """The Loader of a part of the images: "supernet", "search", "train" or "val"."""
+        images = self.data.images(part)
+        return Loader(images, self.config, augment, self.seed, self.device, self.images.loader, self.images.workers)
+
+    def validation(self, part):
+        """Validation batches of a part of the images."""
+        return validation_batches(self.loader(part), self.images.eval_batch_size, self.images.cache)
+
+    def run(self, space, loader, **contents):
+        """The TrainingRun in a SearchSpace with a Loader, locked and with its log; `contents` are those of checkpoints.
+
+        Raises UserError, before anything is written, if the settings allow no training.
+        """
+        check_batch_size(len(loader.images), self.training.batch_size)
+        distributed.per_rank_batch_size(self.training.batch_size, self.training.micro_batch)
+        if self.training.compile:
+            prepare_compiler(self.device, self.images.cache, space.n_widths)
+        settings = deciding(self.values) | {"loader": loader.backend}
+        find_rule(self.training.rule)
+        if code := own.hash_of("rule", self.training.rule):
+            settings["rule_code"] = code
+        contents = contents_of(space, self.config, self.data.classes, **contents)
+        run = TrainingRun(self.folder, self.kind, contents, settings, self.training.keep)
+        anew = self.training.resume == "none"
+        run.start(self.device, self.seed, anew, self.data.warnings, self.data.names_hash, self.values)
+        return run
+
+
+def folder_of(kind, values):
+    """The folder of the checkpoints of a kind."""
+    return pathlib.Path(values["out"]) / "checkpoints" / kind
+
+
+def given_config(values):
+    """The DataConfig of the flags."""
+    return DataConfig.resolve(DataConfig.given(values))

@@ -1,0 +1,214 @@
+"""One training step of supernet and retrained network, and its rule: which paths it trains, by which losses.
+
+SGD with momentum, weight decay on weights with more than one dimension, a learning rate that falls linearly to 0, label
+smoothing. Source: paper section 4; official `src/Supernet/train.py`, `utils.py`.
+"""
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+from network import autocast
+from space.own import REGISTRIES, register_rule
+from training import distributed
+from utils import UserError
+
+DROPOUT, RULE = 0x44726F70, 0x52756C65  # separate these draws from others with the same seed
+
+
+@register_rule("spos")
+def single_path(step, candidate, images, labels):
+    """The paper's rule: the loss of the step's path. A retrained network has no candidate (None)."""
+    logits = step.forward(candidate, images)
+    yield step.criterion(logits, labels), logits
+
+
+def sgd(groups, training):
+    """The official optimizer of a Training, for the groups of `parameter_groups`."""
+    return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, fused=True)
+
+
+def linear(step, training):
+    """The official learning rate of a step of a Training, with its warm-up."""
+    return learning_rate(step, training.iterations, training.lr, training.warmup)
+
+
+class Step:
+    """Model, optimizer, gradient scaler and criterion of a training run with the settings `training` (a Training).
+
+    A rule is a generator function `rule(step, candidate, images, labels)`, called once for each micro-batch, which
+    yields (loss, logits (N, classes)) of each path that it trains. It has from this object, as its `step`:
+
+        forward(candidate, images)   the logits, with mixed precision and compiled operations
+        criterion(logits, labels)    the cross-entropy with label smoothing
+        space, model, number         the search space, the model, and the number of the step, from 1
+        rng                          a random.Random, the same on all ranks and in all micro-batches of a step
+
+    Args:
+        model: moved to `device`; its methods are those of network.Trainable
+        seed: of dropout, a pure function of seed, step, rank and micro-batch, and of the rule's random numbers
+        rule: a rule, or the name of a registered one (default: that of `training`)
+        make_optimizer: parameter groups, Training -> optimizer
+        learning_rate: step, Training -> learning rate
+    """
+
+    def __init__(
+        self, model, training, device="cpu", seed=0, rule=None, make_optimizer=sgd, learning_rate=linear
+    ):  # fmt: skip
+        self.device = torch.device(device)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.space = model.space
+        self.training = training
+        self.seed = seed
+        self.rule = find_rule(rule or training.rule)
+        self.schedule = learning_rate
+        self.make_optimizer = make_optimizer
+        self.optimizer = make_optimizer(parameter_groups(model, training.weight_decay), training)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+        self.number = 0
+        self.changed = []  # Buffers that note what forward passes change
+
+    def train_one_step(self, number, images, labels, candidate=None):
+        """Trains what the rule makes of the candidate, or a stand-alone network, on this rank's share of a batch.
+
+        Takes images (N, 3, H, W) and labels, (N,) or as probabilities (N, classes); steps count from 1. Returns the
+        loss and the logits (N, classes) of the rule's last path. Weights of other paths get no gradient, so neither
+        weight decay nor momentum changes them.
+
+        With micro-batches, M of them on each rank, the step is that of M times as many ranks without: micro-batch i of
+        rank r has the dropout of rank r * M + i, gradients are averaged, and BN keeps the statistics of the first.
+        """
+        self.number = number
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(number)
+        size = self.training.micro_batch or len(images)
+        batches = list(zip(images.split(size), labels.split(size)))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.changed = []
+        losses, others, outputs = [], [], []
+        for i, batch in enumerate(batches):
+            torch.manual_seed(dropout_seed(self.seed, number, distributed.rank() * len(batches) + i))
+            if i == 1:
+                self.changed.append(Buffers())
+            found = []
+            for loss, logits in self.rule(self, candidate, *batch):
+                loss = loss / len(batches)
+                self.scaler.scale(loss).backward()
+                found.append(loss.detach())
+                output = logits.detach()
+            if not found:
+                raise UserError(f"--rule {name_of(self.rule)}: yields no loss")
+            losses.append(found.pop())
+            others += found
+            outputs.append(output)
+        for buffers in self.changed:
+            buffers.restore()
+        distributed.average_gradients(self.model.parameters())
+        begin_momentum(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        total = torch.stack(losses).sum()
+        if others:  # a loss that is not finite shows, whichever path it is of
+            total = total + 0 * torch.stack(others).sum()
+        return total, torch.cat(outputs)
+
+    def forward(self, candidate, images):
+        """Logits (N, classes) of images (N, 3, H, W) through a candidate, or through a stand-alone network (None)."""
+        path = self.model.path(candidate)
+        for buffers in self.changed:
+            buffers.note(path)
+        with autocast(self.device, self.training.amp):
+            for part in path:
+                images = self.run_part(part, images)
+            return self.model.classify(images)
+
+    def run_part(self, part, x):
+        """Runs a part of a path; training/compiled.py runs it compiled."""
+        return part(x)
+
+    @property
+    def rng(self):
+        """Random numbers for the rule: the same at every call within a step."""
+        return random.Random(int(np.random.SeedSequence([self.seed, RULE, self.number]).generate_state(1)[0]))
+
+    def learning_rate(self, number):
+        """The learning rate of a step."""
+        return self.schedule(number, self.training)
+
+
+class Buffers:
+    """The buffers, above all BN statistics, of the paths that were noted, as they were before."""
+
+    def __init__(self):
+        self.before = {}  # part of a path -> [(buffer, its values)]
+
+    def note(self, path):
+        for part in path:
+            if part not in self.before:
+                buffers = getattr(part, "widest", part).buffers()
+                self.before[part] = [(buffer, buffer.clone()) for buffer in buffers]
+
+    def restore(self):
+        for pairs in reversed(self.before.values()):
+            for buffer, values in pairs:
+                buffer.copy_(values)
+
+
+# --- rules ---------------------------------------------------------------------------------------------------
+
+
+def find_rule(rule):
+    """A rule, given as such or by its name. Raises UserError if no rule has the name."""
+    if callable(rule):
+        return rule
+    known = REGISTRIES["rule"]
+    if rule not in known:
+        raise UserError(f"--rule {rule}: is none of {', '.join(known)}; name its file by --own")
+    return known[rule]
+
+
+def name_of(rule):
+    """The name under which a rule is registered, or that of its function."""
+    names = [name for name, known in REGISTRIES["rule"].items() if known is rule]
+    return names[0] if names else getattr(rule, "__qualname__", type(rule).__name__)
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, iterations, base, warmup=0):
+    """Learning rate of step 1 ... iterations: base * (1 - step / iterations), so the last step has 0.
+
+    The official schedule also steps before the optimizer. During the first `warmup` steps (not official) the rate rises
+    linearly to that line.
+    """
+    return base * (1 - step / iterations) * min(1.0, step / warmup if warmup else 1.0)
+
+
+def parameter_groups(model, weight_decay):
+    """Parameter groups: weights with more than one dimension decay, the others (BN) don't (official)."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": weight_decay}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    return groups
+
+
+def dropout_seed(seed, step, rank=0):
+    """Seed of the dropout of a step on a rank, in 32 bits: torch accepts no more on the CPU."""
+    return int(np.random.SeedSequence([seed, DROPOUT, step, rank]).generate_state(1)[0])
+
+
+def begin_momentum(optimizer):
+    """Sets momentum buffers of SGD to 0 for parameters that have their first gradient: fused SGD needs a buffer for all
+    of a group or for none. The first step equals torch's own, which initialises the buffer with the gradient."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and group["momentum"] and not optimizer.state[p]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -68,7 +68,17 @@ from settings.subjects import Search as SearchSettings
 from space import own
 from space.evolution import Evolution, official_shares
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
-from space.limits import Limits, as_settings, bounds_of, describe, idle_limits, make_bounds, offer
+from space.limits import (
+    Limits,
+    as_settings,
+    bounds_of,
+    describe,
+    idle_limits,
+    make_bounds,
+    milliseconds,
+    offer,
+    share_text,
+)
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.distributed import gpu_count
@@ -307,7 +317,9 @@ def prepare(search, args, out):
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
     log.info("space: %s", offer(search.space, search.settings.get("latency", {"runtime": "torch"})["runtime"]))
-    log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
+    bounds = bounds_of(search.settings)
+    left = share_text(Limits(search.space, bounds).share())
+    log.info("limits: %s: %s; %d candidates evaluated already", describe(bounds), left, state["evaluated"])
     if "latency" in search.settings:
         log.info("latencies are those of %s", setting_of(search.settings["latency"]))
 
@@ -356,16 +368,19 @@ def run_engine(search, args, out):
 def print_best(best, winner, limits):
     """Prints the ten best results, and the winner's where it is not among them; those beyond a limit are marked."""
     # Results all have a loss; it is shown where it ranks.
-    columns = (("params", "params", "params  ", 0), ("latency_ms", "latency_ms", "ms       ", 3),
-               ("score", "loss", "loss    ", 3))  # fmt: skip
-    more = [(key, head, digits) for needed, key, head, digits in columns if needed in best[0]]
-    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head, _ in more)}architecture")
+    columns = {
+        "params": ("params  ", lambda r: f"{r['params']}"),
+        "latency_ms": ("ms       ", lambda r: milliseconds(r["latency_ms"])),
+        "score": ("loss    ", lambda r: f"{r['loss']:.3f}"),
+    }
+    more = [column for key, column in columns.items() if key in best[0]]
+    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for head, _ in more)}architecture")
     place = best.index(winner)
     for rank in [*range(min(10, len(best))), *([place] if place >= 10 else [])]:
         result = best[rank]
         mflops = f"{result['flops'] / 1e6:6.{1 if result['flops'] >= 1e8 else 3}f}"
         numbers = f"{rank + 1:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {mflops}  "
-        numbers += "".join(f"{result[key]:<{len(head)}.{digits}f}" for key, head, digits in more)
+        numbers += "".join(f"{text(result):<{len(head)}}" for head, text in more)
         mark = "  beyond the limit" if limits.excess(result["architecture"]) else ""
         print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
     if place:

@@ -401,6 +401,24 @@ def duration(seconds):
     return f"{seconds:.0f} s"
 
 
+class Pace:
+    """How long something takes, from what was done in the last minutes: speeds change, and a plan does not."""
+
+    WINDOW_S = 300
+
+    def __init__(self):
+        self.marks = []  # (time, what was done by then), the first one of before the window
+
+    def to_go(self, done, total):
+        """In words, "12.3 min to go"; empty until something was done since the first call."""
+        now = time.monotonic()
+        self.marks.append((now, done))
+        while self.marks[1:] and self.marks[1][0] < now - self.WINDOW_S:
+            del self.marks[0]
+        start, before = self.marks[0]
+        return f"{duration((total - done) * (now - start) / (done - before))} to go" if done > before else ""
+
+
 # --- logging -------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,8 @@ from scipy.stats import percentileofscore
 import scratch
 import utils
 from dataloader import Loader
-from engines.search_record import Generation, read_generations
+from engines.generations import Generation
+from engines.search_record import read_generations
 from images.dataset import DataConfig, evaluation_plan, open_data
 from settings.subjects import Images
 from space.custom import searched

@@ -24,11 +24,6 @@ LARGE = {  # settings of a search whose values nobody reads: (where they come fr
     "latency": ("--latency-table", "other latencies"), "counted": ("--own", "other costs"),
 }  # fmt: skip
 MAX_CORRECTIONS = 3  # of the limit on latency in a search
-# What helps where the first generation's candidates can't be told apart, in this order (docs/experiments.md).
-HELPS = (
-    "a space whose candidates differ more (docs/spaces.md)", "--crop-padding for small images", "--rank-by loss",
-    "more held-out images", "longer training of the supernet",
-)  # fmt: skip
 
 
 class SearchRecord:
@@ -43,9 +38,10 @@ class SearchRecord:
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer), starts (command, versions, demo, config, begun, last, of
-                                   each start of the search), and where latency is limited, confirmations: for each
-                                   time that the best were measured as whole networks, what was found and what followed
+                                   pid (of the writer), children (of each generation but the first, how many were new),
+                                   starts (command, versions, demo, config, begun, last of each start of the search),
+                                   and where latency is limited, confirmations: for each time that the best were
+                                   measured as whole networks, what was found and what followed
 
     A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
@@ -69,6 +65,7 @@ class SearchRecord:
     def pending(self):
         """The candidates to evaluate now, none when the search is done. Closes the generations that are complete."""
         while population := self._ask():
+            self.state["children"] = self.evolution.children
             if waiting := [c for c in population if c not in self.results]:
                 self._write_state()
                 return waiting
@@ -241,6 +238,11 @@ def space_of(settings):
     return space.with_costs(*space.costs._replace(**given)) if given else space
 
 
+def cost_of(name, result):
+    """One of COSTS in a result: multiply-adds, parameters, or predicted ns; a result has those that are limited."""
+    return round(result["latency_ms"] * 1e6) if name == "latency" else result[name]
+
+
 def costs_of(settings):
     """The costs that matter in a search with these settings: FLOPs, what it limits, and what it makes low."""
     named = {"flops", *settings.get("limits", ()), *settings.get("objectives", ())}
@@ -376,49 +378,6 @@ def ranked(results):
     return sorted((r for r in results if r["acc1"] is not None), key=by_score, reverse=True)
 
 
-class Generation:
-    """The results of a generation, numbered from 1; not `closed` while some are missing."""
-
-    def __init__(self, number, results, closed):
-        self.number = number
-        self.results = results
-        self.closed = closed
-        self.succeeded = [r for r in results if r["acc1"] is not None]
-        self.best = max(self.succeeded, key=by_score, default=None)
-
-    @property
-    def mean(self):
-        return statistics.fmean(r["acc1"] for r in self.succeeded)
-
-    @property
-    def sd(self):
-        """Standard deviation of top-1 over the candidates, 0 for a single one."""
-        return statistics.stdev(r["acc1"] for r in self.succeeded) if len(self.succeeded) > 1 else 0.0
-
-
 def _hold_writer_lock(out):
     """Waits for the writer of a search that was just killed, which ends within seconds."""
     return hold_lock(state_path(out).with_name("writer.lock"), wait_s=30)
-
-
-def first_generation_warning(results, n_classes):
-    """A line that says that the first generation's candidates can't be told apart, or None.
-
-    Compares them with chance, and their spread with the standard error of one top-1 on as many images.
-    """
-    generation = Generation(1, results, closed=True)
-    if len(generation.succeeded) < 2:
-        return None
-    mean, sd = generation.mean, generation.sd
-    n = generation.best["n_images"]
-    chance = 100 / n_classes
-    at_chance = mean <= chance + 3 * (chance * (100 - chance) / n) ** 0.5
-    noise = (mean * (100 - mean) / n) ** 0.5
-    if not at_chance and sd > noise:
-        return None
-    found = f"the first generation has {mean:.2f}% in the mean, standard deviation {sd:.2f}, and"
-    if at_chance:
-        return f"{found} chance is {chance:.2f}%: train the supernet longer"
-    by_loss = "score" in generation.best
-    helps = ", ".join(text for text in HELPS if not (by_loss and text == "--rank-by loss"))
-    return f"{found} {n} images measure each to {noise:.2f} points: what helps, in this order: {helps}"

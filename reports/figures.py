@@ -5,6 +5,8 @@ In every SVG text stays text, and the marks of candidates, generations, shares a
 """
 
 import io
+import itertools
+import statistics
 
 import matplotlib
 from matplotlib.colors import ListedColormap
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from space.limits import shown
+from space.limits import milliseconds, shown
 from utils import atomic_write
 
 INK = "#222222"
@@ -89,17 +91,24 @@ def _generations(run, random):
     """Left: best, mean and spread by generation. Right: best so far and random search, by evaluated candidates."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    x = [g.number + _jitter(i) for g in run.generations for i in range(len(g.succeeded))]
-    acc1 = [r["acc1"] for g in run.generations for r in g.succeeded]
-    left.scatter(x, acc1, 9, PALE, linewidths=0, gid="candidates", label="a candidate")
+    what = "loss" if run.by_loss else "top-1"
     shown = [g for g in run.generations if g.succeeded]
+    values = [[run.as_read(run.score(r)) for r in g.succeeded] for g in shown]
+    x = [g.number + _jitter(i) for g in shown for i in range(len(g.succeeded))]
+    left.scatter(x, [*itertools.chain(*values)], 9, PALE, linewidths=0, gid="candidates", label="a candidate")
     numbers = [g.number for g in shown]
-    means = [g.mean for g in shown]
-    spread = [g.sd for g in shown]
+    means = [statistics.fmean(own) for own in values]
+    spread = [statistics.pstdev(own) if len(own) < 2 else statistics.stdev(own) for own in values]
     left.errorbar(numbers, means, spread, color=MEAN, capsize=3, linestyle="none", label="± 1 standard deviation")
     left.plot(numbers, means, "o-", color=MEAN, markersize=4, gid="mean", label="mean")
-    left.plot(numbers, [g.best["acc1"] for g in shown], "s-", color=BEST, markersize=4, gid="best", label="best")
-    left.set(xlabel="generation", ylabel="top-1 in the supernet (%)", title="(a) Accuracy by generation")
+    best = [run.as_read(run.score(g.best)) for g in shown]
+    left.plot(numbers, best, "s-", color=BEST, markersize=4, gid="best", label="best")
+    unit = "nats, lower is better" if run.by_loss else "%"
+    left.set(
+        xlabel="generation", ylabel=f"{what} in the supernet ({unit})", title=f"(a) {what.capitalize()} by generation"
+    )
+    if run.by_loss:
+        left.invert_yaxis()
     left.set_xlim(0.4, run.generations[-1].number + 0.6)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=2)
@@ -317,7 +326,7 @@ def _columns(run, best):
         "params": [shown("params", run.cost("params", r)) for r in best],
     }
     if "latency_ms" in best[0]:
-        columns["predicted ms"] = [f"{r['latency_ms']:.3f}" for r in best]
+        columns["predicted ms"] = [milliseconds(r["latency_ms"]) for r in best]
     if any(measured := [run.measured_text(r) for r in best]):
         columns["measured ms"] = measured
     return columns | {"generation": [str(r["generation"]) for r in best]}

@@ -10,14 +10,14 @@ import jinja2
 from engines.search_record import n_generations
 from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
-from space.limits import describe, shown
+from space.limits import describe, milliseconds, share_text, shown
 from utils import atomic_write, duration
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-TEMPLATE = ENVIRONMENT.get_template("page.html.j2", globals={"shown": shown, "SAME": SAME})
+TEMPLATE = ENVIRONMENT.get_template("page.html.j2", globals={"milliseconds": milliseconds, "SAME": SAME})
 
 
 def write_report(out, other=None):
@@ -48,13 +48,12 @@ def page(run, comparison, svgs):
         run=run,
         comparison=comparison,
         best=best,
-        by_loss="score" in best,
         latency=latency,
         runtime=latency["runtime"] if latency else "torch",
         main_cost=_main_cost(run, best),
         measured=any(map(run.measured_text, run.legal[:10])),
         beyond=[r for r in run.succeeded if run.is_beyond(r)],
-        status=f"{len(run.generations)} generations, finished" if run.state.get("done") else _unfinished(run),
+        status=_status(run),
         tiles=_tiles(run, comparison, best),
         cost=_cost(run),
         settings=_settings(run),
@@ -62,8 +61,12 @@ def page(run, comparison, svgs):
     )
 
 
-def _unfinished(run):
+def _status(run):
     generations = n_generations(run.state)
+    if run.is_exhausted:
+        return f"{len(run.generations)} generations, finished: no further candidate within the limits is new"
+    if run.state.get("done"):
+        return f"{len(run.generations)} generations, finished"
     text = f"Not finished: {len(run.results)} of {run.settings['population'] * generations} candidates"
     text += f", in generation {run.generations[-1].number} of {generations}"
     return f"{text}. It stopped: {run.state['error']}" if run.state.get("error") else text
@@ -72,26 +75,38 @@ def _unfinished(run):
 def _tiles(run, comparison, best):
     """(number, what it is) of each of the tiles at the top."""
     seconds = sum(r["seconds"] or 0 for r in run.results)
-    label = "top-1 of the best by loss" if "score" in best else "best top-1"
+    label = f"top-1 of the best by loss, {best['loss']:.3f}" if run.by_loss else "best top-1"
     label += ", in the supernet"
     if n := best["n_images"]:
         error = math.sqrt(best["acc1"] * (100 - best["acc1"]) / n)
         label += f"; ±\u00a0{error:.2f} standard error on {n:,} images"
     tiles = [(f"{best['acc1']:.2f} %", label), (_main_cost(run, best), _costs(run, best))]
     if comparison.at_budget:
-        n, value, low, high = comparison.at_budget
-        how = "measured"
-        if low is not None:
-            interval = f"95% interval {best['acc1'] - high:+.2f} to {best['acc1'] - low:+.2f}"
-            unknown = "without an interval, since the spread of random candidates is within the noise"
-            how = f"extrapolated, {unknown if run.first_warning else interval}"
-        note = f"points over the expected best of {n:,} random candidates, {how}"
-        tiles.append((f"{best['acc1'] - value:+.2f}", note))
+        tiles.append(_beside_random(run, comparison, best))
     return [
         *tiles,
         (f"{len(run.results):,}", f"candidates in {len(run.generations)} generations, {run.n_failed or 'none'} failed"),
         (duration(seconds), f"of evaluation, {seconds / len(run.succeeded):.1f} s per candidate"),
     ]
+
+
+def _beside_random(run, comparison, best):
+    """The tile that compares the best with random search, in the score by which the search ranks."""
+    n, value, *interval = comparison.at_budget
+    found = run.as_read(run.score(best))
+    unit, digits = ("in loss,", 3) if run.by_loss else ("points", 2)
+
+    def beside(value):
+        return f"{abs(found - value):.{digits}f}", "above" if found >= value else "below"
+
+    how = "measured"
+    if None not in interval:
+        how = "extrapolated, without an interval, since the spread of random candidates is within the noise"
+        if not run.first_warning:
+            ends = [" ".join(beside(end)) for end in interval[::-1]]
+            how = f"extrapolated, 95% interval {' to '.join(ends)}"
+    number, side = beside(value)
+    return number, f"{unit} {side} the expected best of {n:,} random candidates, {how}"
 
 
 def _main_cost(run, best):
@@ -105,13 +120,16 @@ def _costs(run, best):
     flops = f"{shown('flops', best['flops'])} FLOPs"
     params = f"{shown('params', run.cost('params', best))} parameters"
     if run.main_cost == "latency":
-        predicted = f"{best['latency_ms']:.3f} ms predicted"
+        predicted = f"{milliseconds(best['latency_ms'])} ms predicted"
         is_measured = run.measured_text(best)
         first = f"its latency in {run.settings['latency']['runtime']}, {'measured' if is_measured else 'predicted'}"
         words = [first, *([predicted] if is_measured else []), flops, params]
     else:
         words = ["its FLOPs", params] if run.main_cost == "flops" else ["its parameters", flops]
-    return f"{words[0]}; {', '.join(words[1:])}. Limits: {describe(run.bounds)}"
+    limits = (
+        f"Limits: {describe(run.bounds)}, {share_text(run.share)}" if run.limited else "No limit excludes a candidate"
+    )
+    return f"{words[0]}; {', '.join(words[1:])}. {limits}"
 
 
 def _cost(run):

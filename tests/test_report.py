@@ -66,10 +66,8 @@ def make(
             if fails(candidate):
                 record.fail(candidate, "out of memory", "t1")
             else:
-                acc1, acc5 = measured(candidate)
-                record.add(
-                    {"architecture": list(candidate), "acc1": acc1, "acc5": acc5, "n_images": 500, "seconds": 1.5}, "t1"
-                )
+                numbers = dict(zip(("acc1", "acc5", "loss"), measured(candidate)))
+                record.add({"architecture": list(candidate), "n_images": 500, "seconds": 1.5, **numbers}, "t1")
             n += 1
     return out
 

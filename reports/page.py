@@ -42,7 +42,7 @@ def page(run, comparison, svgs):
 
     `run` is a `SearchResults`, `comparison` its `RandomSearch`, and `svgs` has the figures in bytes by name.
     """
-    best = run.legal[0]
+    best = run.winner
     latency = run.settings.get("latency")
     return TEMPLATE.render(
         run=run,

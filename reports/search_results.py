@@ -56,14 +56,17 @@ class SearchResults:
             self.space.check(result["architecture"])
         self.succeeded = ranked(self.results)
         if not self.succeeded:
-            failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
-            raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
+            if n := len(self.results):
+                logs = state_path(out).parent
+                raise UserError(f"none of {n} candidates could be evaluated; the trials' errors are below {logs}")
+            raise UserError(f"{out}: no candidate is evaluated yet; run the report again when search.py has some")
         self.by_loss = "score" in self.succeeded[0]
         self.objectives = self.settings.get("objectives", [])
         self.confirmations = confirmations(self.state)
         self.starts = starts(self.state)
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
+        self.winner = self.legal[0]
         self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations
                             for m in row["measured"]}  # fmt: skip
 

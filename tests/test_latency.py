@@ -16,7 +16,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, run
+from conftest import FIGURES, ROOT, load, run
 from test_evolution import reward
 
 import search
@@ -31,6 +31,7 @@ from network import ShuffleNetV2OneShot
 from reports import page
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution
+from space.limits import milliseconds
 from space.search_space import SearchSpace
 from utils import UserError, read_json, write_json
 
@@ -41,7 +42,6 @@ SPACE = SearchSpace(
 CPU = torch.device("cpu")
 REAL = timing.run_timed, timing.rounds
 needs_onnx = pytest.mark.skipif(bool(onnx_runtime.missing()), reason="ONNX's packages are not installed")
-FIGURES = dict.fromkeys(("generations", "plane", "operations", "best"), b"")
 
 
 def ns_of(part):
@@ -79,7 +79,7 @@ OFFER = (
 def times(table):
     """The lowest and the highest latency that a table has, in ms."""
     rows = table["medians"]
-    return [f"{(table['stem_and_tail'] + sum(map(pick, rows))) / 1e6:.3f}" for pick in (min, max)]
+    return [milliseconds((table["stem_and_tail"] + sum(map(pick, rows))) / 1e6) for pick in (min, max)]
 
 
 def true_ns(candidate, space=SPACE):
@@ -614,7 +614,7 @@ OWN = {
 
 
 @pytest.fixture
-def own(world, tree, tmp_path, monkeypatch):
+def own(world, tree, tmp_path, monkeypatch, undrawn):
     """The current folder has a trained supernet in own/, and own.yml; the search own was made."""
     monkeypatch.chdir(tmp_path)
     supernet = tmp_path / "own" / "checkpoints" / "supernet" / "checkpoint-0006000.pth"
@@ -624,7 +624,6 @@ def own(world, tree, tmp_path, monkeypatch):
         (tmp_path / name).unlink()
     OWN["common"] |= {"data-dir": str(tree), "cache": os.environ["TEST_CACHE"]}
     (tmp_path / "own.yml").write_text(json.dumps(OWN))  # JSON is YAML
-    monkeypatch.setattr(page, "draw", lambda *_: FIGURES | {"front-flops": b""})
     typed("python tester.py --mode gen --config own.yml --out own")
     typed("python search.py --config own.yml --out own --engine local")
     return f"--config own.yml --checkpoint {supernet.relative_to(tmp_path)}"

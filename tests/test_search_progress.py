@@ -170,7 +170,7 @@ def test_a_log_has_a_line_every_half_minute_with_the_time_to_go(tmp_path, lines,
     assert to_go[-3:] == ["3.3 min to go", "100 s to go", "0 s to go"]
 
 
-def test_children_that_are_not_new_are_counted_and_an_exhausted_space_is_named(tmp_path, lines):
+def test_children_that_are_not_new_are_counted_and_an_exhausted_space_is_named(tmp_path, lines, undrawn):
     """Of 4 candidates, 3 at a time: one is left for the second generation, and none for the third."""
     space = SearchSpace(stage_blocks=(1,), stage_strides=(2,), stage_channels=(32,), operations=OPERATIONS)
     changes = {"space": space.to_dict(), "flops_limit": 10**12, "population": 3, "select": 1, "mutation": 1}

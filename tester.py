@@ -127,15 +127,10 @@ def start_logging(args, device):
 
 def open_supernet(args, listed=None):
     """(supernet on the device, calibration batches, validation batches) of the arguments; `listed` as for Data."""
-    values = vars(args)
-    images = Images.of(values)
     if not listed:
-        prepare(images, args.demo)
+        prepare(Images.of(vars(args)), args.demo)
     own.load(args.own)
-    return open_evaluation(
-        args.checkpoint, args.out, images, DataConfig.given(values), Evaluation.of(values),
-        resolve_device(args.device, args.threads), args.seed, args.split, listed,
-    )  # fmt: skip
+    return open_evaluation(vars(args), listed)
 
 
 def run_trial(args):

@@ -11,7 +11,7 @@ from engines.heartbeats import forget_heartbeats, heartbeat_file, note_heartbeat
 from engines.progress import Progress
 from engines.search_record import SearchRecord, listed_images
 from engines.trial import gpu_names, take_gpu
-from settings.subjects import DataConfig, Evaluation, Images, Run
+from settings.subjects import Evaluation
 from space import own
 from space.splitting import chunks, cut
 from utils import (
@@ -172,14 +172,9 @@ def _opened(trial):
     `trial` has the settings of a trial as JSON. Opened for the first list instead of when the worker starts, so that a
     UserError reaches the search.
     """
-    from training.evaluation import open_evaluation, resolve_device
+    from training.evaluation import open_evaluation
 
     values = json.loads(trial)
-    run = Run.of(values)
-    evaluation = Evaluation.of(values)
-    take_gpu(run.device)
+    take_gpu(values["device"])
     own.load(values["own"])
-    return evaluation, *open_evaluation(
-        values["checkpoint"], run.out, Images.of(values), DataConfig.given(values), evaluation,
-        resolve_device(run.device, run.threads), run.seed, listed=listed_images(run.out),
-    )  # fmt: skip
+    return Evaluation.of(values), *open_evaluation(values, listed_images(values["out"]))

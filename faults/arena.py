@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import re
 import runpy
 import signal
@@ -12,18 +11,18 @@ import sys
 import time
 import traceback
 
-import injection
 import numpy as np
 import psutil
 from PIL import Image
 
 import utils
 from engines import search_record
+from faults import injection
 from space import weight_files
 from space.search_space import SearchSpace
 from training import checkpoint
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = utils.HERE
 
 
 class Lost(Exception):

@@ -18,8 +18,7 @@ import torchvision.transforms.v2  # noqa: F401
 import dataloader
 from engines import search_record
 from training import evaluation, loop
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from utils import HERE
 
 # --- guards that --break removes -----------------------------------------------------------------------------
 
@@ -28,7 +27,7 @@ def _everywhere(name, value):
     """Replaces a name in all modules of the project that have it."""
     for module in list(sys.modules.values()):
         path = str(getattr(module, "__file__", None) or "")
-        if path.startswith(f"{ROOT}{os.sep}") and ".venv" not in path and hasattr(module, name):
+        if path.startswith(f"{HERE}{os.sep}") and ".venv" not in path and hasattr(module, name):
             setattr(module, name, value)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import functools
 import gc
-import importlib.util
+import importlib
 import io
 import multiprocessing
 import os
@@ -52,15 +52,6 @@ def make_tree(root, train=12, val=7):
                 height, width = (int(v) for v in rng.integers(40, 90, 2))
                 coloured_image(rng, height, width).save(folder / f"{i:03d}.jpg", quality=95)
     return root
-
-
-@functools.cache
-def load(path):
-    """The module in a file, "bench/search.py", whose name a module at the root may have too."""
-    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @functools.cache
@@ -184,7 +175,7 @@ def touched(monkeypatch):
 
 def run(script, *words, code=0, cwd=None):
     """Runs a script in this process, as `launch` does in another; returns (standard output, standard error)."""
-    module = load(script) if "/" in script else importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py"))
     words = _words(script, words)
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors, "\n") for errors in ("strict", "backslashreplace"))
     with _restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

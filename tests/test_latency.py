@@ -16,11 +16,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import FIGURES, ROOT, load, run
+from conftest import FIGURES, ROOT, run
 from test_evolution import reward
 
 import search
 import tester
+from bench import latency as bench
 from devices import onnx_runtime, timing
 from devices import table as latency
 from devices.timing import Networks, Torch
@@ -690,8 +691,6 @@ def test_what_is_advised_leads_on(own, tmp_path):
 
 # --- the bench -----------------------------------------------------------------------------------------------
 
-bench = load("bench/latency.py")
-
 
 def test_errors_are_beside_those_of_predicting_the_mean():
     row = bench.errors([100, 200, 310], [110, 190, 300], [90, 210, 300])
@@ -720,7 +719,7 @@ def test_the_bench_predicts_searches_and_measures_again(clock, pretended, monkey
     monkeypatch.setattr(bench, "EVOLUTION", bench.EVOLUTION | {"population": 20, "select": 4, "mutation": 10,
                                                                "crossover": 10, "generations": 3})  # fmt: skip
     words = ["--spaces", "small", "--networks", "4", "--searches", "2", "--batch-sizes", "1"]
-    bench.main([*words, "--results", str(tmp_path / "r.json")])
+    bench.main(bench.parse_args([*words, "--results", str(tmp_path / "r.json")]))
     written = read_json(tmp_path / "r.json")
     for runtime in ("torch", "onnxruntime"):
         assert written["predictions"][f"{runtime}, small, 1"]["share"] < 0.01

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load
+from conftest import ROOT
 
+from bench import macro_gpu as gpu
+from bench.study import tau
 from network import ShuffleNetV2OneShot
 from settings.subjects import Training
 from space import own
@@ -19,7 +21,6 @@ from space.custom import _fields
 from space.search_space import SearchSpace
 from training.step import Step
 
-gpu = load("bench/macro_gpu.py")
 FAIR = gpu.Way(fair=True)
 
 
@@ -66,15 +67,6 @@ def test_images_in_memory(monkeypatch):
     assert len(seen) > 60
     again, _ = data.augmented(indices, np.random.default_rng(0))
     assert torch.equal(again, images)
-
-
-def test_resized_crops(monkeypatch):
-    monkeypatch.setattr(gpu, "HELD_OUT", 3)
-    arrays = make_arrays(13)
-    arrays["train"][:] = np.arange(130, dtype=np.uint8)[:, None, None, None]
-    data = gpu.ImagesInMemory(arrays, "cpu", resized=True)
-    images, labels = data.augmented(np.array([0, 11]), np.random.default_rng(0))
-    assert images.unique().tolist() == [0, 14] and labels.tolist() == [0, 1]  # the last three of ten are held out
 
 
 def test_fair_paths_have_every_operation_once(space):
@@ -146,19 +138,19 @@ def test_two_supernets_are_scored_each_on_its_networks(tmp_path):
 def test_a_small_study_resumes(tmp_path, device):
     np.savez(tmp_path / "images.npz", **make_arrays(260, 32))
     words = ["--out", tmp_path, "--results", tmp_path / "results.json", "--ways", "baseline", "strictly fair"]
-    words += ["--share", 0.0004, "--networks", 12, "--studied", 12, "--jobs", 2, "--device", device]
-    command = [sys.executable, ROOT / "bench" / "macro_gpu.py", *map(str, words)]
-    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    words += ["--share", 0.0004, "--networks", 6, "--jobs", 2, "--device", device]
+    command = [sys.executable, "-m", "bench.macro_gpu", *map(str, words)]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     results = json.loads((tmp_path / "results.json").read_text())["half"]
     assert {name: list(rows) for name, rows in results["taus"].items()} == {
         "baseline": ["0", "1"],
         "strictly fair": ["0", "1"],
     }
-    assert len(results["networks"]) == 12 and [len(seed) for seed in results["loss"]] == [12, 12]
+    assert len(results["networks"]) == 6 and [len(seed) for seed in results["loss"]] == [6, 6]
     folder = tmp_path / "half-strictly-fair-1"
     scores = (folder / "scores.json").read_text()
     (folder / "scores.json").unlink()
-    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert sorted(again.stdout.splitlines()) == sorted(first.stdout.splitlines())
     assert json.loads((folder / "scores.json").read_text()) == json.loads(scores)
 
@@ -174,8 +166,8 @@ def test_the_committed_agreement_follows_from_the_committed_scores():
     true = [truth[network]["mean_acc"] for network in results["networks"]]
     for seed, (losses, acc1) in enumerate(zip(results["loss"], results["acc1"])):
         row = results["taus"]["baseline"][str(seed)]
-        assert gpu.macro_study.tau([-loss for loss in losses], true) == pytest.approx(row["all"]["loss"][0], abs=2e-3)
-        assert gpu.macro_study.tau(acc1, true) == pytest.approx(row["all"]["top-1"][0], abs=2e-3)
+        assert tau([-loss for loss in losses], true) == pytest.approx(row["all"]["loss"][0], abs=2e-3)
+        assert tau(acc1, true) == pytest.approx(row["all"]["top-1"][0], abs=2e-3)
         assert np.mean(acc1) == pytest.approx(row["acc1"][0], abs=2e-3)
     assert len(true) == 3969 and len(results["loss"]) == 2
 
@@ -190,5 +182,5 @@ def test_the_committed_scores_of_resized_crops_have_the_agreement_in_the_docs():
     for name, scores in found.items():
         true = [truth[network]["mean_acc"] for network in scores]
         loss, acc1 = ([row[i] for row in scores.values()] for i in (0, 1))
-        taus = -gpu.macro_study.tau(loss, true), gpu.macro_study.tau(acc1, true)
+        taus = -tau(loss, true), tau(acc1, true)
         assert len(true) == 600 and words[name].format(*taus) in text.replace("\n  ", " ")

@@ -3,7 +3,7 @@
     python scratch.py                                          architecture_final.json on ImageNet, official settings
     python scratch.py --demo --architecture checkpoints/best.json
     torchrun --nproc-per-node 8 scratch.py                     on eight GPUs
-    python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours or official
+    python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours, official, or exported
     python scratch.py --export FILE.pt2                        exports it by torch.export, or as ONNX (FILE.onnx)
     python scratch.py --export FILE.onnx --with-preprocessing  the same, for whole images of any size
     python scratch.py --predict IMAGE...                       prints the classes of image files
@@ -28,15 +28,19 @@ import torch
 
 import network
 from dataloader import Loader
-from images.dataset import Data, prepare, scan, training_plan
+from images.dataset import Data, evaluation_plan, prepare, scan, training_plan
 from network import ShuffleNetV2
 from settings.command_line import Parser
 from settings.subjects import RUNTIMES, DataConfig, Images, Retraining, Run, Space, Training, Weights
 from space.custom import make_space, searched
-from training import checkpoint, distributed, export
+from training import checkpoint, distributed
 from training.evaluation import accuracy, recalibrate_bn, resolve_device, validation_batches
+from training.export import export
 from training.loop import train
+from training.program import OF_A_PROGRAM, image_files, is_program, open_program, predict
 from training.start import Start, folder_of, given_config
+
+ACCURACIES = ("acc1", "acc5", "n_images")
 
 
 def make_parser():
@@ -58,7 +62,9 @@ def parse_args(argv=None):
         parser.refuse("training, which starts from random weights", "checkpoint")
     if args.with_preprocessing and not args.export:
         raise utils.UserError("--with-preprocessing has no effect without --export: leave it out")
-    if args.predict and export.is_program(args.checkpoint):
+    if args.opset and pathlib.Path(args.export or "").suffix != ".onnx":
+        raise utils.UserError("--opset has no effect without --export FILE.onnx: leave it out")
+    if (args.predict or args.eval) and is_program(args.checkpoint):
         parser.refuse("an exported program", "architecture", "space")
     return args
 
@@ -89,16 +95,32 @@ def val_batches(args, images, config, device):
 
 
 def evaluate_checkpoint(args, folder):
-    """--eval: top-1 and top-5 of a retrained network on val."""
+    """--eval: top-1 and top-5 of a retrained network, or of an exported file, on val."""
     images = Images.of(vars(args))
     prepare(images, args.demo)
-    model, ckpt, config = open_network(args, folder)
+    device = resolve_device(args.device, args.threads)
+    program = program_of(args)
+    model, ckpt, config = (program.run, program, program.config) if program else open_network(args, folder)
     data = Data.of(images, config)
     data.warn()
     checkpoint.check_classes(ckpt, data.classes)
-    device = resolve_device(args.device, args.threads)
+    if program:
+        known = {name: program.values[name] for name in ("architecture", "flops", "params")}
+        return known | dict(zip(ACCURACIES, accuracy(model, program.batches(data.val, images))))
     model.to(device, memory_format=torch.channels_last).eval()
     return summary(model, accuracy(model, val_batches(args, data.val, config, device)))
+
+
+def program_of(args):
+    """The exported Program that --checkpoint names, or None. Raises UserError where the flags contradict it."""
+    if not is_program(args.checkpoint):
+        return None
+    if args.device == "cuda":
+        raise utils.UserError(f"--device cuda: {args.checkpoint} is a program, which runs on the CPU here")
+    program = open_program(args.checkpoint)
+    given = {k: v for k, v in DataConfig.given(vars(args)).items() if k in OF_A_PROGRAM}
+    DataConfig.resolve(given, program.config, args.checkpoint)
+    return program
 
 
 def export_checkpoint(args, folder):
@@ -113,40 +135,40 @@ def export_checkpoint(args, folder):
         images = scan(val) if val.is_dir() else None
         where = f"the images of {val}" if images else f"bundled images, since there are none in {val}"
         print(f"comparing the file with the network on {where}", flush=True)
-    result = export.export(args.export, model, ckpt, config, bool(args.with_preprocessing), images)
+    result = export(args.export, model, ckpt, config, bool(args.with_preprocessing), images, args.opset)
     exact = "{file}: logits within {max_difference:.1g} of the network's on {n_images} images"
     if args.with_preprocessing:
         exact += ", from the files on; {same_top1} get the same class, {same_pixels} the same pixels"
-    speed = "{latency_ms} ms an image in {name} on this CPU (median of {runs} runs, batch 1, {threads} threads)"
-    print(f"{exact}; {speed}".format(**result, name=RUNTIMES[result["runtime"]]))
+    print(exact.format(**result))
+    how = "ms an image in {} on this CPU (medians of {runs} runs, batch 1, {threads} threads)"
+    times = [f"{result['network_ms']} of the network alone, as --limit latency counts it"]
+    times += [f"{ms} {form}" for form, ms in result["latency_ms"].items()]
+    print(f"{how.format(RUNTIMES[result['runtime']], **result)}: {'; '.join(times)}")
     return result
 
 
-def predict(args, folder):
+def predict_images(args, folder):
     """--predict: a line for each image."""
     device = resolve_device(args.device, args.threads)
     images = Images.of(vars(args))
-    if export.is_program(args.checkpoint):
-        if args.device == "cuda":
-            raise utils.UserError(f"--device cuda: {args.checkpoint} is a program, which runs on the CPU here")
-        values, run = export.open_program(args.checkpoint)
-        given = {k: v for k, v in DataConfig.given(vars(args)).items() if k in export.OF_A_PROGRAM}
-        DataConfig.resolve(given, export.stored_config(values), args.checkpoint)  # raises where they contradict
-        found = export.predict_by_program(args.predict, values, run, images)
+    program = program_of(args)
+    model, ckpt, config = (program.run, program, program.config) if program else open_network(args, folder)
+    files = image_files(args.predict, config, images)
+    if program:
+        batches = program.batches(files, images)
     else:
-        found = export.predict(args.predict, *open_network(args, folder), images, device)
-    for path, classes in found:
+        model.to(device, memory_format=torch.channels_last).eval()
+        loader = Loader(files, config, False, 0, device, images.loader, images.workers)
+        batches = loader.batches(evaluation_plan(len(files), images.eval_batch_size))
+    for path, classes in predict(args.predict, ckpt.class_names, model, batches):
         print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in classes), flush=True)
 
 
 def summary(model, measured):
-    acc1, acc5, n_images = measured
     space = model.space
     candidate = model.architecture
-    return {
-        "architecture": list(candidate), "flops": space.flops(candidate), "params": space.params(candidate),
-        "acc1": acc1, "acc5": acc5, "n_images": n_images,
-    }  # fmt: skip
+    costs = {"flops": space.flops(candidate), "params": space.params(candidate)}
+    return {"architecture": list(candidate), **costs, **dict(zip(ACCURACIES, measured))}
 
 
 def data_config(args, search):
@@ -221,7 +243,7 @@ def main(args):
     distributed.join(args.device)
     folder = folder_of("scratch", vars(args))
     if args.predict:
-        predict(args, folder)
+        predict_images(args, folder)
     else:
         result = (evaluate_checkpoint if args.eval else export_checkpoint if args.export else retrain)(args, folder)
         if distributed.rank() == 0:

@@ -470,21 +470,18 @@ def _resized_crop(config, u, height, width):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize_and_crop(height, width, resize, crop):
-    """The official validation transform: ((height, width) to resize to, (top, left) of the centre crop), in px.
+def resize_and_crop(sides, resize, crop, arrays=np):
+    """The official validation transform: (the sides to resize to, the corner of the centre crop), in px.
 
     The shorter side becomes `resize`, the other is rounded by int(x + 0.5); the corner is rounded to even, as in
-    torchvision. Sides and `resize` are all floats, or all tensors of float64: an exported program has this
-    arithmetic in it, so there are no branches.
+    torchvision. `sides` (2,) and `resize` are float64, of NumPy or, with `arrays=torch`, of an exported program. There
+    a number would be multiplied by the reciprocal, which rounds once more.
     """
-    shorter = (height + width - abs(height - width)) // 2
-    scale = resize / shorter
-    size = tuple((side * scale + 0.5) // 1 for side in (height, width))
-    halves = tuple((side - crop) // 2 for side in size)
-    return size, tuple(half + (side - crop) % 2 * (half % 2) for side, half in zip(size, halves))
+    size = arrays.floor(sides * (resize / sides.min()) + 0.5)
+    return size, arrays.round((size - crop) / 2)
 
 
 def validation_geometry(config, height, width):
     """`resize_and_crop` of a DataConfig and whole numbers, in whole numbers."""
-    found = resize_and_crop(float(height), float(width), float(config.val_resize), config.input_size)
+    found = resize_and_crop(np.array([height, width], float), np.float64(config.val_resize), config.input_size)
     return tuple(tuple(map(int, pair)) for pair in found)

@@ -5,18 +5,19 @@ import torch
 from PIL import Image
 
 from images import pictures
-from images.dataset import validation_geometry
+from images.dataset import resize_and_crop, validation_geometry
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def network_input(images, preprocessing):
-    """uint8 RGB (N, H, W, 3) -> float (N, 3, H, W), channels-last in memory.
+    """uint8 RGB (N, H, W, 3) -> float (N, 3, H, W), channels-last in memory."""
+    return scaled(images.permute(0, 3, 1, 2), preprocessing)
 
-    `preprocessing` is "spos", BGR in [0, 255], or "imagenet", normalised RGB.
-    """
-    images = images.permute(0, 3, 1, 2)
+
+def scaled(images, preprocessing):
+    """RGB from 0 to 255 (N, 3, H, W) -> float: BGR in [0, 255] for "spos", normalised RGB for "imagenet"."""
     if preprocessing == "spos":
         return images.flip(1).float()
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -44,3 +45,45 @@ def preprocess(images, config):
     images = F.resize(images.permute(0, 3, 1, 2), list(shape), antialias=False)
     images = F.crop(images, *corner, config.input_size, config.input_size)
     return network_input(images.permute(0, 2, 3, 1), config.preprocessing)
+
+
+def resample(images, config):
+    """uint8 (N, H, W, 3) -> whole numbers as float (N, 3, S, S): the pixels of `preprocess`, in an exported program.
+
+    torch resizes uint8 by weights of 14 or 15 bits, one side after the other, and rounds after each; float32 is exact
+    for such products, and ONNX's Resize rounds once. There are no branches, and of the resized image only the crop is
+    computed, whose size doesn't depend on the image. Columns are taken from a transposed image, whose channels, images
+    and rows lie together: taken one by one, they would be the slowest part.
+    Source: torch's aten/src/ATen/native/cpu/UpSampleKernel.cpp (HelperInterpBase), torchvision's resize.
+    """
+    n = config.input_size
+    (rows, columns), (of_rows, of_columns) = _neighbours(images.shape[1:3], config)
+    images = images.index_select(1, rows).flatten(2).flatten(0, 1).t()  # (W * 3, N * 2n)
+    images = images.unflatten(0, (-1, 3)).flatten(1)  # (W, 3 * N * 2n)
+    left, right = (images.index_select(0, side).float() for side in columns.split(n))
+    images = _mean(left, right, of_columns[:, :, None])
+    images = _mean(*images.view(-1, 2 * n).split(n, dim=1), of_rows)  # (n * 3 * N, n): columns, channels, images; rows
+    return images.view(n, -1).t().reshape(3, -1, n, n).transpose(0, 1)
+
+
+def _neighbours(shape, config):
+    """Of the rows and the columns of the crop: indices (2, 2n) of the pixels before and behind each, and the weights
+    (2, 2, n) of the ones and the others."""
+    old = torch.stack([torch.scalar_tensor(side, dtype=torch.float64) for side in shape])
+    resize = torch.scalar_tensor(config.val_resize, dtype=torch.float64)
+    new, first = resize_and_crop(old, resize, config.input_size, torch)
+    last = old[:, None] - 1
+    places = torch.arange(config.input_size, dtype=torch.float64) + 0.5
+    at = ((first[:, None] + places) * (old / new)[:, None] - 0.5).clamp(min=0).minimum(last)
+    before = at.floor()
+    indices = torch.cat([before, (before + 1).minimum(last)], dim=1).long()
+    # 15 bits, unless the whole side has a weight of 1, which would not fit: at an end that is clamped, or where a place
+    # falls on a pixel, because both lengths have the same power of two as a factor.
+    old, new = old.long(), new.long()
+    unit = torch.where((old < new) | ((old & -old) == (new & -new)), 2.0**14, 2.0**15)[:, None, None]
+    weights = (torch.tensor([[1.0], [0.0]], dtype=torch.float64) - (at - before)[:, None]).abs()
+    return indices, ((weights * unit + 0.5).floor() / unit).float()
+
+
+def _mean(a, b, weights):
+    return (a * weights[0] + b * weights[1] + 0.5).floor()

@@ -313,8 +313,8 @@ class CostLimits(Settings):
 
     limit: tuple = setting(
         None,
-        "flops=330M, params=80k, latency=8ms, with a lower bound flops=290M:330M, or a share of all candidates "
-        "flops=59%%; any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
+        "flops=330M, params=80k, latency=8ms of the network alone, with a lower bound flops=290M:330M, or a share of "
+        "all candidates flops=59%%; any number of them (flops=330M, elsewhere than at 224 px flops=59%%)",
         nargs="+", unit="COST=LIMIT", extends=True,
     )  # fmt: skip
     flops_limit: str = setting(None, "short for --limit flops=FLOPS", unit="FLOPS")
@@ -396,9 +396,10 @@ class Retraining(Settings):
         excludes="instead",
     )  # fmt: skip
     with_preprocessing: bool = setting(
-        None, "export a program that takes whole images of any size, and resizes and crops them (no)", nargs=0,
-        decides=False,
+        None, "export a program that takes whole images of any size, and resizes and crops them, which a limit on "
+        "latency does not count (no)", nargs=0, decides=False,
     )  # fmt: skip
+    opset: int = setting(None, "ONNX's operator set, 18 to 20 (torch.onnx's default)", count(18, 20), decides=False)
     bn_pass: int = setting(1250, "training batches of the BN pass (default: 1250)", count(0), unit="N")
 
 

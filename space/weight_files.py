@@ -99,7 +99,7 @@ def load_file(path):
 
     No code in the file is executed. Raises UserError if it is missing, damaged, or holds anything else.
     """
-    if pathlib.Path(path).suffix in (".pt2", ".onnx"):
+    if pathlib.Path(path).suffix in (".pt2", ".onnx", ".ort"):
         raise UserError(f"{path}: an exported program, not weights; name the checkpoint that it was exported from")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY):

@@ -352,9 +352,9 @@ def test_validation_geometry_has_no_branch():
             expected = size, tuple(round((side - crop) / 2) for side in size)
             assert validation_geometry(DataConfig(crop, resize), height, width) == expected
             if height < 200:
-                tensors = (torch.tensor(float(side), dtype=torch.float64) for side in (height, width, resize))
-                found = resize_and_crop(*tensors, crop)
-                assert tuple(tuple(side.item() for side in pair) for pair in found) == expected
+                sides, short = (torch.tensor(n, dtype=torch.float64) for n in ([height, width], resize))
+                found = resize_and_crop(sides, short, crop, torch)
+                assert tuple(tuple(pair.tolist()) for pair in found) == expected
 
 
 def test_the_validation_crop_is_torchvisions():

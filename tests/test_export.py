@@ -4,7 +4,12 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,13 +18,15 @@ from conftest import CLASSES, ROOT, run
 from torchvision.transforms.v2 import functional as F
 
 import scratch
-from dataloader import Loader, network_input
+from dataloader import Loader
 from images.dataset import DataConfig, evaluation_plan, scan
+from images.preprocessing import resample, scaled
 from network import ShuffleNetV2
 from space import weight_files
 from space.custom import make_space
 from training import checkpoint, export
 from training.evaluation import recalibrate_bn
+from training.program import Program
 from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=37)
@@ -107,11 +114,14 @@ def test_an_exported_file_is_the_network(trained, programs, tree, tmp_path, prep
     else:
         file = tmp_path / f"network{suffix}"
         stdout, _ = run("scratch.py", "--export", file, "--checkpoint", path, "--threads", 1)
-    line, last = stdout.splitlines()
+    _, line, last = stdout.splitlines()
     runtime = {".pt2": "PyTorch", ".onnx": "ONNX Runtime"}[suffix]
-    assert re.search(rf"[\d.]+ ms an image in {runtime} on this CPU \(median of \d+ runs, batch 1, 1 threads\)", line)
+    times = "[\\d.]+ of the network alone, as --limit latency counts it; [\\d.]+ without preprocessing; [\\d.]+ with"
+    assert re.match(rf"ms an image in {runtime} on this CPU \(medians of 50 runs, batch 1, 1 threads\): {times}", line)
     result = json.loads(last)
-    assert result["max_difference"] <= 1e-4 and result["latency_ms"] > 0 and result["bytes"] == file.stat().st_size
+    assert result["max_difference"] <= 1e-4 and result["bytes"] == file.stat().st_size
+    assert result["network_ms"] > 0 and all(ms > 0 for ms in result["latency_ms"].values())
+    assert not [path for path in (ROOT, pathlib.Path.home()) if os.fsencode(path) in file.read_bytes()]
 
     values, program = open_file(file)
     assert values["classes"] == list(CLASSES) and values["architecture"] == list(model.architecture)
@@ -142,7 +152,7 @@ def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained):
     for height, width in [*sizes, *rng.integers(1, 300, (150, 2)).tolist()]:
         model.config = DataConfig(input_size=32, val_resize=int(rng.choice([32, 36, 37, 64])), preprocessing="imagenet")
         images = torch.from_numpy(rng.integers(0, 256, (2, height, width, 3), np.uint8))
-        found = network_input(export.preprocess(images, model.config), "imagenet")
+        found = scaled(resample(images, model.config), "imagenet")
         assert torch.equal(found, model.preprocess(images)), (height, width, model.config.val_resize)
 
 
@@ -150,9 +160,9 @@ def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained):
 def test_a_program_with_preprocessing_takes_whole_images(programs, trained, tree, suffix):
     """It is compared on all images of val, from the files on."""
     file, stdout = programs[suffix, True]
-    first, line, last = stdout.splitlines()
+    first, line, _, last = stdout.splitlines()
     assert first == f"comparing the file with the network on the images of {tree}/val"
-    assert re.search(r"on 21 images, from the files on; 21 get the same class, 21 the same pixels; [\d.]+ ms", line)
+    assert re.search(r"on 21 images, from the files on; 21 get the same class, 21 the same pixels$", line)
     result = json.loads(last)
     assert result["max_difference"] <= 1e-4 and (result["same_top1"], result["same_pixels"]) == (21, 21)
     values, program = open_file(file)
@@ -183,6 +193,58 @@ def test_predict_by_an_exported_file(programs, trained, tree, suffix, whole):
         assert numbers[0] == pytest.approx(numbers[1], abs=0.11)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "suffix", [".pt2", pytest.param(".onnx", marks=needs_onnx), pytest.param(".ort", marks=needs_onnx)]
+)
+def test_eval_measures_an_exported_file(programs, trained, tree, tmp_path, suffix, whole):
+    """As it measures the checkpoint; an .ort file is one that ONNX Runtime's tools made of an .onnx file."""
+    file = programs[".onnx" if suffix == ".ort" else suffix, whole][0]
+    if suffix == ".ort":
+        shutil.copy(file, tmp_path)
+        words = ["-m", "onnxruntime.tools.convert_onnx_models_to_ort", tmp_path, "--optimization_style", "Fixed"]
+        subprocess.run([sys.executable, *words], check=True, capture_output=True, timeout=120)
+        (file,) = tmp_path.glob("*.ort")
+    words = ["--loader", "torchvision", "--workers", 0, "--eval-batch-size", 4, "--data-dir", tree, "--threads", 1]
+    expected, found = (
+        json.loads(run("scratch.py", "--eval", *words, "--checkpoint", path)[0]) for path in (trained["spos"][0], file)
+    )
+    assert found == expected and found["n_images"] == 21 and found["acc5"] == 100
+
+
+def test_eval_by_an_exported_file_of_other_classes_is_one_line(programs, tree, tmp_path):
+    for part in ("train", "val"):
+        shutil.copytree(tree / part, tmp_path / part)
+        (tmp_path / part / "car").rename(tmp_path / part / "cat")
+    words = ["--checkpoint", programs[".pt2", False][0], "--data-dir", tmp_path]
+    stdout, stderr = run("scratch.py", "--eval", *words, code=2)
+    assert stdout == "" and "False.pt2: its class names are not those of the data" in stderr.splitlines()[-1]
+
+
+@needs_onnx
+def test_nodes_are_named_by_block_and_operation(programs, trained, tmp_path):
+    import onnx
+
+    _, model, config = trained["spos"]
+    graph = onnx.load(programs[".onnx", True][0]).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    assert not any(part.metadata_props or part.doc_string for part in (*graph.node, *graph.input, *graph.initializer))
+    blocks = [f"block{i}/{name}" for i, (name, _) in enumerate(model.space.chosen(model.architecture))]
+    assert {name.rpartition("/")[0] for name in names} == {
+        "input",
+        "first_conv",
+        *blocks,
+        "conv_last",
+        "classifier",
+        "",
+    }
+    assert f"{blocks[3]}/conv1" in names and "classifier/gemm1" in names
+    stored = weight_files.load(trained["spos"][0], "scratch")
+    export.export(tmp_path / "old.onnx", model, stored, config, opset=18)
+    assert [opset.version for opset in onnx.load(tmp_path / "old.onnx").opset_import] == [18]
+
+
 def test_what_cannot_be_predicted_by_an_exported_file_is_one_line(programs, tree, tmp_path):
     image, file = next((tree / "val" / "bird").iterdir()), programs[".pt2", True][0]
     (tmp_path / "damaged.pt2").write_bytes(file.read_bytes()[:1000])
@@ -193,6 +255,7 @@ def test_what_cannot_be_predicted_by_an_exported_file_is_one_line(programs, tree
         (["--checkpoint", file, "--preprocessing", "imagenet"], "--preprocessing imagenet contradicts"),
         (["--checkpoint", file, "--space", "small"], "--space has no effect with an exported program"),
         (["--checkpoint", file, "--with-preprocessing"], "--with-preprocessing has no effect without --export"),
+        (["--checkpoint", file, "--opset", 18], "--opset has no effect without --export FILE.onnx"),
     ):
         stdout, stderr = run("scratch.py", "--predict", image, *words, code=2)
         assert stdout == "" and len(stderr.splitlines()) == 1 and message in stderr
@@ -203,7 +266,6 @@ def test_a_file_that_differs_is_not_written(trained, tree, tmp_path, monkeypatch
     """Its answers are made wrong in the scale, or in the size that whole images are resized to."""
     path, model, config = trained["spos"]
     stored = weight_files.load(path, "scratch")
-    network, preprocess = export.network_input, export.preprocess
     images = scan(tree / "val")
 
     def refused(reason):
@@ -212,16 +274,15 @@ def test_a_file_that_differs_is_not_written(trained, tree, tmp_path, monkeypatch
         assert not list(tmp_path.iterdir())
 
     def wrong(path, content):
-        return {}, lambda x: model(network(preprocess(x, config) if whole else x, "spos") * 1.001)
+        return {}, lambda x: model(export.Input(config, whole)(x) * 1.001)
 
-    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
-    monkeypatch.setattr(export, "_torch_export", lambda *_: b"a program")
-    monkeypatch.setattr(export, "_read", wrong)
+    monkeypatch.setattr(export, "torch_file", lambda *_: (b"a program", []))
+    monkeypatch.setattr(export, "read", wrong)
     refused("its logits differ from the network's by")
     if whole:
         other = dataclasses.replace(config, val_resize=60)
-        monkeypatch.setattr(export, "preprocess", lambda x, _: preprocess(x, other))
-        monkeypatch.setattr(export, "_read", lambda *_: ({}, lambda x: model(network(preprocess(x, other), "spos"))))
+        monkeypatch.setattr(export, "resample", lambda x, _: resample(x, other))
+        monkeypatch.setattr(export, "read", lambda *_: ({}, lambda x: model(scaled(resample(x, other), "spos"))))
         refused(r"\d+ of 21 images get another class")
 
 
@@ -231,6 +292,8 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     _, stderr = run("scratch.py", "--export", tmp_path / "network.pth", "--checkpoint", path, code=2)
     assert len(stderr.splitlines()) == 1 and "network.pth: ends in neither .pt2 (torch.export) nor .onnx" in stderr
+    _, stderr = run("scratch.py", "--export", tmp_path / "network.onnx", "--checkpoint", path, "--opset", 17, code=2)
+    assert "--opset: " in stderr.splitlines()[-1]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else "found")
     with pytest.raises(UserError, match=r"network\.onnx: ONNX needs pip install onnxscript; a file named \.pt2"):
         export.export(tmp_path / "network.onnx", model, stored, config)
@@ -308,7 +371,7 @@ def test_files_from_before_say_transparency_and_orientation_in_words(trained):
     for alpha, exif in itertools.product(("white", "black", "dropped"), ("apply", "ignored")):
         expected = DataConfig(32, 37, "imagenet", alpha=alpha, exif=exif)
         size = export.metadata(model, weight_files.load(path, "scratch"), expected)["preprocessing"]
-        assert export.stored_config(values | {"preprocessing": size}) == expected
+        assert Program("", values | {"preprocessing": size}, None).config == expected
         words = {"resize": 37, "crop": 32, "exif_orientation": "applied" if exif == "apply" else "ignored"}
         words["transparency"] = alpha if alpha == "dropped" else f"composited on {alpha}"
-        assert export.stored_config(values | {"preprocessing": words}) == expected
+        assert Program("", values | {"preprocessing": words}, None).config == expected

@@ -48,7 +48,7 @@ def out(data, tmp_path_factory):
         ("scratch.py", (f"{SCRATCH} 1", "--resume none"), "scratch.recalibrate_bn"),
         ("scratch.py", ("--eval",), "scratch.accuracy"),
         pytest.param("scratch.py", ("--export", "{}/network.pt2"), "training.export.compare", marks=pytest.mark.slow),
-        ("scratch.py", ("--predict", "{}/photo.jpg"), "training.export.inspect"),
+        ("scratch.py", ("--predict", "{}/photo.jpg"), "training.program.inspect"),
         (
             "tester.py",
             ("--mode test", CALIBRATION, "--architecture {}/path.json"),

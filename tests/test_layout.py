@@ -172,7 +172,7 @@ def test_every_room_is_small_and_says_what_belongs_there():
         ("matplotlib", {"reports.figures"}),
         ("onnx", {"training.export", "devices.onnx_runtime"}),
         ("onnxscript", set()),
-        ("onnxruntime", {"training.export", "devices.onnx_runtime"}),
+        ("onnxruntime", {"training.program", "devices.onnx_runtime"}),
     ],
 )
 def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, modules):

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import itertools
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from images import image_check, pictures
 from images.dataset import Augmentation, DataConfig, ImageSet, evaluation_plan
 from network import ShuffleNetV2
 from settings.subjects import Images
-from training import export
+from training.program import image_files, predict
 from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=32, jitter=0, crop_scale=(0.5, 1))
@@ -149,9 +148,11 @@ def test_predict_and_preprocess_read_every_file_as_validation_does(images, backe
     config = dataclasses.replace(CONFIG, exif=orientation)
     expected = decoded(images, config, False, backend)
     paths = [f"{images.root}/{name}" for name in images.paths]
-    network, ckpt = Recorder(), types.SimpleNamespace(class_names=("a", "b"))
-    for _ in export.predict(paths, network, ckpt, config, Images(loader=backend, workers=0), "cpu"):
-        pass
+    network = Recorder()
+    loader = Loader(image_files(paths, config, Images(loader=backend)), config, False, backend=backend, workers=0)
+    assert len(list(predict(paths, ("a", "b"), network, loader.batches(evaluation_plan(len(paths), 200))))) == len(
+        paths
+    )
     assert np.array_equal(network.seen.numpy(), expected.transpose(0, 3, 1, 2)[:, ::-1])
     assert caplog.text.count("has an EXIF orientation, which is ignored") == (4 if orientation == "ignored" else 0)
     model = ShuffleNetV2([0] * 20, 32, 10)

@@ -90,9 +90,9 @@ def check_split(ckpt, split):
 
 
 def check_classes(ckpt, classes):
-    """Raises UserError if the data's classes are not the checkpoint's."""
-    if ckpt.space.n_classes != len(classes):
-        counts = f"has {ckpt.space.n_classes} classes, the data {len(classes)}"
+    """Raises UserError if the data's classes are not those of a Checkpoint or a Program."""
+    if len(ckpt.class_names) != len(classes):
+        counts = f"has {len(ckpt.class_names)} classes, the data {len(classes)}"
         raise UserError(f"{ckpt.path}: {counts}; use the same --data-dir")
     if ckpt.classes is not None and ckpt.classes != tuple(classes):
         raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")

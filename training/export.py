@@ -7,17 +7,19 @@ order, the scale and the normalisation are inside in both, since nothing would n
 or size is refused.
 
 FILE.pt2 is written by torch.export (metadata.json in its extra files), FILE.onnx by torch.onnx (metadata_props, a value
-that is no text as JSON). A file is read back and compared with the network before it gets its name.
+that is no text as JSON). A file is read back and compared with the network before it gets its name. `training/program`
+uses one.
 """
 
+import collections
 import importlib.util
 import io
 import json
-import logging
 import os
 import pathlib
 import statistics
 import time
+import warnings
 
 import torch
 from torch import nn
@@ -25,85 +27,31 @@ from tqdm import tqdm
 
 from dataloader import Loader, read_image
 from images import bundled
-from images.dataset import ImageSet, evaluation_plan, resize_and_crop, scan, stratified_order
-from images.image_check import inspect
-from images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, network_input
-from settings.subjects import DataConfig
-from utils import HERE, UserError, atomic_write, commit, log, versions
+from images.dataset import evaluation_plan, scan, stratified_order
+from images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, network_input, resample, scaled
+from network import fold_bn
+from training.program import FORMS, SUFFIXES, open_session, read, runs
+from utils import HERE, UserError, atomic_write, commit, versions
 
 TOLERANCE = 1e-4  # of logits, absolute
 SAME_TOP1 = 0.999  # of the images of a comparison from the file on
 N_IMAGES, BATCH_SIZE = 20, 7  # of the bundled images: 7, 7 and 6
 WARM_UP, TIMED = 10, 50  # runs of one image
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # torch.onnx needs the first two; the third runs the file
-SUFFIXES = {".pt2": "torch", ".onnx": "onnxruntime"}  # and what runs such a file, in RUNTIMES
-OF_A_PROGRAM = (
-    "input_size",
-    "val_resize",
-    "preprocessing",
-    "alpha",
-    "exif",
-)  # of a DataConfig, what a program has in it
-FORMS = ("without preprocessing", "with preprocessing")
 
 
-class Program(nn.Module):
-    """What is exported: uint8 RGB (N, H, W, 3) -> logits (N, classes)."""
+class Input(nn.Module):
+    """What a program does before its network: uint8 RGB (N, H, W, 3) -> float (N, 3, S, S)."""
 
-    def __init__(self, network, config, with_preprocessing=False):
+    def __init__(self, config, whole):
         super().__init__()
-        self.network = network
         self.config = config
-        self.with_preprocessing = with_preprocessing
+        self.whole = whole
 
     def forward(self, images):
-        if self.with_preprocessing:
-            images = preprocess(images, self.config)
-        return self.network(network_input(images, self.config.preprocessing))
-
-
-# --- preprocessing in a program ------------------------------------------------------------------------------
-# torch resizes uint8 by weights of 14 or 15 bits, one side after the other, and rounds after each. The same in whole
-# numbers gives the same pixels in every format; ONNX's Resize rounds once. Of the rows and columns of the resized image
-# those of the crop are computed, whose number does not depend on the image.
-# Source: torch's aten/src/ATen/native/cpu/UpSampleKernel.cpp (HelperInterpBase), torchvision's resize.
-
-
-def preprocess(images, config):
-    """uint8 (N, H, W, 3) -> uint8 (N, S, S, 3): resized and cropped as in validation, without branches."""
-    height, width = (torch.scalar_tensor(side, dtype=torch.float64) for side in images.shape[1:3])
-    resize = torch.scalar_tensor(config.val_resize, dtype=torch.float64)
-    size, corner = resize_and_crop(height, width, resize, config.input_size)
-    top, bottom, rows = _neighbours(height, size[0], corner[0], config.input_size)
-    left, right, columns = _neighbours(width, size[1], corner[1], config.input_size)
-    images = images.index_select(1, torch.cat([top, bottom]))
-    images = _mean(images.index_select(2, left), images.index_select(2, right), columns[..., None])
-    above, below = images.split(config.input_size, dim=1)
-    return _mean(above, below, rows[..., None, None]).to(torch.uint8)
-
-
-def _neighbours(old, new, first, n):
-    """For the places `first` to `first + n` of a side resized from `old` to `new` px: (indices before each (n,),
-    indices behind it (n,), weights (3, n) of the one and the other, and their sum)."""
-    at = torch.clamp((first + torch.arange(n, dtype=torch.float64) + 0.5) * (old / new) - 0.5, min=0)
-    before = torch.minimum(at.floor(), old - 1)
-    share = (at - before) * (before < old - 1)
-    # 15 bits, unless the whole side has a weight of 1, which would not fit: at an end that is clamped, or where a place
-    # falls on a pixel, because both lengths have the same power of two as a factor.
-    before = before.long()
-    old = old.long()
-    new = new.long()
-    unit = torch.where((old < new) | ((old & -old) == (new & -new)), 2**14, 2**15)
-    weights = [((s * unit + 0.5).floor()).int() for s in (1 - share, share)]
-    return before, torch.minimum(before + 1, old - 1), torch.stack([*weights, unit.int().expand(n)])
-
-
-def _mean(a, b, weights):
-    of_a, of_b, unit = weights
-    return (a.int() * of_a + b.int() * of_b + unit // 2) // unit
-
-
-# --- export --------------------------------------------------------------------------------------------------
+        if self.whole:
+            return scaled(resample(images, self.config), self.config.preprocessing)
+        return network_input(images, self.config.preprocessing)
 
 
 def metadata(model, ckpt, config, with_preprocessing=False):
@@ -137,30 +85,28 @@ def metadata(model, ckpt, config, with_preprocessing=False):
     }  # fmt: skip
 
 
-def export(path, model, ckpt, config, with_preprocessing=False, images=None):
-    """Writes the network to `path`, .pt2 or .onnx; returns how its answers compare with the network's, and its latency.
+def export(path, model, ckpt, config, with_preprocessing=False, images=None, opset=None):
+    """Writes the network to `path`, .pt2 or .onnx; returns how its answers compare with the network's, and latencies.
 
     `images` is the ImageSet on which a program with preprocessing is compared from the file on, by default some bundled
-    images. Raises UserError if the suffix is another, a package is missing, the file can't be written, or its logits or
-    answers differ.
+    images; `opset` is ONNX's, by default torch.onnx's. Raises UserError if the suffix is another, a package is missing,
+    the file can't be written, or its logits or answers differ.
     """
     path = pathlib.Path(path)
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in (".pt2", ".onnx"):
         raise UserError(f"--export {path}: ends in neither .pt2 (torch.export) nor .onnx")
     missing = [name for name in ONNX_PACKAGES if path.suffix == ".onnx" and importlib.util.find_spec(name) is None]
     if missing:
         install = f"ONNX needs pip install {' '.join(missing)}; a file named .pt2 needs nothing more"
         raise UserError(f"--export {path}: {install}")
     model.to("cpu").eval()
-    sides = (config.val_resize, config.val_resize + 1) if with_preprocessing else (config.input_size,) * 2
-    example = torch.zeros(2, *sides, 3, dtype=torch.uint8)
-    names = ("batch", "height", "width") if with_preprocessing else ("batch",)
-    dynamic = {"images": {i: torch.export.Dim(name) for i, name in enumerate(names)}}
-    with torch.no_grad():
-        program = torch.export.export(Program(model, config, with_preprocessing), (example,), dynamic_shapes=dynamic)
+    network = fold_bn(model)
     values = metadata(model, ckpt, config, with_preprocessing)
-    content = (_torch_export if path.suffix == ".pt2" else _onnx)(program, values, names)
-    _, run = _read(path, content)
+    if path.suffix == ".pt2":
+        content, timed = torch_file(network, config, with_preprocessing, values)
+    else:
+        content, timed = onnx_file(network, config, with_preprocessing, values, opset)
+    _, run = read(path, content)
     images = images or _bundled_images()
     found = (compare_from_files if with_preprocessing else compare)(run, model, config, images)
     if not found["max_difference"] <= TOLERANCE:
@@ -174,29 +120,98 @@ def export(path, model, ckpt, config, with_preprocessing=False, images=None):
             file.write(content)
     except OSError as error:
         raise UserError(f"--export {path}: can't be written ({error.strerror})") from None
+    whole, plain = (_example(config, form)[:1] for form in (True, False))
+    timed[1 + with_preprocessing] = run
+    found |= latencies(timed, [Input(config, False)(plain), plain, whole])
     return {
-        "file": str(path), "bytes": len(content), **found,
-        "latency_ms": latency(run, example[:1]), "runtime": SUFFIXES[path.suffix], "threads": torch.get_num_threads(),
-        "runs": TIMED,
+        "file": str(path), "bytes": len(content), **found, "runtime": SUFFIXES[path.suffix],
+        "threads": torch.get_num_threads(), "runs": TIMED,
     }  # fmt: skip
 
 
-def _torch_export(program, values, _):
-    """The bytes of a .pt2 file."""
+def _example(config, whole):
+    """Images that a program takes, (2, H, W, 3); with preprocessing of another size than the network's."""
+    sides = (config.val_resize, config.val_resize + 1) if whole else (config.input_size,) * 2
+    return torch.zeros(2, *sides, 3, dtype=torch.uint8)
+
+
+def _program(module, example, names):
+    """The ExportedProgram of a module; `names` are those of the first dimensions, which vary."""
+    dynamic = ({i: torch.export.Dim(name) for i, name in enumerate(names)},)
+    with torch.no_grad():
+        program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it has the paths of this machine
+    return program
+
+
+def _dimensions(whole):
+    return ("batch", "height", "width") if whole else ("batch",)
+
+
+def torch_file(network, config, whole, values):
+    """(the bytes of a .pt2 file, callables: the network, and with what comes before it in both forms)."""
+    forms = [nn.Sequential(Input(config, form), network) for form in (False, True)]
+    program = _program(forms[whole], _example(config, whole), _dimensions(whole))
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(values, indent=1)})
-    return file.getvalue()
+    network.to(memory_format=torch.channels_last)  # as the latencies of a search are measured
+    return file.getvalue(), [network, *forms]
 
 
-def _onnx(program, values, names):
-    """The bytes of an .onnx file; `names` are those of the first dimensions, which vary."""
-    import onnx
+def onnx_file(network, config, whole, values, opset):
+    """As `torch_file`, for an .onnx file. The network is exported once, and what comes before it is put in front."""
+    from onnx import ModelProto, compose, helper
 
-    shapes = {"images": dict(enumerate(names))}
-    options = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": shapes}
-    model = torch.onnx.export(program, dynamo=True, verbose=False, **options).model_proto
-    onnx.helper.set_model_props(model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()})
-    return model.SerializeToString()
+    example = Input(config, False)(_example(config, False))
+    alone = _to_onnx(network, example, ("batch",), ("x", "logits"), opset)
+    forms = [ModelProto(), ModelProto()]
+    for form, model in enumerate(forms):
+        before = Input(config, bool(form)), _example(config, form), _dimensions(form)
+        before = _to_onnx(*before, ("images", "x"), opset).graph
+        before = compose.add_prefix_graph(before, "input/", rename_inputs=False, rename_outputs=False)
+        model.CopyFrom(alone)
+        model.graph.CopyFrom(compose.merge_graphs(before, alone.graph, [("x", "x")], name="network"))
+    helper.set_model_props(forms[whole], {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()})
+    contents = [model.SerializeToString() for model in (alone, *forms)]
+    return contents[1 + whole], [runs(open_session(content)) for content in contents]
+
+
+def _to_onnx(module, example, dimensions, ends, opset):
+    """The ONNX model of a module; `ends` are the names of its input and output. Nodes are named by block, operation
+    and kind, and have nothing else of what the exporter notes, such as the paths of this machine."""
+    options = {"input_names": ends[:1], "output_names": ends[1:], "opset_version": opset, "verbose": False}
+    program = _program(module, example, dimensions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = (dict(enumerate(dimensions)),)
+        model = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, **options).model_proto
+    counts = collections.Counter()
+    place = ""
+    for node in model.graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        scopes = json.loads(notes.get("pkg.torch.onnx.name_scopes", "[]").replace("'", '"'))
+        place = _place(module, scopes) if scopes else place
+        counts[place, node.op_type] += 1
+        node.name = f"{place}{node.op_type.lower()}{counts[place, node.op_type]}"
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    return model
+
+
+def _place(module, scopes):
+    """Where a node belongs, "block3/shufflenet_5x5/", by the names of the modules in which it was called."""
+    if not isinstance(module, Input):
+        names = [name for name, _ in module.space.chosen(module.architecture)]
+        for scope in scopes:
+            first, *rest = scope.split(".")
+            if first == "features" and rest:
+                return f"block{rest[0]}/{names[int(rest[0])]}/"
+            if first in ("first_conv", "conv_last", "classifier"):
+                return f"{first}/"
+    return ""
 
 
 def _bundled_images():
@@ -225,7 +240,7 @@ def compare_from_files(run, model, config, images):
     with torch.no_grad():
         for path, (loaded, _) in zip(images.paths, loader.decode(plan)):
             image = read_image(os.path.join(images.root, path), config)
-            pixels = preprocess(image, config)
+            pixels = resample(image, config).permute(0, 2, 3, 1).to(torch.uint8)
             logits = run(image)
             expected = model(loader.finish(loaded))
             same = bool(torch.equal(pixels, loaded))
@@ -237,113 +252,18 @@ def compare_from_files(run, model, config, images):
     return found
 
 
-def latency(run, image):
-    """Median milliseconds of `run(image)`."""
-    seconds = []
+def latencies(timed, inputs):
+    """{"network_ms", and "latency_ms" by form}: median milliseconds of three callables on their inputs, in turns.
+
+    By the clock of this thread, where torch has one: it stands still while another process has the core.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = [[] for _ in timed]
     with torch.no_grad():
         for _ in range(WARM_UP + TIMED):
-            start = time.perf_counter()
-            run(image)
-            seconds.append(time.perf_counter() - start)
-    return round(statistics.median(seconds[WARM_UP:]) * 1000, 3)
-
-
-# --- use -----------------------------------------------------------------------------------------------------
-
-
-def is_program(path):
-    """Whether a file is an exported program, by its name."""
-    return pathlib.Path(path or "").suffix in SUFFIXES
-
-
-def open_program(path):
-    """(metadata, what runs the program) of an exported file. A .pt2 file can execute code: it has to be trusted.
-
-    Raises UserError if it is missing or damaged, or the package that runs it is.
-    """
-    path = pathlib.Path(path)
-    if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
-        raise UserError(f"--checkpoint {path}: ONNX needs pip install onnxruntime")
-    try:
-        values, run = _read(path, path.read_bytes())
-        stored_config(values)
-        if not all(type(name) is str for name in values["classes"]) or values.get("form", FORMS[0]) not in FORMS:
-            raise ValueError("no metadata of this project")
-    except OSError as error:
-        raise UserError(f"--checkpoint {path}: {error.strerror}") from None
-    except Exception as error:  # of any kind, by the readers of damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"--checkpoint {path}: not a program that scratch.py exported ({reason})") from None
-    return values, run
-
-
-def _read(path, content):
-    """(metadata, a function from images to logits) of the bytes of an exported file."""
-    if path.suffix == ".pt2":
-        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs the traceback of a damaged file
-        extra = {"metadata.json": ""}
-        run = torch.export.load(io.BytesIO(content), extra_files=extra).module()
-        return json.loads(extra["metadata.json"]), run
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    values = session.get_modelmeta().custom_metadata_map
-    values |= {name: json.loads(values[name]) for name in ("preprocessing", "inside", "classes") if name in values}
-    return values, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-def stored_config(values):
-    """The DataConfig that the metadata of a program say."""
-    size = values["preprocessing"]
-    channels = {"BGR": "spos", "RGB": "imagenet"}[values["inside"]["channels"]]
-    if "transparency" in size:  # the words of files from before
-        alpha = size["transparency"].removeprefix("composited on ")
-        size |= {"alpha": alpha, "exif": size["exif_orientation"].replace("applied", "apply")}
-    return DataConfig(size["crop"], size["resize"], channels, alpha=size["alpha"], exif=size["exif"])
-
-
-def predict(paths, model, ckpt, config, images, device):
-    """Yields (path, [(class name, probability), ...]) for each image file, the five most probable classes first.
-
-    `images` is an Images, which says how they are loaded. Raises UserError that names the file, before anything is
-    computed, where one is not an image.
-    """
-    model.to(device, memory_format=torch.channels_last).eval()
-    loader = _loader(paths, config, images, device)
-    batches = (model(batch) for batch, _ in loader.batches(evaluation_plan(len(paths), images.eval_batch_size)))
-    yield from _most_probable(paths, ckpt.class_names, batches)
-
-
-def predict_by_program(paths, values, run, images):
-    """As `predict`, by an exported program on the CPU: `open_program` gives `values` and `run`."""
-    config = stored_config(values)
-    loader = _loader(paths, config, images, "cpu")
-    if values.get("form") == FORMS[1]:
-        batches = (run(read_image(path, config)) for path in paths)
-    else:
-        batches = (run(batch) for batch, _ in loader.decode(evaluation_plan(len(paths), images.eval_batch_size)))
-    yield from _most_probable(paths, values["classes"], batches)
-
-
-def _loader(paths, config, images, device):
-    if images.loader == "synthetic":
-        raise UserError("--loader synthetic: reads no files; leave the flag out with --predict")
-    for path in paths:
-        found = inspect(path, images.max_pixels)
-        if found.reason:
-            raise UserError(f"--predict {path}: {found.reason}")
-        if found.turned and config.exif == "ignored":
-            log.warning("warning: %s: has an EXIF orientation, which is ignored, as in training", path)
-    files = ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), ())
-    return Loader(files, config, False, 0, device, images.loader, images.workers)
-
-
-def _most_probable(paths, names, batches):
-    done = iter(paths)
-    with torch.inference_mode():
-        for logits in batches:
-            top = logits.softmax(dim=1).topk(min(5, len(names)))
-            for probabilities, indices in zip(top.values.tolist(), top.indices.tolist()):
-                yield next(done), [(names[i], p) for i, p in zip(indices, probabilities)]
+            for run, x, own in zip(timed, inputs, seconds):
+                start = clock()
+                run(x)
+                own.append(clock() - start)
+    alone, *forms = (round(statistics.median(own[WARM_UP:]) * 1000, 3) for own in seconds)
+    return {"network_ms": alone, "latency_ms": dict(zip(FORMS, forms))}

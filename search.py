@@ -35,16 +35,16 @@ from engines.confirmation import confirm
 from engines.local_engine import search_locally
 from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
-from engines.search_record import (
+from engines.search_files import (
     confirmations,
     images_path,
-    prepare_search,
     read_generations,
     read_state,
     starts,
     state_path,
     unconfirmed,
 )
+from engines.search_record import prepare_search
 from images.dataset import Data
 from images.dataset import prepare as prepare_images
 from reports.page import write_report

@@ -22,7 +22,7 @@ import sys
 
 from devices.table import measure_table, open_runtime, read_table, setting_of, with_latency
 from engines import trial
-from engines.search_record import listed_images
+from engines.search_files import listed_images
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights

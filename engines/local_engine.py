@@ -9,7 +9,8 @@ import os
 
 from engines.heartbeats import forget_heartbeats, heartbeat_file, note_heartbeat, read_heartbeats
 from engines.progress import Progress
-from engines.search_record import SearchRecord, listed_images
+from engines.search_files import listed_images
+from engines.search_record import SearchRecord
 from engines.trial import gpu_names, take_gpu
 from settings.subjects import Evaluation
 from space import own

@@ -7,7 +7,7 @@ import pathlib
 
 import jinja2
 
-from engines.search_record import n_generations
+from engines.search_files import n_generations
 from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
 from space.limits import describe, milliseconds, share_text, shown

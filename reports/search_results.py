@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from engines.generations import Generation, first_generation_warning, reliability_text
-from engines.search_record import (
+from engines.search_files import (
     confirmations,
     cost_of,
     n_generations,

@@ -26,7 +26,8 @@ from devices import onnx_runtime, timing
 from devices import table as latency
 from devices.timing import Networks, Torch
 from engines import local_engine
-from engines.search_record import SearchRecord, prepare_search, read_results, state_path
+from engines.search_files import read_results, state_path
+from engines.search_record import SearchRecord, prepare_search
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
 from reports import page

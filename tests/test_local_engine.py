@@ -15,7 +15,8 @@ import pytest
 from engines import local_engine
 from engines.heartbeats import heartbeat_file
 from engines.local_engine import search_locally
-from engines.search_record import prepare_search, read_results
+from engines.search_files import read_results
+from engines.search_record import prepare_search
 from space.evolution import Evolution
 from space.search_space import SearchSpace
 from utils import Interrupted, UserError, heartbeat, interrupt, signals

@@ -17,7 +17,8 @@ from conftest import run
 from PIL import Image
 
 import report
-from engines.search_record import SearchRecord, prepare_search, state_path
+from engines.search_files import state_path
+from engines.search_record import SearchRecord, prepare_search
 from reports.page import _tiles, write_report
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution

@@ -23,7 +23,8 @@ import yaml
 import search
 from engines import nni_engine
 from engines.heartbeats import heartbeat_file
-from engines.search_record import prepare_search, read_results, state_path
+from engines.search_files import read_results, state_path
+from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from space.evolution import Evolution
 from space.limits import Limits, make_bounds

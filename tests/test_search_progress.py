@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from engines import progress
 from engines.progress import Progress
-from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
+from engines.search_files import read_generations, state_path
+from engines.search_record import SearchRecord, prepare_search
 from reports.page import write_report
 from space.limits import shown
 from space.search_space import OPERATIONS, SearchSpace
@@ -132,7 +133,7 @@ def test_a_log_has_a_line_after_the_first_candidate_and_one_a_generation_but_no_
     best = max(
         (r for results in read_generations(tmp_path) for r in results if r["acc1"] is not None), key=lambda r: r["acc1"]
     )
-    words = f"best {best['acc1']:.2f}% (loss {best['loss']:.3f}) at {shown('flops', best['flops'])}; "
+    words = f"best {best['acc1']:.2f}% (loss {best['loss']:.3f}) at {shown('flops', best['flops'])} FLOPs; "
     assert words in lines[-1]
 
 

@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 from dataloader import MAX_WORKERS, resolve_backend
-from devices.table import cannot_measure, difference, read_table, setting_of, with_latency
+from devices.table import cannot_measure, mismatch, read_table, setting_of, with_latency
 from engines.confirmation import confirm
 from engines.local_engine import search_locally
 from engines.machines import check_keys
@@ -216,7 +216,7 @@ def find_latency_table(args, out, supernet):
     """The file of --latency-table, or that in OUT, or else that in the supernet's OUT. Raises UserError."""
     if args.latency_table:
         return args.latency_table
-    folders = [out, *list(Path(supernet).resolve().parents)[2:3]]  # of OUT/checkpoints/supernet/FILE
+    folders = [out, *list(Path(supernet).resolve().parents)[2:3]]  # the supernet is OUT/checkpoints/supernet/FILE
     for folder in folders:
         if (folder / "latency.json").exists():
             return folder / "latency.json"
@@ -240,7 +240,7 @@ class Search:
 
     experiment: dict  # the content of the experiment file
     supernet: str  # path of its checkpoint
-    space: SearchSpace  # with the costs of --flops-table
+    space: SearchSpace  # it has the costs of --flops-table
     latency: dict | None  # the table of latencies, where it is of this device
     costs: str  # a line for the log that compares the space's FLOPs with a table, or nothing
     warnings: list  # reasons to doubt the results, a line each
@@ -274,7 +274,7 @@ def check(args, out):
         path = find_latency_table(args, out, supernet.path)
         latency = read_table(path, space, args.foreign_latency_table, tester_command(args, "latency"))
         space = with_latency(space, latency)
-        if other := difference(latency):
+        if other := mismatch(latency):
             warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
     check_space_file(out / experiment["searchSpaceFile"], space, tester_command(args, "gen"))
     with open(supernet.path, "rb") as file:
@@ -299,10 +299,10 @@ def check(args, out):
         settings["objectives"] = args.objectives.split(",")
     if args.rank_by != "acc1":
         settings["rank_by"] = args.rank_by
-    if space.operations_hash:  # for the report, which has no modules to count
+    if space.operations_hash:  # the report has no modules to count
         settings["counted"] = space.costs[:5]  # latency has a setting of its own
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
-    here = latency if latency and not difference(latency) else None
+    here = latency if latency and not mismatch(latency) else None
     return Search(experiment, supernet.path, space, here, costs, warnings, settings, data)
 
 

@@ -128,7 +128,7 @@ class Workers:
     def _workers(self):
         if self.pool is None:
             check_shared_memory(self.n)
-            forget_heartbeats(self.out)  # of a search that was killed
+            forget_heartbeats(self.out)  # a search that was killed has left some
             self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, leave_signals_to_parent)
         return self.pool
 

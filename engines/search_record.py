@@ -21,9 +21,8 @@ from engines.search_files import (
 from space.evolution import Evolution
 from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
-MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by its evaluation
-
-MAX_CORRECTIONS = 3  # of the limit on latency in a search
+MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # the numbers of a result that its evaluation gives
+MAX_CORRECTIONS = 3  # so often a search corrects its limit on latency
 
 
 class SearchRecord:
@@ -53,7 +52,7 @@ class SearchRecord:
         self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
         self.space = space_of(self.state["settings"])
         self.evolution = Evolution.from_settings(self.space, self.state["settings"])
-        self.confirmations = list(confirmations(self.state))  # those to replay
+        self.confirmations = list(confirmations(self.state))  # rows that are still to be replayed
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         for result in read_results(out, repair=True):

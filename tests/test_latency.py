@@ -117,7 +117,7 @@ def test_widths_are_in_the_table(clock, space):
 def test_parts_are_those_of_stand_alone_networks_with_bn_folded():
     network = timing.build(SPACE, (0, 1, 2, 3, 0), CPU)
     assert not [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    x = timing.images(SPACE, 2, CPU)
+    x = timing.random_images(SPACE, 2, CPU)
     parts = [network.first_conv, *network.features, network.head]
     with torch.inference_mode():
         y = x
@@ -260,11 +260,11 @@ def test_latencies_are_fitted_to_whole_networks(clock, pretended, tmp_path, monk
     write_json(tmp_path / "latency.json", found)
     assert latency.read_table(tmp_path / "latency.json", SPACE)["medians"] == found["medians"]
     assert latency.measure_like(found, SPACE, [(2, 0, 1, 0, 2)]) == ([true_ns((2, 0, 1, 0, 2))], 1)
-    assert latency.difference(found) is None
+    assert latency.mismatch(found) is None
     monkeypatch.setattr(onnx_runtime, "version", lambda: "1.2.4")
-    assert latency.difference(found) == "with onnxruntime 1.2.3, this is 1.2.4"
+    assert latency.mismatch(found) == "with onnxruntime 1.2.3, this is 1.2.4"
     monkeypatch.setattr(onnx_runtime, "version", lambda: None)
-    assert latency.difference(found) is None
+    assert latency.mismatch(found) is None
 
 
 def test_the_spread_of_a_fit_is_the_error_of_other_networks(clock, pretended, monkeypatch):

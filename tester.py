@@ -22,7 +22,7 @@ import sys
 
 from devices.table import measure_table, open_runtime, read_table, setting_of, with_latency
 from engines import trial
-from engines.search_record import listed_images
+from engines.search_files import listed_images
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
@@ -154,7 +154,7 @@ def main(args):
         start_logging(args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
-        result.pop("halves", None)  # for the search alone
+        result.pop("halves", None)  # a search alone needs them
         print(json.dumps({**result, "flops": supernet.space.flops(candidate)}))
     elif os.environ.get("NNI_PLATFORM"):
         run_trial(args)

@@ -23,7 +23,7 @@ import scratch
 import utils
 from dataloader import Loader
 from engines.generations import Generation
-from engines.search_record import read_generations
+from engines.search_files import read_generations
 from images.dataset import DataConfig, evaluation_plan, open_data
 from settings.subjects import Images
 from space.custom import searched

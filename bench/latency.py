@@ -30,7 +30,8 @@ from bench import study
 from devices.table import measure_like, measure_table, open_runtime, with_latency
 from devices.timing import Networks, device_name, take_turns
 from engines.confirmation import confirm
-from engines.search_record import SearchRecord, prepare_search, unconfirmed
+from engines.search_files import unconfirmed
+from engines.search_record import SearchRecord, prepare_search
 from settings.fields import count
 from settings.subjects import RUNTIMES
 from space.custom import PRESETS

@@ -34,7 +34,7 @@ import utils
 from bench import study
 from bench.spaces import CANDIDATES, Study
 from dataloader import Loader
-from engines.search_record import read_state
+from engines.search_files import read_state
 from images.dataset import open_data, training_plan
 from reports.figures import BEST, GREY, MEAN, STYLE
 from reports.figures import RANDOM as RANDOM_COLOUR

@@ -27,7 +27,7 @@ from settings.subjects import RUNTIMES
 from utils import UserError, cores, read_json, versions
 
 NETWORKS = 12  # that a table measures twice, and that it is compared with
-REFERENCES = 4  # of these, measured again with the best candidates of a search
+REFERENCES = 4  # so many of these are measured again with the best candidates of a search
 PER_UNKNOWN = 2  # networks to which the latencies of choices are fitted, for each unknown
 
 
@@ -169,7 +169,7 @@ def read_table(path, space, foreign=False, measure="tester.py --mode latency"):
         raise UserError(f"{path}: is of another search space than the supernet's; run {measure} again")
     if not _are_measured(table["networks"], space):
         raise no_table
-    if (other := difference(table)) and not foreign:
+    if (other := mismatch(table)) and not foreign:
         advice = f"measure this one with {measure}, or accept the table with --foreign-latency-table"
         raise UserError(f"{path}: measured {other}; {advice}")
     return table
@@ -185,7 +185,7 @@ def _are_measured(networks, space):
         return False
 
 
-def difference(table):
+def mismatch(table):
     """How the setting of a table differs from this device, in words, or None."""
     if table["kind"] == "cuda" and not torch.cuda.is_available():
         return f"on {reprlib.repr(table['device'])}, and this machine has no GPU"

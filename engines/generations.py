@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from engines.search_record import by_score
+from engines.search_files import by_score
 
 # What helps where the first generation's candidates can't be told apart, in this order (docs/experiments.md).
 HELPS = (

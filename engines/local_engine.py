@@ -9,7 +9,8 @@ import os
 
 from engines.heartbeats import forget_heartbeats, heartbeat_file, note_heartbeat, read_heartbeats
 from engines.progress import Progress
-from engines.search_record import SearchRecord, listed_images
+from engines.search_files import listed_images
+from engines.search_record import SearchRecord
 from engines.trial import gpu_names, take_gpu
 from settings.subjects import Evaluation
 from space import own
@@ -127,7 +128,7 @@ class Workers:
     def _workers(self):
         if self.pool is None:
             check_shared_memory(self.n)
-            forget_heartbeats(self.out)  # of a search that was killed
+            forget_heartbeats(self.out)  # a search that was killed has left some
             self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, leave_signals_to_parent)
         return self.pool
 

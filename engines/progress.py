@@ -8,11 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from engines.generations import Generation, first_generation_warning, reliability_text, score_text
-from engines.search_record import by_score, cost_of, n_generations, read_generations, space_of, state_path
+from engines.search_files import by_score, cost_of, n_generations, read_generations, space_of, state_path
 from space.limits import bounding, bounds_of, shown
 from utils import Pace, UserError, log, read_json
 
-UNITS = {"flops": "", "params": " parameters", "latency": ""}
+UNITS = {"flops": " FLOPs", "params": " parameters", "latency": ""}
 LINE_S = 30  # between lines in the log within a generation
 
 

@@ -29,7 +29,7 @@ import torch
 
 import utils
 from bench import study
-from engines import local_engine, search_record
+from engines import local_engine, search_files
 from faults.arena import Arena, Lost
 from faults.injection import BREAKS, Events, bad_trials, clock_back, poisoned_step
 from reports import page
@@ -247,7 +247,7 @@ def not_finite(arena, script):
 def bad_trial(arena, kind):
     out = arena.new()
     process = arena.command("search.py", out, fault=lambda: bad_trials(kind)).wait()
-    results = search_record.read_results(out)
+    results = search_files.read_results(out)
     failed = [r for r in results if r["acc1"] is None]
     if process.code or len(results) != 12 or not failed or any(sum(r["architecture"]) % 3 for r in failed):
         raise Lost(f"exit code {process.code}, {len(failed)} of {len(results)} failed: {process.stderr()[-200:]}")

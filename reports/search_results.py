@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from engines.generations import Generation, first_generation_warning, reliability_text
-from engines.search_record import (
+from engines.search_files import (
     confirmations,
     cost_of,
     n_generations,
@@ -24,7 +24,7 @@ from utils import UserError, read_json
 
 FEWEST = 8  # accuracies, to estimate a spread from
 SKEWED = 1  # skewness from which accuracies count as not normal; 5% of 16 normal draws have more, 0.5% of 50
-SAME = 0.95  # of a budget or more counts as the same budget, since a few candidates may fail
+SAME = 0.95  # a sample of this share of a budget counts as the whole, since a few candidates may fail
 
 
 class SearchResults:
@@ -56,14 +56,17 @@ class SearchResults:
             self.space.check(result["architecture"])
         self.succeeded = ranked(self.results)
         if not self.succeeded:
-            failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
-            raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
+            if n := len(self.results):
+                logs = state_path(out).parent
+                raise UserError(f"none of {n} candidates could be evaluated; the trials' errors are below {logs}")
+            raise UserError(f"{out}: no candidate is evaluated yet; run the report again when search.py has some")
         self.by_loss = "score" in self.succeeded[0]
         self.objectives = self.settings.get("objectives", [])
         self.confirmations = confirmations(self.state)
         self.starts = starts(self.state)
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
+        self.winner = self.legal[0]
         self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations
                             for m in row["measured"]}  # fmt: skip
 
@@ -190,16 +193,16 @@ class RandomSearch:
     the number that was measured, the best is outside of its interval, or at the budget nothing could be as good.
     """
 
-    def __init__(self, run, other=None):
-        source = other or run
+    def __init__(self, search, other=None):
+        source = other or search
         self.other = other
-        self.budget = len(run.succeeded)
+        self.budget = len(search.succeeded)
         # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
-        self.uniform = run.share >= 0.02
+        self.uniform = search.share >= 0.02
         chosen = [r for r in source.results if source.is_random() or r["generation"] == 1]
-        sample = [run.score(r) for r in chosen if r["acc1"] is not None]
+        sample = [search.score(r) for r in chosen if r["acc1"] is not None]
         self.size = len(sample)
-        self.measured = [run.as_read(v) for v in expected_best(sample)[: self.budget]] if self.uniform else []
+        self.measured = [search.as_read(v) for v in expected_best(sample)[: self.budget]] if self.uniform else []
         self.extrapolated = []
         enough = self.uniform and FEWEST <= self.size < SAME * self.budget
         self.skewed = enough and is_skewed(sample)
@@ -208,11 +211,11 @@ class RandomSearch:
             step = max(1, (self.budget - self.size) // 60)
             found = extrapolate(sample, [*range(self.size, self.budget, step), self.budget])
             _, _, low, high = found[0]
-            perfect = 0 if run.by_loss else 100
+            perfect = 0 if search.by_loss else 100
             self.refuted = not low <= max(sample) <= high or found[-1][1] > perfect
             if not self.refuted:
                 ends = [(n, value, low, min(high, perfect)) for n, value, low, high in found]
-                self.extrapolated = [(n, *map(run.as_read, (value, low, high))) for n, value, low, high in ends]
+                self.extrapolated = [(n, *map(search.as_read, (value, low, high))) for n, value, low, high in ends]
 
     @property
     def at_budget(self):
@@ -226,13 +229,13 @@ class RandomSearch:
         return (n, self.measured[-1], None, None) if self.other and n >= SAME * self.budget else None
 
 
-def check_comparable(run, other):
-    """Raises UserError if `other` is not a random search under the conditions of `run`."""
+def check_comparable(search, other):
+    """Raises UserError if `other` is not a random search under the conditions of `search`."""
     if not other.is_random():
         raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
-    if changes := settings_difference(run.settings, other.settings, ignore=EVOLUTION):
+    if changes := settings_difference(search.settings, other.settings, ignore=EVOLUTION):
         names = ", ".join(changes)
-        raise UserError(f"--random {other.out}: differs from {run.out} in {names}, so accuracies do not compare")
+        raise UserError(f"--random {other.out}: differs from {search.out} in {names}, so accuracies do not compare")
 
 
 def expected_best(values):

@@ -103,6 +103,15 @@ def forked(monkeypatch):
     monkeypatch.setattr(local_engine, "SPAWN", multiprocessing.get_context("fork"))
 
 
+FIGURES = dict.fromkeys(("generations", "plane", "operations", "best", "front-flops", "front-params"), b"")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without figures, which take more than a second."""
+    monkeypatch.setattr("reports.page.draw", lambda *_: FIGURES)
+
+
 @pytest.fixture
 def no_semaphores(monkeypatch):
     """A /dev/shm that is full: no process gets a semaphore."""

@@ -13,7 +13,8 @@ from test_latency import SPACE, clock, table, timed, world  # noqa: F401
 from test_report import marks
 
 import search
-from engines.search_record import SearchRecord, prepare_search, read_results, state_path
+from engines.search_files import read_results, state_path
+from engines.search_record import SearchRecord, prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.page import write_report
 from reports.search_results import SearchResults

@@ -196,7 +196,7 @@ def test_a_package_has_few_users_and_most_import_it_when_it_is_used(package, mod
         ("images.pictures", {"utils", "PIL", "numpy"}),
         ("blocks", {"torch"}),
         ("space.costs", {"utils"}),
-        ("engines.search_record", {"utils", "settings", "space"}),
+        ("engines.search_files", {"utils", "settings", "space"}),
     ],
 )
 def test_a_module_needs_few_packages(module, allowed):

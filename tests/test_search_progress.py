@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from engines import progress
 from engines.progress import Progress
-from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
+from engines.search_files import read_generations, state_path
+from engines.search_record import SearchRecord, prepare_search
 from reports.page import write_report
 from space.limits import shown
 from space.search_space import OPERATIONS, SearchSpace
@@ -132,7 +133,7 @@ def test_a_log_has_a_line_after_the_first_candidate_and_one_a_generation_but_no_
     best = max(
         (r for results in read_generations(tmp_path) for r in results if r["acc1"] is not None), key=lambda r: r["acc1"]
     )
-    words = f"best {best['acc1']:.2f}% (loss {best['loss']:.3f}) at {shown('flops', best['flops'])}; "
+    words = f"best {best['acc1']:.2f}% (loss {best['loss']:.3f}) at {shown('flops', best['flops'])} FLOPs; "
     assert words in lines[-1]
 
 
@@ -170,7 +171,7 @@ def test_a_log_has_a_line_every_half_minute_with_the_time_to_go(tmp_path, lines,
     assert to_go[-3:] == ["3.3 min to go", "100 s to go", "0 s to go"]
 
 
-def test_children_that_are_not_new_are_counted_and_an_exhausted_space_is_named(tmp_path, lines):
+def test_children_that_are_not_new_are_counted_and_an_exhausted_space_is_named(tmp_path, lines, undrawn):
     """Of 4 candidates, 3 at a time: one is left for the second generation, and none for the third."""
     space = SearchSpace(stage_blocks=(1,), stage_strides=(2,), stage_channels=(32,), operations=OPERATIONS)
     changes = {"space": space.to_dict(), "flops_limit": 10**12, "population": 3, "select": 1, "mutation": 1}

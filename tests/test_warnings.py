@@ -223,7 +223,7 @@ def test_a_search_that_ranks_by_the_loss_is_not_advised_to():
     assert text.endswith(ADVICE.replace("--rank-by loss, ", "")) and "by loss" not in text
 
 
-def test_the_report_repeats_the_warnings(tmp_path):
+def test_the_report_repeats_the_warnings(tmp_path, undrawn):
     space = SearchSpace.for_images(28, 10)
     settings = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "mutation_prob": 0.1, "generations": 1}
     settings |= {"seed": 0, "flops_limit": space.quantile("flops", 0.59), "space": space.to_dict()}

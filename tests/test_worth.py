@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from bench import spaces, worth
 from bench import study as shared
-from engines.search_record import state_path
+from engines.search_files import state_path
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ demo: $(READY)  ## runs the four commands on the bundled images, at most 700 CPU
 test: lint  ## lint and the test suite, at most 400 CPU-seconds (5 minutes on two cores)
 	@$(RUN) -m pytest -q
 
-test-all: lint  ## test and the slow tests, logged to bench/results/test-all.log
+test-all: lint  ## test and the slow tests, with requirements-all.txt, logged to bench/results/test-all.log
+	@$(PIP) install -r requirements-all.txt
 	@mkdir -p bench/results
 	@set -o pipefail; $(RUN) -m pytest -q -m "" 2>&1 | tee bench/results/test-all.log
 

@@ -286,7 +286,8 @@ def files(options, folder):
         batches = loader.batches(plan)
         for _ in range(skipped):
             next(batches)
-        n, took = [], seconds(options.device, lambda: n.extend(len(x) for x, _ in batches))
+        n = []
+        took = seconds(options.device, lambda: n.extend(len(x) for x, _ in batches))
         return {"images_per_second": sum(n) / took}
 
     backends = [b for b in ("dali", "torchvision") if b == "torchvision" or installed("nvidia.dali")]

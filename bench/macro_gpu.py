@@ -29,6 +29,7 @@ from bench.study import ROOT, agreement
 from images.dataset import calibration_plan, evaluation_plan, training_plan
 from network import ShuffleNetV2OneShot
 from settings.subjects import DataConfig, Training
+from space import weight_files
 from space.custom import make_space
 from space.sampler import PathSampler
 from training import checkpoint
@@ -59,7 +60,6 @@ class Way:
     images: int = IMAGES
     fair: bool = False  # the paths of a step have every operation of each block once
     distinct: bool = False  # paths are uniform over the distinct networks, in the form that is scored
-    exponent: float = 0.0  # the learning rate is multiplied by (FLOPs of the path / mean FLOPs) ** exponent
     first: tuple = ()  # operations that the first block may have; empty: all
 
     @property
@@ -72,7 +72,6 @@ WAYS = {
     "baseline": Way(),
     "distinct networks": Way(distinct=True),
     "strictly fair": Way(fair=True),
-    "learning rate by FLOPs": Way(exponent=0.5),
     "batches of 256": Way(batch_size=256),
     "batches of 256, learning rate 0.2": Way(batch_size=256, lr=0.2),
     SPLIT[0]: Way(first=(0,), images=IMAGES // 2),
@@ -89,7 +88,7 @@ def full(way, amp="bf16"):
 FULL_WAYS = {
     "baseline": full(WAYS["baseline"]),
     "float32": full(WAYS["baseline"], "off"),
-    **{name: full(WAYS[name]) for name in ("distinct networks", "strictly fair", "learning rate by FLOPs", *SPLIT)},
+    **{name: full(WAYS[name]) for name in ("distinct networks", "strictly fair", *SPLIT)},
 }
 
 
@@ -174,10 +173,6 @@ class Paths:
     def networks(self):
         return macro.some_distinct()
 
-    @functools.cached_property
-    def mean_flops(self):
-        return statistics.fmean(self.space.flops(tuple(map(int, network))) for network in macro.load_truth())
-
     def of_step(self, step):
         rng = np.random.default_rng([self.seed, PATHS, step])
         if self.way.fair:
@@ -188,20 +183,14 @@ class Paths:
         candidate = self.sampler.candidate(step)
         return [(int(rng.choice(self.way.first)), *candidate[1:]) if self.way.first else candidate]
 
-    def rate(self, paths):
-        """The factor of the learning rate."""
-        if not self.way.exponent:
-            return 1.0
-        return (statistics.fmean(map(self.space.flops, paths)) / self.mean_flops) ** self.way.exponent
 
-
-def train_one_step(step, number, paths, rate, images, labels):
+def train_one_step(step, number, paths, images, labels):
     """A step of SGD with an equal share of the images for each path; returns the mean loss.
 
     An operation gets the gradient of its path, what all paths share the mean of their gradients.
     """
     for group in step.optimizer.param_groups:
-        group["lr"] = rate * step.learning_rate(number)
+        group["lr"] = step.learning_rate(number)
     step.optimizer.zero_grad(set_to_none=True)
     losses = []
     for path, *batch in zip(paths, images.chunk(len(paths)), labels.chunk(len(paths))):
@@ -239,12 +228,11 @@ def train(way, seed, folder, data, args):
     plan = training_plan(len(data.train_labels), batch_size, seed, done, iterations)
     for step, samples in enumerate(plan, done + 1):
         batch = data.augmented(samples[:, 1], np.random.default_rng([seed, AUGMENT, step]))
-        drawn = paths.of_step(step)
-        loss = train_one_step(stepper, step, drawn, paths.rate(drawn), *batch)
+        loss = train_one_step(stepper, step, paths.of_step(step), *batch)
         if step == iterations or step % SAVE_EVERY == 0:
             metrics = {"seconds": round(time.perf_counter() - started, 1), "loss": loss.item()}
             utils.log.info("step %d of %d: loss %.3f, %.0f s", step, iterations, metrics["loss"], metrics["seconds"])
-            run.save(step, stepper, metrics, rows)
+            run.save(step, stepper, None, metrics, rows)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------
@@ -257,7 +245,7 @@ def score(folder, data, networks):
     supernet.to(data.device, memory_format=torch.channels_last)
     batches = list(data.calibration()), list(data.batches("search"))
     rows = {n: [loss, acc1] for n, acc1, loss in macro.measure(supernet, networks, *batches, "average")}
-    seconds = checkpoint.load_file(file)["metrics"]["seconds"]
+    seconds = weight_files.load_file(file)["metrics"]["seconds"]
     utils.write_json(folder / "scores.json", {"seconds": seconds, "scores": rows}, indent=None)
 
 

@@ -22,11 +22,12 @@ from dataloader import Loader
 from images.dataset import DataConfig, evaluation_plan, scan
 from images.preprocessing import resample, scaled
 from network import ShuffleNetV2
+from settings.subjects import Images
 from space import weight_files
 from space.custom import make_space
 from training import checkpoint, export
 from training.evaluation import recalibrate_bn
-from training.program import Program
+from training.program import Program, open_program
 from utils import UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=37)
@@ -375,3 +376,26 @@ def test_files_from_before_say_transparency_and_orientation_in_words(trained):
         words = {"resize": 37, "crop": 32, "exif_orientation": "applied" if exif == "apply" else "ignored"}
         words["transparency"] = alpha if alpha == "dropped" else f"composited on {alpha}"
         assert Program("", values | {"preprocessing": words}, None).config == expected
+
+
+@needs_onnx
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_code_about_apps_quantizes_a_file_that_eval_and_predict_read(programs, tree, tmp_path, monkeypatch, whole):
+    """int8 and fp16 of either form, with the pixels and nearly the logits of the file that they were made of."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(programs[".onnx", whole][0], "network.onnx")
+    os.symlink(tree, "sorted")
+    for code in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "deploy.md").read_text(), re.M | re.S):
+        exec(code, {})
+    program = open_program("network.onnx")
+    images, _ = next(iter(program.batches(scan(tree / "val"), Images(loader="torchvision", workers=0))))
+    expected = program.run(images)
+    for name, share in (("int8.onnx", 0.5), ("fp16.onnx", 0.2)):
+        assert pathlib.Path(name).stat().st_size < 0.7 * pathlib.Path("network.onnx").stat().st_size
+        difference = open_program(name).run(images) - expected
+        assert 0 < difference.abs().max() < share * expected.abs().max()
+        words = ["--checkpoint", name, "--loader", "torchvision", "--workers", 0]
+        stdout, _ = run("scratch.py", "--eval", *words, "--data-dir", tree)
+        assert json.loads(stdout)["n_images"] == 21
+        stdout, _ = run("scratch.py", "--predict", next((tree / "val" / "bird").iterdir()), *words)
+        assert re.search(r": \w+ [\d.]+%, ", stdout)

@@ -313,9 +313,9 @@ def test_lint_knows_the_modules_of_the_project():
 # --- requirements --------------------------------------------------------------------------------------------
 
 
-def requirements():
+def requirements(file="requirements.txt"):
     """(name, version, marker, reason) of every line; a line of another form fails."""
-    for line in (HERE / "requirements.txt").read_text().splitlines():
+    for line in (HERE / file).read_text().splitlines():
         if line and not line.startswith("#"):
             match = re.fullmatch(r"([a-z0-9-]+)(==[0-9.]+|<[0-9.]+)(?:; ([^#]+?))?  # (\S.+)", line)
             assert match, f"not name, pinned version, marker, and reason: {line}"
@@ -326,6 +326,7 @@ def test_requirements_are_pinned_and_say_why():
     found = list(requirements())
     assert len({name for name, *_ in found}) == len(found) >= 10
     assert {name: version for name, version, *_ in found if not version.startswith("==")} == {"setuptools": "<82"}
+    assert all(version.startswith("==") for _, version, *_ in requirements("requirements-all.txt"))
 
 
 @pytest.mark.parametrize(

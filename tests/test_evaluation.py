@@ -5,13 +5,12 @@ import math
 import random
 import weakref
 
-import numpy as np
 import pytest
 import torch
 
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import accuracy, evaluate, evaluate_in_lists, loss_sum, recalibrate_bn, update_bn
+from training.evaluation import accuracy, evaluate, evaluate_in_lists, losses, recalibrate_bn, update_bn
 from training.prefix_tree import PrefixTree
 
 SPACE = SearchSpace(
@@ -236,11 +235,11 @@ class Halved(list):
 
 def test_both_halves_of_the_images_have_results_that_make_up_the_whole(supernet):
     calibration, validation = batches(2, 8), Halved(batches(2, 16, 1, ragged=3))
-    rng = np.random.default_rng(0)
-    validation.second_halves = [rng.random(len(labels)) < 0.4 for _, labels in validation]
+    torch.manual_seed(0)
+    validation.second_halves = [torch.rand(len(labels)) < 0.4 for _, labels in validation]
     halved = evaluate(supernet, PATHS, calibration, validation)
     parts = [[(images[which], labels[which]) for (images, labels), which in
-              zip(validation, (torch.from_numpy(mask == half) for mask in validation.second_halves))]
+              zip(validation, (mask == half for mask in validation.second_halves))]
              for half in (0, 1)]  # fmt: skip
     whole, *alone = (evaluate(supernet, PATHS, calibration, images) for images in (list(validation), *parts))
     for result, plain, *halves in zip(halved, whole, *alone):
@@ -266,9 +265,9 @@ def test_the_loss_is_the_mean_cross_entropy_in_any_batches(supernet):
 def test_a_sum_of_losses_does_not_depend_on_the_order():
     logits = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0)) * 9
     labels = torch.arange(1000) % 7
-    total = loss_sum(logits, labels)
-    parts = [loss_sum(x, y) for x, y in zip(logits.split(3), labels.split(3))]
-    assert sum(parts) == sum(parts[::-1]) == total == total.round() and total.shape == (1,)
+    total = losses(logits, labels).sum()
+    parts = [losses(x, y).sum() for x, y in zip(logits.split(3), labels.split(3))]
+    assert sum(parts) == sum(parts[::-1]) == total == total.round()
 
 
 def test_a_loss_that_is_not_finite_is_none(supernet):

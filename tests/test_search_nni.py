@@ -19,6 +19,7 @@ import requests
 import websockets.proxy
 import websockets.uri
 import yaml
+from made_search import SPACE, result, settings
 
 import search
 from engines import nni_engine
@@ -31,11 +32,7 @@ from space.limits import Limits, make_bounds
 from space.search_space import SearchSpace
 from utils import HERE, UserError, read_json
 
-SPACE = SearchSpace.for_images(28, 10)
-SETTINGS = {
-    "population": 4, "select": 2, "mutation": 2, "crossover": 2, "mutation_prob": 0.1, "generations": 2, "seed": 0,
-    "flops_limit": SPACE.flops_value("59%"), "space": SPACE.to_dict(),
-}  # fmt: skip
+SETTINGS = settings(generations=2)
 
 # A trial as tester.py is one, but for the evaluation. The first to start dies before it has asked for anything.
 TRIAL = """
@@ -455,16 +452,12 @@ def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
     while population := tuner.record.evolution.ask():
         tuner.keep(
             "id",
-            [
-                {"architecture": list(c), "flops": 0, "acc1": float(c[0]), "acc5": 99.0, "n_images": 1, "seconds": 1}
-                for c in population
-            ],
+            [result(c, acc1=float(c[0])) for c in population],
         )
     assert tuner.record.state["done"] and len(read_results(tmp_path)) == 8
-    for result in read_results(tmp_path):
-        assert (
-            result["flops"] == 1000 + sum(row[choice] for row, choice in zip(costs[0], result["architecture"])) <= 3000
-        )
+    for found in read_results(tmp_path):
+        flops = 1000 + sum(row[choice] for row, choice in zip(costs[0], found["architecture"]))
+        assert found["flops"] == flops <= 3000
     tuner.record.lock.close()
     with pytest.raises(UserError, match="other settings: --flops-table other FLOPs than then; leave"):
         prepare_search(tmp_path, SETTINGS | {"flops_limit": 3000}, resume=True)

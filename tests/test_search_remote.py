@@ -22,9 +22,9 @@ from conftest import ROOT, run
 import search
 from engines import machines, nni_engine
 from engines.machines import Connections, MachinesLost, check_machines
-from engines.search_files import read_generations
+from engines.search_files import read_generations, state_path
 from engines.search_record import prepare_search
-from utils import UserError, read_json
+from utils import UserError, read_json, write_json
 
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
 SEARCH = ("--population", 6, "--select", 2, "--mutation", 2, "--crossover", 2, "--generations", 3, "--concurrency", 2)
@@ -197,18 +197,19 @@ def test_the_search_continues_with_the_machines_that_are_left(tmp_path, monkeypa
 
     def host(config, out):
         asked = config["trainingService"]["machineList"]
-        tried.append(([machine["host"] for machine in asked], config["trialConcurrency"]))
+        state = read_json(state_path(out))
+        tried.append(([machine["host"] for machine in asked], config["trialConcurrency"], state["error"]))
+        assert state["warnings"] == ["odd"]
+        write_json(state_path(out), state | {"error": "the machine is gone"})
         raise MachinesLost(asked[:1], "no SSH connection")
 
-    prepare_search(tmp_path, {"seed": 0}, resume=False)
-    prepared = []
+    prepare_search(tmp_path, {"seed": 0}, resume=False, warnings=["odd"])
     monkeypatch.setattr(nni_engine, "FORGET_S", 0)
     monkeypatch.setattr(nni_engine, "host_experiment", host)
-    monkeypatch.setattr(nni_engine, "prepare_search", lambda out, settings, resume: prepared.append((settings, resume)))
     with pytest.raises(UserError, match="no machine is left; resume the search with --resume"):
         nni_engine.search_with_nni(tmp_path, ["trial"], found, concurrency=6)
     hosts = ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
-    assert tried == [(hosts, 6), (hosts[1:], 4), (hosts[2:], 2)] and prepared == [({"seed": 0}, True)] * 2
+    assert tried == [(hosts, 6, None), (hosts[1:], 4, None), (hosts[2:], 2, None)]
 
 
 def test_addresses_of_the_loopback_interface_are_known():

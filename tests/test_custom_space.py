@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, forget, run
 
 import blocks
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from space import custom, own, search_space
+from space import custom, own
 from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
 from training import checkpoint
 from training.evaluation import recalibrate_bn, update_bn
@@ -33,19 +33,8 @@ OWN = {
 }
 
 
-BEFORE = dict(blocks.OPERATIONS)
-
-
-def forget():
-    """What files have registered is gone, as in another process."""
-    blocks.OPERATIONS.clear()
-    blocks.OPERATIONS.update(BEFORE)
-    for known in (own.loaded, own.hashes, search_space.SAME_OPERATIONS):
-        known.clear()
-
-
 @pytest.fixture(autouse=True)
-def forgotten():
+def forgotten_test():
     yield
     forget()
 

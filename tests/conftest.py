@@ -26,6 +26,8 @@ from images import bundled
 from settings.subjects import Images
 from space import own, search_space
 from training import step  # noqa: F401  which registers its rules
+from training.evaluation import update_bn
+from training.prefix_tree import PrefixTree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
@@ -191,6 +193,14 @@ def touched(monkeypatch):
     _watching.append(found)
     yield found
     _watching.remove(found)
+
+
+def tree_logits(supernet, candidates, calibration, images, bn="ema", **how):
+    """{candidate: logits (N, classes)} from one walk of a tree, with BN statistics of the calibration batches."""
+    tree = PrefixTree(supernet, candidates, **how)
+    with torch.inference_mode(), tree.own_statistics():
+        update_bn(supernet, tree.forward, calibration, bn)
+        return dict(tree.logits(images))
 
 
 def run(script, *words, code=0, cwd=None):

@@ -52,6 +52,9 @@ def forget():
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten():
+    """Own operations end with their module; what is imported is left out of the collection after each `run`: 0.2 s."""
+    gc.collect()
+    gc.freeze()
     yield
     forget()
 

@@ -155,12 +155,7 @@ def _half_unpacked(folder):
     (folder / bundled.NOTE).unlink()
 
 
-def _note_only(folder):
-    shutil.rmtree(folder / "train")
-    shutil.rmtree(folder / "val")
-
-
-@pytest.mark.parametrize("damage", [_cut_short, _change, _lose_one, _lose_class, _half_unpacked, _note_only])
+@pytest.mark.parametrize("damage", [_cut_short, _change, _lose_one, _lose_class, _half_unpacked])
 def test_damaged_folder_is_made_whole(small, tmp_path, damage):
     folder = bundled.unpack(tmp_path / "images")
     whole = content(folder)

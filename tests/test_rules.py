@@ -54,6 +54,13 @@ class Stopping(Images):
             yield one
 
 
+def trained(folder, images=None, sampler=None, **given):
+    torch.manual_seed(0)
+    run_ = TrainingRun(folder, "supernet", CONTENTS)
+    train(ShuffleNetV2OneShot(space=SPACE), images or Images(), settings(**given), sampler or PathSampler(SPACE, 0),
+          run=run_)  # fmt: skip
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -114,22 +121,16 @@ def test_micro_batches_keep_the_statistics_of_the_first_and_average_the_gradient
 
 @pytest.mark.parametrize("rule", ["fair", "sandwich"])
 def test_a_rule_resumes_to_the_bit_and_with_no_other_rule(tmp_path, rule):
-    for folder, steps in (("whole", (8,)), ("parts", (5, 8))):
-        for n in steps:
-            given = settings(iterations=8, save_every=5, rule=rule, micro_batch=4)
-            images = Stopping(n)
-            torch.manual_seed(0)
-            run_ = TrainingRun(tmp_path / folder, "supernet", CONTENTS)
-            try:
-                train(ShuffleNetV2OneShot(space=SPACE), images, given, PathSampler(SPACE, 0), run=run_)
-            except UserError as error:
-                assert str(error) == "stopped"
+    given = {"iterations": 8, "save_every": 5, "micro_batch": 4, "rule": rule}
+    trained(tmp_path / "whole", **given)
+    with pytest.raises(UserError, match="stopped"):
+        trained(tmp_path / "parts", Stopping(5), **given)
+    trained(tmp_path / "parts", **given)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     for other, text in (("spos", rf"--rule spos \(was {rule}\)"), ("fair", r"--rule fair \(was sandwich\)")):
         if other != rule:
             with pytest.raises(UserError, match=text):
-                run_ = TrainingRun(tmp_path / "parts", "supernet", CONTENTS)
-                train(supernet(), Images(), settings(iterations=9, rule=other), PathSampler(SPACE, 0), run=run_)
+                trained(tmp_path / "parts", iterations=9, rule=other)
 
 
 @pytest.mark.parametrize(
@@ -164,18 +165,11 @@ def test_a_run_in_python_is_not_resumed_with_other_settings(tmp_path, changes, t
 
 
 def test_a_folder_of_before_without_settings_resumes_with_a_warning(tmp_path, caplog):
-    train(
-        supernet(),
-        Images(),
-        settings(iterations=2),
-        PathSampler(SPACE, 0),
-        run=TrainingRun(tmp_path, "supernet", CONTENTS),
-    )
+    trained(tmp_path, iterations=2)
     path = newest(tmp_path)
     content = load(path, "supernet").content
     torch.save(content | {"settings": {}}, path)
-    run_ = TrainingRun(tmp_path, "supernet", CONTENTS)
-    train(supernet(), Images(), settings(iterations=3, lr=0.1), PathSampler(SPACE, 0), run=run_)
+    trained(tmp_path, iterations=3, lr=0.1)
     assert caplog.text.count("has no settings to compare") == 1
 
 
@@ -242,20 +236,14 @@ def test_a_sampler_with_a_state_is_in_the_checkpoint(tmp_path):
         def load_state_dict(self, state):
             self.best = state["best"]
 
-    ends = []
-    for folder, steps in (("whole", (60,)), ("parts", (33, 60))):
-        for n in steps:
-            sampler, images = Greedy(), Stopping(n)
-            torch.manual_seed(0)
-            try:
-                run_ = TrainingRun(tmp_path / folder, "supernet", CONTENTS)
-                train(ShuffleNetV2OneShot(space=SPACE), images, settings(iterations=60), sampler, run=run_)
-            except UserError as error:
-                assert str(error) == "stopped"
-            assert len(sampler.asked) == len(set(sampler.asked))
-        ends.append(sampler.best)
+    whole, stopped, resumed = Greedy(), Greedy(), Greedy()
+    trained(tmp_path / "whole", sampler=whole, iterations=60)
+    with pytest.raises(UserError, match="stopped"):
+        trained(tmp_path / "parts", Stopping(33), stopped, iterations=60)
+    trained(tmp_path / "parts", sampler=resumed, iterations=60)
+    assert all(len(sampler.asked) == len(set(sampler.asked)) for sampler in (whole, stopped, resumed))
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
-    assert ends[0] == ends[1]
+    assert whole.best == resumed.best
 
 
 def test_a_stand_alone_network_is_trained_by_a_rule_too():

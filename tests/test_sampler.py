@@ -1,4 +1,4 @@
-"""The path sampler: flat over the bins, uniform within each, a pure function of seed and step, fast, finite."""
+"""The path sampler: flat over the bins, uniform within each, a pure function of seed and step, finite."""
 
 import collections
 import itertools
@@ -108,16 +108,6 @@ def test_numpy_and_python_generators_are_left_alone():
     random.seed(0)
     PathSampler(SPACE, 0, RANGE).candidate(10)
     assert (np.random.random(), random.random()) == expected
-
-
-@pytest.mark.parametrize("flops_range, n_bins", [(None, 7), (RANGE, 7), ((280_000_000, 370_000_000), 9)])
-def test_a_path_costs_few_random_candidates(monkeypatch, flops_range, n_bins):
-    paths, drawn = PathSampler(SPACE, 0, flops_range, n_bins), []
-    draw = paths._candidates
-    monkeypatch.setattr(paths, "_candidates", lambda rng, n: drawn.append(n) or draw(rng, n))
-    for step in range(10_240):
-        paths.candidate(step)
-    assert 1 <= sum(drawn) / 10_240 <= (1000 if flops_range else 1)
 
 
 @pytest.mark.parametrize("flops_range, bin_message", [

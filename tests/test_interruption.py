@@ -100,7 +100,7 @@ def test_training_that_waits_for_a_batch_ends_with_its_last_step(data, tmp_path,
 
     def added(meter, *values):
         add(meter, *values)
-        if meter.step == 2:
+        if meter.number == 2:
             trained.touch()
 
     monkeypatch.setattr(dataloader._TorchvisionImages, "_make", stuck)

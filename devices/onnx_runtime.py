@@ -17,7 +17,7 @@ from importlib import metadata
 import torch
 
 from devices.timing import Runtime, build, random_images
-from training.export import ONNX_PACKAGES
+from settings.subjects import ONNX_PACKAGES
 from utils import UserError, log
 
 TOLERANCE = 1e-3  # an exported operation's outputs may differ by this share of the largest one

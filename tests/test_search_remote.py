@@ -69,51 +69,36 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
 
 
 @pytest.mark.parametrize(
-    ("service", "message"),
+    ("changes", "message"),
     [
-        ({"platform": "remote"}, "trainingService is .* not just platform: local, or platform: remote"),
-        (
-            {"platform": "remote", "machineList": [MACHINE], "trialGpuNumber": 1},
-            "trainingService is .* not just platform: local, or",
-        ),
-        ({"platform": "remote", "machineList": []}, r"machineList is \[\], not a list of machines"),
-        ({"platform": "remote", "machineList": MACHINE}, "machineList is .*, not a list of machines"),
-        ({"platform": "remote", "machineList": [MACHINE, "host"]}, "machine 2 is 'host', not a mapping"),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"password": "x"}]},
-            "machine 1 has the unknown entry 'password'",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"useActiveGpu": True}]},
-            "machine 1 has the unknown entry 'useActiveGpu'",
-        ),
-        (
-            {"platform": "remote", "machineList": [{k: v for k, v in MACHINE.items() if k != "user"}]},
-            "machine 1: user is None, not a string",
-        ),
-        ({"platform": "remote", "machineList": [MACHINE | {"port": 0}]}, "machine 1: port is 0, not a number"),
-        ({"platform": "remote", "machineList": [MACHINE | {"port": "22"}]}, "machine 1: port is '22', not a number"),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"host": "-oProxyCommand=x"}]},
-            "machine 1: host is .* a shell",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"pythonPath": "/opt/$(x)"}]},
-            "machine 1: pythonPath is .* a shell",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"pythonPath": "bin"}]},
-            "machine 1: pythonPath is 'bin', not the absolute path",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": ""}]},
-            "machine 1: sshKeyFile is '', not a string",
-        ),
+        ({"password": "x"}, "machine 1 has the unknown entry 'password'"),
+        ({"user": None}, "machine 1: user is None, not a string"),
+        ({"sshKeyFile": ""}, "machine 1: sshKeyFile is '', not a string"),
+        ({"port": 0}, "machine 1: port is 0, not a number"),
+        ({"port": "22"}, "machine 1: port is '22', not a number"),
+        ({"host": "-oProxyCommand=x"}, "machine 1: host is .* a shell"),
+        ({"pythonPath": "/opt/$(x)"}, "machine 1: pythonPath is .* a shell"),
+        ({"pythonPath": "bin"}, "machine 1: pythonPath is 'bin', not the absolute path"),
     ],
 )
-def test_a_wrong_entry_is_named(experiment, service, message):
+def test_a_wrong_entry_of_a_machine_is_named(experiment, changes, message):
     with pytest.raises(UserError, match=rf"remote\.yml: {message}"):
-        nni_engine.read_experiment(experiment(service))
+        nni_engine.read_experiment(experiment({"platform": "remote", "machineList": [MACHINE | changes]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "trainingService is .* not just platform: local, or platform: remote"),
+        ({"machineList": [MACHINE], "trialGpuNumber": 1}, "trainingService is .* not just platform: local, or"),
+        ({"machineList": []}, r"machineList is \[\], not a list of machines"),
+        ({"machineList": MACHINE}, "machineList is .*, not a list of machines"),
+        ({"machineList": [MACHINE, "host"]}, "machine 2 is 'host', not a mapping"),
+    ],
+)
+def test_what_is_no_list_of_machines_is_named(experiment, changes, message):
+    with pytest.raises(UserError, match=rf"remote\.yml: {message}"):
+        nni_engine.read_experiment(experiment({"platform": "remote", **changes}))
 
 
 def test_a_wrong_file_ends_the_command_with_a_line(tmp_path, experiment):

@@ -30,6 +30,7 @@ from images import bundled
 from images.dataset import evaluation_plan, scan, stratified_order
 from images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, network_input, resample, scaled
 from network import fold_bn
+from settings.subjects import ONNX_PACKAGES
 from training.program import FORMS, SUFFIXES, open_session, read, runs
 from utils import HERE, UserError, atomic_write, commit, versions
 
@@ -37,7 +38,6 @@ TOLERANCE = 1e-4  # of logits, absolute
 SAME_TOP1 = 0.999  # of the images of a comparison from the file on
 N_IMAGES, BATCH_SIZE = 20, 7  # of the bundled images: 7, 7 and 6
 WARM_UP, TIMED = 10, 50  # runs of one image
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # torch.onnx needs the first two; the third runs the file
 
 
 class Input(nn.Module):

@@ -138,7 +138,7 @@ def _costs(search, best):
 
 
 def _cost(search):
-    wall = sum(start["last"] - start["begun"] for start in search.starts)
+    wall = sum(max(0, start["last"] - start["begun"]) for start in search.starts)  # a clock may be set back
     seconds = [r["seconds"] or 0 for r in search.results]
     pairs = {
         "candidates": f"{len(search.results)}, {search.n_failed or 'none'} of them failed",

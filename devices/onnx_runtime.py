@@ -16,8 +16,10 @@ from importlib import metadata
 
 import torch
 
+from devices import on_device
+from devices.on_device import open_session
 from devices.timing import Runtime, build, images
-from training.export import ONNX_PACKAGES
+from training.export import ONNX_PACKAGES, without_notes
 from utils import UserError, log
 
 TOLERANCE = 1e-3  # of the outputs of an exported operation, as a share of the largest
@@ -46,11 +48,8 @@ class OnnxRuntime(Runtime):
     """
 
     NAME = "onnxruntime"
-    ROUNDS = 10
-    SECONDS = 400
-    FEWEST = 2
-    WARM_UP = 2  # the first run allocates memory, the second one plans it
-    RUNS = 20
+    ROUNDS, SECONDS, FEWEST = on_device.ROUNDS, on_device.SECONDS, on_device.FEWEST
+    WARM_UP, RUNS = on_device.WARM_UP, on_device.RUNS
 
     def __init__(self, space, batch_size):
         if install := missing():
@@ -80,15 +79,7 @@ def _open(graphs, candidate):
 
 def session(content):
     """The session of a graph, in bytes."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Sessions take turns: the threads of one must not be busy waiting while another one runs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return open_session(content, torch.get_num_threads())
 
 
 class _Beside(torch.nn.Module):
@@ -193,12 +184,13 @@ def _to_onnx(parts):
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(
+        program = torch.onnx.export(
             _Beside(modules).eval(), examples, dynamo=True, verbose=False,
             dynamic_shapes=(tuple({0: batch} for _ in examples),),
             input_names=[f"input{i}" for i in range(len(examples))],
             output_names=[f"output{i}" for i in range(len(examples))],
-        ).model_proto  # fmt: skip
+        )  # fmt: skip
+    return without_notes(program.model_proto)
 
 
 def _compare(key, part, module, example):

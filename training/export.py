@@ -179,7 +179,7 @@ def onnx_file(network, config, whole, values, opset):
 
 def _to_onnx(module, example, dimensions, ends, opset):
     """The ONNX model of a module; `ends` are the names of its input and output. Nodes are named by block, operation
-    and kind, and have nothing else of what the exporter notes, such as the paths of this machine."""
+    and kind."""
     options = {"input_names": ends[:1], "output_names": ends[1:], "opset_version": opset, "verbose": False}
     program = _program(module, example, dimensions)
     with warnings.catch_warnings():
@@ -194,10 +194,15 @@ def _to_onnx(module, example, dimensions, ends, opset):
         place = _place(module, scopes) if scopes else place
         counts[place, node.op_type] += 1
         node.name = f"{place}{node.op_type.lower()}{counts[place, node.op_type]}"
+    model.graph.ClearField("value_info")
+    return without_notes(model)
+
+
+def without_notes(model):
+    """An ONNX model without what the exporter notes in it, such as the paths of this machine."""
     graph = model.graph
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
-    graph.ClearField("value_info")
     return model
 
 

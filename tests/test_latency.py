@@ -660,7 +660,7 @@ def test_a_limit_without_effect_and_candidates_beyond_one(world, pretended, tmp_
     assert "latency in onnxruntime 0.0" in stdout.splitlines()[1]
     like = latency.measure_like
 
-    def measure_like(table, space, candidates):
+    def measure_like(table, space, candidates, folder):
         measured, scale = like(table, space, candidates)
         return [9 * ns if i not in (3, 5) else ns for i, ns in enumerate(measured)], scale
 

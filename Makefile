@@ -19,7 +19,7 @@ help:  ## lists the targets
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(READY)  ## runs the four commands on the bundled images, at most 700 CPU-seconds
-	@$(RUN) bench/demo.py
+	@$(RUN) -m bench.demo
 
 test: lint  ## lint and the test suite, at most 400 CPU-seconds (5 minutes on two cores)
 	@$(RUN) -m pytest -q
@@ -42,7 +42,7 @@ AUDIT := pip-audit==2.10.1
 audit: $(READY)  ## lists known vulnerabilities of the installed packages
 	@[ -x .venv/audit/bin/pip-audit ] || { $(RUN) -m venv .venv/audit && \
 	    .venv/audit/bin/python -m pip -q --disable-pip-version-check install $(AUDIT); }
-	@$(RUN) bench/audit.py
+	@.venv/audit/bin/pip-audit --path "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean:  ## removes .venv, demo/, unpacked images and caches, not your checkpoints
 	@rm -rf .venv demo data/fashion-mnist data/cache .pytest_cache .ruff_cache .hypothesis

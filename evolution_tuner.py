@@ -68,8 +68,9 @@ class EvolutionWithFlops(Tuner):
         self.candidates_per_trial = candidates_per_trial
         self.lock = threading.RLock()
         self.callback = None  # sends parameters to a trial
-        self.ids, self.chunks = collections.deque(), collections.deque()  # of requests, and of candidates to send
-        self.times_sent = collections.Counter()  # of each candidate
+        self.ids = collections.deque()  # NNI's requests for parameters that wait
+        self.chunks = collections.deque()  # lists of candidates to send
+        self.times_sent = collections.Counter()  # how often each candidate was sent
         self.sent, self.ended = 0, 0  # trials
         self.fruitless = 0  # trials in a row that ended without a result
         EvolutionWithFlops.current = self

@@ -6,6 +6,7 @@ Source: paper section 3; official `src/Supernet/network.py` and `src/Evaluation/
 
 import copy
 import itertools
+import typing
 
 import torch
 from torch import nn
@@ -18,6 +19,30 @@ from space import weight_files
 from space.custom import make_space
 from space.search_space import SearchSpace
 from utils import HERE, UserError
+
+NOT_KNOWN = "the network was trained on images given in Python: only their program knows the preprocessing"
+
+
+class Trainable(typing.Protocol):
+    """The methods that a network of one's own needs, an nn.Module, to be trained and evaluated as a supernet.
+
+    A part is a callable that runs a piece of the network: "stem", (block, choice), or "head", which ends in logits. A
+    network that stands alone has candidate None, and needs `path` and `classify` only.
+    """
+
+    space: SearchSpace
+
+    def path(self, candidate):
+        """The parts that images (N, 3, H, W) pass through before `classify`, in order."""
+
+    def classify(self, x):
+        """Logits (N, classes) of the last part's output."""
+
+    def part(self, key):
+        """A part by its key."""
+
+    def module_of(self, key):
+        """The module with the weights and the BN layers of a part."""
 
 
 class _ShuffleNet(nn.Module):
@@ -134,8 +159,11 @@ class ShuffleNetV2(_ShuffleNet):
     def preprocess(self, images):
         """`images.preprocessing.preprocess` with the settings that the network was trained with.
 
-        uint8 RGB (N, H, W, 3), or a PIL image as it was opened -> (N, 3, input_size, input_size), float.
+        uint8 RGB (N, H, W, 3), or a PIL image as it was opened -> (N, 3, input_size, input_size), float. Raises
+        UserError if it was trained on images given in Python, whose preprocessing no checkpoint knows.
         """
+        if self.config is None:
+            raise UserError(NOT_KNOWN)
         return preprocess(images, self.config)
 
 
@@ -150,7 +178,13 @@ def load(path, architecture=None, own=None, operations=None):
         logits = model(model.preprocess(images))  # uint8 RGB (N, H, W, 3) -> (N, classes)
         name = model.classes[logits[0].argmax()]
     """
-    return read(path, architecture, make_space(None, architecture, own or operations))[0]
+    space = make_space(None, architecture, own or operations)
+    try:
+        return read(path, architecture, space)[0]
+    except UserError as error:
+        if "a supernet checkpoint" in str(error):
+            raise UserError(f"{error}; training.evaluation.load_supernet reads a supernet") from None
+        raise
 
 
 def read(path, architecture=None, space=None):
@@ -168,7 +202,8 @@ def read(path, architecture=None, space=None):
     with torch.device("meta"):
         model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
     weight_files.load_weights(model, ckpt.weights, path)
-    model.config = ckpt.data or DataConfig.resolve({"input_size": ckpt.space.input_size}, None, path)
+    official = ckpt.content is None
+    model.config = DataConfig.resolve({"input_size": ckpt.space.input_size}, None, path) if official else ckpt.data
     model.classes = ckpt.class_names
     return model.eval(), ckpt
 

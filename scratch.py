@@ -77,6 +77,8 @@ def open_network(args, folder):
         raise utils.UserError(f"--checkpoint: no network in {folder}; train one with scratch.py")
     space = space_of(args, args.input_size or 224, 1000)
     model, ckpt = network.read(path, args.architecture, space)
+    if model.config is None:
+        raise utils.UserError(f"{path}: {network.NOT_KNOWN}")
     return model, ckpt, DataConfig.resolve(DataConfig.given(vars(args)), ckpt.data, ckpt.path)
 
 

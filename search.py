@@ -30,26 +30,25 @@ import sys
 from pathlib import Path
 
 from dataloader import MAX_WORKERS, resolve_backend
-from devices.table import cannot_measure, difference, read_table, setting_of, with_latency
+from devices.table import cannot_measure, mismatch, read_table, setting_of, with_latency
 from engines.confirmation import confirm
 from engines.local_engine import search_locally
 from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
-from engines.search_record import (
+from engines.search_files import (
     confirmations,
     images_path,
-    prepare_search,
-    ranked,
     read_generations,
-    read_results,
     read_state,
     starts,
     state_path,
     unconfirmed,
 )
+from engines.search_record import prepare_search
 from images.dataset import Data
 from images.dataset import prepare as prepare_images
 from reports.page import write_report
+from reports.search_results import SearchResults
 from settings.command_line import Parser, command, write_settings
 from settings.fields import flag, names
 from settings.subjects import (
@@ -68,7 +67,17 @@ from settings.subjects import Search as SearchSettings
 from space import own
 from space.evolution import Evolution, official_shares
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
-from space.limits import Limits, as_settings, bounds_of, describe, idle_limits, make_bounds, offer
+from space.limits import (
+    Limits,
+    as_settings,
+    bounds_of,
+    describe,
+    idle_limits,
+    make_bounds,
+    milliseconds,
+    offer,
+    share_text,
+)
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.distributed import gpu_count
@@ -117,6 +126,21 @@ def parse_args(argv=None):
     args = parser.parse(argv, defaults)
     if before and not args.config:
         args.demo, args.config = started_with(args.out)
+    refuse_contradictions(parser, args, before)
+    if "population" in parser.given and not before:  # the experiment's numbers are shares of another population
+        for name in {"select", "mutation", "crossover"} - parser.given.keys():
+            setattr(args, name, None)
+    if args.strategy == "random":  # generations without children, in every other respect the same
+        args.mutation = args.crossover = 0
+    args.concurrency = args.concurrency or default_concurrency(args)
+    args.select, args.mutation, args.crossover = official_shares(
+        args.population, args.select, args.mutation, args.crossover
+    )
+    return args
+
+
+def refuse_contradictions(parser, args, before):
+    """Raises UserError where a flag has no effect beside another one, or contradicts the search that is resumed."""
     if args.strategy != before.get("strategy", args.strategy):
         what = f"--strategy {args.strategy} contradicts the search in {args.out}, which has {before['strategy']}"
         raise UserError(f"{what}; leave the flag out, or name another --out")
@@ -126,22 +150,12 @@ def parse_args(argv=None):
         parser.refuse("--objectives, which ranks by what it names", "rank-by")
     if args.mutation == 0:
         parser.refuse("--mutation 0", "mutation-prob")
+    if args.strategy == "random":
+        typed = [name for name in ("select", "mutation", "crossover", "mutation_prob") if name in parser.typed]
+        parser.refuse("--strategy random", *(name.replace("_", "-") for name in typed))
     if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
         name = "--latency-table" if args.latency_table else "--foreign-latency-table"
         raise UserError(f"{name} has no effect without a limit on latency: leave it out, or say --limit latency")
-    if "population" in parser.given and not before:  # the experiment's numbers are shares of another population
-        for name in {"select", "mutation", "crossover"} - parser.given.keys():
-            setattr(args, name, None)
-    if args.strategy == "random":  # generations without children, in every other respect the same
-        for name in ("select", "mutation", "crossover", "mutation_prob"):
-            if name in parser.typed:
-                parser.refuse("--strategy random", name.replace("_", "-"))
-        args.mutation = args.crossover = 0
-    args.concurrency = args.concurrency or default_concurrency(args)
-    args.select, args.mutation, args.crossover = official_shares(
-        args.population, args.select, args.mutation, args.crossover
-    )
-    return args
 
 
 def settings_of(parser, given):
@@ -202,7 +216,7 @@ def find_latency_table(args, out, supernet):
     """The file of --latency-table, or that in OUT, or else that in the supernet's OUT. Raises UserError."""
     if args.latency_table:
         return args.latency_table
-    folders = [out, *list(Path(supernet).resolve().parents)[2:3]]  # of OUT/checkpoints/supernet/FILE
+    folders = [out, *list(Path(supernet).resolve().parents)[2:3]]  # the supernet is OUT/checkpoints/supernet/FILE
     for folder in folders:
         if (folder / "latency.json").exists():
             return folder / "latency.json"
@@ -226,7 +240,7 @@ class Search:
 
     experiment: dict  # the content of the experiment file
     supernet: str  # path of its checkpoint
-    space: SearchSpace  # with the costs of --flops-table
+    space: SearchSpace  # it has the costs of --flops-table
     latency: dict | None  # the table of latencies, where it is of this device
     costs: str  # a line for the log that compares the space's FLOPs with a table, or nothing
     warnings: list  # reasons to doubt the results, a line each
@@ -260,7 +274,7 @@ def check(args, out):
         path = find_latency_table(args, out, supernet.path)
         latency = read_table(path, space, args.foreign_latency_table, tester_command(args, "latency"))
         space = with_latency(space, latency)
-        if other := difference(latency):
+        if other := mismatch(latency):
             warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
     check_space_file(out / experiment["searchSpaceFile"], space, tester_command(args, "gen"))
     with open(supernet.path, "rb") as file:
@@ -285,10 +299,10 @@ def check(args, out):
         settings["objectives"] = args.objectives.split(",")
     if args.rank_by != "acc1":
         settings["rank_by"] = args.rank_by
-    if space.operations_hash:  # for the report, which has no modules to count
+    if space.operations_hash:  # the report has no modules to count
         settings["counted"] = space.costs[:5]  # latency has a setting of its own
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
-    here = latency if latency and not difference(latency) else None
+    here = latency if latency and not mismatch(latency) else None
     return Search(experiment, supernet.path, space, here, costs, warnings, settings, data)
 
 
@@ -307,7 +321,9 @@ def prepare(search, args, out):
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
     log.info("space: %s", offer(search.space, search.settings.get("latency", {"runtime": "torch"})["runtime"]))
-    log.info("limits: %s; %d candidates evaluated already", describe(bounds_of(search.settings)), state["evaluated"])
+    bounds = bounds_of(search.settings)
+    left = share_text(Limits(search.space, bounds).share())
+    log.info("limits: %s: %s; %d candidates evaluated already", describe(bounds), left, state["evaluated"])
     if "latency" in search.settings:
         log.info("latencies are those of %s", setting_of(search.settings["latency"]))
 
@@ -354,48 +370,41 @@ def run_engine(search, args, out):
         search_with_nni(out, command, search.experiment, host=args.host, port=args.port, **sizes)
 
 
-def print_best(best, winner, limits):
-    """Prints the ten best results, and the winner's where it is not among them; those beyond a limit are marked."""
+def print_best(found):
+    """Prints the ten best of a SearchResults, and the winner where it is not among them; marks what exceeds a limit."""
+    best = found.succeeded
     # Results all have a loss; it is shown where it ranks.
-    columns = (("params", "params", "params  ", 0), ("latency_ms", "latency_ms", "ms       ", 3),
-               ("score", "loss", "loss    ", 3))  # fmt: skip
-    more = [(key, head, digits) for needed, key, head, digits in columns if needed in best[0]]
-    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for _, head, _ in more)}architecture")
-    place = best.index(winner)
+    columns = {
+        "params": ("params  ", lambda r: f"{r['params']}"),
+        "latency_ms": ("ms       ", lambda r: milliseconds(r["latency_ms"])),
+        "score": ("loss    ", lambda r: f"{r['loss']:.3f}"),
+    }
+    more = [column for key, column in columns.items() if key in best[0]]
+    print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for head, _ in more)}architecture")
+    place = best.index(found.winner)
     for rank in [*range(min(10, len(best))), *([place] if place >= 10 else [])]:
         result = best[rank]
         mflops = f"{result['flops'] / 1e6:6.{1 if result['flops'] >= 1e8 else 3}f}"
         numbers = f"{rank + 1:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {mflops}  "
-        numbers += "".join(f"{result[key]:<{len(head)}.{digits}f}" for key, head, digits in more)
-        mark = "  beyond the limit" if limits.excess(result["architecture"]) else ""
+        numbers += "".join(f"{text(result):<{len(head)}}" for head, text in more)
+        mark = "  beyond the limit" if found.is_beyond(result) else ""
         print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
     if place:
         print(f"the best that holds, measured: rank {place + 1}")
 
 
-def report(results, space, args, out, limits, winner=None):
-    """Prints the ten best and the command that retrains the winner, and returns that one's result.
-
-    The winner is the best one, unless its latency was measured, and another one is the best that holds. `limits` are
-    those after all that was measured.
-    """
-    best = ranked(results)
-    failed = len(results) - len(best)
-    if not best:
-        logs = state_path(out).parent
-        raise UserError(f"none of {failed} candidates could be evaluated; the trials' errors are below {logs}")
-    print(f"{len(best)} candidates evaluated" + (f", {failed} failed" if failed else ""))
-    winner = winner or best[0]
-    print_best(best, winner, limits)
-    if front := sorted(Path(out, "checkpoints", "front").glob("*.json")):
+def report(found, args):
+    """Prints the ten best of a SearchResults, and the commands that go on from its winner."""
+    print(f"{len(found.succeeded)} candidates evaluated" + (f", {found.n_failed} failed" if found.n_failed else ""))
+    print_best(found)
+    if front := sorted(found.out.glob("checkpoints/front/*.json")):
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
-    if space.n_widths == 1:
+    if found.space.n_widths == 1:
         where = dataclasses.replace(Run.of(vars(args)), out=os.path.join(args.out, "channels"))
         words = ("--space", "channels", "--architecture", best_path(args))
         channels = command("supernet.py", where, args.own, *words)
         print(f"search its channels, with the flags of the supernet's training:\n  {channels}")
     print(f"retrain the best:\n  {retrain_command(args)}")
-    return winner
 
 
 def retrain_command(args):
@@ -438,10 +447,10 @@ def main(args):
             raise UserError(
                 f"none of the best candidates holds the limit on latency when measured: see {page}; raise it"
             )
-        limits = Limits.of_search(search.space, bounds_of(search.settings), confirmations(state))
-        best = report(read_results(out), search.space, args, out, limits, state["best"])
+        found = SearchResults(out)
+        report(found, args)
         log.info("report: %s", write_report(out))
-        return best
+        return found.winner
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from devices.table import (
     write_networks,
 )
 from engines import trial
-from engines.search_record import listed_images
+from engines.search_files import listed_images
 from images.dataset import prepare
 from settings.command_line import Parser, command, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
@@ -148,15 +148,10 @@ def start_logging(args, device):
 
 def open_supernet(args, listed=None):
     """(supernet on the device, calibration batches, validation batches) of the arguments; `listed` as for Data."""
-    values = vars(args)
-    images = Images.of(values)
     if not listed:
-        prepare(images, args.demo)
+        prepare(Images.of(vars(args)), args.demo)
     own.load(args.own)
-    return open_evaluation(
-        args.checkpoint, args.out, images, DataConfig.given(values), Evaluation.of(values),
-        resolve_device(args.device, args.threads), args.seed, args.split, listed,
-    )  # fmt: skip
+    return open_evaluation(vars(args), listed)
 
 
 def run_trial(args):
@@ -180,7 +175,7 @@ def main(args):
         start_logging(args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
-        result.pop("halves", None)  # for the search alone
+        result.pop("halves", None)  # a search alone needs them
         print(json.dumps({**result, "flops": supernet.space.flops(candidate)}))
     elif os.environ.get("NNI_PLATFORM"):
         run_trial(args)

@@ -19,18 +19,17 @@ import time
 import torch
 from scipy.stats import percentileofscore
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import scratch
+import utils
 from dataloader import Loader
-from engines.search_record import Generation, read_generations
+from engines.generations import Generation
+from engines.search_files import read_generations
 from images.dataset import DataConfig, evaluation_plan, open_data
 from settings.subjects import Images
 from space.custom import searched
-from utils import read_json, write_json
+from utils import HERE, UserError, read_json, read_yaml, write_json
 
-TRUTH = ROOT / "bench" / "results" / "demo_truth.json"
+TRUTH = HERE / "bench" / "results" / "demo_truth.json"
 
 
 class Steps:
@@ -56,7 +55,7 @@ def command(*words):
     """Runs a script of the project; returns the last line that it printed."""
     words = [str(w) for w in words]
     print(f"$ python {shlex.join(words)}", flush=True)
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *words], cwd=HERE, stdout=subprocess.PIPE, text=True)
     try:
         output = process.communicate()[0]
     except KeyboardInterrupt:  # as from a terminal, which sends it to the script too
@@ -147,21 +146,33 @@ def table(out, steps):
     }  # fmt: skip
 
 
-def main():
+def check(out, steps):
+    """Raises UserError if the folder has an unfinished demo of another version, whose supernet has other operations."""
+    config = out / "checkpoints" / "supernet" / "config.yml"
+    if "table" in steps.done or not config.exists():
+        return
+    if read_yaml(config).get("space") != read_yaml(HERE / "demo.yml")["space"]:
+        raise UserError(
+            f"{out}: has an unfinished demo of another search space than demo.yml's; remove it: rm -r {out}"
+        )
+
+
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=ROOT / "demo", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--out", default=HERE / "demo", type=pathlib.Path, metavar="DIR")
     parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument(
-        "overrides",
-        nargs=argparse.REMAINDER,
-        help="after --: flags of supernet.py and scratch.py, such as --iterations 20",
-    )
-    options = parser.parse_args()
+    text = "after --: flags of supernet.py and scratch.py, such as --iterations 20"
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help=text)
+    return parser.parse_args(argv)
+
+
+def main(options):
     out = options.out.resolve()
     overrides = options.overrides[1:]
     out.mkdir(parents=True, exist_ok=True)
     common = ("--demo", "--seed", options.seed, "--out", out)
     steps = Steps(out)
+    check(out, steps)
 
     steps.run("supernet", lambda: command("supernet.py", *common, *overrides))
     steps.run("search space", lambda: command("tester.py", "--mode", "gen", "--demo", "--out", out))
@@ -178,4 +189,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

@@ -1,44 +1,33 @@
-"""Measures how close evolution comes to the best candidate, on tables whose optimum is known: `python
-bench/evolution.py`.
+"""How close evolution comes to the best candidate, on tables with a known optimum: `python -m bench.evolution`.
 
 A table gives every candidate of the paper's space (20 blocks, 4 operations) a reward that stands for its top-1 in the
 supernet, in thousandths of a percentage point; candidates over 330M FLOPs are illegal.
 
-    additive   a reward for each operation of each block: a gain that grows with the kernel, plus as much random
-    variation pairwise   additive, plus a term for each pair of operations of adjacent blocks noisy      additive,
-    measured with an error that depends on seed and candidate only
+    additive   a reward for each operation of each block: a gain that grows with the kernel, and as much at random
+    pairwise   additive, plus a term for each pair of operations of adjacent blocks
+    noisy      additive, measured with an error that depends on seed and candidate only
 
 Each method evaluates 1,000 different candidates a seed. On the additive table, evolution with more generations (of 50
 candidates; the official code evaluates 21) and with more parents is measured as well. The regret of a search is the
 reward of the optimum minus the true reward of the candidate that measured best, in percent of the range from the
 worst to the best legal candidate. Prints a Markdown table and writes bench/results/evolution.json. `--make-tables`
 writes bench/evolution_tables.json, reproducibly.
-
-`--fronts` instead compares, on the additive table, one search for the front of reward and FLOPs with the winners of
-five searches under limits of their own, at a third of their evaluations in all, by hypervolume: the area between front
-and reference point, in percent of that of the known front. The reference point is the highest FLOPs of any candidate
-and the reward of the worst legal one. Writes bench/results/fronts.json.
 """
 
-import argparse
 import itertools
-import pathlib
 import random
 import statistics
-import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+import utils
+from bench import study
 from settings.fields import count
 from space.evolution import Evolution
 from space.search_space import SearchSpace
-from utils import commit, read_json, versions, write_json
 
 SPACE = SearchSpace()
 LIMIT = 330_000_000
-TABLES = ROOT / "bench" / "evolution_tables.json"
+TABLES = study.ROOT / "bench" / "evolution_tables.json"
 MEAN = 60_000  # mean reward of uniform candidates
 SD = 1_000  # standard deviation of the additive rewards of uniform candidates
 PAIRS_SD = 500  # standard deviation of the sum of all pair terms
@@ -57,10 +46,6 @@ MORE = {  # on the additive table only: what brings 95 of 100 seeds within 1% of
     "evolution, 30 generations": OFFICIAL | {"generations": 30},
     "evolution, 20 parents": OFFICIAL | {"select": 20},
 }
-
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of all candidates: the limits of the searches that a search for a front replaces
-FRONT_GENERATIONS = OFFICIAL["generations"] * len(SHARES) // 3  # a third of their evaluations
-
 
 # --- tables --------------------------------------------------------------------------------------------------
 
@@ -172,73 +157,6 @@ def methods(table_name):
     return METHODS | (MORE if table_name == "additive" else {})
 
 
-# --- fronts --------------------------------------------------------------------------------------------------
-
-
-def known_front(table):
-    """(FLOPs, reward) of the front of all candidates of an additive table, by rising FLOPs; exact, as `extreme`."""
-    prefixes = [(SPACE.fixed_flops, MEAN)]
-    for row, costs in zip(table["rewards"], SPACE.choice_flops):
-        longer = [(cost + more, value + gain) for cost, value in prefixes for more, gain in zip(costs, row)]
-        prefixes = pareto(longer, SPACE.cost_range("flops")[1])
-    return prefixes
-
-
-def hypervolume(points, reference):
-    """The area of what the points (FLOPs, reward) beat, up to a reference point."""
-    area = 0
-    right, floor = reference
-    front = pareto([p for p in points if p[1] > floor], right)
-    for (cost, value), (following, _) in itertools.pairwise([*front, reference]):
-        area += (following - cost) * (value - floor)
-    return area
-
-
-def searched(table, seed, **settings):
-    """The evolution, with all that it has evaluated, of a search with these settings."""
-    evolution = Evolution.from_settings(SPACE, {**OFFICIAL, "seed": seed, **settings})
-    while population := evolution.ask():
-        evolution.tell({candidate: measured(table, candidate, seed) for candidate in population})
-    return evolution
-
-
-def point(table, candidate):
-    return SPACE.flops(candidate), reward(table, candidate)
-
-
-def compare_fronts(table, seed):
-    """Hypervolumes in percent of the known front's: of the search for a front, and of the winners of five searches."""
-    top = SPACE.cost_range("flops")[1]
-    reference = top, table["worst"]["reward"]
-    settings = {"flops_limit": top, "objectives": ["acc1", "flops"], "generations": FRONT_GENERATIONS}
-    family = searched(table, seed, **settings)
-    singles = [searched(table, seed, flops_limit=SPACE.quantile("flops", share)) for share in SHARES]
-    known = hypervolume(known_front(table), reference)
-    found = {
-        "one search for the front": (family.front(), len(family.rewards)),
-        "five winners": ([e.best[0] for e in singles], sum(len(e.rewards) for e in singles)),
-        "all that the five evaluated": ([c for e in singles for c in e.rewards], sum(len(e.rewards) for e in singles)),
-    }
-    return {
-        name: {"hypervolume": 100 * hypervolume([point(table, c) for c in candidates], reference) / known,
-               "evaluations": evaluations}
-        for name, (candidates, evaluations) in found.items()
-    }  # fmt: skip
-
-
-def study_fronts(options):
-    table = read_json(TABLES)["tables"]["additive"]
-    rows = [compare_fronts(table, seed) for seed in range(options.seeds)]
-    print("| method | evaluations | mean hypervolume, % of the known front's | lowest | highest |")
-    print("|---|---|---|---|---|")
-    for name in rows[0]:
-        values = [row[name]["hypervolume"] for row in rows]
-        cells = [name, rows[0][name]["evaluations"], *(f"{f(values):.2f}" for f in (statistics.fmean, min, max))]
-        print(f"| {' | '.join(map(str, cells))} |")
-    settings = {"seeds": options.seeds, "shares": SHARES, "generations": FRONT_GENERATIONS}
-    write_json(options.results, {"settings": settings, "commit": commit(), "versions": versions(), "seeds": rows})
-
-
 def summary(regrets):
     return {
         "mean": statistics.fmean(regrets),
@@ -248,37 +166,30 @@ def summary(regrets):
     }
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):
+    parser = study.parser(__doc__, {"--results": study.RESULTS / "evolution.json"})
     parser.add_argument("--make-tables", action="store_true", help="write the tables only")
-    parser.add_argument(
-        "--seeds", type=count(), default=100, metavar="N", help="searches of each table and method (default: 100)"
-    )
-    parser.add_argument("--fronts", action="store_true", help="compare a search for a front with five for winners")
-    parser.add_argument("--results", type=pathlib.Path, metavar="FILE", help="default: bench/results/NAME.json")
-    options = parser.parse_args(argv)
-    name = "fronts" if options.fronts else "evolution"
-    options.results = options.results or ROOT / "bench" / "results" / f"{name}.json"
-    if options.fronts:
-        study_fronts(options)
-        return
+    text = "searches of each table and method (default: 100)"
+    parser.add_argument("--seeds", type=count(), default=100, metavar="N", help=text)
+    return parser.parse_args(argv)
+
+
+def main(options):
     if options.make_tables:
-        write_json(TABLES, committed_tables())
-        return
-    committed = read_json(TABLES)
+        return utils.write_json(TABLES, committed_tables())
+    committed = study.read(TABLES)
     results = {}
-    print("| table | method | mean regret, % of the range | median | under 1% | optimum found | ms a search |")
-    print("|---|---|---|---|---|---|---|")
+    head = ("table", "method", "mean regret, % of the range", "median", "under 1%", "optimum found", "ms a search")
+    print(study.table(head, []))
     for name, method in [(t, m) for t in committed["tables"] for m in methods(t)]:
         table = committed["tables"][name]
-        settings = methods(name)[method]
         start = time.perf_counter()
-        regrets = [regret(table, seed, settings) for seed in range(options.seeds)]
+        regrets = [regret(table, seed, methods(name)[method]) for seed in range(options.seeds)]
         row = summary(regrets) | {"seconds": time.perf_counter() - start, "regrets": [round(r, 4) for r in regrets]}
         results.setdefault(name, {})[method] = row
-        cells = [name, method, f"{row['mean']:.2f}", f"{row['median']:.2f}", f"{row['under_1_percent']:.0%}"]
-        cells += [f"{row['exact']:.0%}", f"{1000 * row['seconds'] / options.seeds:.0f}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        shares = (f"{row[key]:.0%}" for key in ("under_1_percent", "exact"))
+        ms = f"{1000 * row['seconds'] / options.seeds:.0f}"
+        print(study.line((name, method, f"{row['mean']:.2f}", f"{row['median']:.2f}", *shares, ms)), flush=True)
     settings = {
         "seeds": options.seeds,
         "flops_limit": LIMIT,
@@ -286,9 +197,8 @@ def main(argv=None):
         "methods": METHODS | MORE,
         "range": {name: reward_range(table) for name, table in committed["tables"].items()},
     }
-    results = {"settings": settings, "commit": commit(), "versions": versions(), "results": results}
-    write_json(options.results, results, indent=1)
+    study.write(options.results, {"settings": settings, "results": results}, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

@@ -1,4 +1,4 @@
-"""Measures one GPU in parts, that of which least is known first: `python bench/gpu.py`; small without a GPU.
+"""Measures one GPU in parts, that of which least is known first: `python -m bench.gpu`; small without a GPU.
 
     ways         steps in bfloat16 of 128 and 1,024 images: as they are, in micro-batches, compiled, with CUDA graphs of
                  operations; calibration with those too; the last lines say what to adopt
@@ -18,6 +18,7 @@ follow.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import functools
@@ -25,6 +26,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -35,39 +37,42 @@ import tempfile
 import time
 import traceback
 
-START = time.monotonic()  # torch takes seconds to import, which count
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import numpy as np
+import torch
+from PIL import Image
 
 import utils
-
-# isort: split
-import torch
-
+from bench import study
+from bench.steps import Variant, Way, floors_ms, random_batch, rates
+from bench.steps import profile as profile_of
+from bench.study import ROOT, memory_mb, seconds
 from dataloader import AHEAD, Loader
-from images.dataset import DataConfig, training_plan
+from images import bundled
+from images.dataset import DataConfig, scan, training_plan
 from network import ShuffleNetV2OneShot
+from space.evolution import Evolution
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
-from training import distributed, recipe
+from training import compiled, distributed
 from training.evaluation import evaluate, resolve_device
 from training.loop import LOG_EVERY
 
+START = time.monotonic() - time.process_time()  # about when this process began: imports take seconds, which count
 CALIBRATION, VALIDATION = 25_600, 50_000  # images of a candidate, calibration in batches of 128
 OFFICIAL_IMAGES = CALIBRATION + VALIDATION
 SUPERNET_IMAGES, RETRAIN_IMAGES = 150_000 * 1024, 300_000 * 1024 + 1250 * 1024
 BYTES_BF16 = 3 * 2 * 2 * 4.32e6  # an image: three passes that read and write the convolutions' outputs
 ONE_PATH, COPY = "a step of architecture_final.json, channels-last, ms by images", "copy, GB/s"  # measured by hand
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-OFFICIAL = {"views": False, "channels_last": False, "fused": False, "lazy": False}
-TRAINING = {  # name -> (changes of bench/train.py's Variant, cuDNN's benchmark, images)
+MODULE = ["-m", "bench.gpu"]
+TRAINING = {  # name -> (settings of a Variant, cuDNN's benchmark, images)
     "bf16, channels-last, 1,024 images": ({"amp": "bf16"}, False, 1024),
     "float32, channels-last, 1,024 images": ({}, False, 1024),
     "bf16, channels-last, 128 images": ({"amp": "bf16"}, False, 128),
     "float32, channels-last, 128 images": ({}, False, 128),
     "bf16, channels-last": ({"amp": "bf16"}, False, 256),
     "float32, channels-last": ({}, False, 256),
-    "official way, float32": (OFFICIAL, True, 256),
+    "official way, float32": ({"official": True}, True, 256),
 }
 CANDIDATES = {  # name -> (one by one, settings of evaluate)
     "tree, BN folded": (False, {}),
@@ -75,14 +80,6 @@ CANDIDATES = {  # name -> (one by one, settings of evaluate)
     "one by one, BN folded": (True, {}),
     "tree, not folded": (False, {"fold": False}),
 }
-
-
-def sibling(name):
-    """The module bench/NAME.py; modules at the root have some of these names."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def installed(package):
@@ -129,34 +126,33 @@ TARGETS = {"128": 6000, "1,024": 10_000}  # images -> images per second
 
 def ways(options, _):
     """A row: {"images", "images_per_second", "peak_mb", "seconds_of_first_use"} of steps on random paths, in bf16."""
-    bench, device, space = sibling("ways"), options.device, options.space
+    device, space = options.device, options.space
     sampler = PathSampler(space, 0, default_flops_range(space))
     on_gpu = device.type == "cuda"
     if options.large:
-        bench.prepare_compiler(device, ROOT / "data" / "cache")
+        compiled.prepare_compiler(device, ROOT / "data" / "cache")
     else:
-        recipe.BACKEND = "eager"
+        compiled.BACKEND = "eager"
 
     def size(n):
         return n if options.large else max(2, n // 64)
 
     def row(n, changes, graphs):
         changes = {**changes, "micro_batch": size(changes["micro_batch"])} if "micro_batch" in changes else changes
-        way = bench.Way(space, device, size(n), amp="bf16", **changes)
+        way = Way(space, device, size(n), amp="bf16", **changes)
         start = time.perf_counter()
         if graphs:
-            bench.graph_operations(way)
+            way.graph_operations()
         way.warm_up()
         first = time.perf_counter() - start
-        seconds = sum(way.step(sampler.candidate(step)) for step in range(1, options.steps + 1))
+        rate = way.n * options.steps / sum(way.step(sampler.candidate(step)) for step in range(1, options.steps + 1))
         peak = way.peak_mb(sampler.candidate(1))
-        rate = way.n * options.steps / seconds
         return {"images": way.n, "images_per_second": rate, "peak_mb": peak, "seconds_of_first_use": first}
 
     def calibration(graphs):
-        way = bench.Way(space, device, size(128), amp="bf16")
-        seconds = bench.calibration(way, sampler.candidate(1), options.batches, graphs)
-        return {"images": way.n, "images_per_second": way.n * options.batches / seconds}
+        way = Way(space, device, size(128), amp="bf16")
+        took = way.calibration(sampler.candidate(1), options.batches, graphs)
+        return {"images": way.n, "images_per_second": way.n * options.batches / took}
 
     rows = {f"calibration of 128 images, {EAGER}": functools.partial(calibration, False)}
     if on_gpu:
@@ -181,38 +177,50 @@ def adoption(rows):
     return lines
 
 
+def generation(space, population):
+    """The tenth population of an evolution on random additive rewards; 59% of all candidates meet the FLOPs limit."""
+    rng = random.Random(0)
+    table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
+    half = population // 2
+    settings = {"population": population, "select": max(2, population // 5), "mutation": half, "crossover": half}
+    settings |= {"mutation_prob": 0.1, "generations": 10, "seed": 0, "flops_limit": space.flops_value("59%")}
+    evolution = Evolution.from_settings(space, settings)
+    for _ in range(9):
+        evolution.tell({c: sum(row[choice] for row, choice in zip(table, c)) for c in evolution.ask()})
+    return evolution.ask()
+
+
 def candidates(options, _):
     """A row: {"seconds" of a candidate of OFFICIAL_IMAGES, "calibration_percent" of them}."""
     device, space = options.device, options.space
-    population = sibling("search").generation(space, options.population)
+    population = generation(space, options.population)
     supernet = ShuffleNetV2OneShot(space=space).to(device, memory_format=torch.channels_last)
 
     class Batches:
         """The same random batch n times; the time at which they are first asked for is noted."""
 
         def __init__(self, n, images):
-            shape = (images, 3, space.input_size, space.input_size)
             self.n, self.n_images = n, n * images
-            self.images = torch.rand(shape, device=device).mul_(255).to(memory_format=torch.channels_last)
-            self.labels = torch.randint(space.n_classes, (images,), device=device)
+            images, labels = random_batch(space, images, device)
+            self.batch = images.to(memory_format=torch.channels_last), labels
 
         def __iter__(self):
-            sibling("train").synchronize(device)
+            study.synchronize(device)
             self.asked = time.perf_counter()
-            return iter([(self.images, self.labels)] * self.n)
+            return iter([self.batch] * self.n)
 
     def row(alone, how, images):
         calibration = Batches(options.batches, 128 if options.large else 8)
         validation = Batches(max(1, options.batches * 200 // images), images if options.large else 8)
         evaluate(supernet, population, [*calibration][:1], [*validation][:1], **how)  # the first use of every operation
-        seconds = [0.0, 0.0]  # of calibration and validation
+        took = [0.0, 0.0]  # of calibration and validation
         for part in [[c] for c in population] if alone else [population]:
             evaluate(supernet, part, calibration, validation, **how)
-            seconds[0] += validation.asked - calibration.asked
-            seconds[1] += time.perf_counter() - validation.asked
-        seconds[0] *= CALIBRATION / calibration.n_images / len(population)
-        seconds[1] *= VALIDATION / validation.n_images / len(population)
-        return {"seconds": sum(seconds), "calibration_percent": 100 * seconds[0] / sum(seconds)}
+            took[0] += validation.asked - calibration.asked
+            took[1] += time.perf_counter() - validation.asked
+        took[0] *= CALIBRATION / calibration.n_images / len(population)
+        took[1] *= VALIDATION / validation.n_images / len(population)
+        return {"seconds": sum(took), "calibration_percent": 100 * took[0] / sum(took)}
 
     return {
         f"{name}, validation batches of {n:,}": functools.partial(row, *settings, n)
@@ -221,11 +229,37 @@ def candidates(options, _):
     }
 
 
+def draw_mosaics(folder, n, classes):
+    """`n` different JPEG files of 500 x 375 px and about 100 kB as a tree, each colour channel of other images.
+
+    What takes long is drawn for the first 64; the others are these, moved down by some rows.
+    """
+    rng = np.random.default_rng(0)
+    paths = sorted((bundled.unpack(ROOT / "data" / "fashion-mnist") / "train").glob("*/*"))
+    drawn = []
+    for _ in range(min(n, 64)):
+        pixels = np.empty((378, 504, 3), np.uint8)
+        for channel in range(3):
+            tiles = [np.asarray(Image.open(f).convert("L").resize((63, 63))) for f in rng.choice(paths, 48)]
+            pixels[:, :, channel] = np.array(tiles).reshape(6, 8, 63, 63).swapaxes(1, 2).reshape(378, 504)
+        drawn.append(np.clip(pixels[:375, :500] + rng.normal(0, 8, (375, 500, 1)), 0, 255).astype(np.uint8))
+    for c in range(classes):
+        (folder / f"c{c}").mkdir(parents=True)
+
+    def save(i):
+        moved = np.roll(drawn[i % len(drawn)], i // len(drawn), axis=0)
+        Image.fromarray(moved).save(folder / f"c{i % classes}" / f"{i:06}.jpg", quality=92)
+
+    with concurrent.futures.ThreadPoolExecutor(utils.cores()) as pool:  # Pillow releases the GIL
+        list(pool.map(save, range(n)))
+    return scan(folder)
+
+
 def files(options, folder):
     """A row: {"images_per_second", "wait_percent" of supernet.py}."""
-    bench, out, size = sibling("loader"), folder / "images", ("--input-size", options.space.input_size)
-    images = bench.draw_mosaics(out / "train", options.files, classes=8)
-    bench.draw_mosaics(out / "val", 8, classes=8)
+    out, size = folder / "images", ("--input-size", options.space.input_size)
+    images = draw_mosaics(out / "train", options.files, classes=8)
+    draw_mosaics(out / "val", 8, classes=8)
     batch_size, steps, workers = (512, 3 * LOG_EVERY, max(2, utils.cores() - 2)) if options.large else (8, 4, 1)
 
     def supernet(backend, name, *more):
@@ -246,16 +280,15 @@ def files(options, folder):
 
     def alone(backend):
         skipped = AHEAD * workers  # made ahead while the first one is waited for
-        loader = Loader(
-            images,
-            DataConfig(input_size=options.space.input_size),
-            True,
-            device=options.device,
-            backend=backend,
-            workers=workers,
-        )
+        how = {"device": options.device, "backend": backend, "workers": workers}
+        loader = Loader(images, DataConfig(input_size=options.space.input_size), True, **how)
         plan = training_plan(len(images), batch_size, 0, steps=skipped + (60 if options.large else 2))
-        return {"images_per_second": bench.rate(loader.batches(plan), options.device, skipped)}
+        batches = loader.batches(plan)
+        for _ in range(skipped):
+            next(batches)
+        n = []
+        took = seconds(options.device, lambda: n.extend(len(x) for x, _ in batches))
+        return {"images_per_second": sum(n) / took}
 
     backends = [b for b in ("dali", "torchvision") if b == "torchvision" or installed("nvidia.dali")]
     rows = {f"supernet.py, {b}": functools.partial(supernet, b, b) for b in backends}
@@ -302,7 +335,7 @@ def processes(options, folder):
     words += ["--val-every", steps, "--val-paths", 1, "--bn-batches", 2]
 
     def collectives_row():
-        command([*TORCHRUN, __file__, "--collectives", "--device", options.device], options.left(), log=log)
+        command([*TORCHRUN, *MODULE, "--collectives", "--device", options.device], options.left(), log=log)
         return json.loads(next(line for line in log.read_text().splitlines() if line.startswith("{")))
 
     return {
@@ -336,6 +369,7 @@ def collectives(device):
         "all_reduce_mean": lambda x: [distributed.all_reduce_mean([x], 3), x][1],
         "all_reduce_sum": lambda x: distributed.all_reduce_sum(x.cpu()).to(device),
         "all_reduce_max": lambda x: x * distributed.all_reduce_max(1),
+        "mean": lambda x: x * distributed.mean(torch.ones(1)),
         "on_rank0": lambda x: torch.tensor(distributed.on_rank0(x.tolist), device=device),
         "check_same": lambda x: [distributed.check_same({"--seed": 1}), x][1],
     }
@@ -344,7 +378,7 @@ def collectives(device):
         for _ in range(2):  # the first call of a backend starts it
             given, start = values.clone(), time.perf_counter()
             result = call(given)
-            sibling("train").synchronize(device)
+            study.synchronize(device)
             rows[name] = 1000 * (time.perf_counter() - start)
         if not torch.equal(result, values):
             raise RuntimeError(f"{name} in a group of one changes {values.tolist()} to {result.tolist()}")
@@ -353,33 +387,26 @@ def collectives(device):
 
 def training(options, _):
     """A row: {"images", "images_per_second", "peak_mb", "mb_per_image"} of steps on random paths and images."""
-    train, device, space = sibling("train"), options.device, options.space
-    torch.manual_seed(0)
-    weights = ShuffleNetV2OneShot(space=space).state_dict()
+    device, space = options.device, options.space
     sampler = PathSampler(space, 0, default_flops_range(space))
-    every_operation = [(n,) * space.n_blocks for n in range(len(space.operations))]
 
     def row(changes, benchmark, n):
         torch.backends.cudnn.benchmark = benchmark
-        variant = train.Variant("", space, weights, device, tf32=device.type == "cuda", **changes)
-        n = n if options.large else n // 64
-        images = torch.rand(n, 3, space.input_size, space.input_size, device=device) * 255
-        labels = torch.randint(space.n_classes, (n,), device=device)
-        start = time.perf_counter()
-        for path in every_operation:  # the plans of cuDNN are the process's: rows of equal shapes share them
-            variant.step(images, labels, path)
-        train.synchronize(device)
-        first, at_rest = time.perf_counter() - start, 0.0
-        if device.type == "cuda":
-            at_rest = (torch.cuda.memory_allocated() - images.nbytes) / 1e6
-        train.memory_mb(device, reset=True)
-        start = time.perf_counter()
-        for step in range(options.steps):
-            variant.step(images, labels, sampler.candidate(step))
-        train.synchronize(device)
-        seconds, peak = time.perf_counter() - start, train.memory_mb(device)
+        variant = Variant(space, device, **changes)
+        images, labels = random_batch(space, n if options.large else n // 64, device)
+
+        def steps(paths):
+            for path in paths:
+                variant.step(images, labels, path)
+
+        # The plans of cuDNN are the process's: rows of equal shapes share them.
+        first = seconds(device, lambda: steps(map(space.uniform_candidate, range(len(space.operations)))))
+        at_rest = (torch.cuda.memory_allocated() - images.nbytes) / 1e6 if device.type == "cuda" else 0.0
+        memory_mb(device, reset=True)
+        took = seconds(device, lambda: steps(map(sampler.candidate, range(options.steps))))
+        n, peak = len(images), memory_mb(device)
         return {
-            "images": n, "images_per_second": n * options.steps / seconds, "peak_mb": peak,
+            "images": n, "images_per_second": n * options.steps / took, "peak_mb": peak,
             "mb_per_image": (peak - at_rest) / n, "seconds_of_first_use": first,
         }  # fmt: skip
 
@@ -388,28 +415,25 @@ def training(options, _):
 
 def profile(options, _):
     """A row: {"ms": {kind: ms}, "floors_ms": {kind: [of multiply-adds, of traffic]}, "kernels": {name: ms}}."""
-    train, device, space = sibling("train"), options.device, options.space
-    torch.manual_seed(0)
-    weights = ShuffleNetV2OneShot(space=space).state_dict()
+    device, space = options.device, options.space
     path = space.load_architecture(ROOT / "architecture_final.json")
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
 
     @functools.cache
-    def rates(name):
+    def measured(name):
         torch.backends.cuda.matmul.allow_tf32 = True  # as in convolutions
-        return train.rates(device, dtypes[name])
+        return rates(device, dtypes[name])
 
     def rates_row():
-        found = {f"{name}, multiply-adds/s": rates(name)[0] for name in dtypes}
-        return found | {"copy, bytes/s": rates("float32")[1]}
+        found = {f"{name}, multiply-adds/s": measured(name)[0] for name in dtypes}
+        return found | {"copy, bytes/s": measured("float32")[1]}
 
     def row(name, n):
         amp = "bf16" if name == "bf16" else "off"
-        variant = train.Variant(name, space, weights, device, tf32=device.type == "cuda", amp=amp)
+        variant = Variant(space, device, amp=amp)
         n = n if options.large else n // 64
-        images = torch.rand(n, 3, space.input_size, space.input_size, device=device) * 255
-        kinds, kernels = train.profile(variant, (images, torch.randint(space.n_classes, (n,), device=device), path))
-        floors = train.floors_ms(space, path, n, *rates(name), dtypes[name].itemsize)
+        kinds, kernels = profile_of(variant, (*random_batch(space, n, device), path))
+        floors = floors_ms(space, path, n, *measured(name), dtypes[name].itemsize)
         return {"ms": kinds, "floors_ms": floors, "kernels": kernels}
 
     rows = {"rates": rates_row}
@@ -450,7 +474,7 @@ def measure(part, options):
                 print(f"{part}, {name}: failed: {error}", file=sys.stderr)
                 continue
             print(f"{part}, {name}: {rows[name]}", file=sys.stderr)
-            results = json.loads(options.results.read_text()) if options.results.exists() else {}
+            results = study.read(options.results)
             results.setdefault(options.card, {})[part] = {"rows": rows, **about, "versions": utils.versions()}
             utils.write_json(options.results, results, indent=1)
     show(part, rows)
@@ -464,7 +488,7 @@ def measure_each(parts, options, run=command):
     failed = []
     for number, part in enumerate(parts):
         share = options.left() * PARTS[part][1] / sum(PARTS[other][1] for other in parts[number:])
-        words = [__file__, "--only", part, "--seconds", int(share), "--device", options.device.type]
+        words = [*MODULE, "--only", part, "--seconds", int(share), "--device", options.device.type]
         try:
             run([*words, "--results", options.results, *["--full"] * options.full], share + 5)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -525,10 +549,9 @@ def show(part, rows):
         for name, row in rows.items()
     }
     columns = list(dict.fromkeys(column for row in flat.values() for column in row))
-    print(f"\n| {part} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name, row in flat.items():
-        cells = (row.get(column, "") for column in columns)
-        print(f"| {name} | {' | '.join(f'{v:,.1f}' if isinstance(v, float) else str(v) for v in cells)} |")
+    values = {name: [row.get(column, "") for column in columns] for name, row in flat.items()}
+    cells = [[name, *(f"{v:,.1f}" if isinstance(v, float) else v for v in row)] for name, row in values.items()]
+    print("", study.table((part, *columns), cells), sep="\n")
 
 
 def list_of_parts(text):
@@ -538,18 +561,21 @@ def list_of_parts(text):
     return parts
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    defaults = {"--seconds": 570, "--results": study.RESULTS / "gpu.json"}
+    parser = study.parser(__doc__, defaults, devices=("cpu", "cuda"), device=device)
     parser.add_argument("--only", type=list_of_parts, default=list(PARTS), metavar="PART,PART", help="parts (all)")
-    parser.add_argument("--seconds", type=int, default=570, help="for all of it (570)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full", action="store_true", help="the numbers of a GPU on a CPU too")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "gpu.json")
     parser.add_argument("--collectives", action="store_true", help=argparse.SUPPRESS)  # in a group, by torchrun
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(options):
     if options.collectives:
         distributed.run(lambda args: print(json.dumps(collectives(torch.device(args.device)))), lambda: options)
         return
+    resolve_device(options.device)
     options.device = torch.device(options.device)
     options.left = lambda: options.seconds - (time.monotonic() - START)
     options.large = options.full or options.device.type == "cuda"
@@ -558,21 +584,15 @@ def main(argv=None):
     )
     options.space = SearchSpace() if options.large else SearchSpace.for_images(32, 10)
     options.card = torch.cuda.get_device_name() if options.device.type == "cuda" else "cpu"
-    try:
-        with utils.signals(utils.interrupt):  # so that commands are ended
-            if len(options.only) == 1:
-                resolve_device(options.device.type)
-                failed = measure(options.only[0], options)
-            else:
-                failed = measure_each(options.only, options)
-    except utils.Interrupted as error:
-        sys.exit(128 + error.args[0])
-    if len(options.only) > 1 and options.device.type == "cuda" and options.results.exists():
-        result = json.loads(options.results.read_text()).get(options.card, {})
-        for heading, lines in scaling_rows(options.card, result).items():
+    one = len(options.only) == 1
+    with study.interruptible():  # so that commands are ended
+        failed = measure(options.only[0], options) if one else measure_each(options.only, options)
+    if not one and options.device.type == "cuda":
+        for heading, lines in scaling_rows(options.card, study.read(options.results).get(options.card, {})).items():
             print(f"\ndocs/scaling.md, {heading}:", *lines, sep="\n")
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

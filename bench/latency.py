@@ -1,7 +1,7 @@
 """Measures how well tables of latencies predict whole networks, and whether the winners of searches hold their limits.
 
-    python bench/latency.py                               everything: an hour on one core that others use too
-    python bench/latency.py --runtimes torch --spaces small --networks 8 --searches 2 --batch-sizes 1   a try, minutes
+    python -m bench.latency                         everything: an hour on one core that others use too
+    python -m bench.latency --runtimes torch --spaces small --networks 8 --searches 2 --batch-sizes 1   a try, minutes
 
 In each runtime, the paper's four operations are measured, each at all blocks of the paper's space. Then, for each
 space and batch size, a table is measured as `tester.py --mode latency` does, and random networks as a whole, twice,
@@ -16,29 +16,27 @@ again by another process, at the scale of the table. Reported are these latencie
 Prints Markdown and writes bench/results/latency.json after each part. The numbers hold for the machine.
 """
 
-import argparse
 import multiprocessing
 import pathlib
 import random
 import statistics
-import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import spearmanr
 
+import utils
+from bench import study
 from devices.table import measure_like, measure_table, open_runtime, with_latency
 from devices.timing import Networks, device_name, take_turns
 from engines.confirmation import confirm
-from engines.search_record import SearchRecord, prepare_search, unconfirmed
+from engines.search_files import unconfirmed
+from engines.search_record import SearchRecord, prepare_search
 from settings.fields import count
 from settings.subjects import RUNTIMES
 from space.custom import PRESETS
 from space.search_space import SearchSpace
-from utils import commit, read_json, versions, write_json
+from utils import read_json
 
 SPACES = {"small": SearchSpace(28, 10, stem_stride=1, **PRESETS["small"]), "paper": SearchSpace()}
 NETWORKS = {"small": 40, "paper": 16}
@@ -141,64 +139,64 @@ def study_searches(space, table, n):
     return rows
 
 
-def print_predictions(name, row):
+HEAD = ("space, batch size", "mean ms", "table, s", "spread, %", "error, %", "of the mean, %",
+        "of another measurement, %", "Spearman", "of two")  # fmt: skip
+
+
+def cells_of_predictions(name, row):
     keys = ("spread", "mean_absolute_error", "of_predicting_the_mean", "of_another_measurement")
     cells = [name, f"{row['mean_ms']:.3f}", f"{row['seconds']:.0f}", *(f"{100 * row[key]:.1f}" for key in keys)]
-    cells += [f"{row['spearman']:.3f}", f"{row['spearman_of_two_measurements']:.3f}"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    return [*cells, f"{row['spearman']:.3f}", f"{row['spearman_of_two_measurements']:.3f}"]
 
 
 def print_taus(predictions, runtime, names):
     """Kendall's tau of latencies in a runtime with those of the same networks in the other one, and with FLOPs."""
     for name in names:
         one, *others = (predictions.get(f"{other}, {name}") for other in (runtime, *(RUNTIMES.keys() - {runtime})))
-        of_flops = kendalltau(one["measured_ms"], one["flops"]).statistic
-        text = f"{RUNTIMES[runtime]}, {name}: tau with FLOPs {of_flops:.2f}"
+        text = f"{RUNTIMES[runtime]}, {name}: tau with FLOPs {study.tau(one['measured_ms'], one['flops']):.2f}"
         for other in filter(None, others):
-            text += f", with the other runtime {kendalltau(one['measured_ms'], other['measured_ms']).statistic:.2f}"
+            text += f", with the other runtime {study.tau(one['measured_ms'], other['measured_ms']):.2f}"
         print(text)
 
 
 def print_searches(rows):
-    print("| limit at | limit, ms | winner measured again, % of the limit | within the spread | corrections |")
-    print("|---|---|---|---|---|")
+    head = ("limit at", "limit, ms", "winner measured again, % of the limit", "within the spread", "corrections")
+    cells = []
     for row in rows:
         used = f"{100 * row['used']:.1f}" if row["used"] else "no winner"
-        cells = [f"{row['share']:.0%}", f"{row['limit_ms']:.3f}", used, "yes" if row["holds"] else "no"]
-        print(f"| {' | '.join([*cells, str(row['corrections'])])} |", flush=True)
+        holds = "yes" if row["holds"] else "no"
+        cells.append((f"{row['share']:.0%}", f"{row['limit_ms']:.3f}", used, holds, row["corrections"]))
+    print(study.table(head, cells), flush=True)
 
 
 def print_operations(by_runtime):
     space = SPACES["paper"]
-    head = ["operation at all blocks", "MFLOPs", *(f"{RUNTIMES[name]}, ms" for name in by_runtime)]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    cells = []
     for choice, name in enumerate(space.operations):
-        cells = [name, f"{space.flops(space.uniform_candidate(choice)) / 1e6:.0f}"]
-        print(f"| {' | '.join([*cells, *(f'{row[name]:.2f}' for row in by_runtime.values())])} |")
+        flops = f"{space.flops(space.uniform_candidate(choice)) / 1e6:.0f}"
+        cells.append((name, flops, *(f"{row[name]:.2f}" for row in by_runtime.values())))
+    print(study.table(("operation at all blocks", "MFLOPs", *(f"{RUNTIMES[n]}, ms" for n in by_runtime)), cells))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):
+    defaults = {"--threads": 1, "--results": study.RESULTS / "latency.json"}
+    parser = study.parser(__doc__, defaults, devices=("cpu", "cuda"), device="cpu")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--spaces", nargs="+", choices=SPACES, default=list(SPACES))
     parser.add_argument("--batch-sizes", nargs="+", type=count(), default=[1, 16], metavar="N", help="default: 1 16")
     parser.add_argument("--networks", type=count(2), metavar="N", help="of each space (default: 40 of small, 16)")
     parser.add_argument("--searches", type=count(0), default=20, metavar="N", help="default: 20")
-    parser.add_argument("--threads", type=count(), default=1, metavar="N", help="default: 1")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch (default: cpu)")
-    parser.add_argument(
-        "--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "latency.json", metavar="FILE"
-    )
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(options):
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    setting = {"device": device_name(device), "threads": options.threads, "commit": commit(), "versions": versions()}
+    setting = {"device": device_name(device), "threads": options.threads}
     results = {"setting": setting, "operations": {}, "predictions": {}, "searches": {}}
     for runtime in options.runtimes:
         table = None
-        head = ("space, batch size", "mean ms", "table, s", "spread, %", "error, %", "of the mean, %",
-                "of another measurement, %", "Spearman", "of two")  # fmt: skip
-        print(f"{RUNTIMES[runtime]}\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
+        print(f"{RUNTIMES[runtime]}\n\n{study.table(HEAD, [])}")
         for name in options.spaces:
             for batch_size in options.batch_sizes:
                 opened = open_runtime(runtime, SPACES[name], batch_size, device)
@@ -206,18 +204,18 @@ def main(argv=None):
                     results["operations"][runtime] = study_operations(opened)
                 found, row = study_predictions(opened, options.networks or NETWORKS[name])
                 results["predictions"][f"{runtime}, {name}, {batch_size}"] = row
-                print_predictions(f"{name}, {batch_size}", row)
-                write_json(options.results, results, indent=1)
+                print(study.line(cells_of_predictions(f"{name}, {batch_size}", row)), flush=True)
+                study.write(options.results, results, indent=1)
                 if name == "small":
                     table = table or found
         print_taus(results["predictions"], runtime, [f"{s}, {n}" for s in options.spaces for n in options.batch_sizes])
         if table and options.searches:
             results["searches"][runtime] = study_searches(SPACES["small"], table, options.searches)
             print_searches(results["searches"][runtime])
-        write_json(options.results, results, indent=1)
+        study.write(options.results, results, indent=1)
     if results["operations"]:
         print_operations(results["operations"])
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

@@ -1,43 +1,35 @@
 """Ways to train a supernet that ranks NAS-Bench-Macro better, on one GPU, many supernets side by side.
 
-    python bench/macro_gpu.py                          half width, a million images each: all ways, the best two twice
-    python bench/macro_gpu.py --full                   full width, 100 epochs, two seeds
-    python bench/macro_gpu.py --ways "resized crops"   some ways; on a CPU, an hour of one core each
+    python -m bench.macro_gpu                          half width, a million images each: all ways, two seeds
+    python -m bench.macro_gpu --full                   full width, 100 epochs, two seeds
+    python -m bench.macro_gpu --ways "strictly fair"   some ways; on a CPU, an hour of one core each
 
 The images are decoded once and stay in the GPU's memory, since so small a network would wait for any loader; shifts of
 up to 4 px and flips augment them, as in the published trainings. A process trains a supernet, keeps checkpoints, and
-scores all 3,969 networks; `--jobs` of them run at a time, and the same command resumes. The two supernets of the
-paper's way ("baseline") are also measured for bench/macro_study.py. Writes the scores into --out, and
-bench/results/macro_gpu.json; prints the tables of docs/experiments.md.
+scores all 3,969 networks; `--jobs` of them run at a time, and the same command resumes. Writes the scores into --out,
+and bench/results/macro_gpu.json; prints the tables of docs/experiments.md.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-import utils
-
-# isort: split
-import macro
-import macro_study
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as F
 
 import supernet as supernet_script
-from images.dataset import calibration_plan, draw_augmentation, evaluation_plan, training_plan
+import utils
+from bench import macro, study
+from bench.study import ROOT, agreement
+from images.dataset import calibration_plan, evaluation_plan, training_plan
 from network import ShuffleNetV2OneShot
 from settings.subjects import DataConfig, Training
+from space import weight_files
 from space.custom import make_space
 from space.sampler import PathSampler
 from training import checkpoint
@@ -45,7 +37,7 @@ from training.evaluation import resolve_device
 from training.run import TrainingRun, contents_of
 from training.step import Step, begin_momentum
 
-RESULTS = ROOT / "bench" / "results" / "macro_gpu.json"
+RESULTS = study.RESULTS / "macro_gpu.json"
 IMAGES = 1_024_000  # of a training of half width, as in bench/macro.py
 FULL_IMAGES, FULL_LR = 5_000_000, 0.2
 HELD_OUT = 200  # images of each class
@@ -68,22 +60,18 @@ class Way:
     images: int = IMAGES
     fair: bool = False  # the paths of a step have every operation of each block once
     distinct: bool = False  # paths are uniform over the distinct networks, in the form that is scored
-    exponent: float = 0.0  # the learning rate is multiplied by (FLOPs of the path / mean FLOPs) ** exponent
-    resized: bool = False  # random resized crops of --crop-scale 0.8 1 augment the images, as in bench/macro.yml
     first: tuple = ()  # operations that the first block may have; empty: all
 
     @property
     def paths(self):
-        return len(macro_study.OPERATIONS) if self.fair else 1
+        return 3 if self.fair else 1
 
 
 SPLIT = ("split: identity", "split: inverted residuals")
 WAYS = {
     "baseline": Way(),
-    "resized crops": Way(resized=True),
     "distinct networks": Way(distinct=True),
     "strictly fair": Way(fair=True),
-    "learning rate by FLOPs": Way(exponent=0.5),
     "batches of 256": Way(batch_size=256),
     "batches of 256, learning rate 0.2": Way(batch_size=256, lr=0.2),
     SPLIT[0]: Way(first=(0,), images=IMAGES // 2),
@@ -100,7 +88,7 @@ def full(way, amp="bf16"):
 FULL_WAYS = {
     "baseline": full(WAYS["baseline"]),
     "float32": full(WAYS["baseline"], "off"),
-    **{name: full(WAYS[name]) for name in ("distinct networks", "strictly fair", "learning rate by FLOPs", *SPLIT)},
+    **{name: full(WAYS[name]) for name in ("distinct networks", "strictly fair", *SPLIT)},
 }
 
 
@@ -128,8 +116,7 @@ class ImagesInMemory:
     `arrays` are those of `decoded`. The last HELD_OUT images of each class of train are the part "search".
     """
 
-    def __init__(self, arrays, device, resized=False):
-        self.resized = resized
+    def __init__(self, arrays, device):
         labels = arrays["train_labels"].astype(np.int64)
         heldout = np.concatenate([np.flatnonzero(labels == c)[-HELD_OUT:] for c in range(CLASSES)])
         train = np.setdiff1d(np.arange(len(labels)), heldout)
@@ -149,28 +136,13 @@ class ImagesInMemory:
         return torch.from_numpy(labels.astype(np.int64)).to(self.device)
 
     def augmented(self, indices, rng):
-        """Training images, each shifted by up to PADDING px or a resized crop, half of them flipped."""
-        if self.resized:
-            return self._resized_crops(indices, rng), self.labels["train"][torch.from_numpy(indices).to(self.device)]
+        """Training images, each shifted by up to PADDING px, half of them flipped."""
         draws = [rng.integers(n, size=len(indices)) for n in (2 * PADDING + 1, 2 * PADDING + 1, 2)]
         top, left, flip, rows = torch.from_numpy(np.stack([*draws, indices])).to(self.device, non_blocking=True)
         x = torch.where(flip[:, None] == 1, self.window.flip(0), self.window) + left[:, None]
         y = self.window + top[:, None]
         images = self.padded[rows[:, None, None], y[:, :, None], x[:, None, :]]
         return images.permute(0, 3, 1, 2).float(), self.labels["train"][rows]
-
-    def _resized_crops(self, indices, rng):
-        """As the torchvision loader with the settings of bench/macro.yml, on the CPU."""
-        config = DataConfig(crop_scale=(0.8, 1.0), jitter=0.0)
-        seed = int(rng.integers(2**31))
-        size = [len(self.window)] * 2
-        images = []
-        for index in indices:
-            pixels = self.pixels["train"][index].permute(2, 0, 1)
-            a = draw_augmentation(config, seed, 0, index, *pixels.shape[1:])
-            image = F.resized_crop(F.to_pil_image(pixels.cpu()), *a.window, size, F.InterpolationMode.BILINEAR)
-            images.append(np.asarray(F.hflip(image) if a.horizontal_flip else image))
-        return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float()
 
     def batches(self, part, every=1):
         """Each `every`-th image of a part, as it is."""
@@ -201,10 +173,6 @@ class Paths:
     def networks(self):
         return macro.some_distinct()
 
-    @functools.cached_property
-    def mean_flops(self):
-        return statistics.fmean(self.space.flops(tuple(map(int, network))) for network in macro.load_truth())
-
     def of_step(self, step):
         rng = np.random.default_rng([self.seed, PATHS, step])
         if self.way.fair:
@@ -215,29 +183,26 @@ class Paths:
         candidate = self.sampler.candidate(step)
         return [(int(rng.choice(self.way.first)), *candidate[1:]) if self.way.first else candidate]
 
-    def rate(self, paths):
-        """The factor of the learning rate."""
-        if not self.way.exponent:
-            return 1.0
-        return (statistics.fmean(map(self.space.flops, paths)) / self.mean_flops) ** self.way.exponent
 
-
-def train_one_step(recipe, step, paths, rate, images, labels):
+def train_one_step(step, number, paths, images, labels):
     """A step of SGD with an equal share of the images for each path; returns the mean loss.
 
     An operation gets the gradient of its path, what all paths share the mean of their gradients.
     """
-    for group in recipe.optimizer.param_groups:
-        group["lr"] = rate * recipe.learning_rate(step)
-    recipe.optimizer.zero_grad(set_to_none=True)
-    model = recipe.model
-    batches = zip(paths, images.chunk(len(paths)), labels.chunk(len(paths)))
-    losses = [recipe._add_gradients(model.path(path), *batch, seed=0, n=1)[0] for path, *batch in batches]
+    for group in step.optimizer.param_groups:
+        group["lr"] = step.learning_rate(number)
+    step.optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for path, *batch in zip(paths, images.chunk(len(paths)), labels.chunk(len(paths))):
+        torch.manual_seed(0)  # of dropout
+        ((loss, _),) = step.rule(step, path, *batch)
+        loss.backward()
+        losses.append(loss.detach())
     if len(paths) > 1:
-        operations = set(model.features.parameters())
-        torch._foreach_div_([p.grad for p in model.parameters() if p not in operations], len(paths))
-    begin_momentum(recipe.optimizer)
-    recipe.optimizer.step()
+        operations = set(step.model.features.parameters())
+        torch._foreach_div_([p.grad for p in step.model.parameters() if p not in operations], len(paths))
+    begin_momentum(step.optimizer)
+    step.optimizer.step()
     return torch.stack(losses).mean()
 
 
@@ -250,44 +215,37 @@ def train(way, seed, folder, data, args):
     parsed = vars(supernet_script.parse_args([*words, "--seed", str(seed)]))
     training = Training.of(parsed | {"batch_size": batch_size, "lr": way.lr, "amp": way.amp})
     config = DataConfig.resolve(DataConfig.given(parsed))
-    space = make_space(parsed["space"], None, parsed["operations"], config.input_size, CLASSES)
+    space = make_space(parsed["space"], None, parsed["own"], config.input_size, CLASSES)
     contents = contents_of(space, config, map(str, range(CLASSES)))
     deciding = dataclasses.asdict(way) | {"iterations": iterations, "seed": seed}
     run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, deciding, KEEP)
     run.start(data.device, seed)
     torch.manual_seed(seed)
-    recipe = Step(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
+    stepper = Step(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
     paths = Paths(way, space, seed)
-    done, metrics, rows, _ = run.resume(recipe)
+    done, metrics, rows, _ = run.resume(stepper)
     started = time.perf_counter() - metrics["seconds"]
     plan = training_plan(len(data.train_labels), batch_size, seed, done, iterations)
     for step, samples in enumerate(plan, done + 1):
         batch = data.augmented(samples[:, 1], np.random.default_rng([seed, AUGMENT, step]))
-        drawn = paths.of_step(step)
-        loss = train_one_step(recipe, step, drawn, paths.rate(drawn), *batch)
+        loss = train_one_step(stepper, step, paths.of_step(step), *batch)
         if step == iterations or step % SAVE_EVERY == 0:
             metrics = {"seconds": round(time.perf_counter() - started, 1), "loss": loss.item()}
             utils.log.info("step %d of %d: loss %.3f, %.0f s", step, iterations, metrics["loss"], metrics["seconds"])
-            run.save(step, recipe, metrics, rows)
+            run.save(step, stepper, None, metrics, rows)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(data, folder, file, every=1, split="search"):
-    """As macro.open_checkpoint, with images in memory."""
-    supernet, _ = checkpoint.load_supernet(file, None)
-    supernet.to(data.device, memory_format=torch.channels_last)
-    return supernet, list(data.calibration()), list(data.batches(split, every)), "average"
-
-
 def score(folder, data, networks):
     """Writes the scores of networks in the last checkpoint of a folder: mean loss, and top-1 in percent."""
     file = checkpoint.newest(folder / "checkpoints" / "supernet")
-    supernet, *how = open_checkpoint(data, folder, file)
-    losses, hits = macro_study.image_by_image(supernet, networks, *how).mean(2, dtype=float)
-    rows = {n: [round(loss, 5), round(100 * acc1, 3)] for n, loss, acc1 in zip(networks, losses, hits)}
-    seconds = checkpoint.load_file(file)["metrics"]["seconds"]
+    supernet, _ = checkpoint.load_supernet(file, None)
+    supernet.to(data.device, memory_format=torch.channels_last)
+    batches = list(data.calibration()), list(data.batches("search"))
+    rows = {n: [loss, acc1] for n, acc1, loss in macro.measure(supernet, networks, *batches, "average")}
+    seconds = weight_files.load_file(file)["metrics"]["seconds"]
     utils.write_json(folder / "scores.json", {"seconds": seconds, "scores": rows}, indent=None)
 
 
@@ -316,16 +274,10 @@ def folder_of(args, name, seed):
 def work(args, name, seed):
     """Trains and scores a supernet of a way; what is done already is skipped."""
     folder = folder_of(args, name, seed)
-    device = resolve_device(args.device, args.threads)
-    way = ways(args)[name]
-    data = ImagesInMemory(decoded(args.data_dir, args.images), device, way.resized)
-    train(way, seed, folder, data, args)
-    networks = macro.some_distinct(args.networks)
+    data = ImagesInMemory(decoded(args.data_dir, args.images), resolve_device(args.device, args.threads))
+    train(ways(args)[name], seed, folder, data, args)
     if not (folder / "scores.json").exists():
-        score(folder, data, networks)
-    if name == "baseline":
-        some = macro.some_distinct(args.studied)
-        macro_study.measure(folder, some, functools.partial(open_checkpoint, data))
+        score(folder, data, macro.some_distinct(args.networks))
 
 
 def ways(args):
@@ -333,21 +285,10 @@ def ways(args):
 
 
 def side_by_side(args, jobs):
-    """Runs the jobs, pairs of a way and a seed, `--jobs` at a time, in their order; says when one ends."""
-
-    def run(job):
-        name, seed = job
-        words = [sys.executable, __file__, *sys.argv[1:], "--job", name, str(seed)]
-        folder = folder_of(args, name, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "a") as output:
-            code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
-        print(f"{name}, seed {seed}: {'done' if code == 0 else f'failed, see {folder}/output.txt'}", flush=True)
-        return code
-
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        if any(pool.map(run, jobs)):
-            sys.exit("a part of the study failed; the same command resumes it")
+    """Runs the jobs, pairs of a way and a seed, `--jobs` at a time, in their order."""
+    own = ["-m", "bench.macro_gpu", *sys.argv[1:], "--job"]
+    commands = {f"{way}, seed {n}": ([*own, way, n], folder_of(args, way, n) / "output.txt") for way, n in jobs}
+    study.side_by_side(commands, args.jobs)
 
 
 def parts_of(name):
@@ -362,48 +303,34 @@ def names(args):
 # --- the report -----------------------------------------------------------------------------------------------
 
 
-def choice(args, name):
-    """A key that orders ways by the tau of the loss on the half of the networks to choose by, the best first."""
-    loss = read_scores(args, name, 0)[0]
-    truth = macro.load_truth()
-    some = macro.halves(macro.some_distinct(args.studied))["chosen by"]
-    return macro_study.tau([loss[network] for network in some], [truth[network]["mean_acc"] for network in some])
-
-
 def taus(args, name, seed, baseline=None):
-    """What the scores of a supernet are worth, on each half of the studied networks and on all; None if not done."""
+    """What the scores of a supernet are worth, and by loss the gain over another's; None if it is not done."""
     if (found := read_scores(args, name, seed)) is None:
         return None
     loss, acc1, seconds = found
     truth = macro.load_truth()
-    halves = macro.halves(macro.some_distinct(args.studied))
-    row = {"seconds": seconds, "acc1": [statistics.fmean(acc1.values()), statistics.stdev(acc1.values())]}
-    for half, some in (halves | {"all": list(loss)}).items():
-        true = [truth[network]["mean_acc"] for network in some]
-        losses = [-loss[network] for network in some]
-        row[half] = {
-            "loss": macro.agreement([losses], true),
-            "top-1": macro.agreement([[acc1[network] for network in some]], true),
-        }
-        if baseline:
-            before = [-baseline[0][network] for network in some]
-            row[half]["gain"] = macro.agreement([losses], true, before)
-    return row
+    true = [truth[network]["mean_acc"] for network in loss]
+    losses = [-value for value in loss.values()]
+    row = {"loss": agreement([losses], true), "top-1": agreement([list(acc1.values())], true)}
+    if baseline:
+        row["gain"] = agreement([losses], true, [-baseline[0][network] for network in loss])
+    spread = [statistics.fmean(acc1.values()), statistics.stdev(acc1.values())]
+    return {"seconds": seconds, "acc1": spread, "all": row}
 
 
 def summarise(args):
     """The rows of `taus` of all ways, and of the baseline what searches pick, and the scores."""
     rows = {}
     for name in names(args):
-        for seed in (0, 1):
+        for seed in range(args.seeds):
             baseline = None if name == "baseline" else read_scores(args, "baseline", seed)
             if row := taus(args, name, seed, baseline):
                 rows.setdefault(label(name), {})[seed] = row
     truth = macro.load_truth()
-    pair = [found for seed in (0, 1) if (found := read_scores(args, "baseline", seed))]
+    pair = [found for seed in range(args.seeds) if (found := read_scores(args, "baseline", seed))]
     limits = () if args.networks else macro.LIMITS  # a search may ask for any network
     return {
-        "taus": macro_study.rounded(rows),
+        "taus": study.rounded(rows),
         "picks": {
             f"{limit // 10**6}M": [macro.picks(limit, acc1, loss, truth) for loss, acc1, _ in pair] for limit in limits
         },
@@ -419,41 +346,25 @@ def label(name):
 
 def tables(width, results):
     """Markdown tables of one width."""
-    lines = [
-        "| trained, seed | top-1, sd | tau by top-1 | by loss | half to choose by | other half | gain, other half |",
-        f"|{'---|' * 7}",
-    ]
+    cells = []
     for name, rows in results["taus"].items():
         for seed, row in rows.items():
-            mean, deviation = row["acc1"]
-            gain = row["reported"].get("gain")
-            cells = [
-                f"{mean:.1f}, {deviation:.1f}",
-                f"{row['all']['top-1'][0]:.2f}",
-                "{:.2f} ({:.2f} to {:.2f})".format(*row["all"]["loss"]),
-                f"{row['chosen by']['loss'][0]:.2f}",
-                f"{row['reported']['loss'][0]:.2f}",
-                "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain) if gain else "",
-            ]
-            lines.append(f"| {width}, {name}, {seed} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", macro.table_of_picks(results["picks"])])
+            top1 = "{:.1f}, {:.1f}".format(*row["acc1"])
+            gain = "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["all"]["gain"]) if "gain" in row["all"] else ""
+            intervals = (macro.interval(row["all"][score]) for score in ("top-1", "loss"))
+            cells.append((f"{width}, {name}, {seed}", top1, *intervals, gain))
+    head = ("trained, seed", "top-1, sd", "tau by top-1", "by loss", "gain by loss")
+    return f"{study.table(head, cells)}\n\n{macro.table_of_picks(results['picks'])}"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {"--data-dir": ROOT / "data" / "cifar10", "--out": ROOT / "demo" / "macro_gpu", "--results": RESULTS}
+    defaults |= {"--seeds": 2, "--jobs": 9, "--threads": 1, "--networks": None}
+    parser = study.parser(__doc__, defaults, device="auto")
     parser.add_argument("--full", action="store_true", help="full width, 100 epochs")
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways, two seeds each")
-    parser.add_argument("--seeds", type=int, default=2, help="of --ways (default: 2)")
-    parser.add_argument("--data-dir", type=pathlib.Path, default=ROOT / "data" / "cifar10")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="default: all; with --full, the baseline")
     parser.add_argument("--images", type=pathlib.Path, help="file of decoded images (default: OUT/images.npz)")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "macro_gpu", help="folder of the supernets")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--jobs", type=int, default=9, help="processes at a time (default: 9)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
     parser.add_argument("--share", type=float, default=1.0, help="of each training's images (default: 1)")
-    parser.add_argument("--networks", type=int, help="to score (default: all 3,969)")
-    parser.add_argument("--studied", type=int, default=macro_study.NETWORKS, help="to choose ways by (default: 600)")
     parser.add_argument("--train", action="store_true", help="only train and score")
     parser.add_argument("--job", nargs=2, metavar=("WAY", "SEED"), help="only train and score one supernet")
     args = parser.parse_args(argv)
@@ -466,24 +377,16 @@ def main(args):
         work(args, args.job[0], int(args.job[1]))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.ways or args.full:
-        side_by_side(args, [(name, seed) for seed in range(args.seeds) for name in args.ways or ["baseline"]])
-    else:
-        decoded(args.data_dir, args.images)
-        remedies = names(args)[1:]
-        first = [(part, 0) for name in remedies for part in parts_of(name)]
-        side_by_side(args, [("baseline", 0), ("baseline", 1), *first])
-        best = sorted(remedies, key=lambda name: choice(args, name))[:2]
-        side_by_side(args, [(part, 1) for name in best for part in parts_of(name)])
+    decoded(args.data_dir, args.images)
+    trained = args.ways or (["baseline"] if args.full else WAYS)
+    side_by_side(args, [(name, seed) for seed in range(args.seeds) for name in trained])
     if args.train:
         return
     width = "full" if args.full else "half"
-    before = utils.read_json(args.results) if args.results.exists() else {}
-    found = {"commit": utils.commit(), "versions": utils.versions()}
-    results = before | {width: summarise(args)} | found
-    utils.write_json(args.results, results, indent=None)
+    results = study.read(args.results) | {width: summarise(args)}
+    study.write(args.results, results)
     print(tables(f"{width} width", results[width]))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    utils.run_script(main, parse_args)

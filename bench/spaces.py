@@ -1,11 +1,11 @@
 """How much there is to choose in a search space, and how well a supernet sees it.
 
-    python bench/spaces.py                              30 random legal candidates, each trained alone
-    python bench/spaces.py --jobs 10 --seconds 240      ten at a time; ends after four minutes
-    python bench/spaces.py --supernet 0 1               also trains two supernets, and scores them in these
-    python bench/spaces.py --supernet 0 --steps 6000 --heldout-per-class 300    another supernet
-    python bench/spaces.py --report                     prints the numbers of docs/experiments.md
-    python bench/spaces.py FILE...                      the same of another space
+    python -m bench.spaces                              30 random legal candidates, each trained alone
+    python -m bench.spaces --jobs 10 --seconds 240      ten at a time; ends after four minutes
+    python -m bench.spaces --supernet 0 1               before them two supernets, and scores all in these
+    python -m bench.spaces --supernet 0 --steps 6000 --heldout-per-class 300    another supernet
+    python -m bench.spaces --report                     prints the numbers of docs/experiments.md
+    python -m bench.spaces FILE...                      the same of another space
 
 By default of `varied`, on two data sets: the bundled images, and in data/cifar10-10000 the first 10,000 training images
 of CIFAR-10 and its test images, by `python data/make_cifar10.py --per-class 1000 1000 --out data/cifar10-10000`. A FILE
@@ -18,44 +18,29 @@ supernet, top-1 and loss.
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import itertools
 import json
-import multiprocessing
-import os
 import pathlib
-import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # search.py is that of the root
-
-import utils
-
-# isort: split
 import numpy as np
 import torch
-from scipy.stats import kendalltau
 
 import scratch
 import tester
+import utils
+from bench import study
 from devices.table import measure_table, open_runtime, with_latency
 from images.dataset import scan
-from space.limits import Limits, make_bounds
+from space.limits import make_bounds
 from training.evaluation import evaluate
-from utils import read_yaml, write_json
 
-RESULTS = ROOT / "bench" / "results" / "spaces.jsonl"
-SETTINGS = [ROOT / "bench" / f"varied_{name}.yml" for name in ("fashion", "cifar")]
+RESULTS = study.RESULTS / "spaces.jsonl"
+SETTINGS = [study.ROOT / "bench" / f"varied_{name}.yml" for name in ("fashion", "cifar")]
 CANDIDATES = 30
 REPEATED = 10
-DRAWS = 1000  # of the bootstrap
 LEGAL = 5000  # random legal candidates whose costs are compared
 
 
@@ -65,11 +50,11 @@ class Study:
     def __init__(self, path, more=()):
         self.path = pathlib.Path(path)
         self.name = self.path.stem
-        self.words = ["--config", str(path), *more]
+        self.words = ["--config", str(self.path.resolve()), *more]
         args = scratch.parse_args(self.words)
         n_classes = len(scan(pathlib.Path(args.data_dir, "val")).classes)
         self.space = scratch.space_of(args, args.input_size, n_classes)
-        content = read_yaml(path)
+        content = utils.read_yaml(path)
         limits = content.get("search", {}).get("limit", ())
         self.bounds = make_bounds(self.space, [limits] if isinstance(limits, str) else limits)
         self.iterations = args.iterations
@@ -90,27 +75,17 @@ class Study:
 
     def legal(self, n, seed=0):
         """`n` different candidates, uniform among the legal ones."""
-        limits = Limits(self.space, self.bounds)
-        rng = random.Random(seed)
-        found = {}
-        while len(found) < n:
-            candidate = self.space.random_candidate(rng)
-            if not limits.excess(candidate):
-                found[candidate] = None
-        return list(found)
-
-    def tasks(self):
-        """(candidate, seed) of every training."""
-        return [(c, seed) for i, c in enumerate(self.legal(CANDIDATES)) for seed in ((0, 1) if i < REPEATED else (0,))]
+        return study.random_legal(self.space, self.bounds, n, seed)
 
     def rows(self, kind="training"):
         """The lines of RESULTS that belong to this study."""
         lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
         return [row for row in map(json.loads, lines) if row["kind"] == kind and self.key.items() <= row.items()]
 
-    def missing(self):
-        done = {(tuple(row["architecture"]), row["seed"]) for row in self.rows()}
-        return [task for task in self.tasks() if task not in done]
+    def done(self):
+        """The keys of its tasks in RESULTS."""
+        names = {"training": ("architecture", "seed"), "supernet": ("seed", "steps", "heldout")}
+        return [[self.name, k, *map(row.get, names[k])] for k in names for row in self.rows(k)]
 
     def keep(self, kind, row):
         row = {"kind": kind, **self.key, **row, "versions": utils.versions(), "commit": utils.commit()}
@@ -118,151 +93,59 @@ class Study:
         with open(RESULTS, "a") as file:
             file.write(json.dumps(row) + "\n")
 
+    # --- its tasks --------------------------------------------------------------------------------------------
 
-# --- trainings ------------------------------------------------------------------------------------------------
+    def trainings(self, out):
+        """The Tasks [study, "training", candidate, seed]: all candidates, the first ones with two seeds."""
+        for i, candidate in enumerate(self.legal(CANDIDATES)):
+            for seed in (0, 1) if i < REPEATED else (0,):
+                folder = self.folder(out) / "alone" / f"{''.join(map(str, candidate))}-{seed}"
+                key = [self.name, "training", list(candidate), seed]
+                words = [*self.words, "--seed", seed, *study.of_steps(self.iterations)]
+                yield study.retraining(key, words, self.space.to_architecture(candidate), folder)
 
+    def supernet(self, seed, out, steps=None, heldout=None):
+        """The Task [study, "supernet", seed, steps, heldout].
 
-def train(study, candidate, seed):
-    """A candidate retrained by scratch.py, on one thread: what it prints, and the CPU-seconds that it took."""
-    start = time.process_time()
-    printed = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "architecture.json")
-        write_json(path, study.space.to_architecture(candidate))
-        words = ["--architecture", path, "--out", folder, "--seed", seed, "--threads", 1, "--workers", 0]
-        words += ["--val-every", study.iterations, "--save-every", study.iterations]
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            scratch.main(scratch.parse_args([*study.words, *map(str, words)]))
-    result = json.loads(printed.getvalue().splitlines()[-1])
-    numbers = {name: result[name] for name in ("architecture", "flops", "params", "acc1", "n_images")}
-    return {**numbers, "seed": seed, "cpu_seconds": round(time.process_time() - start, 1)}
-
-
-def _train(task):
-    study, candidate, seed = task
-    return study, train(study, candidate, seed)
-
-
-def run_trainings(studies, jobs, end):
-    """Runs what is missing, `jobs` trainings at a time; those that have not ended at the time `end` are given up."""
-    missing = [[(study, *task) for task in study.missing()] for study in studies]
-    tasks = [task for tasks in itertools.zip_longest(*missing) for task in tasks if task]
-    if not tasks or not jobs:
-        return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # ends its processes when it is left
-        results = pool.imap_unordered(_train, tasks)
-        for number in range(1, len(tasks) + 1):
-            try:
-                study, row = results.next(timeout=max(0, end - time.time()))
-            except multiprocessing.TimeoutError:
-                print(f"out of time: {len(tasks) - number + 1} trainings are left", flush=True)
-                break
-            study.keep("training", row)
-            print(f"{number} of {len(tasks)}: {study.name} {row}", flush=True)
-
-
-class Command:
-    """A command of this project in a folder of its own, a process of one thread; run again, it resumes."""
-
-    def __init__(self, script, words, folder):
-        self.words = [sys.executable, str(ROOT / script), *map(str, words), "--out", str(folder), "--threads", "1"]
-        self.folder = pathlib.Path(folder)
-        self.child = None
-
-    def start(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "stdout", "w") as out, open(self.folder / "stderr", "w") as errors:
-            self.child = subprocess.Popen(self.words, stdout=out, stderr=errors)
-
-    def done(self):
-        """Whether it has ended well."""
-        path = self.folder / "costs.jsonl"
-        return path.exists() and json.loads(path.read_text().splitlines()[-1])["exit"] == 0
-
-    def running(self):
-        return self.child is not None and not os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-
-    def end(self):
-        """Ends the process if it runs; it writes a checkpoint then. Returns its exit code.
-
-        Adds its CPU-seconds, and those of its own processes, to costs.jsonl.
+        It trains a supernet for `steps`, with `heldout` images of a class held out; by default as the file says.
         """
-        if self.running():
-            self.child.terminate()
-        _, status, usage = os.wait4(self.child.pid, 0)
-        self.child.returncode = code = os.waitstatus_to_exitcode(status)
-        self.child = None
-        with open(self.folder / "costs.jsonl", "a") as file:
-            row = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "exit": code}
-            file.write(json.dumps(row) + "\n")
-        return code
+        words, name = [*self.words, "--seed", seed, *study.ONE_THREAD], str(seed)
+        if steps:
+            words += ["--iterations", steps, "--val-every", steps]
+            name += f"-{steps}"
+        if heldout:
+            words += ["--heldout-per-class", heldout]
+            name += f"-heldout-{heldout}"
+        command = study.Command("supernet.py", words, self.folder(out) / name)
+        return study.Task([self.name, "supernet", seed, steps, heldout], command)
 
-    @property
-    def cpu_seconds(self):
-        """Of all processes up to now."""
-        rows = map(json.loads, (self.folder / "costs.jsonl").read_text().splitlines())
-        return round(sum(row["cpu_seconds"] for row in rows), 1)
-
-    def result(self):
-        """What the command printed last."""
-        return json.loads((self.folder / "stdout").read_text().splitlines()[-1])
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Within the block, SIGTERM does what Ctrl-C does: commands end with a checkpoint, and their costs are kept."""
-    try:
-        with utils.signals(utils.interrupt):
-            yield
-    except utils.Interrupted:
-        raise KeyboardInterrupt from None
-
-
-def supernet_command(study, seed, out, steps=None, heldout=None):
-    """Trains a supernet for `steps`, with `heldout` images of a class held out; by default as in the study's file."""
-    words = [*study.words, "--seed", seed, "--workers", 0]
-    name = str(seed)
-    if steps:
-        words += ["--iterations", steps, "--val-every", steps]
-        name += f"-{steps}"
-    if heldout:
-        words += ["--heldout-per-class", heldout]
-        name += f"-heldout-{heldout}"
-    return Command("supernet.py", words, study.folder(out) / name)
-
-
-def score(study, seed, command, steps, heldout):
-    """Keeps the scores of the study's candidates in a supernet of `supernet_command`."""
-    words = [*study.words, "--out", str(command.folder), "--threads", "1"]
-    if heldout:
-        words += ["--heldout-per-class", str(heldout)]
-    args = tester.parse_args(words)
-    supernet, calibration, validation = tester.open_supernet(args)
-    measured = evaluate(supernet, study.legal(CANDIDATES), calibration, validation, args.bn)
-    scores = [{name: m[name] for name in ("architecture", "acc1", "loss")} for m in measured]
-    row = {"seed": seed, "steps": steps, "heldout": heldout, "n_images": measured[0]["n_images"]}
-    study.keep("supernet", row | {"cpu_seconds": command.cpu_seconds, "scores": scores})
+    def keep_task(self, task):
+        """Keeps what a task of the two kinds has found: of a supernet, the scores of the candidates in it."""
+        kind, *key = task.key[1:]
+        if kind == "training":
+            return self.keep(kind, task.numbers() | {"seed": key[1]})
+        seed, steps, heldout = key
+        words = [*self.words, "--out", str(task.command.folder), "--threads", "1"]
+        if heldout:
+            words += ["--heldout-per-class", str(heldout)]
+        args = tester.parse_args(words)
+        supernet, calibration, validation = tester.open_supernet(args)
+        measured = evaluate(supernet, self.legal(CANDIDATES), calibration, validation, args.bn)
+        scores = [{name: m[name] for name in ("architecture", "acc1", "loss")} for m in measured]
+        row = {"seed": seed, "steps": steps, "heldout": heldout, "n_images": measured[0]["n_images"]}
+        self.keep(kind, row | {"cpu_seconds": task.command.cpu_seconds, "scores": scores})
 
 
 # --- report ---------------------------------------------------------------------------------------------------
 
 
-def tau(a, b):
-    """(Kendall's tau, low, high): with the 95% interval of a bootstrap over the candidates."""
-    a, b = np.array(a), np.array(b)  # fmt: skip
-    rng = np.random.default_rng(0)
-    draws = [rng.integers(len(a), size=len(a)) for _ in range(DRAWS)]
-    taus = [kendalltau(a[draw], b[draw]).statistic for draw in draws]
-    return [float(kendalltau(a, b).statistic), *np.nanquantile(taus, (0.025, 0.975)).tolist()]
-
-
-def summary(study):
-    """The numbers of a study's row in the table; those that need what is missing are left out."""
-    rows = study.rows()
+def summary(of):
+    """The numbers of a Study's row in the table; those that need what is missing are left out."""
+    rows = of.rows()
     by_key = {(tuple(row["architecture"]), row["seed"]): row for row in rows}
     first = {c: row["acc1"] for (c, seed), row in by_key.items() if seed == 0}
     pairs = [(first[c], row["acc1"]) for (c, seed), row in by_key.items() if seed == 1 and c in first]
-    found = {"study": study.name, "candidates": len(first), "pairs": len(pairs)}
+    found = {"study": of.name, "candidates": len(first), "pairs": len(pairs)}
     if len(first) < 2 or len(pairs) < 2:
         return found
     found["mean"] = statistics.fmean(first.values())
@@ -273,32 +156,29 @@ def summary(study):
     found["cpu_seconds"] = statistics.median(row["cpu_seconds"] for row in rows)
     found["most_cpu_seconds"] = max(row["cpu_seconds"] for row in rows)
     true = [statistics.fmean(row["acc1"] for (other, _), row in by_key.items() if other == c) for c in first]
-    found["tau_flops"] = tau([study.space.flops(c) for c in first], true)
-    found["tau_params"] = tau([study.space.params(c) for c in first], true)
+    found["tau_flops"] = study.agreement([[of.space.flops(c) for c in first]], true)
+    found["tau_params"] = study.agreement([[of.space.params(c) for c in first]], true)
     found["supernets"] = []
-    for row in study.rows("supernet"):
+    for row in of.rows("supernet"):
         scores = {tuple(s["architecture"]): s for s in row["scores"]}
         found["supernets"].append({
-            "seed": row["seed"],
-            "steps": row["steps"],
-            "n_images": row["n_images"],
-            "cpu_seconds": row["cpu_seconds"],
+            **{name: row[name] for name in ("seed", "steps", "n_images", "cpu_seconds")},
             "mean": statistics.fmean(s["acc1"] for s in scores.values()),
-            "tau_top1": tau([scores[c]["acc1"] for c in first], true),
-            "tau_loss": tau([-scores[c]["loss"] for c in first], true),
+            "tau_top1": study.agreement([[scores[c]["acc1"] for c in first]], true),
+            "tau_loss": study.agreement([[-scores[c]["loss"] for c in first]], true),
         })  # fmt: skip
     return found
 
 
-def ranges(study, latency=True):
+def ranges(of, latency=True):
     """{cost: the highest over the lowest among LEGAL random legal candidates, and that of their middle 90%}."""
-    space = study.space
+    space = of.space
     names = ["flops", "params"]
     if latency:
         torch.set_num_threads(1)
         space = with_latency(space, measure_table(open_runtime("torch", space, 1, torch.device("cpu"))))
         names.append("latency")
-    legal = study.legal(LEGAL, seed=1)
+    legal = of.legal(LEGAL, seed=1)
     found = {}
     for name in names:
         costs = np.array([space.cost(name, c) for c in legal])
@@ -308,59 +188,44 @@ def ranges(study, latency=True):
 
 
 def print_report(studies):
-    for study in studies:
-        kept = study.rows("ranges")
-        if not kept:
-            study.keep("ranges", {"ranges": ranges(study)})
-        print(json.dumps({**summary(study), "ranges": study.rows("ranges")[-1]["ranges"]}, indent=1))
-
-
-def main(options):
-    studies = [Study(path, options.more) for path in options.files]
-    end = time.time() + options.seconds
-    other = (options.steps, options.heldout_per_class)
-    done = [
-        (study.name, row["seed"], row["steps"], row["heldout"]) for study in studies for row in study.rows("supernet")
-    ]
-    supernets = {
-        (study, seed): supernet_command(study, seed, options.out, *other)
-        for study, seed in itertools.product(studies, options.supernet or ())
-        if (study.name, seed, *other) not in done
-    }
-    with interruptible():
-        try:
-            for command in supernets.values():
-                if not command.done():
-                    command.start()
-            run_trainings(studies, options.jobs, end)
-            for (study, seed), command in supernets.items():
-                while command.running() and time.time() < end:
-                    time.sleep(0.2)
-                if command.done() or command.end() == 0:
-                    score(study, seed, command, *other)
-                    print(f"{study.name}: scored in the supernet of seed {seed}", flush=True)
-        finally:
-            for command in supernets.values():
-                if command.child:
-                    command.end()
-    if options.report:
-        print_report(studies)
+    for each in studies:
+        if not each.rows("ranges"):
+            each.keep("ranges", {"ranges": ranges(each)})
+        print(json.dumps({**summary(each), "ranges": each.rows("ranges")[-1]["ranges"]}, indent=1))
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {"--jobs": 1, "--seconds": 1e9, "--out": study.ROOT / "demo" / "spaces"}
+    parser = study.parser(__doc__, defaults)
     parser.add_argument("files", nargs="*", default=SETTINGS, metavar="FILE")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: 1)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="give up what has not ended by then")
-    parser.add_argument("--supernet", type=int, nargs="+", metavar="SEED", help="train supernets, too, beside these")
+    parser.add_argument("--supernet", type=int, nargs="+", default=[], metavar="SEED", help="train supernets, too")
     parser.add_argument("--steps", type=int, metavar="N", help="of these supernets, if not those of the file")
     parser.add_argument("--heldout-per-class", type=int, metavar="N", help="if not those of the file")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "spaces", help="folder of the supernets")
     parser.add_argument("--report", action="store_true", help="print the numbers of docs/experiments.md")
     parser.add_argument(
         "--more", nargs=argparse.REMAINDER, default=[], help="flags of both scripts, such as --data-dir"
     )
     return parser.parse_args(argv)
+
+
+def main(options):
+    studies = {each.name: each for each in (Study(path, options.more) for path in options.files)}
+    other = options.out, options.steps, options.heldout_per_class
+    tasks = [each.supernet(seed, *other) for each in studies.values() for seed in options.supernet]
+    in_turns = itertools.zip_longest(*(each.trainings(options.out) for each in studies.values()))
+    tasks += [task for turn in in_turns for task in turn if task]
+
+    def done():
+        return [key for each in studies.values() for key in each.done()]
+
+    def keep(task):
+        studies[task.key[0]].keep_task(task)
+        print(f"{task.key}: kept", flush=True)
+
+    with study.interruptible():
+        study.run(lambda: tasks, done, keep, options.jobs, time.time() + options.seconds)
+    if options.report:
+        print_report(studies.values())
 
 
 if __name__ == "__main__":

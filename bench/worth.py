@@ -1,9 +1,8 @@
 """What a search is worth: its winner beside networks that cost no search, at equal training and at equal total cost.
 
-    python bench/worth.py                            everything on one core, hours; the same command resumes
-    python bench/worth.py --jobs 14 --seconds 220    fourteen processes at a time; ends then
-    python bench/worth.py --report                   the tables of docs/experiments.md, and the figure
-    python bench/worth.py --tune                     tries learning rates, on images held out of train
+    python -m bench.worth                            everything on one core, hours; the same command resumes
+    python -m bench.worth --jobs 14 --seconds 220    fourteen processes at a time; ends then
+    python -m bench.worth --report                   the tables of docs/experiments.md, and the figure
 
 In the space `varied`, on the bundled images (bench/varied_fashion.yml) and on CIFAR-10 in data/cifar10
 (bench/varied_cifar10.yml), for each seed: a supernet, and from it a search and a retraining for each of three targets,
@@ -14,7 +13,6 @@ All numbers come from the commands as they are typed, one thread each; CPU-secon
 bench/results/worth.json and worth.png.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -24,23 +22,19 @@ import statistics
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # search.py is that of the root
-
-import utils
-
-# isort: split
 import matplotlib
 import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from spaces import CANDIDATES, Command, Study, interruptible, supernet_command
 from torch import nn
 
 import scratch
+import utils
+from bench import study
+from bench.spaces import CANDIDATES, Study
 from dataloader import Loader
-from engines.search_record import read_state
+from engines.search_files import read_state
 from images.dataset import open_data, training_plan
 from reports.figures import BEST, GREY, MEAN, STYLE
 from reports.figures import RANDOM as RANDOM_COLOUR
@@ -50,32 +44,28 @@ from training.evaluation import accuracy, recalibrate_bn, resolve_device
 from training.loop import train
 from utils import read_json, write_json
 
-RESULTS = ROOT / "bench" / "results" / "worth.json"
-SETTINGS = [ROOT / "bench" / f"varied_{name}.yml" for name in ("fashion", "cifar10")]
+RESULTS = study.RESULTS / "worth.json"
+SETTINGS = [study.ROOT / "bench" / f"varied_{name}.yml" for name in ("fashion", "cifar10")]
 SEEDS = {"varied_fashion": 3}  # of a study; others have one
 TARGETS = ("59%", "30%", "10%")  # FLOPs that so many candidates meet
 RANDOM = 5  # candidates
 LONGER = (3, 9)  # multiples of the steps of a retraining
-RATES = (0.0125, 0.025, 0.05, 0.1)
-TUNED_ON = ["--heldout-per-class", "200"]  # of which 2,000 measure a rate
 BASELINE = "shufflenet_v2_x0_5"
 
 
 # --- candidates -----------------------------------------------------------------------------------------------
 
 
-def random_legal(study, target):
+def random_legal(of, target):
     """{name: candidate} of the RANDOM first candidates under a target, of those that bench/spaces.py draws."""
-    limits = Limits(study.space, make_bounds(study.space, [f"flops={target}"]))
-    legal = {f"random {i}": c for i, c in enumerate(study.legal(CANDIDATES), 1) if not limits.excess(c)}
+    limits = Limits(of.space, make_bounds(of.space, [f"flops={target}"]))
+    legal = {f"random {i}": c for i, c in enumerate(of.legal(CANDIDATES), 1) if not limits.excess(c)}
     return dict(itertools.islice(legal.items(), RANDOM))
 
 
 @functools.cache
 def largest_legal(space, target):
-    """The candidate of the most FLOPs under a target; of equals, the one that comes first."""
-    most = space.flops_value(target)
-    return max((c for c in itertools.product(*map(range, space.choices)) if space.flops(c) <= most), key=space.flops)
+    return study.largest_legal(space, space.flops_value(target))
 
 
 # --- torchvision's network ------------------------------------------------------------------------------------
@@ -124,210 +114,119 @@ def train_baseline(words):
 # --- tasks ----------------------------------------------------------------------------------------------------
 
 
-class Task:
-    """A command whose result is a row of RESULTS.
-
-    `key` identifies it, after the name of `study`; `needs` is the key of a task before it.
-    """
-
-    def __init__(self, study, key, command, needs=None, prepare=None):
-        self.key = [study.name, *key]
-        self.settings = study.digest
-        self.command = command
-        self.needs = needs
-        self.prepare = prepare or (lambda: None)
-
-    def row(self):
-        row = {"key": self.key, "settings": self.settings, "cpu_seconds": self.command.cpu_seconds}
-        numbers = ("architecture", "flops", "params", "acc1", "n_images")
-        if self.key[1] in ("retraining", "tuning"):
-            row |= {name: value for name, value in self.command.result().items() if name in numbers}
-        return row
-
-
-def tasks(study, out, rows):
-    """All Tasks of a study that are known by now, in the order in which they matter.
+class Tasks:
+    """The Tasks of a Study, whose runs are in `out`, in the order in which they matter.
 
     Keys are [study, "supernet", seed], [study, "search", seed, target] and [study, "retraining", seed, target, who,
     multiple of the steps]. Which random candidate is the typical one is known when all have been trained, here or by
-    bench/spaces.py.
+    bench/spaces.py: `rows` are those known by now.
     """
-    first, *others = TARGETS
-    last = TARGETS[-1]
-    seeds = range(1, SEEDS.get(study.name, 1))
-    found = [_of_search(study, out, 0, target) for target in TARGETS]
-    found += [_random(study, out, first), _alone(study, out, 0, first, "largest"), _alone(study, out, 0, "", BASELINE)]
-    found += [_typical(study, out, first, LONGER[0], rows), _winner(study, out, 0, first, LONGER[0])]
-    found += [_of_search(study, out, seed, first) for seed in seeds]
-    found += [_winner(study, out, seed, first, LONGER[0]) for seed in seeds]
-    found += [_typical(study, out, first, LONGER[1], rows)]
-    found += [_random(study, out, target) for target in reversed(others)]
-    found += [_alone(study, out, 0, first, "largest", LONGER[0])]
-    found += [_typical(study, out, last, LONGER[0], rows), _winner(study, out, 0, last, LONGER[0])]
-    found += [_alone(study, out, 0, target, "largest") for target in reversed(others)]
-    found += [_of_search(study, out, seed, target) for seed in seeds for target in reversed(others)]
-    found += [_alone(study, out, 0, "", BASELINE, LONGER[0]), _typical(study, out, last, LONGER[1], rows)]
-    found += [_alone(study, out, seed, first, "largest") for seed in seeds]
-    found += [_alone(study, out, seed, "", BASELINE) for seed in seeds]
-    found += [_winner(study, out, seed, last, LONGER[0]) for seed in seeds]
-    found += [_alone(study, out, 0, first, "largest", LONGER[1]), _winner(study, out, 0, first, LONGER[1])]
-    found += [_alone(study, out, 0, last, "largest", LONGER[0])]
-    done = Rows(rows, study).by_key
-    return list({key: task for task in itertools.chain(*found) if (key := tuple(task.key[1:])) not in done}.values())
 
+    def __init__(self, of, out, rows):
+        self.of = of
+        self.out = out
+        self.known = Rows(rows, of)
 
-def _folder(study, out, seed, target):
-    return study.folder(out) / "worth" / str(seed) / target.replace("%", "")
+    def missing(self):
+        """Those that are not done."""
+        first, *others = TARGETS
+        last = TARGETS[-1]
+        seeds = range(1, SEEDS.get(self.of.name, 1))
+        found = [self.of_search(0, target) for target in TARGETS]
+        found += [self.random(first), self.alone(0, first, "largest"), self.alone(0, "", BASELINE)]
+        found += [self.typical(first, LONGER[0]), self.winner(0, first, LONGER[0])]
+        found += [self.of_search(seed, first) for seed in seeds]
+        found += [self.winner(seed, first, LONGER[0]) for seed in seeds]
+        found += [self.typical(first, LONGER[1])]
+        found += [self.random(target) for target in reversed(others)]
+        found += [self.alone(0, first, "largest", LONGER[0])]
+        found += [self.typical(last, LONGER[0]), self.winner(0, last, LONGER[0])]
+        found += [self.alone(0, target, "largest") for target in reversed(others)]
+        found += [self.of_search(seed, target) for seed in seeds for target in reversed(others)]
+        found += [self.alone(0, "", BASELINE, LONGER[0]), self.typical(last, LONGER[1])]
+        found += [self.alone(seed, first, "largest") for seed in seeds]
+        found += [self.alone(seed, "", BASELINE) for seed in seeds]
+        found += [self.winner(seed, last, LONGER[0]) for seed in seeds]
+        found += [self.alone(0, first, "largest", LONGER[1]), self.winner(0, first, LONGER[1])]
+        found += [self.alone(0, last, "largest", LONGER[0])]
+        tasks = {tuple(task.key[1:]): task for task in itertools.chain(*found)}
+        return [task for key, task in tasks.items() if key not in self.known.by_key]
 
+    def folder(self, seed, target):
+        return self.of.folder(self.out) / "worth" / str(seed) / target.replace("%", "")
 
-def _of_search(study, out, seed, target):
-    """The Tasks that end with the winner for a target."""
-    supernet = supernet_command(study, seed, out)
-    yield Task(study, ["supernet", seed], supernet)
-    yield _search(study, supernet, _folder(study, out, seed, target), seed, target)
-    yield from _winner(study, out, seed, target)
+    def of_search(self, seed, target):
+        """The Tasks that end with the winner for a target."""
+        supernet = self.of.supernet(seed, self.out)
+        yield study.Task([self.of.name, "supernet", seed], supernet.command)
+        yield self.search(supernet.command.folder, seed, target)
+        yield from self.winner(seed, target)
 
+    def search(self, supernet, seed, target):
+        folder = self.folder(seed, target)
 
-def _winner(study, out, seed, target, multiple=1):
-    path = _folder(study, out, seed, target) / "checkpoints" / "best.json"
-    yield _retraining(study, out, [seed, target, "winner", multiple], path)
+        def prepare():
+            weights = max((supernet / "checkpoints" / "supernet").glob("checkpoint-*.pth"))
+            folder.mkdir(parents=True, exist_ok=True)
+            command.words[command.words.index("WEIGHTS")] = str(weights)
+            if read_state(folder):
+                command.words.append("--resume")
+            write_json(folder / "nni_auto_gen_search_space.json", self.of.space.nni_search_space())
 
+        words = [*self.of.words, "--engine", "local", "--seed", seed, "--threads", 1, "--limit", f"flops={target}"]
+        command = study.Command("search.py", [*words, "--checkpoint", "WEIGHTS"], folder)
+        return study.Task([self.of.name, "search", seed, target], command, [self.of.name, "supernet", seed], prepare)
 
-def _random(study, out, target):
-    for name, candidate in random_legal(study, target).items():
-        yield from _alone(study, out, 0, "", name, 1, candidate)
+    def winner(self, seed, target, multiple=1):
+        path = self.folder(seed, target) / "checkpoints" / "best.json"
+        yield self.retraining([seed, target, "winner", multiple], path, [self.of.name, "search", seed, target])
 
+    def random(self, target):
+        for name, candidate in random_legal(self.of, target).items():
+            yield self.retraining([0, "", name, 1], self.of.space.to_architecture(candidate))
 
-def _typical(study, out, target, multiple, rows):
-    """The Task of the typical candidate of a target, once it is known."""
-    if name := Rows(rows, study).typical(target):
-        yield from _alone(study, out, 0, "", name, multiple, random_legal(study, target)[name])
+    def typical(self, target, multiple):
+        """The Task of the typical candidate of a target, once it is known."""
+        if name := self.known.typical(target):
+            architecture = self.of.space.to_architecture(random_legal(self.of, target)[name])
+            yield self.retraining([0, "", name, multiple], architecture)
 
+    def alone(self, seed, target, who, multiple=1):
+        """The Task of the largest legal network, or of torchvision's."""
+        space = self.of.space
+        architecture = space.to_architecture(largest_legal(space, target)) if who == "largest" else None
+        yield self.retraining([seed, target, who, multiple], architecture)
 
-def _alone(study, out, seed, target, who, multiple=1, candidate=None):
-    """The Task of a network that costs no search."""
-    if who == "largest":
-        candidate = largest_legal(study.space, target)
-    path = _folder(study, out, seed, target) / f"{who}.json"
-    yield _retraining(study, out, [seed, target, who, multiple], path, candidate)
-
-
-def _search(study, supernet, folder, seed, target):
-    def prepare():
-        weights = max((supernet.folder / "checkpoints" / "supernet").glob("checkpoint-*.pth"))
-        folder.mkdir(parents=True, exist_ok=True)
-        command.words[command.words.index("WEIGHTS")] = str(weights)
-        if read_state(folder):
-            command.words.append("--resume")
-        write_json(folder / "nni_auto_gen_search_space.json", study.space.nni_search_space())
-
-    words = [*study.words, "--engine", "local", "--seed", seed, "--limit", f"flops={target}", "--checkpoint", "WEIGHTS"]
-    command = Command("search.py", words, folder)
-    return Task(study, ["search", seed, target], command, [study.name, "supernet", seed], prepare)
-
-
-def _retraining(study, out, key, path, candidate=None):
-    seed, target, who, multiple = key
-    steps = study.iterations * multiple
-    words = [*study.words, "--seed", seed, "--workers", 0, "--iterations", steps, "--val-every", steps]
-    words += ["--save-every", steps]
-    here = _folder(study, out, seed, target) / f"{who.replace(' ', '-')}-{multiple}"
-    if who == BASELINE:
-        return Task(study, ["retraining", *key], Command("bench/worth.py", ["--train-baseline", *words], here))
-
-    def prepare():
-        if candidate:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, study.space.to_architecture(candidate))
-
-    needs = [study.name, "search", seed, target] if who == "winner" else None
-    command = Command("scratch.py", [*words, "--architecture", path], here)
-    return Task(study, ["retraining", *key], command, needs, prepare)
-
-
-def heldout_tree(study, folder):
-    """Makes a tree of links whose val are the images held out of train, and whose train are the others."""
-    args = scratch.parse_args(study.words)
-    data = open_data(Images.of(vars(args)), DataConfig.resolve(DataConfig.given(vars(args))), args.demo)
-    for part, split in (("train", "supernet"), ("val", "search")):
-        images = data.images(split)
-        for path in images.paths:
-            link = folder / part / path
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(pathlib.Path(images.root, path).resolve())
-
-
-def tuning(study, out):
-    """Yields Tasks of keys [study, "tuning", who, learning rate], measured on images held out of train."""
-    folder = study.folder(out) / "tuning"
-    if not (folder / "images").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        heldout_tree(study, folder / "unfinished")
-        (folder / "unfinished").rename(folder / "images")
-    tuned = list(random_legal(study, TARGETS[0]).items())[-2:]
-    for name, candidate in [*tuned, (BASELINE, None)]:
-        for rate in RATES:
-            here = folder / f"{name.replace(' ', '-')}-{rate}"
-            words = [*study.words, "--workers", 0, "--data-dir", folder / "images", "--lr", rate]
-            if candidate:
-                path = folder / f"{name}.json"
-                write_json(path, study.space.to_architecture(candidate))
-                command = Command("scratch.py", [*words, "--architecture", path], here)
-            else:
-                command = Command("bench/worth.py", ["--train-baseline", *words], here)
-            yield Task(study, ["tuning", name, rate], command)
-
-
-def run(tasks, rows, jobs, end):
-    """Runs the Tasks of `tasks()`, `jobs` at a time, until the time `end`; keeps each when it ends."""
-    running = []
-    failed = []
-    try:
-        while True:
-            done = [row["key"] for row in rows]
-            begun = [task.key for task in running] + failed
-            waiting = [task for task in tasks() if task.key not in done + begun]
-            ready = [task for task in waiting if task.needs is None or task.needs in done]
-            if not ready and not running:
-                return  # all is done, or what the others need has failed
-            for task in ready[: max(0, jobs - len(running))]:
-                task.prepare()
-                if not task.command.done():
-                    task.command.start()
-                running.append(task)
-            while all(task.command.running() for task in running):
-                time.sleep(0.2)
-                if time.time() > end:
-                    print(f"out of time: {len(waiting)} tasks are left", flush=True)
-                    return
-            for task in [task for task in running if not task.command.running()]:
-                running.remove(task)
-                if code := 0 if task.command.done() else task.command.end():
-                    errors = (task.command.folder / "stderr").read_text()[-500:]
-                    print(f"{task.key} failed with exit code {code}: {errors}", flush=True)
-                    failed.append(task.key)
-                    continue
-                rows.append(task.row())
-                keep(rows)
-                print(json.dumps(rows[-1]), flush=True)
-    finally:
-        for task in running:
-            if task.command.child:
-                task.command.end()
+    def retraining(self, key, architecture, needs=None):
+        seed, target, who, multiple = key
+        folder = self.folder(seed, target) / f"{who.replace(' ', '-')}-{multiple}"
+        words = [*self.of.words, "--seed", seed, *study.of_steps(self.of.iterations * multiple)]
+        key = [self.of.name, "retraining", *key]
+        if architecture is None:
+            return study.Task(key, study.Command("-m bench.worth --train-baseline", words, folder))
+        return study.retraining(key, words, architecture, folder, needs)
 
 
 def kept(studies):
     """The rows of RESULTS. Raises UserError if those of a study come from other settings than those of its file."""
-    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
-    settings = {study.name: study.digest for study in studies}
+    rows = study.read(RESULTS).get("rows", [])
+    settings = {of.name: of.digest for of in studies}
     for row in rows:
         if row["key"][1] != "tuning" and row["settings"] != settings.get(row["key"][0], row["settings"]):
             raise utils.UserError(f"{RESULTS}: has results of other settings of {row['key'][0]}; move it away")
     return rows
 
 
-def keep(rows):
-    write_json(RESULTS, {"rows": rows, "versions": utils.versions(), "commit": utils.commit()}, indent=None)
+def run(tasks, rows, settings, jobs, end):
+    """Runs the Tasks of `tasks()`, and keeps each as a row; `settings` are the digests of the studies by name."""
+
+    def keep(task):
+        numbers = task.numbers() if task.key[1] == "retraining" else {"cpu_seconds": task.command.cpu_seconds}
+        rows.append({"key": task.key, "settings": settings[task.key[0]], **numbers})
+        study.write(RESULTS, {"rows": rows})
+        print(json.dumps(rows[-1]), flush=True)
+
+    study.run(tasks, lambda: [row["key"] for row in rows], keep, jobs, end)
 
 
 # --- report ---------------------------------------------------------------------------------------------------
@@ -336,16 +235,16 @@ def keep(rows):
 class Rows:
     """The rows of a study by key, without the study, and those of bench/spaces.py for the same random candidates."""
 
-    def __init__(self, rows, study):
-        random = [random_legal(study, target) for target in TARGETS]
+    def __init__(self, rows, of):
+        random = [random_legal(of, target) for target in TARGETS]
         self.names = dict(zip(TARGETS, map(list, random)))
         names = {candidate: name for found in random for name, candidate in found.items()}
         self.by_key = {
             ("retraining", row["seed"], "", names[candidate], 1): row
-            for row in study.rows()
+            for row in of.rows()
             if (candidate := tuple(row["architecture"])) in names
         }
-        self.by_key |= {tuple(row["key"][1:]): row for row in rows if row["key"][0] == study.name}
+        self.by_key |= {tuple(row["key"][1:]): row for row in rows if row["key"][0] == of.name}
 
     def trained(self, target, who, multiple=1):
         """The rows of a network that was trained for a multiple of the steps, by seed."""
@@ -478,7 +377,7 @@ def draw(studies, path):
 
 def report(studies, rows):
     """Prints the numbers, and writes them beside the rows; draws the figure."""
-    studies = {study.name: Rows(rows, study) for study in studies}
+    studies = {of.name: Rows(rows, of) for of in studies}
     ends = (TARGETS[0], TARGETS[-1])
     summary = {
         name: {
@@ -496,28 +395,24 @@ def report(studies, rows):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study.parser(__doc__, {"--jobs": 1, "--seconds": 1e9, "--out": study.ROOT / "demo" / "spaces"})
     parser.add_argument("--settings", type=pathlib.Path, nargs="+", default=SETTINGS, metavar="FILE")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="end what has not ended by then; it resumes")
     parser.add_argument("--report", action="store_true", help="print the numbers, and draw the figure")
-    parser.add_argument("--tune", action="store_true", help="try learning rates, on images held out of train")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "demo" / "spaces", help="folder of the runs")
     return parser.parse_args(argv)
 
 
 def main(options):
-    studies = [Study(path, TUNED_ON if options.tune else ()) for path in options.settings]
+    studies = [Study(path) for path in options.settings]
     rows = kept(studies)
     if options.report:
         return report(studies, rows)
 
-    def wanted():
-        each = [tuning(study, options.out) if options.tune else tasks(study, options.out, rows) for study in studies]
-        return list(itertools.chain(*each))
+    def tasks():
+        return [task for of in studies for task in Tasks(of, options.out, rows).missing()]
 
-    with interruptible():
-        run(wanted, rows, options.jobs, time.time() + options.seconds)
+    settings = {of.name: of.digest for of in studies}
+    with study.interruptible():
+        run(tasks, rows, settings, options.jobs, time.time() + options.seconds)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import torch
 
 from devices import on_device
 from devices.on_device import open_session
-from devices.timing import Runtime, build, images
+from devices.timing import Runtime, build, random_images
 from training.export import ONNX_PACKAGES, without_notes
 from utils import UserError, log
 
-TOLERANCE = 1e-3  # of the outputs of an exported operation, as a share of the largest
+TOLERANCE = 1e-3  # an exported operation's outputs may differ by this share of the largest one
 INPUT = "images"
 
 
@@ -61,7 +61,9 @@ class OnnxRuntime(Runtime):
             )
         self.graphs = graphs_of(dataclasses.replace(space, given_costs=None))
         device = torch.device("cpu")
-        super().__init__(space, batch_size, device, {INPUT: images(space, batch_size, device).contiguous().numpy()})
+        super().__init__(
+            space, batch_size, device, {INPUT: random_images(space, batch_size, device).contiguous().numpy()}
+        )
 
     def prepare(self, candidate):
         return functools.partial(_open, self.graphs, candidate)
@@ -169,7 +171,7 @@ def _export(parts):
     """The ONNX model that has all parts beside each other: input0 -> output0, and so on, any batch size."""
     try:
         return _to_onnx(parts)
-    except Exception:  # of a user's operation, whatever it does
+    except Exception:  # a user's operation may raise anything
         for key in parts:
             try:
                 _to_onnx({key: parts[key]})

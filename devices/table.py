@@ -29,7 +29,7 @@ from settings.subjects import RUNTIMES
 from utils import UserError, cores, read_json, versions
 
 NETWORKS = 12  # that a table measures twice, and that it is compared with
-REFERENCES = 4  # of these, measured again with the best candidates of a search
+REFERENCES = 4  # so many of these are measured again with the best candidates of a search
 MEASURED_WITH = ("device", "onnxruntime", "threads", "batch_size")  # of another device's results
 PER_UNKNOWN = 2  # networks to which the latencies of choices are fitted, for each unknown
 
@@ -225,7 +225,7 @@ def read_table(path, space, foreign=False, measure="tester.py --mode latency"):
         raise UserError(f"{path}: is of another search space than the supernet's; run {measure} again")
     if not _are_measured(table["networks"], space):
         raise no_table
-    if (other := difference(table)) and not foreign:
+    if (other := mismatch(table)) and not foreign:
         advice = f"measure this one with {measure}, or accept the table with --foreign-latency-table"
         raise UserError(f"{path}: measured {other}; {advice}")
     return table
@@ -241,7 +241,7 @@ def _are_measured(networks, space):
         return False
 
 
-def difference(table):
+def mismatch(table):
     """How the setting of a table differs from this device, in words, or None; also if it is meant to be another's."""
     if table.get("elsewhere"):
         return None

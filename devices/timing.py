@@ -33,7 +33,7 @@ def build(space, candidate, device):
     return fold_bn(network).to(device, memory_format=torch.channels_last)
 
 
-def images(space, batch_size, device):
+def random_images(space, batch_size, device):
     """Random images (batch_size, 3, input_size, input_size), channels last."""
     size = (batch_size, 3, space.input_size, space.input_size)
     return torch.randn(size, device=device).to(memory_format=torch.channels_last)
@@ -104,7 +104,7 @@ class Torch(Runtime):
     RUNS = 5
 
     def __init__(self, space, batch_size, device):
-        super().__init__(space, batch_size, device, images(space, batch_size, device))
+        super().__init__(space, batch_size, device, random_images(space, batch_size, device))
 
     def prepare(self, candidate):
         network = build(self.space, candidate, self.device)
@@ -118,7 +118,7 @@ class Networks:
         self.runtime = runtime
         self.candidates = candidates
         self.prepared = [runtime.prepare(candidate) for candidate in candidates]
-        self.ratios = [[] for _ in candidates]  # to the reference, of each candidate, one a round
+        self.ratios = [[] for _ in candidates]  # each candidate's to the reference, one a round
         self.seconds = 0.0
 
     def round(self):

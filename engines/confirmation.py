@@ -4,6 +4,7 @@ from devices.elsewhere import results_path
 from devices.table import measure_like, write_like
 from engines.search_record import SearchRecord
 from settings.subjects import RUNTIMES
+from space.limits import milliseconds
 from utils import log
 
 
@@ -40,7 +41,7 @@ def confirm(out, table):
     row = record.confirm(dict(zip(best, measured)))
     record.lock.close()
     for rank, m in enumerate(row["measured"], 1):
-        numbers = f"predicted {m['predicted_ms']:.3f} ms, measured {m['measured_ms']:.3f} ms"
+        numbers = f"predicted {milliseconds(m['predicted_ms'])} ms, measured {milliseconds(m['measured_ms'])} ms"
         log.info("rank %d: %s%s", rank, numbers, "" if m["holds"] else ", beyond the limit")
     if row["generations"]:
         log.info("none holds: %d more generations, latencies times %.3f", row["generations"], row["correction"])

@@ -7,7 +7,7 @@ other machines, are written by NNI's tuner when it receives a heartbeat.
 import contextlib
 import shutil
 
-from engines.search_record import state_path
+from engines.search_files import state_path
 
 
 def heartbeat_file(out, name):

@@ -9,9 +9,10 @@ import os
 
 from engines.heartbeats import forget_heartbeats, heartbeat_file, note_heartbeat, read_heartbeats
 from engines.progress import Progress
-from engines.search_record import SearchRecord, listed_images
+from engines.search_files import listed_images
+from engines.search_record import SearchRecord
 from engines.trial import gpu_names, take_gpu
-from settings.subjects import DataConfig, Evaluation, Images, Run
+from settings.subjects import Evaluation
 from space import own
 from space.splitting import chunks, cut
 from utils import (
@@ -127,7 +128,7 @@ class Workers:
     def _workers(self):
         if self.pool is None:
             check_shared_memory(self.n)
-            forget_heartbeats(self.out)  # of a search that was killed
+            forget_heartbeats(self.out)  # a search that was killed has left some
             self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, leave_signals_to_parent)
         return self.pool
 
@@ -172,14 +173,9 @@ def _opened(trial):
     `trial` has the settings of a trial as JSON. Opened for the first list instead of when the worker starts, so that a
     UserError reaches the search.
     """
-    from training.evaluation import open_evaluation, resolve_device
+    from training.evaluation import open_evaluation
 
     values = json.loads(trial)
-    run = Run.of(values)
-    evaluation = Evaluation.of(values)
-    take_gpu(run.device)
+    take_gpu(values["device"])
     own.load(values["own"])
-    return evaluation, *open_evaluation(
-        values["checkpoint"], run.out, Images.of(values), DataConfig.given(values), evaluation,
-        resolve_device(run.device, run.threads), run.seed, listed=listed_images(run.out),
-    )  # fmt: skip
+    return Evaluation.of(values), *open_evaluation(values, listed_images(values["out"]))

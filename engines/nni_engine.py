@@ -16,7 +16,8 @@ import time
 from engines.heartbeats import forget_heartbeats, read_heartbeats
 from engines.machines import NOTICE_S, Connections, MachinesLost, check_machines
 from engines.progress import Progress
-from engines.search_record import prepare_search, read_state, state_path
+from engines.search_files import read_state, state_path
+from engines.search_record import prepare_search
 from engines.trial import lock_folder
 from settings.command_line import write_settings
 from utils import HERE, POLL_S, Silence, UserError, log, read_yaml, signals, try_lock

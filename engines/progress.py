@@ -1,30 +1,27 @@
 """The progress of a running search: a bar on a terminal or lines in the log, and curves for TensorBoard."""
 
+import math
 import sys
 import time
 
 import numpy as np
 from tqdm import tqdm
 
-from engines.search_record import (
-    Generation,
-    by_score,
-    first_generation_warning,
-    n_generations,
-    read_generations,
-    state_path,
-)
-from space.limits import shown
-from utils import UserError, duration, log, read_json
+from engines.generations import Generation, first_generation_warning, reliability_text, score_text
+from engines.search_files import by_score, cost_of, n_generations, read_generations, space_of, state_path
+from space.limits import bounding, bounds_of, shown
+from utils import Pace, UserError, log, read_json
 
+UNITS = {"flops": " FLOPs", "params": " parameters", "latency": ""}
 LINE_S = 30  # between lines in the log within a generation
 
 
 class Progress:
     """Follows the files of a running search; `read` shows what is new in them.
 
-    On a terminal, a bar shows the candidates done, the best so far and the generation; elsewhere, a line in the log
-    does so every half minute. Each generation adds a line to the log and a step to OUT/checkpoints/search/tensorboard.
+    On a terminal, a bar shows the candidates done, the best so far, the generation and the time to go; elsewhere, lines
+    in the log do so, after the first candidates and then every half minute. Each generation adds a line to the log and
+    a step to OUT/checkpoints/search/tensorboard.
     """
 
     def __init__(self, out):
@@ -34,8 +31,10 @@ class Progress:
         self.evaluated = None
         self.bar = None
         self.board = None
-        self.first = None  # (time, candidates evaluated) at the first `read`
-        self.changed = self.reported = time.monotonic()
+        self.limited = None  # the costs whose limits exclude candidates
+        self.pace = Pace()
+        self.changed = time.monotonic()
+        self.reported = -math.inf
 
     @property
     def idle_s(self):
@@ -54,6 +53,9 @@ class Progress:
             self.bar.refresh()  # the elapsed time
         if state["done"]:
             self.bar.close()
+            if state["evaluated"] < n_generations(state) * state["settings"]["population"]:
+                text = "the space is exhausted: no further candidate within the limits is new; the search ends with %d"
+                log.warning(text, state["evaluated"])
         return state
 
     def _read_generations(self, n_closed):
@@ -62,39 +64,66 @@ class Progress:
         self.generations = closed + [Generation(number, results, number <= n_closed) for number, results in opened]
 
     def _show(self, state):
+        settings = state["settings"]
         total = n_generations(state)
-        population = state["settings"]["population"]
-        best = max((g.best for g in self.generations if g.best), key=by_score, default=None)
-        so_far = f"best {best['acc1']:.2f}% at {shown('flops', best['flops'])}" if best else "none yet"
-        current = min(state["generation"] + 1, total)
-        head = f"generation {current} of {total}, {so_far}"
+        candidates = total * settings["population"]
+        closed = state["generation"]
+        head = f"generation {min(closed + 1, total)} of {total}, {self._best(settings)}"
+        to_go = self.pace.to_go(state["evaluated"], candidates)
         if self.bar is None:
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
             self.bar = tqdm(
-                desc=head, total=total * population, initial=state["evaluated"], unit="candidate",
-                leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True, smoothing=0,
+                desc=head, total=candidates, initial=state["evaluated"], leave=False, disable=not sys.stderr.isatty(),
+                dynamic_ncols=True, bar_format=form,
             )  # fmt: skip
         self.bar.set_description(head, refresh=False)
+        self.bar.set_postfix_str(to_go, refresh=False)
         self.bar.update(state["evaluated"] - self.bar.n)
+        first = self.evaluated is None
         if state["evaluated"] != self.evaluated:
             self.evaluated = state["evaluated"]
             self.changed = time.monotonic()
-            self.first = self.first or (self.changed, self.evaluated)
-        done = f"of {total}: {self.evaluated} candidates so far, {so_far}"
-        if state["generation"] != self.n_closed:
-            if self.n_closed is not None:
-                seconds = (self.changed - self.first[0]) / max(1, self.evaluated - self.first[1])
-                to_go = duration((total * population - self.evaluated) * seconds)
-                log.info("generation %d %s; %s to go", state["generation"], done, to_go)
+        words = [f"of {total}: {self.evaluated} candidates so far, {self._best(settings)}", *filter(None, [to_go])]
+        if closed != self.n_closed:
+            if not first:
+                log.info("generation %d %s", closed, "; ".join(words + self._children(state)))
             if self.n_closed == 0:
-                n_classes = state["settings"]["space"]["n_classes"]
-                if text := first_generation_warning(self.generations[0].results, n_classes):
-                    log.warning("warning: %s", text)
+                self._judge_first(settings)
             self._draw()
-            self.n_closed = state["generation"]
+            self.n_closed = closed
+            self.reported = -math.inf if first else time.monotonic()
+        elif self.changed >= self.reported + LINE_S and self.bar.disable and not self._is_complete(settings):
+            log.info("generation %d %s", closed + 1, "; ".join(words))
             self.reported = time.monotonic()
-        elif self.changed > self.reported + LINE_S and self.bar.disable:
-            log.info("generation %d %s", state["generation"] + 1, done)
-            self.reported = time.monotonic()
+
+    def _best(self, settings):
+        """The best so far, with the costs that limits exclude candidates for."""
+        best = max((g.best for g in self.generations if g.best), key=by_score, default=None)
+        if not best:
+            return "none yet"
+        if self.limited is None:
+            self.limited = bounding(space_of(settings), bounds_of(settings))
+        costs = [shown(name, cost_of(name, best)) + UNITS[name] for name in self.limited]
+        return f"best {score_text(best)}" + (f" at {', '.join(costs)}" if costs else "")
+
+    def _is_complete(self, settings):
+        """Whether the open generation has all of its results, and will have a line of its own."""
+        return self.evaluated % settings["population"] == 0
+
+    @staticmethod
+    def _children(state):
+        """A text where fewer children than wanted were new in the last closed generation, or nothing."""
+        wanted = state["settings"]["mutation"] + state["settings"]["crossover"]
+        new = dict(enumerate(state.get("children", ()), 2)).get(state["generation"], wanted)
+        return [f"{new} of {wanted} children were new, random candidates stand for the others"] if new < wanted else []
+
+    def _judge_first(self, settings):
+        """Logs how far the candidates of the first generation can be told apart."""
+        results = self.generations[0].results
+        if text := first_generation_warning(results, settings["space"]["n_classes"]):
+            log.warning("warning: %s", text)
+        elif text := reliability_text(results):
+            log.info(text)
 
     def _draw(self):
         """Adds newly closed generations to TensorBoard's curves; the first call adds all, replacing what is there."""
@@ -113,12 +142,16 @@ class Progress:
                 "acc1_best": g.best["acc1"],
                 "acc1_mean": g.mean,
                 "acc1_sd": g.sd,
+                "loss_best_so_far": best.get("loss"),
+                "loss_best": g.best.get("loss"),
+                "loss_mean": g.mean_loss,
                 "mflops_best_so_far": best["flops"] / 1e6,
                 "mflops_mean": sum(flops) / len(flops),
                 "failed": len(g.results) - len(flops),
             }
             for tag, value in scalars.items():
-                self.board.add_scalar(f"search/{tag}", value, g.number)
+                if value is not None:
+                    self.board.add_scalar(f"search/{tag}", value, g.number)
             self.board.add_histogram("search/acc1", np.array([r["acc1"] for r in g.succeeded]), g.number)
             self.board.add_histogram("search/mflops", np.array(flops), g.number)
         if closed:

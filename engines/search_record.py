@@ -1,34 +1,28 @@
-"""The files of a search: written while it runs, read to resume or report it."""
+"""A search that is written to its files while it runs, and resumes from them; search_files.py reads them."""
 
 import collections
-import contextlib
-import itertools
 import json
 import os
 import pathlib
 import statistics
 import time
 
-from settings.fields import difference, flag
-from settings.subjects import FIELDS, SEARCH, DataConfig, is_path
+from engines.search_files import (
+    by_score,
+    confirmations,
+    costs_of,
+    read_results,
+    read_state,
+    settings_difference,
+    space_of,
+    starts,
+    state_path,
+)
 from space.evolution import Evolution
-from space.limits import bounds_of, describe
-from space.search_space import SearchSpace
 from utils import UserError, atomic_write, hold_lock, read_json, write_json
 
-MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # of a result, by its evaluation
-
-LARGE = {  # settings of a search whose values nobody reads: (where they come from, how they differ)
-    "space": ("search space", "another one"), "checkpoint": ("--checkpoint", "other weights"),
-    "split": ("held-out images", "others"), "costs": ("--flops-table", "other FLOPs"),
-    "latency": ("--latency-table", "other latencies"), "counted": ("--own", "other costs"),
-}  # fmt: skip
-MAX_CORRECTIONS = 3  # of the limit on latency in a search
-# What helps where the first generation's candidates can't be told apart, in this order (docs/experiments.md).
-HELPS = (
-    "a space whose candidates differ more (docs/spaces.md)", "--crop-padding for small images", "--rank-by loss",
-    "more held-out images", "longer training of the supernet",
-)  # fmt: skip
+MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # the numbers of a result that its evaluation gives
+MAX_CORRECTIONS = 3  # so often a search corrects its limit on latency
 
 
 class SearchRecord:
@@ -43,9 +37,10 @@ class SearchRecord:
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
-                                   pid (of the writer), starts (command, versions, demo, config, begun, last, of
-                                   each start of the search), and where latency is limited, confirmations: for each
-                                   time that the best were measured as whole networks, what was found and what followed
+                                   pid (of the writer), children (of each generation but the first, how many were new),
+                                   starts (command, versions, demo, config, begun, last of each start of the search),
+                                   and where latency is limited, confirmations: for each time that the best were
+                                   measured as whole networks, what was found and what followed
 
     A result is on disk when `add` returns. A search that stopped at any point resumes from these files: the evolution
     is replayed with the known rewards and takes the same course, so nothing is evaluated twice.
@@ -57,7 +52,7 @@ class SearchRecord:
         self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
         self.space = space_of(self.state["settings"])
         self.evolution = Evolution.from_settings(self.space, self.state["settings"])
-        self.confirmations = list(confirmations(self.state))  # those to replay
+        self.confirmations = list(confirmations(self.state))  # rows that are still to be replayed
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         for result in read_results(out, repair=True):
@@ -69,6 +64,7 @@ class SearchRecord:
     def pending(self):
         """The candidates to evaluate now, none when the search is done. Closes the generations that are complete."""
         while population := self._ask():
+            self.state["children"] = self.evolution.children
             if waiting := [c for c in population if c not in self.results]:
                 self._write_state()
                 return waiting
@@ -204,76 +200,6 @@ def _reward(result):
     return None if result["acc1"] is None else by_score(result)
 
 
-def confirmations(state):
-    """The rows about candidates that were measured as whole networks, in the state of a search."""
-    return state.get("confirmations", [])
-
-
-def starts(state):
-    """The starts of a search, in its state, the last one last; none in searches of before they were kept."""
-    return state.get("starts", [])
-
-
-def n_generations(state):
-    """How many generations a search has in all, with those that confirmations added."""
-    return state["settings"]["generations"] + sum(row["generations"] for row in confirmations(state))
-
-
-def unconfirmed(state):
-    """Whether a search whose generations are complete limits latency, and its best candidates are to be measured."""
-    rows = confirmations(state)
-    return "latency" in state["settings"].get("limits", ()) and not (rows and rows[-1]["after"] == state["generation"])
-
-
-def space_of(settings):
-    """The SearchSpace of a search with these settings, with the costs that the search had.
-
-    An operation of one's own is counted by its module, which only search.py has; tables are not read again.
-    """
-    space = SearchSpace.from_dict(settings["space"])
-    if counted := settings.get("counted"):
-        space = space.with_costs(*counted)
-    given = {}
-    if table := settings.get("costs"):
-        given |= {"flops": table[0], "stem_flops": table[1], "tail_flops": 0}
-    if table := settings.get("latency"):
-        given |= {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
-    return space.with_costs(*space.costs._replace(**given)) if given else space
-
-
-def costs_of(settings):
-    """The costs that matter in a search with these settings: FLOPs, what it limits, and what it makes low."""
-    named = {"flops", *settings.get("limits", ()), *settings.get("objectives", ())}
-    return [name for name in ("flops", "params", "latency") if name in named]
-
-
-def state_path(out):
-    return pathlib.Path(out) / "checkpoints" / "search" / "state.json"
-
-
-def images_path(out):
-    """The list of the images, which search.py writes for its trials."""
-    return state_path(out).with_name("images.json")
-
-
-def listed_images(out):
-    """`images_path`, or None where there is no such list: of synthetic images, or on a machine that does not see it."""
-    path = images_path(out)
-    return path if path.exists() else None
-
-
-def read_state(out):
-    """The state of the search in a folder, None where there is none. Raises UserError if it is damaged."""
-    path = state_path(out)
-    if not path.exists():
-        return None
-    found = read_json(path)
-    keys = ("settings", "generation", "evaluated", "best", "done")
-    if not isinstance(found, dict) or not found.keys() >= {*keys} or not isinstance(found["settings"], dict):
-        raise UserError(f"{path}: not the state of a search; name another --out")
-    return found
-
-
 def prepare_search(out, settings, resume, warnings=(), start=None):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
@@ -307,118 +233,6 @@ def prepare_search(out, settings, resume, warnings=(), start=None):
     return state
 
 
-def settings_difference(before, now, ignore=()):
-    """{flag, or what it is: "0.5 (was 0.3)"} of what differs between the settings of two searches."""
-    changes = difference(SEARCH, _by_flags(before), _by_flags(now), ignore)
-    for name in changes.keys() & LARGE.keys():
-        where, how = LARGE[name]
-        changes[where] = f"{how} than then"
-    return {flag(n) if n in FIELDS else n: change for n, change in changes.items() if n not in LARGE}
-
-
-def _by_flags(settings):
-    """The settings of a search by the names of its flags."""
-    settings = dict(settings)
-    data = settings.pop("data", None)
-    if isinstance(data, dict):
-        with contextlib.suppress(TypeError):
-            data = DataConfig.from_dict(data).to_dict()
-        data = dict(data)
-        if is_path("group_by", data.get("group_by")):
-            data.pop("group_by")  # may have moved; the split knows its content
-        settings |= data
-    with contextlib.suppress(KeyError, TypeError, UserError):
-        settings["space"] = SearchSpace.from_dict(settings["space"]).to_dict()  # of the same operations as then
-    if settings.keys() & {"limits", "flops_limit"}:
-        settings["limit"] = describe(bounds_of(settings))
-    return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}
-
-
-def read_results(out, repair=False):
-    """The results of all generations in one list; see `read_generations`."""
-    return list(itertools.chain(*read_generations(out, repair)))
-
-
-def read_generations(out, repair=False, skip=0):
-    """The results in acc/*.jsonl, a list for each generation but the first `skip`, whose files are not opened.
-
-    An incomplete last line, of a search that was killed while writing it, is ignored, and removed if `repair` is true.
-    Raises UserError if another line is damaged.
-    """
-    paths = sorted((pathlib.Path(out) / "acc").glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
-    return [_read_generation(path, repair) for path in paths[skip:]]
-
-
-def _read_generation(path, repair):
-    results, lines = [], path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-        if repair:
-            with atomic_write(path, "wb") as file:
-                file.writelines(lines)
-    for number, line in enumerate(lines, 1):
-        try:
-            results.append(json.loads(line))
-            results[-1]["architecture"], results[-1]["acc1"], results[-1]["acc5"]
-        except (ValueError, KeyError, TypeError):
-            text = f"{path}: line {number} is damaged; remove it to have that candidate evaluated again"
-            raise UserError(text) from None
-    return results
-
-
-def by_score(result):
-    """The order of results: by top-1, ties by top-5; by score in a search that ranks by another one."""
-    return (result["score"],) if "score" in result else (result["acc1"], result["acc5"])
-
-
-def ranked(results):
-    """The results with an accuracy, best first; of equals, the earlier one first."""
-    return sorted((r for r in results if r["acc1"] is not None), key=by_score, reverse=True)
-
-
-class Generation:
-    """The results of a generation, numbered from 1; not `closed` while some are missing."""
-
-    def __init__(self, number, results, closed):
-        self.number = number
-        self.results = results
-        self.closed = closed
-        self.succeeded = [r for r in results if r["acc1"] is not None]
-        self.best = max(self.succeeded, key=by_score, default=None)
-
-    @property
-    def mean(self):
-        return statistics.fmean(r["acc1"] for r in self.succeeded)
-
-    @property
-    def sd(self):
-        """Standard deviation of top-1 over the candidates, 0 for a single one."""
-        return statistics.stdev(r["acc1"] for r in self.succeeded) if len(self.succeeded) > 1 else 0.0
-
-
 def _hold_writer_lock(out):
     """Waits for the writer of a search that was just killed, which ends within seconds."""
     return hold_lock(state_path(out).with_name("writer.lock"), wait_s=30)
-
-
-def first_generation_warning(results, n_classes):
-    """A line that says that the first generation's candidates can't be told apart, or None.
-
-    Compares them with chance, and their spread with the standard error of one top-1 on as many images.
-    """
-    generation = Generation(1, results, closed=True)
-    if len(generation.succeeded) < 2:
-        return None
-    mean, sd = generation.mean, generation.sd
-    n = generation.best["n_images"]
-    chance = 100 / n_classes
-    at_chance = mean <= chance + 3 * (chance * (100 - chance) / n) ** 0.5
-    noise = (mean * (100 - mean) / n) ** 0.5
-    if not at_chance and sd > noise:
-        return None
-    found = f"the first generation has {mean:.2f}% in the mean, standard deviation {sd:.2f}, and"
-    if at_chance:
-        return f"{found} chance is {chance:.2f}%: train the supernet longer"
-    by_loss = "score" in generation.best
-    helps = ", ".join(text for text in HELPS if not (by_loss and text == "--rank-by loss"))
-    return f"{found} {n} images measure each to {noise:.2f} points: what helps, in this order: {helps}"

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import re
 import runpy
 import signal
@@ -12,18 +11,18 @@ import sys
 import time
 import traceback
 
-import injection
 import numpy as np
 import psutil
 from PIL import Image
 
 import utils
-from engines import search_record
+from engines import search_files
+from faults import injection
 from space import weight_files
 from space.search_space import SearchSpace
 from training import checkpoint
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = utils.HERE
 
 
 class Lost(Exception):
@@ -188,7 +187,7 @@ class Arena:
             words += ["--architecture", ROOT / "architecture_final.json", "--checkpoint", self.supernet]
         if script == "search.py":
             words += ["--checkpoint", self.supernet, "--engine", "local"]
-            words += ["--resume"] if search_record.state_path(out).exists() else []
+            words += ["--resume"] if search_files.state_path(out).exists() else []
         return Process(self, script, [*words, *more], fault)
 
     def result(self, script, out, process):
@@ -201,10 +200,10 @@ class Arena:
         """(hash, steps or candidates done) of the state in `out`. Raises Lost if a file of it is damaged."""
         try:
             if script == "search.py":
-                results = [r | {"seconds": 0} for r in search_record.read_results(out)]
+                results = [r | {"seconds": 0} for r in search_files.read_results(out)]
                 architectures = {p.name: utils.read_json(p) for p in sorted((out / "checkpoints").glob("*.json"))}
-                if search_record.state_path(out).exists():
-                    utils.read_json(search_record.state_path(out))
+                if search_files.state_path(out).exists():
+                    utils.read_json(search_files.state_path(out))
                 return digest([results, architectures]), len(results)
             if script == "tester.py":
                 return digest(sorted(p.name for p in (out / "cache").glob("*.images"))), 0

@@ -1,4 +1,4 @@
-"""Injects faults into the four commands: `python faults/faults.py` (half an hour on one core, 100 kills per command).
+"""Injects faults into the four commands: `python -m faults.faults` (half an hour on one core, 100 kills per command).
 
 Every row of the table is one fault: it is injected into a command with tiny settings, the surviving state is read and
 hashed, the command is given again, and its result has to equal that of an undisturbed run. `--break NAME` removes one
@@ -11,7 +11,6 @@ instead of spawned, and reports are not drawn. NNI's processes start as always. 
 bench/results/faults.json.
 """
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -25,18 +24,14 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import utils
-
-# isort: split
 import psutil
 import torch
-from arena import Arena, Lost
-from injection import BREAKS, Events, bad_trials, clock_back, poisoned_step
 
-from engines import local_engine, search_record
+import utils
+from bench import study
+from engines import local_engine, search_files
+from faults.arena import Arena, Lost
+from faults.injection import BREAKS, Events, bad_trials, clock_back, poisoned_step
 from reports import page
 from space.search_space import SearchSpace
 from training import checkpoint
@@ -221,7 +216,7 @@ def loader_worker_killed(arena, script):
     out = arena.new()
     process = arena.command(script, out, "--workers", 1)
     while process.poll() is None:
-        for worker in [p for p in process.family() if _runs(p, "faults.py")]:  # not git, which is asked for the commit
+        for worker in [p for p in process.family() if _runs(p, "faults.faults")]:  # not git, which tells the commit
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.kill()
         time.sleep(0.001)
@@ -252,7 +247,7 @@ def not_finite(arena, script):
 def bad_trial(arena, kind):
     out = arena.new()
     process = arena.command("search.py", out, fault=lambda: bad_trials(kind)).wait()
-    results = search_record.read_results(out)
+    results = search_files.read_results(out)
     failed = [r for r in results if r["acc1"] is None]
     if process.code or len(results) != 12 or not failed or any(sum(r["architecture"]) % 3 for r in failed):
         raise Lost(f"exit code {process.code}, {len(failed)} of {len(results)} failed: {process.stderr()[-200:]}")
@@ -348,21 +343,36 @@ ROWS = [
 ]  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kills", type=int, default=100, metavar="N", help="kills per command, at uniformly drawn times (default: 100)"
-    )
-    parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="inject faults at every N-th write (default: 1, all)"
-    )
+def run_row(arena, fault, run, what):
+    """Injects the faults of a row, prints it, and returns what is kept of it."""
+    start = time.perf_counter()
+    script = what if what.endswith(".py") else "search.py"
+    try:
+        tries, happened, seen = run(arena, what)
+        lost = "nothing"
+    except Lost as error:
+        tries, happened, seen, lost = 0, str(error), [], "RED"
+    last = seen[-1] if seen else ["-", "-", "-"]
+    print(f"{fault:36} {script:12} {tries:5}  {lost:8} {last[0]:>8}  {last[2]:16}  {happened}", flush=True)
+    row = {"fault": fault, "command": script, "tries": tries, "lost": lost, "happened": happened}
+    row |= {"seed": arena.seed, "process_where_state": seen}
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def parse_args(argv=None):
+    parser = study.parser(__doc__, {"--results": None})
+    text = "kills per command, at uniformly drawn times (default: 100)"
+    parser.add_argument("--kills", type=int, default=100, metavar="N", help=text)
+    text = "inject faults at every N-th write (default: 1, all)"
+    parser.add_argument("--every", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of images and times (default: 0)")
-    parser.add_argument(
-        "--break", dest="broken", choices=BREAKS, help="remove a guard; runs only the rows that rely on it"
-    )
+    text = "remove a guard; runs only the rows that rely on it"
+    parser.add_argument("--break", dest="broken", choices=BREAKS, help=text)
     parser.add_argument("--rows", metavar="TEXT", help="run only the rows whose fault or command contains this")
-    parser.add_argument("--results", type=pathlib.Path, help="default: bench/results/faults.json, if all rows run")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(options):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     gc.freeze()
@@ -371,32 +381,19 @@ def main():
     local_engine.SPAWN = multiprocessing.get_context("fork")
     rows = [row for row in ROWS if not options.broken or options.broken in row[3]]
     rows = [row for row in rows if not options.rows or options.rows in f"{row[0]} {row[2]}"]
+    path = options.results
+    if len(rows) == len(ROWS):
+        path = path or study.RESULTS / "faults.json"
     table = []
     with tempfile.TemporaryDirectory() as folder:
         arena = Arena(pathlib.Path(folder), options)
         header = f"{'fault':36} {'command':12} {'tries':>5}  {'lost':8} {'process':>8}  {'state':16}  what happened"
         print(header, flush=True)
-        for fault, run, what, _ in rows:
-            start = time.perf_counter()
-            script = what if what.endswith(".py") else "search.py"
-            try:
-                tries, happened, seen = run(arena, what)
-                lost = "nothing"
-            except Lost as error:
-                tries = 0
-                happened = str(error)
-                seen = []
-                lost = "RED"
-            last = seen[-1] if seen else ["-", "-", "-"]
-            print(f"{fault:36} {script:12} {tries:5}  {lost:8} {last[0]:>8}  {last[2]:16}  {happened}", flush=True)
-            row = {"fault": fault, "command": script, "tries": tries, "lost": lost, "happened": happened}
-            row |= {"seed": options.seed, "process_where_state": seen}
-            table.append(row | {"seconds": round(time.perf_counter() - start, 1)})
-            whole = not options.broken and not options.rows
-            if path := options.results or (ROOT / "bench" / "results" / "faults.json" if whole else None):
-                content = {"commit": utils.commit(), "versions": utils.versions(), "kills": options.kills}
-                content |= {"every": options.every, "break": options.broken, "rows": table}
-                utils.write_json(path, content)
+        for row in rows:
+            table.append(run_row(arena, *row[:3]))
+            if path:
+                content = {"kills": options.kills, "every": options.every, "break": options.broken, "rows": table}
+                study.write(path, content)
     red = sum(row["lost"] != "nothing" for row in table)
     print(f"{len(table)} rows, {red} red")
     if options.broken and red < len(table):
@@ -405,4 +402,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

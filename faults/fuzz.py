@@ -1,4 +1,4 @@
-"""Fuzzes everything that reads user input: `python faults/fuzz.py` (20,000 inputs per parser; minutes each).
+"""Fuzzes everything that reads user input: `python -m faults.fuzz` (20,000 inputs per parser; minutes each).
 
     architecture    a JSON file, read by SearchSpace.load_architecture
     checkpoint      a file of torch.save, ours or official, read by checkpoint.load_supernet
@@ -6,56 +6,148 @@
     yaml            a settings file, read by the four parse_args; config_search.yml, read by nni_engine.read_experiment
     command_line    words, read by the four parse_args and the checks after them
 
-Inputs are mutations of valid ones: of their tree of values, of the pickle in an intact zip file, or of their bytes.
-Each is a pure function of parser, seed and index. It has to be accepted, or refused by a UserError of one short line
-(--help may print its text). Memory is limited, so that a huge allocation is a failure. Each parser runs in a process
-of its own, whose death is a failure of the current input. Writes the parsers' rows of bench/results/fuzz.json; exit
-code 1 if anything failed.
+Inputs are drawn by Hypothesis, the same ones for a seed: mutations of valid ones, of their tree of values, of the
+pickle in an intact zip file, or of their bytes. Each has to be accepted, or refused by a UserError of one short line
+(--help may print its text). Memory is limited, so that a huge allocation is a failure. A failure ends the run of a
+parser, and is shown with the smallest input that fails so. Each parser runs in a process of its own, whose death is
+the failure of the input that it leaves. Writes the parsers' rows of bench/results/fuzz.json; exit code 1 if anything
+failed.
 """
 
-import argparse
+import collections
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import json
 import pathlib
 import pickle
-import random
-import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import utils
-from space import weight_files
-
-# isort: split
+import hypothesis
 import torch
 import yaml
-from fuzz_mutations import ODD_VALUES, ODD_WORDS, TAGS, laughs, mutate_bytes, mutate_tree
+from hypothesis import strategies as st
 
+import utils
+from bench import study
 from engines.nni_engine import read_experiment
 from images.dataset import DataConfig
 from network import ShuffleNetV2OneShot
+from settings.fields import flag
+from settings.subjects import FIELDS
+from space import weight_files
 from space.flops_table import read_flops_table
 from space.limits import make_bounds
 from space.search_space import OPERATIONS, SearchSpace
 from training import checkpoint
 
+ROOT = study.ROOT
 MEMORY = 6 * 2**30  # bytes of address space, beyond those at the start
 LONGEST = 1000  # characters of an error message
 SLOWEST_S = 20.0  # processor seconds
 SCRIPTS = ("supernet", "tester", "search", "scratch")
 TINY = SearchSpace(28, 3, 1, (1, 2), (1, 2), (4, 6), 2, 8)
+GOOD = ("taken", "refused", "help")
+
+# --- mutations -----------------------------------------------------------------------------------------------
+
+_ODD = (2**31, 2**63, -(2**64), 10**30, "\ud800", "x" * 5000, "1e5", "-1", "LayerChoice1", "../..", "/dev/null", "a\nb")
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(_ODD)
+_LARGE = (list(range(3000)), functools.reduce(lambda inner, _: [inner], range(90), 1))
+VALUES = st.sampled_from(_LARGE) | st.recursive(
+    _SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=9), inner), max_leaves=9
+)
+WORDS = st.text(st.characters(), max_size=9) | st.sampled_from((
+    *("9" * 5000, "-", "--", "-1", "-0.0", "nan", "inf", "-inf", "1e400", "1_0", "٣", "0x10", "=", "--help", "--demo"),
+    *("--config", "--=", "%s", "{}", "290M", "59%", "101%", "/dev/null", ".", "none", "true"),
+))  # fmt: skip
+TAGS = (
+    *("!!python/object/apply:os.system ['exit 3']", "!!python/name:os.system", "!!timestamp x", "!!int ''", "!!bool x"),
+    *("!!float ''", "!!binary '?'", "!!set {a}", "!!omap [a: 1]", "2001-99-99", "&a [*a]", "*nowhere", "? [a]"),
+    *("{<<: 3}", "0b", "1:60", "\t- x", "%YAML 9.9", "--- 1\n--- 2", "&a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"),
+)
 
 
-# --- parsers: `inputs` draws an input from a random.Random, `parse` accepts or refuses it ------------------------
+def mostly(valid, odd, one_in):
+    """Draws of `valid`, but one in so many of `odd`."""
+    return st.integers(1, one_in).flatmap(lambda n: odd if n == one_in // 2 else valid)
+
+
+def laughs(key, depth=60):
+    """YAML of aliases whose expanded value has 2^depth words."""
+    lines = [f"l0: &l0 [x, x]\n{key}: &l1 [*l0, *l0]"]
+    lines += [f"l{i}: &l{i} [*l{i - 1}, *l{i - 1}]" for i in range(2, depth)]
+    return "\n".join([*lines, f"{key}: {{lr: *l{depth - 1}}}"])
+
+
+def places(value):
+    """(container, key) of all values in a tree of dicts and lists."""
+    if isinstance(value, (dict, list)):
+        for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            yield value, key
+            yield from places(inner)
+
+
+def _fresh(value):
+    """Copies dicts and lists only: copying a `Call` would execute it, and deeply nested tuples would take forever."""
+    if isinstance(value, dict):
+        return {key: _fresh(inner) for key, inner in value.items()}
+    return [_fresh(inner) for inner in value] if type(value) is list else value
+
+
+@st.composite
+def changed(draw, tree, odd=VALUES):
+    """The tree with one to three changes: values left out, repeated, renamed or replaced."""
+    tree = _fresh(tree)
+    for _ in range(draw(st.integers(1, 3))):
+        found = list(places(tree))
+        if not found:
+            return draw(odd)
+        (where, key), (other, name) = (found[draw(st.integers(0, len(found) - 1))] for _ in range(2))
+        kind = draw(st.integers(0, 4))
+        if kind == 0:
+            del where[key]
+        elif kind == 1:
+            where[key] = _fresh(other[name])
+        elif kind == 2 and isinstance(where, dict):
+            where[draw(st.sampled_from(("", "a", "LayerChoice21", "model", 5)))] = where.pop(key)
+        else:
+            where[key] = _fresh(draw(odd))
+    return tree
+
+
+@st.composite
+def damaged(draw, data):
+    """The bytes with one to five changes: some replaced, left out, repeated or moved, or all after a place cut off."""
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 5))):
+        if not data:
+            break
+        at, to = (draw(st.integers(0, len(data) - 1)) for _ in range(2))
+        end = at + draw(st.sampled_from((1, 4, 30)))
+        kind = draw(st.integers(0, 4))
+        if kind == 0:
+            data[at:end] = draw(st.binary(max_size=30))
+        elif kind == 1:
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == 2:
+            data[at:at] = data[at:end] * draw(st.sampled_from((1, 2, 100)))
+        elif kind == 3:
+            data[to : to + end - at] = data[at:end]
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+# --- parsers: `inputs` is a strategy, `parse` accepts or refuses what it draws ----------------------------------
 
 
 class Architecture:
@@ -66,13 +158,11 @@ class Architecture:
         one_hot = json.loads((ROOT / "architecture_final.json").read_text())
         self.valid = [one_hot, list(self.SPACE.from_architecture(one_hot))]
 
-    def inputs(self, rng):
-        if not rng.randrange(200):
-            return rng.choice((b"[", b'{"LayerChoice1":', b"[0,")) * rng.choice((1000, 300_000, 2_500_000))
-        tree = rng.choice(self.valid)
-        if rng.randrange(2):
-            return json.dumps(mutate_tree(rng, tree)).encode()
-        return mutate_bytes(rng, json.dumps(tree).encode())
+    def inputs(self):
+        trees = (changed(tree).map(lambda t: json.dumps(t).encode()) for tree in self.valid)
+        texts = (damaged(json.dumps(tree).encode()) for tree in self.valid)
+        deep = st.sampled_from((b"[", b'{"LayerChoice1":', b"[0,")), st.sampled_from((1000, 300_000, 2_500_000))
+        return mostly(st.one_of(*trees, *texts), st.tuples(*deep).map(lambda pair: pair[0] * pair[1]), 200)
 
     def parse(self, data):
         self.path.write_bytes(data)
@@ -104,42 +194,39 @@ class Checkpoint:
             "metrics": {"seconds": 1.0},
         }
         self.valid = [ours, {"state_dict": {f"module.{k}": v for k, v in weights.items()}}]
-        self.bytes = [self._write(v) for v in self.valid]
-        self.bytes += [self._write(v, _use_new_zipfile_serialization=False) for v in self.valid]
-        tensors = (
-            torch.zeros(()),
-            torch.zeros(1).expand(10**12),
-            torch.zeros(3, dtype=torch.complex64),
-            torch.eye(2).to_sparse(),
-            torch.empty(0),
-            torch.zeros(4, 3, 3, 3),
-            torch.ones(2, dtype=torch.int8),
-            torch.empty(3, device="meta"),
-            torch.full((4,), float("nan")),
-        )
-        self.odd = (*ODD_VALUES, *tensors, OPERATIONS, 1_000_000, [1_000_000] * 2, [2] * 999, Call())
+        self.bytes = [self._write(v, zipped) for zipped in (True, False) for v in self.valid]
 
     @staticmethod
-    def _write(value, **how):
+    def _write(value, zipped):
         file = io.BytesIO()
-        torch.save(value, file, **how)
+        with contextlib.suppress(RecursionError, pickle.PicklingError, TypeError, RuntimeError):  # can't be saved
+            torch.save(value, file, _use_new_zipfile_serialization=zipped)
         return file.getvalue()
 
-    def inputs(self, rng):
-        kind = rng.randrange(10)
-        if kind < 4:
-            with contextlib.suppress(RecursionError, pickle.PicklingError, TypeError, RuntimeError):  # can't be saved
-                tree = mutate_tree(rng, rng.choice(self.valid), self.odd)
-                return self._write(tree, _use_new_zipfile_serialization=rng.random() < 0.9)
-        data = rng.choice(self.bytes)
-        if kind < 8 and data[:2] == b"PK":
-            file = io.BytesIO()
-            with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
-                for name in old.namelist():
-                    content = old.read(name)
-                    new.writestr(name, mutate_bytes(rng, content) if name.endswith("data.pkl") else content)
-            return file.getvalue()
-        return mutate_bytes(rng, data)
+    @staticmethod
+    def _with_pickle(data, change):
+        """A zip file of torch.save whose pickle is changed by `change`."""
+        file = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+            for name in old.namelist():
+                content = old.read(name)
+                new.writestr(name, change(content) if name.endswith("data.pkl") else content)
+        return file.getvalue()
+
+    def _repacked(self, data):
+        pickled = []
+        self._with_pickle(data, lambda content: pickled.append(content) or content)
+        return damaged(pickled[0]).map(lambda changed: self._with_pickle(data, lambda _: changed))
+
+    def inputs(self):
+        tensors = (torch.zeros(()), torch.zeros(1).expand(10**12), torch.zeros(3, dtype=torch.complex64),
+                   torch.eye(2).to_sparse(), torch.empty(0), torch.zeros(4, 3, 3, 3), torch.ones(2, dtype=torch.int8),
+                   torch.empty(3, device="meta"), torch.full((4,), float("nan")))  # fmt: skip
+        odd = VALUES | st.sampled_from((*tensors, OPERATIONS, 1_000_000, [1_000_000] * 2, [2] * 999, Call()))
+        trees = [
+            changed(tree, odd).map(functools.partial(self._write, zipped=z)) for tree in self.valid for z in (1, 0)
+        ]
+        return st.one_of(*trees, *map(self._repacked, self.bytes[:2]), *map(damaged, self.bytes))
 
     def parse(self, data):
         self.path.write_bytes(data)
@@ -161,19 +248,21 @@ class FlopsTable:
             for operation, flops in zip(space.operations, row):
                 groups.setdefault(f"{operation}_stride_{shape.stride}", {})[key] = flops
         self.valid = groups
-        deep = 1
-        for _ in range(300):
-            deep = (deep, deep)
-        self.odd = (*ODD_VALUES, (1, 2), ((1,),), deep, 2**200, Call(), {(1, 2): 3}, {"a", "b"}, b"bytes", bytearray(3))
 
-    def inputs(self, rng):
-        tree = self.valid if rng.randrange(2) else mutate_tree(rng, self.valid, self.odd)
-        protocol = rng.randrange(pickle.HIGHEST_PROTOCOL + 1)
+    def _write(self, tree, protocol):
         try:
-            data = pickle.dumps(tree, protocol)
+            return pickle.dumps(tree, protocol)
         except (UnicodeEncodeError, RecursionError):
-            data = pickle.dumps(self.valid, protocol)
-        return data if tree is not self.valid else mutate_bytes(rng, data)
+            return pickle.dumps(self.valid, protocol)
+
+    def inputs(self):
+        deep = functools.reduce(lambda inner, _: (inner, inner), range(300), 1)
+        odd = VALUES | st.none().map(lambda _: deep) | st.sampled_from((  # what is drawn from is hashed: not `deep`
+            (1, 2), ((1,),), 2**200, Call(), {(1, 2): 3}, {"a", "b"}, b"bytes", bytearray(3)
+        ))  # fmt: skip
+        protocols = range(pickle.HIGHEST_PROTOCOL + 1)
+        trees = (changed(self.valid, odd).map(functools.partial(self._write, protocol=p)) for p in protocols)
+        return st.one_of(*trees, *(damaged(self._write(self.valid, p)) for p in protocols))
 
     def parse(self, data):
         self.path.write_bytes(data)
@@ -183,30 +272,40 @@ class FlopsTable:
 class Yaml:
     def __init__(self, path):
         self.path = path
-        self.valid = [(ROOT / name).read_text() for name in ("demo.yml", "config_search.yml")]
         self.parsers = [importlib.import_module(name).parse_args for name in SCRIPTS]
 
-    def inputs(self, rng):
-        which = rng.randrange(3) // 2  # 1, in a third of the cases: the experiment
-        text = self.valid[which]
-        kind = rng.randrange(5)
-        if kind < 2:
+    @staticmethod
+    def _tagged(text):
+        """The text with odd values in one to three lines."""
+        lines = text.splitlines()
+
+        def tag(pairs):
+            changed = list(lines)
+            for i, value in pairs:
+                changed[i] = f"{lines[i].partition(':')[0]}: {value}"
+            return "\n".join(changed).encode()
+
+        pairs = st.tuples(st.integers(0, len(lines) - 1), st.sampled_from(TAGS))
+        return st.lists(pairs, min_size=1, max_size=3).map(tag)
+
+    def inputs(self):
+        def write(tree):
             with contextlib.suppress(yaml.YAMLError, UnicodeEncodeError):
-                return which, yaml.safe_dump(mutate_tree(rng, yaml.safe_load(text))).encode()
-        if kind == 2:  # odd values in the text
-            lines = text.splitlines()
-            for _ in range(rng.randint(1, 3)):
-                i = rng.randrange(len(lines))
-                lines[i] = re.sub(r":.*", lambda _: ": " + rng.choice(TAGS), lines[i], count=1)
-            return which, "\n".join(lines).encode()
-        if not rng.randrange(100):
-            return which, laughs(rng.choice(("common", "tuner", "trialCommand"))).encode()
-        return which, mutate_bytes(rng, text.encode())
+                return yaml.safe_dump(tree).encode()
+            return b""
+
+        drawn = []
+        for experiment, name in enumerate(("demo.yml", "config_search.yml")):
+            text = (ROOT / name).read_text()
+            whole = st.one_of(changed(yaml.safe_load(text)).map(write), self._tagged(text), damaged(text.encode()))
+            bombs = st.sampled_from([laughs(key).encode() for key in ("common", "tuner", "trialCommand")])
+            drawn.append(st.tuples(st.just(experiment), mostly(whole, bombs, 100)))
+        return st.one_of(drawn)
 
     def parse(self, drawn):
-        which, data = drawn
+        experiment, data = drawn
         self.path.write_bytes(data)
-        if which:
+        if experiment:
             return read_experiment(self.path)
         parser = self.parsers[len(data) % len(self.parsers)]
         return parser(["--config", str(self.path)])
@@ -214,33 +313,25 @@ class Yaml:
 
 class CommandLine:
     def __init__(self, path):
-        self.actions = {}
         self.parsers = {name: importlib.import_module(name).parse_args for name in SCRIPTS}
-        for name in SCRIPTS:
-            parser = importlib.import_module(name).make_parser()
-            self.actions[name] = [action for action in parser._actions if action.option_strings]
 
-    def inputs(self, rng):
-        name = rng.choice(SCRIPTS)
-        words = []
-        for action in rng.choices(self.actions[name], k=rng.randint(1, 6)):
-            words.append(rng.choice(action.option_strings))
-            if action.nargs != 0:
-                values = list(map(str, action.choices or ("1", "0.5", "64", "x.yml", "290M", "flops=290M:59%")))
-                words += [rng.choice(values) for _ in range(action.nargs if isinstance(action.nargs, int) else 1)]
-        for _ in range(rng.randint(0, 2)):
-            at = rng.randrange(len(words))
-            kind = rng.randrange(5)
-            if kind == 0 and len(words) > 1:
-                del words[at]
-            elif kind == 1:
-                data = mutate_bytes(rng, words[at].encode("utf8", "surrogateescape"))
-                words[at] = data.decode("utf8", "surrogateescape")
-            elif kind == 2:
-                words.insert(at, rng.choice(ODD_WORDS))
-            else:
-                words[at] = rng.choice(ODD_WORDS)
-        return name, words
+    @staticmethod
+    def _words(field):
+        """The words of a flag, with values that it may have, and some others."""
+        name, form = flag(field.name), field.metadata
+        if form["nargs"] == 0 or isinstance(field.default, bool):
+            return st.sampled_from(([name], [f"--no-{name[2:]}"]))
+        usual = st.sampled_from([*map(str, form["choices"] or ("1", "0.5", "64", "x.yml", "290M", "flops=290M:59%"))])
+        n = form["nargs"] if isinstance(form["nargs"], int) else 1
+        return st.tuples(st.just(name), *[mostly(usual, WORDS, 10)] * n)
+
+    def inputs(self):
+        scripts = []
+        for script, parse_args in self.parsers.items():
+            flags = [self._words(FIELDS[name]) for name in vars(parse_args([])) if name in FIELDS]
+            words = st.lists(mostly(st.one_of(flags), st.tuples(WORDS), 20), min_size=1, max_size=6)
+            scripts.append(st.tuples(st.just(script), words.map(lambda lists: [*itertools.chain(*lists)])))
+        return st.one_of(scripts)
 
     def parse(self, drawn):
         name, words = drawn
@@ -263,7 +354,7 @@ PARSERS = {
 
 
 def outcome(target, drawn):
-    """Returns "taken", "refused" or "help", or else what the parser did wrong."""
+    """Returns one of GOOD, or else what the parser did wrong."""
     printed = io.StringIO()
     start = time.process_time()
     try:
@@ -282,82 +373,61 @@ def outcome(target, drawn):
     return result
 
 
-def draw(name, target, seed, index):
-    return target.inputs(random.Random(f"{name} {seed} {index}"))
-
-
-def child(name, seed, start, count):
-    """Tries inputs from `start` to `count`; prints lines of JSON: each index, failure, and the counts so far."""
-    torch.set_num_threads(1)
-    grown = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (grown + MEMORY, resource.RLIM_INFINITY))
-    with tempfile.TemporaryDirectory() as folder:
-        target = PARSERS[name](pathlib.Path(folder, "input"))
-        counts = {}
-        for index in range(start, count):
-            print(json.dumps({"at": index}), flush=True)
-            result = outcome(target, draw(name, target, seed, index))
-            if result not in ("taken", "refused", "help"):
-                print(json.dumps({"index": index, "failure": result}), flush=True)
-                result = "failed"
-            counts[result] = counts.get(result, 0) + 1
-            print(json.dumps({"counts": counts}), flush=True)
+def each_input(target, seed, count, judge):
+    """Calls `judge` with `count` inputs of a parser, always the same ones for a seed; once it raises, with fewer."""
+    settings = hypothesis.settings(max_examples=count, database=None, deadline=None, report_multiple_bugs=False,
+                                   phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+                                   suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    hypothesis.seed(seed)(settings(hypothesis.given(target.inputs())(lambda drawn: judge(drawn))))()
 
 
 def fuzz(name, seed, count):
     """Fuzzes a parser; returns its row {"parser", "seed", "inputs", "taken", "refused", ...} of the table."""
-    start = time.perf_counter()
-    next_index = 0
-    totals = {}
-    failures = []
-    deaths = 0
-    while next_index < count and deaths < 20:
-        words = [sys.executable, __file__, "--child", name, str(seed), str(next_index), str(count)]
-        counts = {}
-        at = next_index
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-            for line in process.stdout:
-                message = json.loads(line)
-                at = message.get("at", at)
-                counts = message.get("counts", counts)
-                if "failure" in message:
-                    failures.append(message)
-        for key, n in counts.items():
-            totals[key] = totals.get(key, 0) + n
-        next_index = count
-        if process.returncode:
-            deaths += 1
-            next_index = at + 1
-            failures.append({"index": at, "failure": f"the process ended with {process.returncode}"})
-            totals["failed"] = totals.get("failed", 0) + 1
-    row = {key: totals.get(key, 0) for key in ("taken", "refused", "help", "failed")}
-    row |= {"failures": failures[:20], "seconds": round(time.perf_counter() - start, 1)}
-    return {"parser": name, "seed": seed, "inputs": sum(totals.values()), **row}
+    start, counts, failure = time.perf_counter(), collections.Counter(), None
+    grown = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (grown + MEMORY, resource.RLIM_INFINITY))
+
+    def judge(drawn):
+        result = outcome(target, drawn)
+        counts[result if result in GOOD else "failed"] += 1
+        assert result in GOOD, f"{result}: {repr(drawn)[:300]}"
+
+    folder = tempfile.mkdtemp(prefix=f"fuzz-{name}-")
+    target = PARSERS[name](pathlib.Path(folder, "input"))
+    try:
+        each_input(target, seed, count, judge)
+    except AssertionError as error:
+        failure = str(error)
+    shutil.rmtree(folder)
+    row = {"parser": name, "seed": seed, "inputs": counts.total(), **{key: counts[key] for key in (*GOOD, "failed")}}
+    return row | {"failure": failure, "seconds": round(time.perf_counter() - start, 1), "commit": utils.commit()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None):
+    parser = study.parser(__doc__, {"--results": study.RESULTS / "fuzz.json"})
     parser.add_argument("--parsers", nargs="+", choices=PARSERS, default=list(PARSERS))
     parser.add_argument("--count", type=int, default=20_000, metavar="N", help="inputs per parser (default: 20000)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "bench" / "results" / "fuzz.json")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        child(options.child[0], *map(int, options.child[1:]))
-        return
-    earlier = json.loads(options.results.read_text())["rows"] if options.results.exists() else []
-    rows = {row["parser"]: row for row in earlier}
-    print("parser         seed  inputs   taken  refused  help  failed  seconds")
-    for name in options.parsers:
-        row = rows[name] = fuzz(name, options.seed, options.count) | {"commit": utils.commit()}
-        outcomes = f"{row['taken']:7} {row['refused']:8} {row['help']:5} {row['failed']:7}"
-        print(f"{name:14} {row['seed']:4} {row['inputs']:7} {outcomes} {row['seconds']:8}", flush=True)
-        for failure in row["failures"]:
-            print(f"  input {failure['index']}: {failure['failure']}")
+    return parser.parse_args(argv)
+
+
+def main(options):
+    torch.set_num_threads(1)
+    if len(options.parsers) == 1:
+        row = fuzz(*options.parsers, options.seed, options.count)
+        print({key: value for key, value in row.items() if value is not None}, flush=True)
+        rows = {row["parser"]: row for row in (*study.read(options.results).get("rows", []), row)}
         utils.write_json(options.results, {"versions": utils.versions(), "rows": list(rows.values())}, indent=1)
-    sys.exit(any(rows[name]["failed"] for name in options.parsers))
+        sys.exit(bool(row["failed"]))
+    codes = {}
+    for name in options.parsers:
+        words = ["--count", options.count, "--seed", options.seed, "--results", options.results, "--parsers", name]
+        codes[name] = subprocess.run([sys.executable, "-m", "faults.fuzz", *map(str, words)], cwd=ROOT).returncode
+        if codes[name] not in (0, 1):
+            left = f"{tempfile.gettempdir()}/fuzz-{name}-*/input"
+            print(f"{name}: the process ended with {codes[name]}; its last input is {left}", flush=True)
+    sys.exit(any(codes.values()))
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_script(main, parse_args)

@@ -16,10 +16,9 @@ import torch.utils.tensorboard
 import torchvision.transforms.v2  # noqa: F401
 
 import dataloader
-from engines import search_record
+from engines import search_files, search_record
 from training import evaluation, loop
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from utils import HERE
 
 # --- guards that --break removes -----------------------------------------------------------------------------
 
@@ -28,7 +27,7 @@ def _everywhere(name, value):
     """Replaces a name in all modules of the project that have it."""
     for module in list(sys.modules.values()):
         path = str(getattr(module, "__file__", None) or "")
-        if path.startswith(f"{ROOT}{os.sep}") and ".venv" not in path and hasattr(module, name):
+        if path.startswith(f"{HERE}{os.sep}") and ".venv" not in path and hasattr(module, name):
             setattr(module, name, value)
 
 
@@ -65,7 +64,7 @@ def _replace(owner, name, wrap):
 BREAKS = {
     "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
     "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
-    "repair": lambda: _replace(search_record, "read_generations", _unrepaired),
+    "repair": lambda: _replace(search_files, "read_generations", _unrepaired),
     "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
     "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
     "finite": lambda: _replace(loop._Meter, "fetch", _blind),

@@ -5,6 +5,8 @@ In every SVG text stays text, and the marks of candidates, generations, shares a
 """
 
 import io
+import itertools
+import statistics
 
 import matplotlib
 from matplotlib.colors import ListedColormap
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from space.limits import shown
+from space.limits import milliseconds, shown
 from utils import atomic_write
 
 INK = "#222222"
@@ -57,18 +59,18 @@ STYLE = {
 }
 
 
-def draw(run, random, folder):
+def draw(search, random, folder):
     """Draws all figures of a `SearchResults` and its `RandomSearch` into a folder; returns {name: SVG in bytes}."""
     with matplotlib.rc_context(STYLE):
         figures = {
-            "generations": _generations(run, random),
-            "plane": _plane(run, run.main_cost, run.front(), gid="front", label="Pareto front"),
-            "operations": _operations(run),
-            "best": _best(run),
+            "generations": _generations(search, random),
+            "plane": _plane(search, search.main_cost, search.front(), gid="front", label="Pareto front"),
+            "operations": _operations(search),
+            "best": _best(search),
         }
-        for cost in run.objectives[1:]:
-            members = sorted((r for _, r in run.family()), key=_axis(run, cost)[1])
-            figures[f"front-{cost}"] = _plane(run, cost, members, gid="members", label="the front")
+        for cost in search.objectives[1:]:
+            members = sorted((r for _, r in search.family()), key=_axis(search, cost)[1])
+            figures[f"front-{cost}"] = _plane(search, cost, members, gid="members", label="the front")
         return {name: save_figure(name, figure, folder) for name, figure in figures.items()}
 
 
@@ -85,26 +87,33 @@ def save_figure(name, figure, folder):
     return svg.getvalue()
 
 
-def _generations(run, random):
+def _generations(search, random):
     """Left: best, mean and spread by generation. Right: best so far and random search, by evaluated candidates."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    x = [g.number + _jitter(i) for g in run.generations for i in range(len(g.succeeded))]
-    acc1 = [r["acc1"] for g in run.generations for r in g.succeeded]
-    left.scatter(x, acc1, 9, PALE, linewidths=0, gid="candidates", label="a candidate")
-    shown = [g for g in run.generations if g.succeeded]
+    what = "loss" if search.by_loss else "top-1"
+    shown = [g for g in search.generations if g.succeeded]
+    values = [[search.as_read(search.score(r)) for r in g.succeeded] for g in shown]
+    x = [g.number + _jitter(i) for g in shown for i in range(len(g.succeeded))]
+    left.scatter(x, [*itertools.chain(*values)], 9, PALE, linewidths=0, gid="candidates", label="a candidate")
     numbers = [g.number for g in shown]
-    means = [g.mean for g in shown]
-    spread = [g.sd for g in shown]
+    means = [statistics.fmean(own) for own in values]
+    spread = [statistics.pstdev(own) if len(own) < 2 else statistics.stdev(own) for own in values]
     left.errorbar(numbers, means, spread, color=MEAN, capsize=3, linestyle="none", label="± 1 standard deviation")
     left.plot(numbers, means, "o-", color=MEAN, markersize=4, gid="mean", label="mean")
-    left.plot(numbers, [g.best["acc1"] for g in shown], "s-", color=BEST, markersize=4, gid="best", label="best")
-    left.set(xlabel="generation", ylabel="top-1 in the supernet (%)", title="(a) Accuracy by generation")
-    left.set_xlim(0.4, run.generations[-1].number + 0.6)
+    best = [search.as_read(search.score(g.best)) for g in shown]
+    left.plot(numbers, best, "s-", color=BEST, markersize=4, gid="best", label="best")
+    unit = "nats, lower is better" if search.by_loss else "%"
+    left.set(
+        xlabel="generation", ylabel=f"{what} in the supernet ({unit})", title=f"(a) {what.capitalize()} by generation"
+    )
+    if search.by_loss:
+        left.invert_yaxis()
+    left.set_xlim(0.4, search.generations[-1].number + 0.6)
     left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=2)
 
-    n, best = zip(*run.best_so_far())
+    n, best = zip(*search.best_so_far())
     right.plot(n, best, "s", color=BEST, markersize=4, gid="so-far", label="this search")
     right.plot(n, best, color=BEST, drawstyle="steps-post")
     if random.measured:
@@ -124,7 +133,7 @@ def _generations(run, random):
             n, values, color=RANDOM, linestyle=":", gid="random-extrapolated", label="extrapolated, not measured"
         )
     right.set(xlabel="candidates evaluated", title="(b) Best so far, same budget")
-    right.set_xlim(0, len(run.succeeded) * 1.04)
+    right.set_xlim(0, len(search.succeeded) * 1.04)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.tick_params(labelleft=True)
     right.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=1)
@@ -136,19 +145,19 @@ def _jitter(i):
     return (i * 0.618034 % 1 - 0.5) * 0.56
 
 
-def _axis(run, cost):
+def _axis(search, cost):
     """(label of an axis of a cost, function from a result to its place on it, what a unit of the axis is)."""
     if cost == "latency":
-        return f"predicted latency (ms, {run.settings['latency']['runtime']})", lambda r: r["latency_ms"], 1e6
+        return f"predicted latency (ms, {search.settings['latency']['runtime']})", lambda r: r["latency_ms"], 1e6
     if cost == "flops":
         return "FLOPs (millions of multiply-adds)", lambda r: r["flops"] / 1e6, 1e6
-    unit, words = (1e6, "millions") if max(run.cost(cost, r) for r in run.results) >= 1e6 else (1e3, "thousands")
-    return f"parameters ({words})", lambda r: run.cost(cost, r) / unit, unit
+    unit, words = (1e6, "millions") if max(search.cost(cost, r) for r in search.results) >= 1e6 else (1e3, "thousands")
+    return f"parameters ({words})", lambda r: search.cost(cost, r) / unit, unit
 
 
-def _draw_limits(axes, run, cost, unit):
+def _draw_limits(axes, search, cost, unit):
     """Draws the limits on a cost as vertical lines; returns their places."""
-    low, high = run.bounds.get(cost, (None, None))
+    low, high = search.bounds.get(cost, (None, None))
     limits = [(gid, limit) for gid, limit in (("limit", high), ("lower-limit", low)) if limit is not None]
     for gid, limit in limits:
         label = f"limit, {shown(cost, limit)}"
@@ -156,37 +165,37 @@ def _draw_limits(axes, run, cost, unit):
     return [limit / unit for _, limit in limits]
 
 
-def _plane(run, cost, circled, **drawn):
+def _plane(search, cost, circled, **drawn):
     """Every candidate by a cost and top-1, those `circled` joined, and the limits; failed ones at the lower edge.
 
     `drawn` has the gid and label of the circles.
     """
     figure = Figure(figsize=(9, 4.3), layout="constrained")
     axes = figure.subplots()
-    last = run.generations[-1].number
+    last = search.generations[-1].number
     shades = matplotlib.colormaps["Blues"]([0.3 + 0.7 * i / max(last - 1, 1) for i in range(last)])
-    size = 26 if len(run.succeeded) < 300 else 14
-    label, place, unit = _axis(run, cost)
+    size = 26 if len(search.succeeded) < 300 else 14
+    label, place, unit = _axis(search, cost)
 
     def scatter(results, *look, **how):
         return axes.scatter([place(r) for r in results], [r["acc1"] for r in results], *look, **how)
 
-    numbers = [r["generation"] for r in run.succeeded]
-    points = scatter(run.succeeded, size, numbers, cmap=ListedColormap(shades), vmin=0.5, vmax=last + 0.5,
+    numbers = [r["generation"] for r in search.succeeded]
+    points = scatter(search.succeeded, size, numbers, cmap=ListedColormap(shades), vmin=0.5, vmax=last + 0.5,
                      edgecolors="white", linewidths=0.4, gid="candidates")  # fmt: skip
     ends = [place(r) for r in circled], [r["acc1"] for r in circled]
     axes.plot(*ends, color=INK, linewidth=1, drawstyle="steps-post", zorder=1.5)
     scatter(circled, 2.6 * size, "none", edgecolors=INK, linewidths=1, **drawn)
-    limits = _draw_limits(axes, run, cost, unit)
-    if beyond := [r for r in run.succeeded if run.is_beyond(r)]:
+    limits = _draw_limits(axes, search, cost, unit)
+    if beyond := [r for r in search.succeeded if search.is_beyond(r)]:
         text = "beyond the limit, after measurements"
         scatter(beyond, 3 * size, "none", marker="s", edgecolors=LIMIT, linewidths=1, gid="beyond", label=text)
-    if failed := [{**r, "acc1": 0.02} for r in run.results if r["acc1"] is None]:
+    if failed := [{**r, "acc1": 0.02} for r in search.results if r["acc1"] is None]:
         edge = axes.get_xaxis_transform()
         text = "failed (no accuracy)"
         scatter(failed, 22, LIMIT, marker="x", linewidths=1.1, gid="failed", label=text, transform=edge)
     axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
-    costs = [place(r) for r in run.results] + limits
+    costs = [place(r) for r in search.results] + limits
     margin = 0.03 * (max(costs) - min(costs)) or 1
     axes.set_xlim(min(costs) - margin, max(costs) + margin)
     axes.margins(y=0.09)
@@ -205,12 +214,12 @@ def _look(space, name):
     return name, name[0].upper(), OTHERS[own.index(name) % len(OTHERS)], INK, 0.60
 
 
-def _operations(run):
+def _operations(search):
     """Shares of the operations by block: among all candidates and the last generation, then of each by generation."""
-    blocks = run.space.n_blocks
-    operations = run.space.operations
-    generations = run.generations
-    labels = [_look(run.space, op)[0] for op in operations]
+    blocks = search.space.n_blocks
+    operations = search.space.operations
+    generations = search.generations
+    labels = [_look(search.space, op)[0] for op in operations]
     rows = -(-len(operations) // 2)
     tall = min(max(0.17 * len(generations), 0.35), 3.2)
     figure = Figure(figsize=(9, 1.9 + rows * (tall + 0.62)), layout="constrained")
@@ -221,7 +230,7 @@ def _operations(run):
             [0.5 + i for i in range(blocks + 1)], [0.5 + i for i in range(len(shares) + 1)], shares,
             cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6, gid=gid,
         )  # fmt: skip
-        for end in _stage_ends(run.space):
+        for end in _stage_ends(search.space):
             axes.axvline(end + 0.5, color=GREY, linewidth=0.8)
         axes.set_title(title)
         axes.set_ylim(len(shares) + 0.5, 0.5)
@@ -233,17 +242,17 @@ def _operations(run):
 
     last = generations[-1]
     for axes, gid, results, title in (
-        (grid[0, 0], "all", run.results, f"All {len(run.results):,} candidates"),
+        (grid[0, 0], "all", search.results, f"All {len(search.results):,} candidates"),
         (grid[0, 1], "last", last.results, f"Generation {last.number}{'' if last.closed else ', not finished'}"),
     ):
-        heat(axes, gid, [run.shares(results, i) for i in range(len(operations))], title)
+        heat(axes, gid, [search.shares(results, i) for i in range(len(operations))], title)
     grid[0, 0].set_yticks(range(1, len(labels) + 1), labels)
     grid[0, 1].set_yticks([])
     for i, axes in enumerate(grid[1:].flat):
         if i >= len(operations):
             axes.set_visible(False)
             continue
-        mesh = heat(axes, operations[i], [run.shares(g.results, i) for g in generations], labels[i])
+        mesh = heat(axes, operations[i], [search.shares(g.results, i) for g in generations], labels[i])
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if i % 2 == 0:
             axes.set_ylabel("generation")
@@ -261,14 +270,14 @@ COLUMN = 0.82  # inches of a column of numbers beside the paths
 LEFT = 34  # points of what is left of the first block
 
 
-def _best(run):
+def _best(search):
     """The best candidates as paths, a row each: a box for each block, with colour and height by operation."""
-    best = run.legal[:10]
-    space = run.space
+    best = search.legal[:10]
+    space = search.space
     looks = {operation: _look(space, operation) for operation in space.operations}
     ends = _stage_ends(space)
     x = [i + 0.45 * sum(i >= end for end in ends) for i in range(space.n_blocks)]
-    columns = _columns(run, best)
+    columns = _columns(search, best)
     beside = COLUMN * len(columns)
     span = max(x[-1] + 1.4, 14)
     unit = (72 * (9 - beside) - LEFT) / span  # points from one block to the next
@@ -290,7 +299,7 @@ def _best(run):
     for rank, result in enumerate(best, 1):
         y = rank - 0.5
         paths.plot([-9 / unit, x[-1] + 1.4], [y, y], color=PALE, linewidth=1.5, zorder=0)
-        text, colour = (f"{rank}*", LIMIT) if run.is_beyond(result) else (str(rank), INK)
+        text, colour = (f"{rank}*", LIMIT) if search.is_beyond(result) else (str(rank), INK)
         paths.text(-20 / unit, y, text, ha="center", va="center_baseline", color=colour)
         for block, (operation, scale) in enumerate(space.chosen(result["architecture"])):
             _, short, colour, on, height = looks[operation]
@@ -309,16 +318,16 @@ def _best(run):
     return figure
 
 
-def _columns(run, best):
+def _columns(search, best):
     """{name: texts of the best} of the columns beside their paths."""
     columns = {
         "top-1 %": [f"{r['acc1']:.2f}" for r in best],
         "FLOPs": [shown("flops", r["flops"]) for r in best],
-        "params": [shown("params", run.cost("params", r)) for r in best],
+        "params": [shown("params", search.cost("params", r)) for r in best],
     }
     if "latency_ms" in best[0]:
-        columns["predicted ms"] = [f"{r['latency_ms']:.3f}" for r in best]
-    if any(measured := [run.measured_text(r) for r in best]):
+        columns["predicted ms"] = [milliseconds(r["latency_ms"]) for r in best]
+    if any(measured := [search.measured_text(r) for r in best]):
         columns["measured ms"] = measured
     return columns | {"generation": [str(r["generation"]) for r in best]}
 

@@ -6,10 +6,11 @@ import pathlib
 
 import numpy as np
 
-from engines.search_record import (
-    Generation,
+from engines.generations import Generation, first_generation_warning, reliability_text
+from engines.search_files import (
     confirmations,
-    first_generation_warning,
+    cost_of,
+    n_generations,
     ranked,
     read_generations,
     settings_difference,
@@ -18,12 +19,12 @@ from engines.search_record import (
     state_path,
 )
 from settings.subjects import EVOLUTION
-from space.limits import Limits, bounds_of
+from space.limits import Limits, bounding, bounds_of, milliseconds
 from utils import UserError, read_json
 
 FEWEST = 8  # accuracies, to estimate a spread from
 SKEWED = 1  # skewness from which accuracies count as not normal; 5% of 16 normal draws have more, 0.5% of 50
-SAME = 0.95  # of a budget or more counts as the same budget, since a few candidates may fail
+SAME = 0.95  # a sample of this share of a budget counts as the whole, since a few candidates may fail
 
 
 class SearchResults:
@@ -55,15 +56,27 @@ class SearchResults:
             self.space.check(result["architecture"])
         self.succeeded = ranked(self.results)
         if not self.succeeded:
-            failed = f"{len(self.results)} candidates, all failed" if self.results else "no candidate evaluated"
-            raise UserError(f"{out}: no results yet ({failed}); run the report again when search.py has some")
+            if n := len(self.results):
+                logs = state_path(out).parent
+                raise UserError(f"none of {n} candidates could be evaluated; the trials' errors are below {logs}")
+            raise UserError(f"{out}: no candidate is evaluated yet; run the report again when search.py has some")
+        self.by_loss = "score" in self.succeeded[0]
         self.objectives = self.settings.get("objectives", [])
         self.confirmations = confirmations(self.state)
         self.starts = starts(self.state)
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
+        self.winner = self.legal[0]
         self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations
                             for m in row["measured"]}  # fmt: skip
+
+    def score(self, result):
+        """The number in a result by which it is ranked, the higher the better: top-1 in percent, or minus the loss."""
+        return result["score"] if self.by_loss else result["acc1"]
+
+    def as_read(self, score):
+        """A score as it is shown: top-1 in percent, or the loss in nats."""
+        return -score if self.by_loss else score
 
     @property
     def n_failed(self):
@@ -76,7 +89,7 @@ class SearchResults:
     def measured_text(self, result):
         """The latency of a candidate as measured, in ms; empty where it was not."""
         ms = self.measured_ms.get(tuple(result["architecture"]))
-        return "" if ms is None else f"{ms:.3f}"
+        return "" if ms is None else milliseconds(ms)
 
     @property
     def main_cost(self):
@@ -85,14 +98,39 @@ class SearchResults:
 
     def cost(self, name, result):
         """One of COSTS of a result: multiply-adds, parameters, or predicted ns."""
-        if name == "latency":
-            return round(result["latency_ms"] * 1e6)
-        return result["flops"] if name == "flops" else self.space.cost(name, result["architecture"])
+        return self.space.cost(name, result["architecture"]) if name == "params" else cost_of(name, result)
+
+    @functools.cached_property
+    def limited(self):
+        """The costs whose limits exclude candidates."""
+        return bounding(self.space, self.bounds)
+
+    @functools.cached_property
+    def share(self):
+        """The share of all candidates that the limits leave."""
+        return Limits(self.space, self.bounds).share()
+
+    def new_children(self, generation):
+        """How many of the children in a Generation were new, in words; empty where it has none, or it isn't known."""
+        wanted = self.settings["mutation"] + self.settings["crossover"]
+        found = dict(enumerate(self.state.get("children", ()), 2))
+        return f"{found[generation.number]} of {wanted}" if wanted and generation.number in found else ""
+
+    @property
+    def is_exhausted(self):
+        """Whether the search ended because no further candidate within the limits was new."""
+        asked = n_generations(self.state) * self.settings["population"]
+        return bool(self.state.get("done")) and len(self.results) < asked
 
     @functools.cached_property
     def first_warning(self):
         """The line that says that the first generation's candidates can't be told apart, or None."""
         return first_generation_warning(self.generations[0].results, self.space.n_classes)
+
+    @functools.cached_property
+    def reliability(self):
+        """The line with the reliability of the first generation, or None."""
+        return reliability_text(self.generations[0].results)
 
     def warnings(self):
         """Reasons to doubt the results, a line each: from the start of the search, and from its first generation."""
@@ -107,15 +145,15 @@ class SearchResults:
         return not self.settings["mutation"] and not self.settings["crossover"]
 
     def best_so_far(self):
-        """(number of candidates with an accuracy, the best top-1 of them) at the end of each generation."""
+        """(number of candidates with an accuracy, the best score of them as it is read) after each generation."""
         points = []
         n = 0
         best = -math.inf
         for generation in self.generations:
             if generation.succeeded:
                 n += len(generation.succeeded)
-                best = max(best, generation.best["acc1"])
-                points.append((n, best))
+                best = max(best, self.score(generation.best))
+                points.append((n, self.as_read(best)))
         return points
 
     def front(self):
@@ -146,30 +184,38 @@ class SearchResults:
 
 
 class RandomSearch:
-    """What random search finds with the budget of a search, from the accuracies of uniform random legal candidates.
+    """What random search finds with the budget of a search, from the scores of uniform random legal candidates.
 
     These are the results of a random search, or the first generation. `measured` has the expected best of n of them,
     for n from 1 to their number or the budget; `extrapolated` has (n, value, low, high) up to the budget, from a normal
     distribution with their mean and standard deviation, with its 95% bootstrap interval. Both are empty where the first
-    generation is not uniform, and the latter where they are `skewed`.
+    generation is not uniform, and the latter where they are `skewed`, or where the normal distribution is `refuted`: at
+    the number that was measured, the best is outside of its interval, or at the budget nothing could be as good.
     """
 
-    def __init__(self, run, other=None):
-        source = other or run
+    def __init__(self, search, other=None):
+        source = other or search
         self.other = other
-        self.budget = len(run.succeeded)
+        self.budget = len(search.succeeded)
         # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
-        self.uniform = Limits(run.space, run.bounds).share() >= 0.02
+        self.uniform = search.share >= 0.02
         chosen = [r for r in source.results if source.is_random() or r["generation"] == 1]
-        sample = [r["acc1"] for r in chosen if r["acc1"] is not None]
+        sample = [search.score(r) for r in chosen if r["acc1"] is not None]
         self.size = len(sample)
-        self.measured = expected_best(sample)[: self.budget] if self.uniform else []
+        self.measured = [search.as_read(v) for v in expected_best(sample)[: self.budget]] if self.uniform else []
         self.extrapolated = []
         enough = self.uniform and FEWEST <= self.size < SAME * self.budget
         self.skewed = enough and is_skewed(sample)
+        self.refuted = False
         if enough and not self.skewed:
             step = max(1, (self.budget - self.size) // 60)
-            self.extrapolated = extrapolate(sample, [*range(self.size, self.budget, step), self.budget])
+            found = extrapolate(sample, [*range(self.size, self.budget, step), self.budget])
+            _, _, low, high = found[0]
+            perfect = 0 if search.by_loss else 100
+            self.refuted = not low <= max(sample) <= high or found[-1][1] > perfect
+            if not self.refuted:
+                ends = [(n, value, low, min(high, perfect)) for n, value, low, high in found]
+                self.extrapolated = [(n, *map(search.as_read, (value, low, high))) for n, value, low, high in ends]
 
     @property
     def at_budget(self):
@@ -183,13 +229,13 @@ class RandomSearch:
         return (n, self.measured[-1], None, None) if self.other and n >= SAME * self.budget else None
 
 
-def check_comparable(run, other):
-    """Raises UserError if `other` is not a random search under the conditions of `run`."""
+def check_comparable(search, other):
+    """Raises UserError if `other` is not a random search under the conditions of `search`."""
     if not other.is_random():
         raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
-    if changes := settings_difference(run.settings, other.settings, ignore=EVOLUTION):
+    if changes := settings_difference(search.settings, other.settings, ignore=EVOLUTION):
         names = ", ".join(changes)
-        raise UserError(f"--random {other.out}: differs from {run.out} in {names}, so accuracies do not compare")
+        raise UserError(f"--random {other.out}: differs from {search.out} in {names}, so accuracies do not compare")
 
 
 def expected_best(values):

@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
             if not isinstance(section, dict):
                 raise UserError(f"{path}: {name!r} is not a section with settings, but {reprlib.repr(section)}")
         own = {name.removeprefix("--") for name in self._option_string_actions}
-        others = {flag(name).removeprefix("--") for name in FIELDS} - own  # of other scripts
+        others = {flag(name).removeprefix("--") for name in FIELDS} - own  # other scripts have these
         common = {k: v for k, v in document.get("common", {}).items() if k not in others}
         values = self.check_settings(path, "common", common)
         values |= self.check_settings(path, self.section, document.get(self.section, {}))

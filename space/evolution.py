@@ -75,6 +75,7 @@ class Evolution:
         self.objectives = tuple(objectives)
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
+        self.children = []  # of each population but the first, how many children were new
         self.population = []  # the open one, empty between generations
         self.rewards = {}  # candidate -> its reward, None if it failed
         self.finished = False
@@ -166,6 +167,8 @@ class Evolution:
             self._add_new(population, self.mutation, mutants)
             crossed = (self.cross(parent(), parent()) for _ in range(TRIES * self.crossover))
             self._add_new(population, self.crossover, crossed)
+        if self.history:
+            self.children.append(len(population))
         self._fill(population)
         return population
 

@@ -73,11 +73,16 @@ def as_settings(bounds):
 
 
 def shown(name, cost):
-    """A cost with its unit, of four digits: "329.9M", "21.75k", "8.120 ms"."""
+    """A cost with its unit, of four digits: "329.9M", "21.75k", "8.120 ms", "0.0573 ms"."""
     if name == "latency":
-        return f"{cost / 1e6:.3f} ms"
+        return f"{milliseconds(cost / 1e6)} ms"
     value, unit = (cost / 1e6, "M") if cost >= 999_950 else (cost / 1e3, "k")
     return f"{value:.{3 if value < 9.9995 else 2 if value < 99.995 else 1}f}{unit}"
+
+
+def milliseconds(ms):
+    """A latency as a number: three digits behind the point, below a millisecond three that are significant."""
+    return f"{ms:.3f}" if ms >= 1 else f"{ms:#.3g}"
 
 
 def describe(bounds):
@@ -115,12 +120,28 @@ def idle_limits(space, texts=(), flops_limit=None):
     if flops_limit is not None:
         said["flops"] = f"flops={flops_limit}"
     lines = []
-    for name, (low, high) in read_limits(space, said.values()).items():
-        least, most = space.cost_range(name)
-        if (low or 0) <= least and (high or math.inf) >= most and not str(said[name]).endswith("100%"):
+    bounds = read_limits(space, said.values())
+    for name in bounds:
+        if name not in bounding(space, bounds) and not str(said[name]).endswith("100%"):
+            least, most = space.cost_range(name)
             found = f"they cost {shown(name, least)} to {shown(name, most)}"
             lines.append(f"the limit {said[name]} excludes no candidate of this space: {found}")
     return lines
+
+
+def share_text(share):
+    """The share of candidates that limits leave, in words."""
+    return f"{share:.1%} of all candidates" if share >= 0.001 else "less than 0.1% of all candidates"
+
+
+def bounding(space, bounds):
+    """The names of the bounds that exclude a candidate of a space."""
+    found = []
+    for name, (low, high) in bounds.items():
+        least, most = space.cost_range(name)
+        if (low or 0) > least or (high or math.inf) < most:
+            found.append(name)
+    return found
 
 
 class Limits:

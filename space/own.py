@@ -119,16 +119,16 @@ def hash_of(kind, name):
 
 def source_hash(found):
     """The hash of the source of a function, a class, or the class of an object; "" if it is the project's own."""
+    plain = _function(found)
+    plain = plain if hasattr(plain, "__qualname__") else type(plain)
+    if plain.__module__ in sys.modules and is_ours(sys.modules[plain.__module__]):
+        return ""
     for kind, registry in REGISTRIES.items():
         for name, registered in registry.items():
             if registered is found and (kind, name) in hashes:
                 return hashes[kind, name]
-    found = found.func if isinstance(found, functools.partial) else found
-    found = found if hasattr(found, "__qualname__") else type(found)
-    if found.__module__ in sys.modules and is_ours(sys.modules[found.__module__]):
-        return ""
     try:
-        return hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:16]
+        return hashlib.sha256(inspect.getsource(plain).encode()).hexdigest()[:16]
     except (OSError, TypeError):
         return "in Python"
 

@@ -32,7 +32,7 @@ MAX_BLOCKS = 1000
 UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "flops": ("multiply-adds (330000000, 330M, 700k)", {"": 1, "k": 1e3, "M": 1e6}),
     "params": ("parameters (3500000, 3.5M, 80k)", {"": 1, "k": 1e3, "M": 1e6}),
-    "latency": ("milliseconds (8ms)", {"ms": 1e6}),
+    "latency": ("milliseconds (8ms) or microseconds (57us)", {"ms": 1e6, "us": 1e3}),
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
 SAME_OPERATIONS = {}  # hash of the file of own operations, in checkpoints of before -> the hash that is used now

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import functools
 import gc
-import importlib.util
+import importlib
 import io
 import multiprocessing
 import os
@@ -55,15 +55,6 @@ def make_tree(root, train=12, val=7):
 
 
 @functools.cache
-def load(path):
-    """The module in a file, "bench/search.py", whose name a module at the root may have too."""
-    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@functools.cache
 def real_images(n, px):
     """`n` bundled training images of all classes in turn: (n, 3, px, px) in [0, 255], and their labels (n,)."""
     classes = sorted(
@@ -110,6 +101,15 @@ def folders(tmp_path_factory):
 def forked(monkeypatch):
     """The local engine forks its workers: spawned ones would import torch again."""
     monkeypatch.setattr(local_engine, "SPAWN", multiprocessing.get_context("fork"))
+
+
+FIGURES = dict.fromkeys(("generations", "plane", "operations", "best", "front-flops", "front-params"), b"")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without figures, which take more than a second."""
+    monkeypatch.setattr("reports.page.draw", lambda *_: FIGURES)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def touched(monkeypatch):
 
 def run(script, *words, code=0, cwd=None):
     """Runs a script in this process, as `launch` does in another; returns (standard output, standard error)."""
-    module = load(script) if "/" in script else importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py"))
     words = _words(script, words)
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors, "\n") for errors in ("strict", "backslashreplace"))
     with _restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -5,13 +5,12 @@ import io
 import pickle
 import tarfile
 
+import make_cifar10 as make
 import numpy as np
 import pytest
-from conftest import load
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-make = load("data/make_cifar10.py")
 CLASSES = ["airplane", "bird"]
 
 

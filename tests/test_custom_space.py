@@ -280,13 +280,13 @@ def test_a_path_of_the_projects_operations_is_the_fixed_network_and_a_part_of_th
 
 
 def test_the_projects_operations_stand_beside_those_of_a_file(tmp_path):
-    demo, macro = str(ROOT / "bench/demo_operations.py"), str(ROOT / "bench/macro_operations.py")
-    own.load(macro)
-    both = ["skip", "skip_1x1", "pointwise", "pointwise_1x1", "identity", "mobilenet_3x3", "shufflenet_3x3"]
+    mine = written(tmp_path / "own.py", EXAMPLE.replace('"identity"', '"skip"'))
+    own.load(ROOT / "bench" / "macro_operations.py")
+    both = ["skip", "skip_1x1", "pointwise_1x1", "identity", "mobilenet_3x3", "shufflenet_3x3"]
     space = {"operations": both, "stages": OWN["stages"], "stem": OWN["stem"]}
     with pytest.raises(UserError, match=r"operation 'skip' is not one of .*skip_1x1.*--own"):
         custom.make_space(space)
-    assert custom.make_space(space, own_file=demo).operations == tuple(both)
+    assert custom.make_space(space, own_file=mine).operations == tuple(both)
     assert custom.make_space("varied").operations_hash == ""
 
 

@@ -151,6 +151,9 @@ def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
     with pytest.raises(UserError, match=r"--group-by _ contradicts x\.pth, which has .*g\.csv"):
         DataConfig.resolve({"group_by": "_"}, stored, "x.pth")
     found[1].write_list(tmp_path / "listed.json")  # for trials, which need no CSV
+    groups, halves = found[1].groups[found[1].heldout], found[1].images("search").halves
+    assert all(len(set(halves[groups == group])) == 1 for group in groups) and set(halves) == {0, 1}
+    assert abs(np.mean(halves) - 0.5) < 0.3
     (tmp_path / "moved.csv").unlink()
     listed = Data(tmp_path / "tree", found[1].config, listed=tmp_path / "listed.json")
     assert listed.split == found[0].split | {"group_by": found[1].split["group_by"]}

@@ -4,34 +4,28 @@ import json
 
 import pytest
 import torch
-from conftest import load
+import yaml
+from conftest import run
 
+from bench import demo, study
+from bench import demo_study as bench
 from blocks import build_block
 from network import ShuffleNetV2
 from space.search_space import BlockShape
-
-demo, study = load("bench/demo.py"), load("bench/demo_study.py")
-
-
-@pytest.fixture(scope="module")
-def space_and_limit():
-    return study.demo_space()
+from utils import UserError
 
 
-def test_the_truth_is_that_of_the_demos_settings(space_and_limit):
-    space, limit = space_and_limit
+def test_the_truth_is_that_of_the_demos_settings(tmp_path):
+    space, bounds, settings = bench.settings()
     found = json.loads(demo.TRUTH.read_text())
-    iterations = study.scratch.parse_args(["--demo"]).iterations
-    assert found["settings"] == {"space": space.to_dict(), "flops_limit": limit, "iterations": iterations}
+    assert found["settings"] == settings
     random_ones, largest = demo.read_truth()
-    assert [tuple(row["architecture"]) for row in random_ones] == study.random_legal(space, limit, 60)
-    assert tuple(largest["architecture"]) == study.largest_legal(space, limit)
+    assert [tuple(row["architecture"]) for row in random_ones] == study.random_legal(space, bounds, 60)
+    assert tuple(largest["architecture"]) == study.largest_legal(space, settings["flops_limit"])
     for row in (*random_ones, largest):
-        assert row["flops"] == space.flops(row["architecture"]) <= limit and row["acc1"] > 10
-    repeated = [tuple(row["architecture"]) for row in random_ones[:20]]
-    for seed, steps in ((1, iterations), (0, iterations // 2)):
-        rows = [r for r in found["rows"] if (r["seed"], r["iterations"]) == (seed, steps)]
-        assert [tuple(r["architecture"]) for r in rows] == repeated
+        assert row["flops"] == space.flops(row["architecture"]) <= settings["flops_limit"] and row["acc1"] > 10
+    rows = [[row["architecture"], row["seed"], row["iterations"]] for row in found["rows"]]
+    assert rows == [task.key for task in bench.trainings(tmp_path)]
 
 
 def test_what_counts_as_agreement():
@@ -43,20 +37,37 @@ def test_what_counts_as_agreement():
             ((0, 10, 80 + n), (1, 10, 70 + n), (0, 5, 60 - n))]  # fmt: skip
     rows.append(row([9], 0, 10, 0))  # trained once
     found = {"settings": {"iterations": 10}, "rows": rows}
-    assert study.agreement(found) == [("another seed", 1), ("half the steps", -1), ("FLOPs", 1), ("parameters", -1)]
+    assert bench.agreement(found) == [("another seed", 1), ("half the steps", -1), ("FLOPs", 1), ("parameters", -1)]
 
 
-@pytest.mark.parametrize("name", ["skip", "pointwise"])
+@pytest.mark.parametrize("name", ["skip_1x1", "pointwise_1x1"])
 @pytest.mark.parametrize(("stride", "channels", "side"), [(1, 8, 7), (2, 16, 4)])
-def test_the_cheap_operations(space_and_limit, name, stride, channels, side):
+def test_the_cheap_operations(name, stride, channels, side):
     block = build_block(name, BlockShape(8, channels, stride, 7))
     x = torch.rand(2, 8, 7, 7)
     assert block(x).shape == (2, channels, side, side)
-    assert torch.equal(block(x), x) == (name == "skip" and stride == 1)
+    assert torch.equal(block(x), x) == (name == "skip_1x1" and stride == 1)
 
 
-def test_the_space_has_the_papers_operations_and_networks_of_it_run(space_and_limit):
-    space, limit = space_and_limit
+def test_the_space_has_the_papers_operations_and_networks_of_it_run():
+    space, _, settings = bench.settings()
     assert {"shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3"} < set(space.operations)
-    network = ShuffleNetV2(study.largest_legal(space, limit), space=space).eval()
+    network = ShuffleNetV2(study.largest_legal(space, settings["flops_limit"]), space=space).eval()
     assert network(torch.rand(1, 3, 28, 28)).shape == (1, 10)
+
+
+def test_an_unfinished_demo_of_another_space_is_named(tmp_path, monkeypatch):
+    """As one of the time when its cheap operations came from a file of their own."""
+    space = yaml.safe_load((demo.HERE / "demo.yml").read_text())["space"]
+    config = tmp_path / "checkpoints" / "supernet" / "config.yml"
+    config.parent.mkdir(parents=True)
+    config.write_text(yaml.safe_dump({"space": space | {"operations": ["skip", "pointwise"]}}))
+    _, stderr = run("bench.demo", "--out", tmp_path, code=2)
+    assert stderr.endswith(f"another search space than demo.yml's; remove it: rm -r {tmp_path}\n")
+    config.write_text(yaml.safe_dump({"space": space}))
+
+    def runs(*_):
+        raise UserError("it runs")
+
+    monkeypatch.setattr(demo.Steps, "run", runs)
+    assert "it runs" in run("bench.demo", "--out", tmp_path, code=2)[1]

@@ -5,6 +5,7 @@ import math
 import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,6 +226,28 @@ def test_a_result_says_what_was_measured(supernet):
     (result,) = evaluate(supernet, PATHS[:1], batches(2, 8), batches(2, 16, 1, ragged=3))
     assert result["architecture"] == list(PATHS[0])
     assert result["n_images"] == 35 and 0 <= result["acc1"] <= result["acc5"] <= 100 and result["seconds"] >= 0
+
+
+class Halved(list):
+    """Batches that tell which of their images are in the second half."""
+
+    second_halves = None
+
+
+def test_both_halves_of_the_images_have_results_that_make_up_the_whole(supernet):
+    calibration, validation = batches(2, 8), Halved(batches(2, 16, 1, ragged=3))
+    rng = np.random.default_rng(0)
+    validation.second_halves = [rng.random(len(labels)) < 0.4 for _, labels in validation]
+    halved = evaluate(supernet, PATHS, calibration, validation)
+    parts = [[(images[which], labels[which]) for (images, labels), which in
+              zip(validation, (torch.from_numpy(mask == half) for mask in validation.second_halves))]
+             for half in (0, 1)]  # fmt: skip
+    whole, *alone = (evaluate(supernet, PATHS, calibration, images) for images in (list(validation), *parts))
+    for result, plain, *halves in zip(halved, whole, *alone):
+        found = result.pop("halves")
+        assert {**result, "seconds": 0} == {**plain, "seconds": 0}
+        for key in ("acc1", "loss"):
+            assert found[key] == pytest.approx([half[key] for half in halves], rel=1e-4)
 
 
 def test_the_loss_is_the_mean_cross_entropy_in_any_batches(supernet):

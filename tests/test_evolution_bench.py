@@ -4,11 +4,9 @@ import itertools
 import random
 
 import pytest
-from conftest import load
 
+from bench import evolution as bench
 from utils import read_json
-
-bench = load("bench/evolution.py")
 
 TABLES = read_json(bench.TABLES)["tables"]
 
@@ -93,7 +91,7 @@ def test_regret_on_the_additive_table():
 
 
 def test_results_file(tmp_path, capsys):
-    bench.main(["--seeds", "2", "--results", str(tmp_path / "r.json")])
+    bench.main(bench.parse_args(["--seeds", "2", "--results", str(tmp_path / "r.json")]))
     written = read_json(tmp_path / "r.json")
     assert written["settings"]["seeds"] == 2
     shown = capsys.readouterr().out.splitlines()[2:]
@@ -104,40 +102,6 @@ def test_results_file(tmp_path, capsys):
         assert row["regrets"] == [round(bench.regret(TABLES[table], seed, settings), 4) for seed in range(2)]
         assert row["mean"] == pytest.approx(sum(row["regrets"]) / 2, abs=1e-4)
         assert line.startswith(f"| {table} | {method} | {row['mean']:.2f} | {row['median']:.2f} |")
-
-
-def test_the_known_front_equals_brute_force(monkeypatch):
-    """On the first blocks of the table; the other blocks have one choice."""
-    table, costs = TABLES["additive"], bench.SPACE.choice_flops
-    for start in (0, 7):
-        used = [(c, r) if start <= b < start + 5 else (c[:1], r[:1])
-                for b, (c, r) in enumerate(zip(costs, table["rewards"]))]  # fmt: skip
-        few = bench.SPACE.with_costs(*bench.SPACE.costs._replace(flops=tuple(c for c, _ in used)))
-        with monkeypatch.context() as patch:
-            patch.setattr(bench, "SPACE", few)
-            found = bench.known_front(table | {"rewards": [r for _, r in used]})
-            points = [
-                (few.fixed_flops + sum(c[i] for (c, _), i in zip(used, choices)),
-                 bench.MEAN + sum(r[i] for (_, r), i in zip(used, choices)))
-                for choices in itertools.product(*(range(len(c)) for c, _ in used))
-            ]  # fmt: skip
-        front = {p for p in points if not any(q[0] <= p[0] and q[1] >= p[1] and q != p for q in points)}
-        assert set(found) == front and found == sorted(found)
-
-
-def test_hypervolume_is_the_area_under_the_front():
-    points = [(1, 5), (3, 8), (2, 4), (9, 9), (4, 1)]
-    assert bench.hypervolume(points, (6, 2)) == (3 - 1) * 3 + (6 - 3) * 6
-    cells = [(x, y) for x in range(6) for y in range(2, 10) if any(c <= x and v > y for c, v in points)]
-    assert bench.hypervolume(points, (6, 2)) == len(cells)
-    assert bench.hypervolume([], (6, 2)) == 0
-
-
-def test_a_search_for_the_front_beats_five_winners_with_a_third_of_their_evaluations():
-    found = bench.compare_fronts(TABLES["additive"], 0)
-    family, winners = found["one search for the front"], found["five winners"]
-    assert family["evaluations"] * 3 <= winners["evaluations"] == 5000
-    assert winners["hypervolume"] < family["hypervolume"] < 100
 
 
 def test_summary():

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 def faults(tmp_path, *words):
     """(exit code, rows) of the bench with these words."""
-    words = [sys.executable, ROOT / "faults" / "faults.py", "--results", tmp_path / "faults.json", *words]
-    result = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=580)
+    words = [sys.executable, "-m", "faults.faults", "--results", tmp_path / "faults.json", *words]
+    result = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=580, cwd=ROOT)
     assert result.returncode in (0, 1), result.stdout + result.stderr
     return result.returncode, json.loads((tmp_path / "faults.json").read_text())["rows"]
 

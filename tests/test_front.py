@@ -13,7 +13,8 @@ from test_latency import SPACE, clock, table, timed, world  # noqa: F401
 from test_report import marks
 
 import search
-from engines.search_record import SearchRecord, prepare_search, read_results, state_path
+from engines.search_files import read_results, state_path
+from engines.search_record import SearchRecord, prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.page import write_report
 from reports.search_results import SearchResults
@@ -134,7 +135,8 @@ def test_nnis_tuner_keeps_the_same_family(tmp_path):
 
 
 def test_search_for_a_front_as_a_user_types_it(world, tmp_path):  # noqa: F811
-    stdout, _ = run("search.py", *world, "--objectives", "acc1,flops,latency", "--limit", "flops=100%")
+    stdout, stderr = run("search.py", *world, "--objectives", "acc1,flops,latency", "--limit", "flops=100%")
+    assert ": 100.0% of all candidates; 0 candidates evaluated already" in stderr
     files = sorted((tmp_path / "checkpoints" / "front").glob("*.json"))
     assert f"the front: {len(files)} candidates, " in stdout and len(files) > 1
     state = read_json(state_path(tmp_path))

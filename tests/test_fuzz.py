@@ -4,24 +4,22 @@ import sys
 
 import pytest
 import torch
-from conftest import load
 
 import scratch
 from engines.nni_engine import read_experiment
+from faults import fuzz
 from space import weight_files
 from space.search_space import SearchSpace
 from training import checkpoint
 from utils import UserError
 
-fuzz = load("faults/fuzz.py")
-
 
 @pytest.mark.parametrize("name", fuzz.PARSERS)
 def test_whatever_comes_is_taken_or_refused_in_a_line(tmp_path, name):
-    target = fuzz.PARSERS[name](tmp_path / "input")
-    outcomes = [
-        fuzz.outcome(target, fuzz.draw(name, target, 1, index)) for index in range(40 if name == "checkpoint" else 150)
-    ]
+    target, outcomes = fuzz.PARSERS[name](tmp_path / "input"), []
+    n = 40 if name == "checkpoint" else 150
+    fuzz.each_input(target, 1, n, lambda drawn: outcomes.append(fuzz.outcome(target, drawn)))
+    assert len(outcomes) == n
     if name == "checkpoint":  # hardly any damaged one is taken
         outcomes += [fuzz.outcome(target, undamaged) for undamaged in target.bytes]
         assert outcomes[-len(target.bytes) :] == ["taken"] * len(target.bytes)
@@ -35,6 +33,13 @@ def test_the_fuzz_sees_what_is_wrong(tmp_path, monkeypatch):
     assert fuzz.outcome(target, 3) == "IndexError: list index out of range"
     monkeypatch.setattr(target, "parse", lambda drawn: sys.exit(3))
     assert fuzz.outcome(target, 3) == "SystemExit 3"
+
+
+def test_a_failure_is_shown_with_the_smallest_input(monkeypatch):
+    monkeypatch.setattr(fuzz.resource, "setrlimit", lambda *_: None)
+    monkeypatch.setattr(fuzz.CommandLine, "parse", lambda self, drawn: [][len(drawn[1]) // 3 :][0])
+    row = fuzz.fuzz("command_line", 0, 100)
+    assert row["failed"] and row["failure"].startswith("IndexError: list index out of range: ('supernet', ['--")
 
 
 @pytest.mark.parametrize(

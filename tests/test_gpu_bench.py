@@ -11,9 +11,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT
 from test_readme import PAGES, section
 
+from bench import gpu as bench
+from bench import steps
 from space.search_space import SearchSpace
 from training import compiled, distributed
 
@@ -29,13 +31,13 @@ def test_lines_of_the_scaling_page_are_calculated_from_a_measurement():
     smaller = row | {"images": 32, "images_per_second": 1.0}
     rows = {"bf16, channels-last, 32 images": smaller, "bf16, channels-last": row, "bf16, NCHW": row}
     result = {"training": {"rows": rows}}
-    without = load("bench/gpu.py").scaling_rows("GPU", result)["Search"]
+    without = bench.scaling_rows("GPU", result)["Search"]
     assert without == [
         "| one GPU, bf16 | 1.8 h | calculated: a forward pass takes a third of a step, at 4,000 images/s; "
         "prefix tree not included |"
     ]
     result["candidates"] = {"rows": {"tree, BN folded": {"seconds": 7.2}}}
-    assert load("bench/gpu.py").scaling_rows("GPU", result) == {
+    assert bench.scaling_rows("GPU", result) == {
         "Training": [
             "| one GPU, bf16 | 10.7 h | 21.4 h | calculated: 4,000 images/s of random paths, 64 images per step |"
         ],
@@ -47,14 +49,13 @@ def test_lines_of_the_scaling_page_are_calculated_from_a_measurement():
 def test_the_scaling_page_has_the_lines_of_the_measured_gpus():
     page = PAGES["docs/scaling.md"]
     for card, result in measured():
-        for heading, lines in load("bench/gpu.py").scaling_rows(card, result).items():
+        for heading, lines in bench.scaling_rows(card, result).items():
             assert [line for line in lines if line not in section("docs/scaling.md", heading)] == []
         for row in result["training"]["rows"].values():
             assert f"{row['images_per_second']:,.0f}" in page and f"{row['mb_per_image']:.1f}" in page
 
 
 def test_the_times_of_the_readme_are_those_of_the_scaling_page():
-    bench = load("bench/gpu.py")
     (_, result), *_ = measured()
     rows, path = result["training"]["rows"], result["by hand"]["rows"][bench.ONE_PATH]
     f32, bf16 = (bench.of_most_images(rows, name) for name in ("float32", "bf16"))
@@ -76,10 +77,10 @@ def test_the_times_of_the_readme_are_those_of_the_scaling_page():
 
 def test_floors_are_those_of_the_published_network():
     """The amounts of docs/scaling.md, "The amounts", at rates of one a second."""
-    bench, train, space = load("bench/gpu.py"), load("bench/train.py"), SearchSpace()
+    space = SearchSpace()
     path = space.load_architecture(ROOT / "architecture_final.json")
-    floors = train.floors_ms(space, path, 2, 1000, 1000, bytes_per_value=2)
-    multiply_adds, traffic = (sum(floors[kind][n] for kind in train.CONVOLUTIONS) for n in (0, 1))
+    floors = steps.floors_ms(space, path, 2, 1000, 1000, bytes_per_value=2)
+    multiply_adds, traffic = (sum(floors[kind][n] for kind in steps.CONVOLUTIONS) for n in (0, 1))
     classifier = space.last_channels * space.n_classes
     assert multiply_adds == pytest.approx(2 * 3 * (space.flops(path) - classifier), rel=1e-9)
     assert traffic == pytest.approx(2 * bench.BYTES_BF16, rel=2e-3)  # 4.32 million values, rounded
@@ -100,7 +101,7 @@ def test_floors_are_those_of_the_published_network():
     ],
 )
 def test_operations_have_kinds(name, shapes, kind):
-    assert load("bench/train.py").kind_of(name, shapes) == kind
+    assert steps.kind_of(name, shapes) == kind
 
 
 def options(tmp_path, left):
@@ -111,7 +112,7 @@ def options(tmp_path, left):
 
 def test_a_row_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     """Results are in the file as soon as they exist; earlier ones of other parts stay."""
-    bench, given = load("bench/gpu.py"), options(tmp_path, [3, 2, 1, 0])
+    given = options(tmp_path, [3, 2, 1, 0])
     given.results.write_text(json.dumps({"GPU": {"training": {"rows": {}}}}))
 
     def rows(options, folder):
@@ -133,7 +134,7 @@ def test_a_row_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatc
 
 
 def test_a_part_that_fails_is_reported_and_the_next_one_runs_in_its_share(tmp_path, monkeypatch, capsys):
-    bench, ran = load("bench/gpu.py"), []
+    ran = []
 
     def run(words, seconds):
         ran.append((words[words.index("--only") + 1], words[words.index("--seconds") + 1]))
@@ -148,23 +149,20 @@ def test_a_part_that_fails_is_reported_and_the_next_one_runs_in_its_share(tmp_pa
 
 
 def test_parts_are_chosen_by_name_and_run_by_how_little_is_known(monkeypatch, capsys):
-    bench, chosen = load("bench/gpu.py"), []
+    chosen = []
     monkeypatch.setattr(bench, "measure_each", lambda parts, options: chosen.append(parts) or [])
     for words in ([], ["--only", "files,training"]):
-        with pytest.raises(SystemExit) as end:
-            bench.main([*words, "--device", "cpu"])
-        assert end.value.code == 0
+        bench.main(bench.parse_args([*words, "--device", "cpu"]))
     assert chosen == [
         ["ways", "candidates", "files", "commands", "processes", "training", "profile"],
         ["files", "training"],
     ]
     with pytest.raises(SystemExit):
-        bench.main(["--only", "files,trainings"])
+        bench.parse_args(["--only", "files,trainings"])
     assert "trainings: not one of ways, candidates" in capsys.readouterr().err
 
 
 def test_the_fastest_way_is_adopted_where_it_gains_more_than_a_tenth():
-    bench = load("bench/gpu.py")
     rates = {f"128 images, {bench.EAGER}": 3000.0, f"128 images, {bench.GRAPHS}": 6600.0}
     rates |= {f"1,024 images, {bench.EAGER}": 7000.0, f"1,024 images in micro-batches of 128, {bench.COMPILED}": 7500.0}
     rates |= {f"calibration of 128 images, {bench.EAGER}": 9000.0}
@@ -175,7 +173,7 @@ def test_the_fastest_way_is_adopted_where_it_gains_more_than_a_tenth():
 
 
 def test_ways_run_small_on_a_cpu_and_those_that_need_a_gpu_are_left_out(tmp_path, monkeypatch, capsys):
-    bench, given = load("bench/gpu.py"), options(tmp_path, [])
+    given = options(tmp_path, [])
     monkeypatch.setattr(compiled, "BACKEND", compiled.BACKEND)  # what it is changed to is undone
     monkeypatch.setattr(bench, "default_flops_range", lambda space: None)  # too few candidates for bins
     given.large, given.steps, given.batches = False, 1, 1
@@ -190,9 +188,9 @@ def test_ways_run_small_on_a_cpu_and_those_that_need_a_gpu_are_left_out(tmp_path
 
 
 def test_what_needs_nni_or_dali_is_left_out_without_them(tmp_path, monkeypatch):
-    bench, given = load("bench/gpu.py"), options(tmp_path, [])
+    given = options(tmp_path, [])
     given.large, given.files = False, 8
-    monkeypatch.setattr(bench, "sibling", lambda name: argparse.Namespace(draw_mosaics=lambda *_, **how: None))
+    monkeypatch.setattr(bench, "draw_mosaics", lambda *_, **how: None)
     for name in ("nni", "nvidia"):
         monkeypatch.setitem(sys.modules, name, None)
     assert set(bench.files(given, tmp_path)) == {"supernet.py, torchvision", "torchvision alone"}
@@ -200,7 +198,7 @@ def test_what_needs_nni_or_dali_is_left_out_without_them(tmp_path, monkeypatch):
 
 
 def test_a_command_that_takes_too_long_ends_with_all_that_it_started(tmp_path, monkeypatch):
-    bench, log, wait = load("bench/gpu.py"), tmp_path / "log", subprocess.Popen.wait
+    log, wait = tmp_path / "log", subprocess.Popen.wait
 
     def until_started(process, timeout=None):
         while timeout == 77 and not log.read_text().endswith("\n"):
@@ -227,7 +225,7 @@ def test_every_collective_is_called_in_a_group_of_one(monkeypatch):
         reaching |= {
             n for n, f in functions.items() if {x.id for x in ast.walk(f) if isinstance(x, ast.Name)} & reaching
         }
-    bench, called, collective = load("bench/gpu.py"), set(), distributed._collective
+    called, collective = set(), distributed._collective
     monkeypatch.setattr(distributed, "world_size", distributed.world_size)  # what it is changed to is undone
     monkeypatch.setattr(
         distributed, "_collective", lambda f, *args, **how: called.add(f.__name__) or collective(f, *args, **how)
@@ -242,22 +240,11 @@ def test_every_collective_is_called_in_a_group_of_one(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ways_of_a_step_are_measured_on_a_cpu(tmp_path):
-    words = ["--input-size", "32", "--images", "8", "--micro-batch", "4", "--steps", "1", "--device", "cpu"]
-    results = tmp_path / "ways.json"
-    subprocess.run([sys.executable, ROOT / "bench" / "ways.py", *words, "--results", results], check=True, timeout=500)
-    (result,) = json.loads(results.read_text()).values()
-    assert list(result["rows"]) == ["4 images", "8 images in micro-batches of 4", "8 images"]
-    assert all(row["images_per_second"] > 0 and row["peak_mb"] > 0 for row in result["rows"].values())
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_it_runs_on_a_cpu(tmp_path):
     words = ["--device", "cpu", "--results", tmp_path / "gpu.json", "--seconds", "900"]
-    subprocess.run([sys.executable, ROOT / "bench" / "gpu.py", *words], check=True, timeout=950)
+    subprocess.run([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT, check=True, timeout=950)
     (result,) = json.loads((tmp_path / "gpu.json").read_text()).values()
-    bench = load("bench/gpu.py")
     rows = {part: result[part]["rows"] for part in bench.PARTS}
     assert rows["training"].keys() == bench.TRAINING.keys() and len(rows["candidates"]) == 2 * len(bench.CANDIDATES)
     assert all(0 < row["calibration_percent"] < 100 for row in rows["candidates"].values())

@@ -18,7 +18,7 @@ from conftest import ROOT, run
 
 import dataloader
 import search
-from engines.search_record import read_generations, read_state
+from engines.search_files import read_generations, read_state
 from reports.search_results import SearchResults
 from training import loop
 from training.checkpoint import checkpoints

@@ -19,22 +19,24 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, run
+from conftest import FIGURES, ROOT, run
 from test_evolution import reward
 
 import search
 import tester
+from bench import latency as bench
 from devices import elsewhere, on_device, onnx_runtime, timing
 from devices import table as latency
 from devices.timing import Networks, Torch
 from engines import local_engine
-from engines.search_record import SearchRecord, prepare_search, read_results, state_path
+from engines.search_files import read_results, state_path
+from engines.search_record import SearchRecord, prepare_search
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
 from reports import page
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution
-from space.limits import Limits, bounds_of
+from space.limits import Limits, bounds_of, milliseconds
 from space.search_space import SearchSpace
 from utils import UserError, read_json, write_json
 
@@ -45,7 +47,6 @@ SPACE = SearchSpace(
 CPU = torch.device("cpu")
 REAL = timing.run_timed, timing.rounds
 needs_onnx = pytest.mark.skipif(bool(onnx_runtime.missing()), reason="ONNX's packages are not installed")
-FIGURES = dict.fromkeys(("generations", "plane", "operations", "best"), b"")
 
 
 def ns_of(part):
@@ -83,7 +84,7 @@ OFFER = (
 def times(table):
     """The lowest and the highest latency that a table has, in ms."""
     rows = table["medians"]
-    return [f"{(table['stem_and_tail'] + sum(map(pick, rows))) / 1e6:.3f}" for pick in (min, max)]
+    return [milliseconds((table["stem_and_tail"] + sum(map(pick, rows))) / 1e6) for pick in (min, max)]
 
 
 def true_ns(candidate, space=SPACE):
@@ -119,7 +120,7 @@ def test_widths_are_in_the_table(clock, space):
 def test_parts_are_those_of_stand_alone_networks_with_bn_folded():
     network = timing.build(SPACE, (0, 1, 2, 3, 0), CPU)
     assert not [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    x = timing.images(SPACE, 2, CPU)
+    x = timing.random_images(SPACE, 2, CPU)
     parts = [network.first_conv, *network.features, network.head]
     with torch.inference_mode():
         y = x
@@ -262,11 +263,11 @@ def test_latencies_are_fitted_to_whole_networks(clock, pretended, tmp_path, monk
     write_json(tmp_path / "latency.json", found)
     assert latency.read_table(tmp_path / "latency.json", SPACE)["medians"] == found["medians"]
     assert latency.measure_like(found, SPACE, [(2, 0, 1, 0, 2)]) == ([true_ns((2, 0, 1, 0, 2))], 1)
-    assert latency.difference(found) is None
+    assert latency.mismatch(found) is None
     monkeypatch.setattr(onnx_runtime, "version", lambda: "1.2.4")
-    assert latency.difference(found) == "with onnxruntime 1.2.3, this is 1.2.4"
+    assert latency.mismatch(found) == "with onnxruntime 1.2.3, this is 1.2.4"
     monkeypatch.setattr(onnx_runtime, "version", lambda: None)
-    assert latency.difference(found) is None
+    assert latency.mismatch(found) is None
 
 
 def test_the_spread_of_a_fit_is_the_error_of_other_networks(clock, pretended, monkeypatch):
@@ -734,7 +735,7 @@ OWN = {
 
 
 @pytest.fixture
-def own(world, tree, tmp_path, monkeypatch):
+def own(world, tree, tmp_path, monkeypatch, undrawn):
     """The current folder has a trained supernet in own/, and own.yml; the search own was made."""
     monkeypatch.chdir(tmp_path)
     supernet = tmp_path / "own" / "checkpoints" / "supernet" / "checkpoint-0006000.pth"
@@ -744,7 +745,6 @@ def own(world, tree, tmp_path, monkeypatch):
         (tmp_path / name).unlink()
     OWN["common"] |= {"data-dir": str(tree), "cache": os.environ["TEST_CACHE"]}
     (tmp_path / "own.yml").write_text(json.dumps(OWN))  # JSON is YAML
-    monkeypatch.setattr(page, "draw", lambda *_: FIGURES | {"front-flops": b""})
     typed("python tester.py --mode gen --config own.yml --out own")
     typed("python search.py --config own.yml --out own --engine local")
     return f"--config own.yml --checkpoint {supernet.relative_to(tmp_path)}"
@@ -811,8 +811,6 @@ def test_what_is_advised_leads_on(own, tmp_path):
 
 # --- the bench -----------------------------------------------------------------------------------------------
 
-bench = load("bench/latency.py")
-
 
 def test_errors_are_beside_those_of_predicting_the_mean():
     row = bench.errors([100, 200, 310], [110, 190, 300], [90, 210, 300])
@@ -841,7 +839,7 @@ def test_the_bench_predicts_searches_and_measures_again(clock, pretended, monkey
     monkeypatch.setattr(bench, "EVOLUTION", bench.EVOLUTION | {"population": 20, "select": 4, "mutation": 10,
                                                                "crossover": 10, "generations": 3})  # fmt: skip
     words = ["--spaces", "small", "--networks", "4", "--searches", "2", "--batch-sizes", "1"]
-    bench.main([*words, "--results", str(tmp_path / "r.json")])
+    bench.main(bench.parse_args([*words, "--results", str(tmp_path / "r.json")]))
     written = read_json(tmp_path / "r.json")
     for runtime in ("torch", "onnxruntime"):
         assert written["predictions"][f"{runtime}, small, 1"]["share"] < 0.01

@@ -254,6 +254,14 @@ def test_numbers_have_four_digits(cost, text):
     assert shown("params", cost) == shown("flops", cost) == text
 
 
+def test_latencies_below_a_millisecond_have_three_digits_that_count():
+    assert [shown("latency", ns) for ns in (12_345_678, 1_000_000, 890_400, 57_300)] == [
+        "12.346 ms", "1.000 ms", "0.890 ms", "0.0573 ms"
+    ]  # fmt: skip
+    space = SearchSpace().with_costs(*SearchSpace().costs._replace(latency=((1,) * 4,) * 20, fixed_latency=0))
+    assert read_limits(space, ["latency=57us"]) == {"latency": (None, 57_000)}
+
+
 def test_the_ranges_of_a_space_are_those_of_all_candidates(everything):
     costs = everything[1]
     assert known_costs(SPACES["small"]) == {name: (costs[name].min(), costs[name].max()) for name in COSTS}

@@ -15,7 +15,8 @@ import pytest
 from engines import local_engine
 from engines.heartbeats import heartbeat_file
 from engines.local_engine import search_locally
-from engines.search_record import prepare_search, read_results
+from engines.search_files import read_results
+from engines.search_record import prepare_search
 from space.evolution import Evolution
 from space.search_space import SearchSpace
 from utils import Interrupted, UserError, heartbeat, interrupt, signals
@@ -134,7 +135,7 @@ def evaluate_and_hang(trial, candidates):
             time.sleep(600)
         for _ in range(10):
             heartbeat()
-            time.sleep(0.5)
+            time.sleep(0.25)
     return evaluate(trial, candidates)
 
 
@@ -144,12 +145,12 @@ def test_a_worker_that_hangs_is_noticed_by_its_silence(tmp_path, fake, monkeypat
     candidates = list(itertools.chain(*generations()))
     hangs = next(c for c in candidates if sum(c) % 5 == 0)
     healthy = next(c for c in candidates if sum(c) % 5)
-    with local_engine.Workers(on_cpu(tmp_path), 2, trial_timeout=4) as workers:
+    with local_engine.Workers(on_cpu(tmp_path), 2, trial_timeout=2) as workers:
         found = {tuple(c): (results, error) for (c,), results, error in workers.evaluate([[healthy], [hangs]], False)}
-        assert found[hangs] == ([], "a worker gave no heartbeat for 4 s")
+        assert found[hangs] == ([], "a worker gave no heartbeat for 2 s")
         assert found[healthy] == ([result(healthy)], None)  # by a new worker
         assert all(error is None for _, _, error in workers.evaluate([[healthy]] * 2))
-        time.sleep(2)  # silence of workers that have nothing to do
+        time.sleep(2.2)  # silence of workers that have nothing to do
         ((_, results, error),) = workers.evaluate([[healthy]])
         assert (results, error) == ([result(healthy)], None)
     assert not heartbeat_file(tmp_path, "").exists()

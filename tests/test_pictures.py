@@ -14,7 +14,7 @@ from PIL import Image
 
 import dataloader
 from dataloader import Loader
-from engines.search_record import settings_difference
+from engines.search_files import settings_difference
 from images import image_check, pictures
 from images.dataset import Augmentation, DataConfig, ImageSet, evaluation_plan
 from network import ShuffleNetV2

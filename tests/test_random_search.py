@@ -7,19 +7,19 @@ import shutil
 import statistics
 
 import pytest
-from test_report import make, on_disk
+from test_report import accuracy, make, on_disk
 
 from reports.page import write_report
 from reports.search_results import RandomSearch, SearchResults, expected_best, extrapolate, is_skewed
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A finished search with its report."""
-    out = make(tmp_path_factory.mktemp("searched"))
-    write_report(out)
-    return out
+    """A finished search."""
+    return make(tmp_path_factory.mktemp("searched"))
 
 
 def test_expected_best_is_the_mean_maximum_of_all_samples():
@@ -54,7 +54,7 @@ def test_random_search_is_measured_on_the_first_generation_and_marked_beyond(sea
     assert comparison.measured == expected_best(sample) and comparison.size == len(sample)
     assert comparison.extrapolated[0][0] == len(sample) and comparison.extrapolated[-1][0] == len(found.succeeded)
     assert comparison.at_budget == comparison.extrapolated[-1]
-    assert "extrapolation" in (searched / "report.html").read_text()
+    assert "extrapolation" in write_report(searched).read_text()
 
 
 def test_what_is_too_skewed_for_a_normal_distribution_is_not_extrapolated(searched, tmp_path):
@@ -67,6 +67,45 @@ def test_what_is_too_skewed_for_a_normal_distribution_is_not_extrapolated(search
     assert comparison.measured and comparison.skewed and not comparison.extrapolated and comparison.at_budget is None
     page = write_report(out).read_text()
     assert "too skewed" in page and "extrapolation by" not in page and "random candidates, extrapolated" not in page
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "refuted"),
+    [
+        (itertools.cycle([40, 60, 60]), True),  # the best of 12 normal ones would be 69
+        ((random.Random(i).gauss(96, 1.9) for i in itertools.count()), True),  # and of 48 above 100
+        ((random.Random(i).gauss(60, 3) for i in itertools.count()), False),
+    ],
+)
+def test_an_extrapolation_that_the_measured_best_or_reason_refutes_is_not_shown(tmp_path, accuracies, refuted):
+    out = make(tmp_path, fails=lambda c: False, measured=lambda c: (min(100, next(accuracies)), 99.0))
+    comparison = RandomSearch(SearchResults(out))
+    assert comparison.refuted == refuted == (not comparison.extrapolated) and comparison.measured
+    page = write_report(out).read_text()
+    assert ("does not fit their best" in page) == refuted == ("candidates, extrapolated" not in page)
+    assert all(high <= 100 for _, _, _, high in comparison.extrapolated)
+
+
+def test_a_search_that_ranks_by_loss_is_compared_by_loss_everywhere(tmp_path):
+    """Top-1 is the opposite of the order by loss: a comparison by top-1 would find the search worse than chance."""
+    out = make(tmp_path, fails=lambda c: False, measured=lambda c: (90 - accuracy(c), 99.0, 9 - accuracy(c) / 10),
+               rank_by="loss")  # fmt: skip
+    run = SearchResults(out)
+    comparison = RandomSearch(run)
+    losses = [r["loss"] for r in run.results if r["generation"] == 1]
+    assert comparison.measured == [-value for value in expected_best([-loss for loss in losses])]
+    n, value, low, high = comparison.at_budget
+    assert n == len(run.results) and high < value < low
+    so_far = [loss for _, loss in run.best_so_far()]
+    assert so_far == sorted(so_far, reverse=True) and so_far[-1] == run.legal[0]["loss"] == min(
+        r["loss"] for r in run.results
+    )
+    page = write_report(out).read_text()
+    best = run.legal[0]
+    side = "below" if best["loss"] < value else "above"
+    assert f"<b>{abs(best['loss'] - value):.3f}</b><small>in loss, {side} the expected best of {n} random" in page
+    assert f"<b>{best['acc1']:.2f} %</b><small>top-1 of the best by loss, {best['loss']:.3f}, in the supernet" in page
+    assert "(b) The best loss so far" in page and "<th>mean loss</th>" in page
 
 
 def test_against_a_random_search(searched, tmp_path):

@@ -17,7 +17,8 @@ from conftest import run
 from PIL import Image
 
 import report
-from engines.search_record import SearchRecord, prepare_search, state_path
+from engines.search_files import state_path
+from engines.search_record import SearchRecord, prepare_search
 from reports.page import _tiles, write_report
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution
@@ -66,10 +67,8 @@ def make(
             if fails(candidate):
                 record.fail(candidate, "out of memory", "t1")
             else:
-                acc1, acc5 = measured(candidate)
-                record.add(
-                    {"architecture": list(candidate), "acc1": acc1, "acc5": acc5, "n_images": 500, "seconds": 1.5}, "t1"
-                )
+                numbers = dict(zip(("acc1", "acc5", "loss"), measured(candidate)))
+                record.add({"architecture": list(candidate), "n_images": 500, "seconds": 1.5, **numbers}, "t1")
             n += 1
     return out
 
@@ -159,7 +158,7 @@ def test_of_equals_the_report_has_the_one_in_best_json(tied):
         assert tuple(generation.best["architecture"]) == first
 
 
-def test_a_search_of_before_is_reported_without_its_command(searched, tmp_path):
+def test_a_search_of_before_is_reported_without_its_command(searched, tmp_path, undrawn):
     out = shutil.copytree(searched, tmp_path / "searched")
     state = json.loads(state_path(out).read_text())
     state_path(out).write_text(json.dumps({name: value for name, value in state.items() if name != "starts"}))
@@ -408,8 +407,11 @@ def test_costs_are_those_of_the_flops_table(tmp_path):
 def test_errors_are_one_line(tmp_path):
     for make_it, message in (
         (lambda out: None, "no search here"),
-        (lambda out: make(out, stop_after=0), "no results yet (no candidate evaluated)"),
-        (lambda out: make(out, stop_after=5, fails=lambda c: True), "no results yet (5 candidates, all failed)"),
+        (lambda out: make(out, stop_after=0), "no candidate is evaluated yet"),
+        (
+            lambda out: make(out, stop_after=5, fails=lambda c: True),
+            "none of 5 candidates could be evaluated; ",
+        ),
     ):
         out = tmp_path / str(len(message))
         make_it(out)

@@ -23,7 +23,8 @@ import yaml
 import search
 from engines import nni_engine
 from engines.heartbeats import heartbeat_file
-from engines.search_record import prepare_search, read_results, state_path
+from engines.search_files import read_results, state_path
+from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from space.evolution import Evolution
 from space.limits import Limits, make_bounds
@@ -542,14 +543,16 @@ def test_the_command_that_retrains_the_winner(tmp_path, monkeypatch, words, expe
     assert ["choose --iterations, --batch-size and --lr" in line for line in more] == [True] * chooses
 
 
-def test_report_has_the_ten_best_and_the_next_command(capsys):
+def test_report_has_the_ten_best_and_the_next_command(tmp_path, capsys):
     results = [
-        {"architecture": [i % 4] * 20, "flops": 23_000_000 + i, "acc1": float(i), "acc5": 99.0} for i in range(15)
+        {"architecture": [i % 4] * 20, "flops": 23_000_000 + i, "acc1": float(i), "acc5": 99.0}
+        for i in range(14, -1, -1)
     ]
-    results.append(results[0] | {"acc1": None, "acc5": None, "error": "broken"})
     args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
     limits = Limits(SPACE, {"flops": (None, 10**9)}, banned=[(1,) * 20])
-    assert search.report(results, SPACE, args, args.out, limits) == results[14]
+    found = types.SimpleNamespace(succeeded=results, n_failed=1, winner=results[0], space=SPACE, out=tmp_path,
+                                  is_beyond=lambda result: limits.excess(result["architecture"]))  # fmt: skip
+    search.report(found, args)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "15 candidates evaluated, 1 failed"
     assert [line.split()[:2] for line in lines[2:12]] == [[str(rank + 1), f"{14 - rank}.00"] for rank in range(10)]
@@ -561,8 +564,7 @@ def test_report_has_the_ten_best_and_the_next_command(capsys):
     ]
     channels = "--space channels --architecture 'my runs/checkpoints/best.json' --out 'my runs/channels'"
     assert f"  python supernet.py {channels}" in lines
-    assert search.report(results, SPACE, args, args.out, limits, results[2]) == results[2]
+    found.winner = results[12]
+    search.report(found, args)
     lines = capsys.readouterr().out.splitlines()
     assert lines[12].split()[:2] == ["13", "2.00"] and lines[13] == "the best that holds, measured: rank 13"
-    with pytest.raises(UserError, match="none of 1 candidates could be evaluated"):
-        search.report(results[15:], SPACE, args, args.out, limits)

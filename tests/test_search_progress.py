@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import statistics
 import sys
 
@@ -13,10 +14,12 @@ from tqdm import tqdm
 
 from engines import progress
 from engines.progress import Progress
-from engines.search_record import SearchRecord, prepare_search, read_generations, state_path
+from engines.search_files import read_generations, state_path
+from engines.search_record import SearchRecord, prepare_search
+from reports.page import write_report
 from space.limits import shown
-from space.search_space import SearchSpace
-from utils import Screen, UserError, log, read_json, write_json
+from space.search_space import OPERATIONS, SearchSpace
+from utils import Pace, Screen, UserError, log, read_json, write_json
 
 SPACE = SearchSpace.for_images(28, 10)
 EVOLUTION = {
@@ -49,27 +52,20 @@ def lines(monkeypatch):
     log.setLevel(before)
 
 
-def search(out, stop_after=None):
+def search(out, stop_after=None, **changes):
     """A search with progress, started or resumed: results come one by one, the second of each generation failed."""
-    prepare_search(out, SETTINGS, resume=True)
+    prepare_search(out, SETTINGS | changes, resume=True)
     record, progress, n = SearchRecord(out), Progress(out), 0
     while waiting := record.pending():
         progress.read()
         for candidate in waiting:
             if n == stop_after:
                 return progress
-            if candidate == record.evolution.population[1]:
+            if candidate in record.evolution.population[1:2]:
                 record.fail(candidate, "broken")
             else:
-                record.add(
-                    {
-                        "architecture": candidate,
-                        "acc1": sum(candidate),
-                        "acc5": 99.0,
-                        "n_images": 10_000,
-                        "seconds": 1.0,
-                    }
-                )
+                numbers = {"acc1": sum(candidate), "acc5": 99.0, "loss": 9 - sum(candidate) / 10}
+                record.add({"architecture": candidate, "n_images": 10_000, "seconds": 1.0, **numbers})
             n += 1
             progress.read()
     progress.read()
@@ -98,6 +94,8 @@ def expected_curves(out):
         values = {
             "acc1_best": leader["acc1"], "acc1_best_so_far": best["acc1"],
             "acc1_mean": statistics.fmean(r["acc1"] for r in good),
+            "loss_best": leader["loss"], "loss_best_so_far": best["loss"],
+            "loss_mean": statistics.fmean(r["loss"] for r in good),
             "acc1_sd": statistics.stdev(r["acc1"] for r in good), "mflops_best_so_far": best["flops"] / 1e6,
             "mflops_mean": statistics.fmean(r["flops"] / 1e6 for r in good), "failed": len(results) - len(good),
             "acc1 histogram": len(good), "mflops histogram": len(good),
@@ -122,35 +120,69 @@ def test_a_resumed_search_has_every_generation_once(tmp_path, lines, n, monkeypa
     assert curves(tmp_path) == expected_curves(tmp_path)
 
 
-def test_a_log_has_a_line_a_generation_and_no_bar(tmp_path, lines, capsys):
+def heads(lines):
+    """(generation, candidates) of the lines of the log."""
+    found = [re.match(r"generation (\d+) of \d+: (\d+) candidates so far, ", line) for line in lines]
+    return [(int(m[1]), int(m[2])) for m in found if m]
+
+
+def test_a_log_has_a_line_after_the_first_candidate_and_one_a_generation_but_no_bar(tmp_path, lines, capsys):
     search(tmp_path)
     assert capsys.readouterr().err == ""
-    assert [line.split(",")[0] for line in lines] == [
-        f"generation {g} of 3: {4 * g} candidates so far" for g in (1, 2, 3)
-    ]
+    assert heads(lines) == [(1, 1), (1, 4), (2, 8), (3, 12)]
     best = max(
         (r for results in read_generations(tmp_path) for r in results if r["acc1"] is not None), key=lambda r: r["acc1"]
     )
-    assert lines[-1].split(";")[0].endswith(f"best {best['acc1']:.2f}% at {shown('flops', best['flops'])}")
+    words = f"best {best['acc1']:.2f}% (loss {best['loss']:.3f}) at {shown('flops', best['flops'])} FLOPs; "
+    assert words in lines[-1]
 
 
-def test_a_log_has_a_line_every_half_minute(tmp_path, lines, monkeypatch):
-    """With 20 s a candidate: after the second of each four, and at the end of a generation."""
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"limits": {"flops": [None, 10**12]}}, ")"),  # excludes no candidate
+        ({"limits": {"params": [None, SPACE.cost_value("params", "60%", "")]}}, " parameters"),
+        ({"rank_by": "loss", "limits": {"flops": [1, 10**12]}}, "%)"),
+    ],
+)
+def test_the_best_is_named_with_its_score_first_and_the_costs_that_are_limited(tmp_path, lines, changes, ends):
+    search(tmp_path, **changes)
+    best = lines[-1].split("; ")[0].partition("so far, ")[2]
+    assert best.startswith("best loss " if "rank_by" in changes else "best ") and best.endswith(ends), best
+    assert ("(top-1 " in best) == ("rank_by" in changes) and (" at " in best) == ("parameters" in ends)
+
+
+def test_a_log_has_a_line_every_half_minute_with_the_time_to_go(tmp_path, lines, monkeypatch):
+    """With 20 s a candidate, and 100 s in the last generation; what ends a generation has one line."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Pace, "WINDOW_S", 60)
     add = SearchRecord._append
 
     def slowly(self, *args):
-        now[0] += 20
+        now[0] += 20 if self.evolution.generation < 2 else 100
         return add(self, *args)
 
     monkeypatch.setattr(SearchRecord, "_append", slowly)
     search(tmp_path)
-    assert [line.split(",")[0] for line in lines] == [
-        f"generation {g} of 3: {n} candidates so far" for g, n in ((1, 2), (1, 4), (1, 4), (2, 6), (2, 8), (2, 8), (3,
-        10), (3, 12), (3, 12))
-    ]  # fmt: skip
-    assert [line.split("; ")[1] for line in lines if ";" in line] == ["2.7 min to go", "80 s to go", "0 s to go"]
+    assert heads(lines) == [(1, 1), (1, 3), (1, 4), (2, 6), (2, 8), (3, 9), (3, 10), (3, 11), (3, 12)]
+    to_go = [line.split("; ")[1] for line in lines if line.startswith("generation")]
+    assert to_go[:5] == ["3.7 min to go", "3.0 min to go", "2.7 min to go", "2.0 min to go", "80 s to go"]
+    assert to_go[-3:] == ["3.3 min to go", "100 s to go", "0 s to go"]
+
+
+def test_children_that_are_not_new_are_counted_and_an_exhausted_space_is_named(tmp_path, lines, undrawn):
+    """Of 4 candidates, 3 at a time: one is left for the second generation, and none for the third."""
+    space = SearchSpace(stage_blocks=(1,), stage_strides=(2,), stage_channels=(32,), operations=OPERATIONS)
+    changes = {"space": space.to_dict(), "flops_limit": 10**12, "population": 3, "select": 1, "mutation": 1}
+    search(tmp_path, **changes, crossover=1, mutation_prob=0)
+    assert read_json(state_path(tmp_path))["children"][0] == 0
+    (line,) = [line for line in lines if line.startswith("generation 2")]
+    assert line.endswith("; 0 of 2 children were new, random candidates stand for the others")
+    assert lines[-1].startswith("the space is exhausted: ") and lines[-1].endswith("ends with 4")
+    page = write_report(tmp_path).read_text()
+    assert "2 generations, finished: no further candidate within the limits is new" in page
+    assert "<td>0 of 2</td>" in page
 
 
 def test_a_terminal_has_a_bar(tmp_path, lines, monkeypatch):
@@ -159,11 +191,12 @@ def test_a_terminal_has_a_bar(tmp_path, lines, monkeypatch):
     progress = search(tmp_path, stop_after=5)
     progress.bar.refresh()
     shown = terminal.getvalue().split("\r")[-1]
-    assert shown.startswith("generation 2 of 3, best ") and " 5/12 [" in shown and "% at " in shown
-    assert len(lines) == 1  # of the first generation's end
+    assert shown.startswith("generation 2 of 3, best ") and " 5/12 [" in shown and " at " in shown
+    assert re.search(r", \d+ s to go\]", shown)
+    assert heads(lines) == [(1, 4)]
     progress.bar.close()
     search(tmp_path)
-    assert "| 5/12 [00:00<?, ?candidate/s]" in terminal.getvalue()  # where it resumes
+    assert "| 5/12 [00:00]" in terminal.getvalue()  # where it resumes
     assert not terminal.getvalue().split("\r")[-1].strip()  # nothing is left of it
 
 

@@ -8,7 +8,8 @@ import os
 import pytest
 from test_evolution import LIMIT, SPACE, reward
 
-from engines.search_record import SearchRecord, prepare_search, ranked, read_generations, read_results, state_path
+from engines.search_files import ranked, read_generations, read_results, state_path
+from engines.search_record import SearchRecord, prepare_search
 from space.evolution import Evolution
 from utils import UserError, hold_lock, read_json
 

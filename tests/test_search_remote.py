@@ -22,7 +22,8 @@ from conftest import ROOT, run
 import search
 from engines import machines, nni_engine
 from engines.machines import Connections, MachinesLost, check_machines
-from engines.search_record import prepare_search, read_generations
+from engines.search_files import read_generations
+from engines.search_record import prepare_search
 from utils import UserError, read_json
 
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)

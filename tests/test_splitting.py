@@ -4,8 +4,8 @@ import itertools
 import random
 
 import pytest
-from conftest import load
 
+from bench.gpu import generation as bred
 from space.search_space import SearchSpace
 from space.splitting import cut, split, tree_cost, tree_flops
 
@@ -68,7 +68,7 @@ def test_a_cut_keeps_each_candidate_once_among_its_neighbours(size):
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_a_worker_has_five_candidates_in_work_at_little_cost(n):
     """Of an official generation as the search breeds them, split for `n` workers."""
-    trees = split(SPACE, load("bench/search.py").generation(SPACE, 50), n)
+    trees = split(SPACE, bred(SPACE, 50), n)
     lists = [few for tree in trees for few in cut(SPACE, tree)]
     assert sum(map(len, lists)) == 50 and max(map(len, lists)) == 5
     assert cost(trees) < cost(lists) < 1.08 * cost(trees)

@@ -733,3 +733,106 @@ def test_both_scripts_have_the_official_defaults():
         128,
     )
     assert scratch.parse_args([]).bn_pass == 1250
+
+
+# --- errors in a step, and signals of schedulers and terminals -------------------------------------------------
+
+
+def failing(at, when, error):
+    """A rule that fails at a step: in the forward pass after BN has counted the batch, or while weights change."""
+
+    def rule(step, candidate, images, labels):
+        logits = step.forward(candidate, images)
+        if step.number == at and when == "forward":
+            raise error
+        if step.number == at:
+            step.optimizer.step = types.MethodType(lambda *_, **__: (_ for _ in ()).throw(error), step.optimizer)
+        yield step.criterion(logits, labels), logits
+
+    return rule
+
+
+def fails(folder, when, error, **changes):
+    torch.manual_seed(0)
+    run = training_run(folder, settings(**changes))
+    run.settings |= {"rule": "spos"}
+    train(
+        ShuffleNetV2OneShot(space=SPACE), Images(), settings(**changes), PathSampler(SPACE, 0), None, run,
+        rule=failing(4, when, error),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_an_error_before_the_update_loses_no_step(tmp_path, monkeypatch, micro_batch):
+    monkeypatch.setattr(training.run.own, "source_hash", lambda found: "")
+    changes = {"iterations": 6, "micro_batch": micro_batch}
+    with pytest.raises(ValueError, match="of the program"):
+        fails(tmp_path / "failed", "forward", ValueError("of the program"), **changes)
+    assert [path.name for path in checkpoints(tmp_path / "failed")] == ["checkpoint-0000003.pth"]
+    for name in ("failed", "whole"):
+        supernet_run(tmp_path / name, settings(**changes), validate=None)
+    assert_same_end(tmp_path / "failed", tmp_path / "whole")
+
+
+def test_an_error_in_the_update_or_in_saving_is_the_one_that_is_seen(tmp_path, monkeypatch, caplog):
+    with pytest.raises(ValueError, match="half"):
+        fails(tmp_path / "update", "update", ValueError("half of the weights"))
+    assert not checkpoints(tmp_path / "update")
+    monkeypatch.setattr(training.checkpoint, "save", lambda *_, **__: (_ for _ in ()).throw(UserError("disk full")))
+    with pytest.raises(ValueError, match="first"):
+        fails(tmp_path / "save", "forward", ValueError("the first error"))
+    assert "nothing is saved: disk full" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [({}, "--micro-batch 4"), ({"micro_batch": 4}, "--micro-batch 2"), ({"micro_batch": 2}, "--batch-size, with an")],
+)
+def test_out_of_memory_is_a_line_with_advice(tmp_path, changes, advice):
+    texts = (
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    )
+    for error in (RuntimeError(texts), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(UserError, match=f"^out of memory in step 4: [248] images .* GB; .*{advice}"):
+            fails(tmp_path / type(error).__name__, "forward", error, **changes)
+
+
+def test_a_run_is_resumed_with_other_micro_batches(tmp_path, caplog):
+    supernet_run(tmp_path, settings(iterations=2))
+    supernet_run(tmp_path, settings(iterations=2, micro_batch=4))
+    assert "--micro-batch 4 (was None)" in caplog.text
+
+
+@pytest.mark.parametrize("number", utils.WARNINGS)
+def test_a_warning_saves_and_a_signal_after_it_counts_as_the_first(tmp_path, number):
+    sampler = Stopping(SPACE, 0)
+    sampler.number = number
+    sent = []
+
+    class Twice(Images):
+        """Sends a lost terminal's second SIGHUP, and Slurm's SIGTERM."""
+
+        def batches(self, plan):
+            for one in super().batches(plan):
+                if self.taken == 4 and not sent:
+                    sent.extend((number, signal.SIGTERM))
+                    for again in sent:
+                        os.kill(os.getpid(), again)
+                yield one
+
+    with pytest.raises(SystemExit) as stopped:
+        supernet_run(tmp_path / "a", settings(), sampler=sampler)
+    assert stopped.value.code == 128 + number
+    with pytest.raises(SystemExit):
+        supernet_run(tmp_path / "b", settings(), images=Twice())
+    assert newest(tmp_path / "a").name == "checkpoint-0000004.pth" and newest(tmp_path / "b")
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with utils.signals(utils.interrupt):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -11,7 +11,8 @@ from test_search_record import SETTINGS, result
 import evolution_tuner
 from engines import trial
 from engines.heartbeats import read_heartbeats
-from engines.search_record import prepare_search, read_results, state_path
+from engines.search_files import read_results, state_path
+from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops, KeepResults
 from space.evolution import Evolution
 from utils import read_json

@@ -12,7 +12,8 @@ from conftest import make_tree, run
 from picture_files import exif
 from PIL import Image
 
-from engines.search_record import SearchRecord, first_generation_warning, prepare_search
+from engines.generations import first_generation_warning, reliability
+from engines.search_record import SearchRecord, prepare_search
 from images.dataset import Data, DataConfig
 from reports.page import write_report
 from space.search_space import SearchSpace
@@ -174,6 +175,42 @@ def test_candidates_of_the_first_generation_that_cannot_be_told_apart(results, s
         assert advice == ("train the supernet longer" if "chance" in says else f"what helps, in this order: {ADVICE}")
 
 
+def halved(correlation, n=50, **changes):
+    """Results far above chance and noise, whose scores on two halves of the images have about this correlation."""
+    rng = random.Random(1)
+    found = []
+    for row in rows(60, 5, n_images=50_000, n=n):
+        common = rng.gauss(0, 1)
+        halves = [correlation**0.5 * common + (1 - correlation) ** 0.5 * rng.gauss(0, 1) for _ in range(2)]
+        found.append(row | {"loss": 1.0, "halves": {"acc1": halves, "loss": halves[::-1]}} | changes)
+    return found
+
+
+def test_the_reliability_is_that_of_spearman_and_brown_with_an_interval():
+    for correlation in (0.2, 0.6, 0.9):
+        expected = 2 * correlation / (1 + correlation)
+        value, low, high = reliability(halved(correlation, n=5000))
+        assert value == pytest.approx(expected, abs=0.03) and low < value < high < low + 0.2
+        wide = reliability(halved(correlation, n=12))
+        assert wide[2] - wide[1] > high - low
+    opposite = [row | {"halves": {"acc1": [i, -i], "loss": [0, 0]}} for i, row in enumerate(rows(60, 5))]
+    assert reliability(opposite)[0] == 0 and reliability([row | {"score": -1} for row in opposite])[0] == 0
+    assert reliability(rows(60, 5)) is None and reliability(halved(0.9)[:3]) is None
+
+
+@pytest.mark.parametrize(
+    ("correlation", "changes", "what"), [(0.9, {}, None), (0.1, {}, "top-1"), (0.1, {"score": -1}, "loss")]
+)
+def test_a_first_generation_that_two_halves_of_the_images_rank_differently(correlation, changes, what):
+    """Its spread is far above the binomial noise, which says nothing of images that are alike."""
+    results = halved(correlation, **changes)
+    text = first_generation_warning(results, n_classes=10)
+    assert (text is None) == (what is None)
+    if what:
+        assert f"; reliability of {what} in the first generation: 0." in text and "95% interval 0." in text
+        assert text.endswith(ADVICE.replace("--rank-by loss, ", "") if changes else ADVICE)
+
+
 ADVICE = (
     "a space whose candidates differ more (docs/spaces.md), --crop-padding for small images, --rank-by loss, "
     "more held-out images, longer training of the supernet"
@@ -186,7 +223,7 @@ def test_a_search_that_ranks_by_the_loss_is_not_advised_to():
     assert text.endswith(ADVICE.replace("--rank-by loss, ", "")) and "by loss" not in text
 
 
-def test_the_report_repeats_the_warnings(tmp_path):
+def test_the_report_repeats_the_warnings(tmp_path, undrawn):
     space = SearchSpace.for_images(28, 10)
     settings = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "mutation_prob": 0.1, "generations": 1}
     settings |= {"seed": 0, "flops_limit": space.quantile("flops", 0.59), "space": space.to_dict()}

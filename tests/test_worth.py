@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT
 
-from engines.search_record import state_path
-
-sys.path.append(str(ROOT / "bench"))  # worth.py imports spaces.py
-spaces, worth = load("bench/spaces.py"), load("bench/worth.py")
+from bench import spaces, worth
+from bench import study as shared
+from engines.search_files import state_path
 
 
 @pytest.fixture
@@ -25,8 +24,13 @@ def study(tmp_path, monkeypatch):
     return spaces.Study(ROOT / "bench" / "varied_fashion.yml", ["--data-dir", str(tmp_path / "images")])
 
 
+def keys(study):
+    """(candidate, seed) of all trainings."""
+    return [(tuple(candidate), seed) for *_, candidate, seed in (task.key for task in study.trainings(study.path))]
+
+
 def test_candidates_are_legal_and_the_first_ten_are_trained_twice(study):
-    tasks = study.tasks()
+    tasks = keys(study)
     limit = study.bounds["flops"][1]
     assert limit == study.space.quantile("flops", 0.59)
     assert len(tasks) == len(set(tasks)) == 40 and sum(seed for _, seed in tasks) == 10
@@ -35,23 +39,24 @@ def test_candidates_are_legal_and_the_first_ten_are_trained_twice(study):
 
 
 def test_what_is_kept_is_not_trained_again_unless_the_settings_change(study, tmp_path):
-    (candidate, seed), *others = study.tasks()
-    study.keep("training", {"architecture": list(candidate), "seed": seed, "acc1": 50.0})
-    assert study.missing() == others
+    first = next(study.trainings(tmp_path))
+    _, _, candidate, seed = first.key
+    study.keep("training", {"architecture": candidate, "seed": seed, "acc1": 50.0})
+    assert study.done() == [first.key]
     study.key = study.key | {"settings": study.key["settings"] | {"scratch": {"lr": 0.2}}}
-    assert len(study.missing()) == 40
+    assert study.done() == [] and next(study.trainings(tmp_path)).command.folder != first.command.folder
 
 
 def test_supernets_of_other_settings_have_folders_of_their_own(study, tmp_path):
     settings = [(0, None, None), (1, None, None), (0, 300, None), (0, None, 300), (0, 300, 300)]
-    commands = [spaces.supernet_command(study, seed, tmp_path, steps, heldout) for seed, steps, heldout in settings]
+    commands = [study.supernet(seed, tmp_path, steps, heldout).command for seed, steps, heldout in settings]
     assert len({command.folder for command in commands}) == len(settings)
-    assert commands[3].words[-6:-4] == ["--heldout-per-class", "300"] and "--iterations" not in commands[3].words
+    assert commands[3].words[-4:-2] == ["--heldout-per-class", "300"] and "--iterations" not in commands[3].words
 
 
 def test_noise_is_that_of_the_pairs(study, monkeypatch):
-    monkeypatch.setattr(spaces, "DRAWS", 20)
-    for i, (candidate, seed) in enumerate(study.tasks()):
+    monkeypatch.setattr(shared, "DRAWS", 20)
+    for i, (candidate, seed) in enumerate(keys(study)):
         acc1 = study.space.flops(candidate) + (2 if seed else 0)  # costs differ by more
         row = {"architecture": list(candidate), "seed": seed, "acc1": acc1, "cpu_seconds": i}
         study.keep("training", row)
@@ -94,7 +99,7 @@ def test_torchvisions_network_keeps_the_size_in_its_stem():
         assert torch.allclose(model(images), model.net(images), atol=1e-5)
 
 
-class Fake(worth.Command):
+class Fake(shared.Command):
     """A command that takes a moment and prints a result, or fails."""
 
     def __init__(self, folder, code=0):
@@ -104,25 +109,25 @@ class Fake(worth.Command):
 
 def test_tasks_wait_for_what_they_need_and_are_kept(study, tmp_path):
     def tasks():
-        first = worth.Task(study, ["search", 0, "59%"], Fake(tmp_path / "a"))
-        second = worth.Task(study, ["retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
+        first = shared.Task([study.name, "search", 0, "59%"], Fake(tmp_path / "a"))
+        second = shared.Task([study.name, "retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
         return [second, first]
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a/costs.jsonl").write_text('{"cpu_seconds": 5.5, "exit": -15}\n')  # it was interrupted before
-    rows = []
-    worth.run(tasks, rows, 2, math.inf)
+    rows, settings = [], {study.name: study.digest}
+    worth.run(tasks, rows, settings, 2, math.inf)
     assert [row["key"][1] for row in rows] == ["search", "retraining"]
     assert rows[1]["acc1"] == 60 and rows[0]["cpu_seconds"] >= 5.5
     assert json.loads(worth.RESULTS.read_text())["rows"] == rows
     before = (tmp_path / "a/costs.jsonl").read_text()
-    worth.run(tasks, rows, 2, math.inf)  # nothing is left to do
+    worth.run(tasks, rows, settings, 2, math.inf)  # nothing is left to do
     assert (tmp_path / "a/costs.jsonl").read_text() == before and len(rows) == 2
 
 
 def test_a_search_that_was_interrupted_resumes(study, tmp_path):
     def words():
-        (task,) = [task for task in worth.tasks(study, tmp_path, []) if task.key[1:] == ["search", 0, "10%"]]
+        (task,) = [task for task in worth.Tasks(study, tmp_path, []).missing() if task.key[1:] == ["search", 0, "10%"]]
         task.prepare()
         return task.command.words, task.command.folder
 
@@ -144,10 +149,10 @@ def test_a_command_that_is_ended_does_not_run(tmp_path):
 
 
 def test_a_task_that_fails_is_named_and_what_needs_it_does_not_run(study, tmp_path, capsys):
-    first = worth.Task(study, ["search", 0, "59%"], Fake(tmp_path / "a", 3))
-    second = worth.Task(study, ["retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
+    first = shared.Task([study.name, "search", 0, "59%"], Fake(tmp_path / "a", 3))
+    second = shared.Task([study.name, "retraining", 0, "59%", "winner", 1], Fake(tmp_path / "b"), first.key)
     rows = []
-    worth.run(lambda: [second, first], rows, 1, math.inf)
+    worth.run(lambda: [second, first], rows, {}, 1, math.inf)
     assert not rows and "failed with exit code 3" in capsys.readouterr().out
 
 
@@ -209,10 +214,10 @@ def test_the_report_is_beside_the_rows(study, capsys):
 
 
 def test_what_matters_most_is_first(study, tmp_path):
-    def keys(rows):
-        return [task.key[1:] for task in worth.tasks(study, tmp_path, rows)]
+    def missing(rows):
+        return [task.key[1:] for task in worth.Tasks(study, tmp_path, rows).missing()]
 
-    found = keys([])
+    found = missing([])
     assert len(found) == len(set(map(tuple, found))) and found[:2] == [["supernet", 0], ["search", 0, "59%"]]
     assert [key for key in found if key[0] == "search"] == [
         ["search", seed, target]
@@ -222,8 +227,8 @@ def test_what_matters_most_is_first(study, tmp_path):
     # what bench/spaces.py has trained is not trained again
     (name, candidate), *_ = worth.random_legal(study, "59%").items()
     study.keep("training", {"architecture": list(candidate), "seed": 0, "acc1": 50.0, "cpu_seconds": 10})
-    assert ["retraining", 0, "", name, 1] in found and ["retraining", 0, "", name, 1] not in keys([])
+    assert ["retraining", 0, "", name, 1] in found and ["retraining", 0, "", name, 1] not in missing([])
     # the typical network is known when all random ones are trained
     typical = ["retraining", 0, "", list(worth.random_legal(study, "59%"))[2], 3]
-    known = keys([row for row in made_up(study) if row["key"][1:] != typical])
+    known = missing([row for row in made_up(study) if row["key"][1:] != typical])
     assert typical not in found and known.index(typical) < known.index(["supernet", 2])

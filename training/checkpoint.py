@@ -113,7 +113,10 @@ def check_settings(ckpt, content, folder):
         log.warning("warning: %s: has no settings to compare with those of now", ckpt.path)
         return
     ignored = () if "rule" in before else ("paths",)  # of runs from Python before
-    if changes := difference(SUBJECTS, known(ckpt.content), known(content), ignored):
+    changes = difference(SUBJECTS, known(ckpt.content), known(content), ignored)
+    if change := changes.pop("micro_batch", None):
+        log.warning("warning: %s: BN counts other numbers of images from now on", f"--micro-batch {change}")
+    if changes:
         flags = {name: flag(name) for name in changes} | {"processes": "processes"}  # not a flag
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
         raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")

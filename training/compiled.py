@@ -46,7 +46,7 @@ class CompiledStep(Step):
 
     def _compile(self, images, labels):
         start = time.perf_counter()
-        self.changed = [Buffers()]
+        self.changed = [Buffers(self.known)]
         with torch_compiler("default"):
             for candidate in self.model.candidates_with_all():
                 torch.manual_seed(0)

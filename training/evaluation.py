@@ -3,6 +3,7 @@
 Source: paper section 3.4 (BN statistics are recalculated before inference); official `src/Search/tester.py`.
 """
 
+import dataclasses
 import itertools
 import math
 import time
@@ -13,6 +14,7 @@ from dataloader import Loader
 from images.dataset import calibration_plan, evaluation_plan
 from images.image_cache import FixedBatches
 from network import batch_norms
+from settings.subjects import DataConfig, Evaluation, Images, Run, Testing
 from space.splitting import cut
 from training import checkpoint, distributed
 from training.prefix_tree import PrefixTree
@@ -35,23 +37,40 @@ def validation_batches(loader, batch_size=200, cache=None):
     return FixedBatches(loader, plan, cache, distributed.rank(), distributed.world_size())
 
 
-def open_evaluation(path, out, images, given, evaluation, device, seed=0, split="search", listed=None):
-    """(supernet on the device, calibration batches, validation batches) of a supernet's checkpoint.
+def open_evaluation(values, listed=None):
+    """(supernet on the device, calibration batches, validation batches) by the settings of a trial (name -> value).
 
-    The first four arguments and `listed` are those of checkpoint.open_supernet; `evaluation` is an Evaluation; `split`
-    names the validation images, "search" or "val".
+    `listed` is a file of Data.write_list. Raises UserError if checkpoint, settings and images don't match.
     """
-    supernet, _, config, data = checkpoint.open_supernet(path, out, images, given, listed)
+    images = Images.of(values)
+    evaluation = Evaluation.of(values)
+    device = resolve_device(values["device"], values["threads"])
+    supernet, _, config, data = checkpoint.open_supernet(
+        values["checkpoint"], values["out"], images, DataConfig.given(values), listed
+    )
     data.warn()
     supernet.to(device, memory_format=torch.channels_last)
 
     def loader(part, augment):
-        return Loader(data.images(part), config, augment, seed, device, images.loader, images.workers)
+        return Loader(data.images(part), config, augment, values["seed"], device, images.loader, images.workers)
 
     calibration = calibration_batches(
-        loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, seed, images.cache
+        loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, values["seed"], images.cache
     )
-    return supernet, calibration, validation_batches(loader(split, False), images.eval_batch_size, images.cache)
+    validation = loader(values.get("split", "search"), False)
+    return supernet, calibration, validation_batches(validation, images.eval_batch_size, images.cache)
+
+
+def load_supernet(path, **settings):
+    """As `open_evaluation`, in Python: of a checkpoint, with settings of tester.py by name, others have their defaults.
+
+    supernet, calibration, validation = load_supernet("checkpoints/supernet/checkpoint-0150000.pth", data_dir="...")
+    """
+    subjects = (Run, DataConfig, Images, Evaluation, Testing)
+    known = {field.name: field.default for subject in subjects for field in dataclasses.fields(subject)}
+    if unknown := sorted(settings.keys() - known.keys()):
+        raise UserError(f"load_supernet has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return open_evaluation(known | DataConfig.unset() | {"checkpoint": path} | settings)
 
 
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):

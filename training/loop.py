@@ -22,6 +22,7 @@ from training.run import Journal, TrainingRun
 from training.step import Step
 from utils import (
     INTERRUPTED,
+    WARNINGS,
     Interrupted,
     UserError,
     duration,
@@ -88,7 +89,8 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
         state.finish_validation()
         for number, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
             candidate = state.candidate_at(number)
-            loss, logits = step.train_one_step(number, images, labels, candidate)
+            with state.saved_on_error():
+                loss, logits = step.train_one_step(number, images, labels, candidate)
             state.after(number, candidate, loss, logits, labels)
     return state.metrics
 
@@ -136,6 +138,31 @@ class _State:
     def candidate_at(self, step):
         """The candidate that the sampler has for a step; None without a sampler."""
         return self.sampler and getattr(self.sampler, "candidate", self.sampler)(step)
+
+    @contextlib.contextmanager
+    def saved_on_error(self):
+        """If a step fails before it changes weights, saves the one before; running out of memory becomes one line."""
+        try:
+            yield
+        except Exception as error:
+            if self.step.undo():
+                try:
+                    self.keep(self.meter.number)
+                except Exception as failure:  # must not hide the first error
+                    log.warning("warning: nothing is saved: %s", failure)
+            if out_of_memory(error):
+                raise UserError(self.memory_advice()) from None
+            raise
+
+    def memory_advice(self):
+        """What to do where a step runs out of memory."""
+        training = self.step.training
+        whole = training.batch_size // distributed.world_size()
+        n = training.micro_batch or whole
+        smaller = next((m for m in range(n // 2, 1, -1) if whole % m == 0), None)
+        advice = f"give --micro-batch {smaller}" if smaller else "give a smaller --batch-size, with another --out"
+        used = f"{n} images at a time used {_peak_memory(self.step.device) / 1e9:.1f} GB"
+        return f"out of memory in step {self.meter.number + 1}: {used}; {advice}"
 
     def after(self, step, candidate, loss, logits, labels):
         """Counts a step; logs, validates and saves if due; ends the process if a signal has come."""
@@ -217,6 +244,13 @@ def _log_plan(step, folder, meter, validate):
         advice = "--threads 1" if UserError.of_commands else "torch.set_num_threads(1)"
         text = "warning: %d threads compute less than one would; other programs run: try %s"
         log.warning(text, torch.get_num_threads(), advice)
+
+
+def out_of_memory(error):
+    """Whether an error says that memory ran out, of a GPU or of the CPU."""
+    known = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+    in_text = isinstance(error, RuntimeError) and any(text in str(error) for text in known)
+    return in_text or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _peak_memory(device):
@@ -329,9 +363,10 @@ class _Meter:
 
 
 class _Interruption:
-    """Records SIGINT and SIGTERM, whose handler is `note`, in `signal`; the end of torchrun counts as SIGTERM.
+    """Records SIGINT, SIGTERM and WARNINGS, handled by `note`, in `signal`; the end of torchrun counts as SIGTERM.
 
-    A second signal ends the process at once, except with several ranks, to which torchrun forwards its own signals.
+    A second SIGINT or SIGTERM ends the process at once, except with several ranks, to which torchrun forwards its own
+    signals.
     """
 
     def __init__(self):
@@ -368,11 +403,12 @@ class _Interruption:
         return self.noted or (signal.SIGTERM if orphaned else 0)
 
     def note(self, number, _):
-        again = time.monotonic() - self.noted_at > SAME_SIGNAL_S
-        if again and distributed.world_size() == 1:
-            os._exit(128 + number)
+        if number not in WARNINGS:
+            again = time.monotonic() - self.noted_at > SAME_SIGNAL_S
+            if again and distributed.world_size() == 1:
+                os._exit(128 + number)
+            self.noted_at = min(self.noted_at, time.monotonic())
         self.noted = number
-        self.noted_at = min(self.noted_at, time.monotonic())
         if self.raises:
             raise Interrupted(number)
 

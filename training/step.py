@@ -69,7 +69,9 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
         self.number = 0
-        self.changed = []  # Buffers that note what forward passes change
+        self.known = {}  # of Buffers
+        self.changed = [Buffers(self.known)]  # what forward passes change: in the step, and since its first micro-batch
+        self.updating = False  # whether the optimizer may have changed weights in an unfinished step
 
     def train_one_step(self, number, images, labels, candidate=None):
         """Trains what the rule makes of the candidate, or a stand-alone network, on this rank's share of a batch.
@@ -87,12 +89,12 @@ class Step:
         size = self.training.micro_batch or len(images)
         batches = list(zip(images.split(size), labels.split(size)))
         self.optimizer.zero_grad(set_to_none=True)
-        self.changed = []
+        self.changed = [Buffers(self.known)]
         losses, others, outputs = [], [], []
         for i, batch in enumerate(batches):
             torch.manual_seed(dropout_seed(self.seed, number, distributed.rank() * len(batches) + i))
             if i == 1:
-                self.changed.append(Buffers())
+                self.changed.append(Buffers(self.known))
             found = []
             for loss, logits in self.rule(self, candidate, *batch):
                 loss = loss / len(batches)
@@ -104,16 +106,23 @@ class Step:
             losses.append(found.pop())
             others += found
             outputs.append(output)
-        for buffers in self.changed:
-            buffers.restore()
+        if len(batches) > 1:
+            self.changed.pop().restore()
         distributed.average_gradients(self.model.parameters())
+        self.updating = True
         begin_momentum(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.updating = False
         total = torch.stack(losses).sum()
         if others:  # a loss that is not finite shows, whichever path it is of
             total = total + 0 * torch.stack(others).sum()
         return total, torch.cat(outputs)
+
+    def undo(self):
+        """Takes back what a step that failed has changed; False if the optimizer had begun to change weights."""
+        self.changed[0].restore()
+        return not self.updating
 
     def forward(self, candidate, images):
         """Logits (N, classes) of images (N, 3, H, W) through a candidate, or through a stand-alone network (None)."""
@@ -142,19 +151,26 @@ class Step:
 class Buffers:
     """The buffers, above all BN statistics, of the paths that were noted, as they were before."""
 
-    def __init__(self):
-        self.before = {}  # part of a path -> [(buffer, its values)]
+    def __init__(self, known):
+        self.known = known  # part -> its buffers, kept from step to step, because looking for them takes time
+        self.parts = set()
+        self.before = []  # (buffers of one type, their values in one tensor: a copy of each would be slow)
 
     def note(self, path):
-        for part in path:
-            if part not in self.before:
-                buffers = getattr(part, "widest", part).buffers()
-                self.before[part] = [(buffer, buffer.clone()) for buffer in buffers]
+        new = [part for part in path if part not in self.parts]
+        self.parts.update(new)
+        for part in new:
+            if part not in self.known:
+                self.known[part] = list(getattr(part, "widest", part).buffers())
+        buffers = [buffer for part in new for buffer in self.known[part]]
+        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+            same = [buffer for buffer in buffers if buffer.dtype == dtype]
+            self.before.append((same, torch.cat([buffer.reshape(-1) for buffer in same])))
 
     def restore(self):
-        for pairs in reversed(self.before.values()):
-            for buffer, values in pairs:
-                buffer.copy_(values)
+        for buffers, values in reversed(self.before):
+            for buffer, before in zip(buffers, values.split([buffer.numel() for buffer in buffers])):
+                buffer.copy_(before.view(buffer.shape))
 
 
 # --- rules ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ and `stem_and_tail` what all networks have in common.
     ns         the unit of all latencies here and in latency.json; latencies are per batch, not per image
 """
 
-import contextlib
 import math
 import reprlib
 import statistics
@@ -162,9 +161,13 @@ def measure_like(table, space, candidates, folder=None):
             raise UserError(f"{folder}: measured with {change}; measure both in the same way")
         medians = [statistics.fmean(ns[c]) for c in [*references, *candidates]]
     else:
-        with _threads(table):
+        before = torch.get_num_threads()
+        torch.set_num_threads(table["threads"])
+        try:
             networks = Networks(_runtime_of(table, space), [*references, *candidates])
             take_turns(networks.runtime, networks)
+        finally:
+            torch.set_num_threads(before)
         medians = networks.medians()
     now, measured = medians[: len(references)], medians[len(references) :]
     then = map(statistics.fmean, zip(*table["networks"]["measured"]))
@@ -183,17 +186,6 @@ def _references(table, space):
 
 def _runtime_of(table, space):
     return open_runtime(table["runtime"], space, table["batch_size"], torch.device(table["kind"]))
-
-
-@contextlib.contextmanager
-def _threads(table):
-    """In the block, torch has as many threads as when the table was measured."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(table["threads"])
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- the table of a search -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def confirm(out, table):
         more = [c for c in [evolution.limits.optimum("flops", -1)] if c and c not in best]
         if not results_path(folder).exists():
             n, size = write_like(table, space, [*best, *more], folder)
-            text = "the winner's latency is not checked: %s has %d networks, %.1f MB, for %s; run on_device.py there, "
+            text = "warning: the winner's latency is not checked: %s has %d networks, %.1f MB, for %s; run on_device.py there, "
             log.warning(
                 text + "put results.json into the folder, then --resume", folder, n, size / 1e6, table["device"]
             )

@@ -175,7 +175,6 @@ def main(args):
         start_logging(args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)
         utils.log.info("top-1 %.2f%%, top-5 %.2f%% of %d images", result["acc1"], result["acc5"], result["n_images"])
-        result.pop("halves", None)  # a search alone needs them
         print(json.dumps({**result, "flops": supernet.space.flops(candidate)}))
     elif os.environ.get("NNI_PLATFORM"):
         run_trial(args)

@@ -19,7 +19,7 @@ import torch
 from devices import on_device
 from devices.on_device import open_session
 from devices.timing import Runtime, build, random_images
-from training.export import ONNX_PACKAGES, without_notes
+from settings.subjects import ONNX_PACKAGES
 from utils import UserError, log
 
 TOLERANCE = 1e-3  # an exported operation's outputs may differ by this share of the largest one
@@ -186,13 +186,15 @@ def _to_onnx(parts):
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        model = torch.onnx.export(
             _Beside(modules).eval(), examples, dynamo=True, verbose=False,
             dynamic_shapes=(tuple({0: batch} for _ in examples),),
             input_names=[f"input{i}" for i in range(len(examples))],
             output_names=[f"output{i}" for i in range(len(examples))],
-        )  # fmt: skip
-    return without_notes(program.model_proto)
+        ).model_proto  # fmt: skip
+    for node in model.graph.node:
+        node.ClearField("metadata_props")  # with the paths of this machine
+    return model
 
 
 def _compare(key, part, module, example):

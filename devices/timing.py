@@ -60,15 +60,10 @@ def run_timed(parts, x):
 class Runtime:
     """What runs the networks of a space. `x` is their input; `reference` is the network beside which all are timed.
 
-    A subclass says how networks are timed, and prepares them.
+    A subclass has a NAME, and `prepare(candidate)`, which gives a function that returns the candidate as a callable on
+    `x`. A measurement has ROUNDS, or as many as begin within SECONDS, but at least FEWEST; in each, a network runs
+    WARM_UP times, and then the RUNS that count.
     """
-
-    NAME = ""
-    ROUNDS = 0  # of a measurement, or as many as begin within SECONDS, but at least FEWEST
-    SECONDS = 0
-    FEWEST = 0
-    WARM_UP = 0  # runs of a network in a round before those that count
-    RUNS = 0  # those that count
 
     def __init__(self, space, batch_size, device, x):
         self.space = space
@@ -77,10 +72,6 @@ class Runtime:
         self.x = x
         self.reference = self.prepare(space.uniform_candidate(0))()
         self.reference_ns = []
-
-    def prepare(self, candidate):
-        """A function that returns the candidate as a callable on `x`."""
-        raise NotImplementedError
 
     def run_reference(self):
         """The ns that the reference takes now."""

@@ -25,10 +25,9 @@ def confirm(out, table):
         more = [c for c in [evolution.limits.optimum("flops", -1)] if c and c not in best]
         if not results_path(folder).exists():
             n, size = write_like(table, space, [*best, *more], folder)
-            text = "warning: the winner's latency is not checked: %s has %d networks, %.1f MB, for %s; run on_device.py there, "
-            log.warning(
-                text + "put results.json into the folder, then --resume", folder, n, size / 1e6, table["device"]
-            )
+            text = "warning: the winner's latency is not checked: %s has %d networks, %.1f MB, for %s; "
+            text += "run on_device.py there, put results.json into the folder, then --resume"
+            log.warning(text, folder, n, size / 1e6, table["device"])
             record.lock.close()
             return False
     log.info("measuring the %d best candidates as whole networks in %s", len(best), RUNTIMES[table["runtime"]])

@@ -107,7 +107,8 @@ def search_with_nni(out, command, experiment, concurrency=1, candidates_per_tria
         time.sleep(FORGET_S)
         concurrency = max(1, concurrency * len(left) // len(machines))
         experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
-        prepare_search(out, read_state(out)["settings"], resume=True)
+        before = read_state(out)
+        prepare_search(out, before["settings"], resume=True, warnings=before.get("warnings", ()))
 
 
 def _nni_config(out, command, experiment, concurrency, candidates_per_trial):

@@ -39,10 +39,9 @@ from hypothesis import strategies as st
 import utils
 from bench import study
 from engines.nni_engine import read_experiment
-from images.dataset import DataConfig
 from network import ShuffleNetV2OneShot
 from settings.fields import flag
-from settings.subjects import FIELDS
+from settings.subjects import FIELDS, DataConfig
 from space import weight_files
 from space.flops_table import read_flops_table
 from space.limits import make_bounds

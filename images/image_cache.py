@@ -44,7 +44,7 @@ class FixedBatches:
         """For each batch of an iteration, which of its images are in the second half (N,); None where none is told."""
         halves = self.loader.images.halves
         own = self.plan[self.rank :: self.world_size]
-        return [None if halves is None else halves[samples[:, 1]] == 1 for samples in own]
+        return [None if halves is None else torch.from_numpy(halves[samples[:, 1]] == 1) for samples in own]
 
     def prepare(self):
         """Decodes the images into the folder `cache`, unless they are there."""

@@ -18,7 +18,7 @@ from engines.search_files import (
     starts,
     state_path,
 )
-from settings.subjects import EVOLUTION
+from space.evolution import EVOLUTION
 from space.limits import Limits, bounding, bounds_of, milliseconds
 from utils import UserError, read_json
 

@@ -6,7 +6,7 @@ import functools
 import gc
 import importlib
 import io
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import signal
@@ -24,6 +24,10 @@ from dataloader import Loader
 from engines import local_engine
 from images import bundled
 from settings.subjects import Images
+from space import own, search_space
+from training import step  # noqa: F401  which registers its rules
+from training.evaluation import update_bn
+from training.prefix_tree import PrefixTree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = ("apple", "bird", "car")
@@ -33,6 +37,23 @@ torch.set_num_threads(1)  # the same numbers on every machine, and no fight over
 utils.UserError.of_commands = True  # messages name flags
 # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+REGISTERED = (*own.REGISTRIES.values(), own.hashes, own.loaded, search_space.SAME_OPERATIONS)
+AT_START = [known.copy() for known in REGISTERED]
+
+
+def forget():
+    """What files of users have registered is gone, as in another process."""
+    for known, before in zip(REGISTERED, AT_START):
+        known.clear()
+        known.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    yield
+    forget()
 
 
 def coloured_image(rng, height, width):
@@ -94,6 +115,7 @@ def folders(tmp_path_factory):
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
     os.environ["TEST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
+    multiprocessing.forkserver._forkserver._stop()  # waits for it, whose socket is in the folder
     os.environ["TMPDIR"] = tempfile.tempdir = before
 
 
@@ -173,6 +195,14 @@ def touched(monkeypatch):
     _watching.remove(found)
 
 
+def tree_logits(supernet, candidates, calibration, images, bn="ema", **how):
+    """{candidate: logits (N, classes)} from one walk of a tree, with BN statistics of the calibration batches."""
+    tree = PrefixTree(supernet, candidates, **how)
+    with torch.inference_mode(), tree.own_statistics():
+        update_bn(supernet, tree.forward, calibration, bn)
+        return dict(tree.logits(images))
+
+
 def run(script, *words, code=0, cwd=None):
     """Runs a script in this process, as `launch` does in another; returns (standard output, standard error)."""
     module = importlib.import_module(script.removesuffix(".py"))
@@ -227,3 +257,21 @@ def launch(script, *words, code=0, cwd=None, **variables):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=cwd)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr
+
+
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["test_distributed", "supernet", "scratch", "torch._dynamo", "torch.utils.tensorboard"])
+
+
+def _begun(function, arguments):
+    multiprocessing.set_start_method("fork", force=True)  # for its loader, as in any process
+    function(*arguments)
+
+
+def started(function, *arguments):
+    """A process that runs a function of a module: a fork of one that has imported the tests and has no threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # for the process that is forked, at the first call
+        process = CLEAN.Process(target=_begun, args=(function, arguments))
+        process.start()
+    return process

@@ -13,9 +13,8 @@ import sys
 
 import pytest
 import torch
-import two_processes
 from conftest import ROOT, run
-from test_distributed import assert_near, assert_same, outcome, outcomes
+from test_distributed import assert_near, assert_same, outcome, outcomes, trained
 from test_training import Images, assert_same_end, settings, supernet_run
 from torch._dynamo.utils import counters
 
@@ -175,22 +174,19 @@ def test_a_folder_of_code_is_its_users_alone(tmp_path, monkeypatch):
 # --- slow ----------------------------------------------------------------------------------------------------
 
 
+def _compiled_rank(rank, folder):
+    compiled.BACKEND = "aot_eager"
+    result = trained(folder / "run", torch.float64, 3, compile=True, micro_batch=2)
+    if rank == 0:
+        torch.save(result, folder / "result.pth")
+
+
 @pytest.mark.slow
 def test_processes_compile_one_after_the_other(tmp_path):
-    """The first of a machine, then the others, which find what it has kept; with micro-batches, as eager.
-
-    It stands before the tests of Inductor, whose threads a fork would not have.
-    """
-
-    def main(rank):
-        result = two_processes.trained(tmp_path / "run", torch.float64, 3, compile=True, micro_batch=2)
-        if rank == 0:
-            torch.save(result, tmp_path / "result.pth")
-
-    found = outcomes(main)
+    """The first of a machine, then the others, which find what it has kept; with micro-batches, as eager."""
+    found = outcomes(_compiled_rank, tmp_path)
     assert [code for code, _ in found] == [0, 0], found
-    eager = two_processes.trained(tmp_path / "eager", torch.float64, 3, micro_batch=2)
-    assert_near(torch.load(tmp_path / "result.pth"), eager)
+    assert_near(torch.load(tmp_path / "result.pth"), trained(tmp_path / "eager", torch.float64, 3, micro_batch=2))
 
 
 @pytest.mark.slow

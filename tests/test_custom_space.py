@@ -12,15 +12,15 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, forget, run, tree_logits
+from test_search_space import hooked_flops
 
 import blocks
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from space import custom, own, search_space
+from space import custom, own
 from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
 from training import checkpoint
-from training.evaluation import recalibrate_bn, update_bn
-from training.prefix_tree import PrefixTree
+from training.evaluation import recalibrate_bn
 from utils import UserError
 
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/spaces.md").read_text(), re.S)[1]
@@ -33,19 +33,8 @@ OWN = {
 }
 
 
-BEFORE = dict(blocks.OPERATIONS)
-
-
-def forget():
-    """What files have registered is gone, as in another process."""
-    blocks.OPERATIONS.clear()
-    blocks.OPERATIONS.update(BEFORE)
-    for known in (own.loaded, own.hashes, search_space.SAME_OPERATIONS):
-        known.clear()
-
-
 @pytest.fixture(autouse=True)
-def forgotten():
+def forgotten_test():
     yield
     forget()
 
@@ -157,27 +146,12 @@ def test_an_operation_that_does_not_fit_its_block_is_a_line(tmp_path):
         space.flops((0,) * 20)
 
 
-def flops_by_hooks(network):
-    """Multiply-adds of convolutions and linear layers, of an image of 28 px."""
-    counted = []
-
-    def count(module, inputs, output):
-        size = output.shape[2] * output.shape[3] if output.dim() == 4 else 1
-        counted.append(module.weight.numel() * size)
-
-    for module in network.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            module.register_forward_hook(count)
-    network(torch.zeros(1, 3, 28, 28))
-    return sum(counted)
-
-
 def test_costs_are_counted_from_the_module(tmp_path):
     own.load(written(tmp_path / "own.py", EXAMPLE))
     space = custom.make_space(written(tmp_path / "s.yml", {"space": OWN}), input_size=28, n_classes=10)
     candidate = (1, 0, 2, 1, 0, 1, 1, 0)
     network = ShuffleNetV2(candidate, space=space).eval()
-    assert space.flops(candidate) == flops_by_hooks(network)
+    assert space.flops(candidate) == hooked_flops(network, size=28)
     assert space.params(candidate) == sum(p.numel() for p in network.parameters())
     supernet = ShuffleNetV2OneShot(space=space)
     assert supernet(torch.zeros(2, 3, 28, 28), candidate).shape == (2, 10)
@@ -211,17 +185,12 @@ def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path
     supernet = ShuffleNetV2OneShot(space=space).double()
     (images, _), *calibration = [(torch.rand(8, 3, 16, 16).double() * 255, torch.arange(8)) for _ in range(3)]
     candidates = [(0, 1, 0, 0, 1, 0, 0, 0), (0, 1, 1, 0, 1, 0, 1, 1), (1, 0, 0, 0, 0, 1, 1, 1)]
-    logits = {}
-    for fold in (True, False):
-        tree = PrefixTree(supernet, candidates, fold)
-        with torch.inference_mode(), tree.own_statistics():
-            update_bn(supernet, tree.forward, calibration, "average")
-            logits[fold] = dict(tree.logits(images))
+    trees = [tree_logits(supernet, candidates, calibration, images, "average", fold=fold) for fold in (True, False)]
     for candidate in candidates:
         recalibrate_bn(supernet, lambda x, candidate=candidate: supernet(x, candidate), calibration, "average")
         expected = supernet(images, candidate)
-        for found in (logits[True][candidate], logits[False][candidate]):
-            assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
+        for found in trees:
+            assert (found[candidate] - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
@@ -249,7 +218,7 @@ def test_the_projects_operations_cost_what_their_convolutions_cost(widths):
     for operation, name in enumerate(space.operations):
         candidate = space.uniform_candidate(operation * len(widths))
         network = ShuffleNetV2(candidate, space=space).eval()
-        assert space.flops(candidate) == flops_by_hooks(network), name
+        assert space.flops(candidate) == hooked_flops(network, size=28), name
         assert space.params(candidate) == sum(p.numel() for p in network.parameters()), name
     skip = space.operations.index("skip_1x1") * len(widths)
     within = [i for i, shape in enumerate(space.blocks) if not shape.projects]
@@ -263,10 +232,7 @@ def test_a_path_of_the_projects_operations_is_the_fixed_network_and_a_part_of_th
     supernet = ShuffleNetV2OneShot(space=space).double()
     (images, _), *calibration = [(torch.rand(8, 3, 16, 16).double() * 255, torch.arange(8)) for _ in range(3)]
     candidates = [(0, 1, 2, 3, 4, 0, 1), (0, 1, 2, 0, 0, 4, 4), (4, 0, 0, 0, 0, 1, 0), (0,) * 7]
-    tree = PrefixTree(supernet, candidates, True)
-    with torch.inference_mode(), tree.own_statistics():
-        update_bn(supernet, tree.forward, calibration, "average")
-        found = dict(tree.logits(images))
+    found = tree_logits(supernet, candidates, calibration, images, "average")
     for candidate in candidates:
         alone = ShuffleNetV2(candidate, affine=False, space=space).double()
         weights = supernet.state_dict()

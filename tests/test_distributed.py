@@ -13,71 +13,64 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 
 import pytest
 import torch
-import two_processes
-from conftest import ROOT, run
-from test_training import SPACE, Images
+from conftest import ROOT, run, started
+from test_training import SPACE, Images, settings
 from torch import nn
 
+import training.run
 import utils
 from images.dataset import training_plan
-from network import ShuffleNetV2OneShot
+from network import ShuffleNetV2, ShuffleNetV2OneShot
 from settings.subjects import deciding
 from space import weight_files
 from space.sampler import PathSampler
 from training import checkpoint, distributed
 from training.distributed import per_rank_batch_size
+from training.evaluation import accuracy, evaluate, recalibrate_bn
+from training.loop import train
 from training.run import TrainingRun
 from training.step import dropout_seed
 from utils import UserError
 
 TORCHRUN = "torch.distributed.run --nproc-per-node 2 --master-port 0 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
 TRAINING = "--workers 1 --batch-size 8 --warmup 2 --save-every 2"
-SUPERNET = ("supernet.py", TRAINING, "--iterations 8 --val-every 4 --bn-batches 2 --bn-batch-size 9 --val-paths 1")
+SMALL = "--space small --bn-batches 2 --bn-batch-size 9"
+SUPERNET = ("supernet.py", TRAINING, SMALL, "--iterations 8 --val-every 4 --val-paths 1")
 SCRATCH = ("scratch.py", TRAINING, "--iterations 6 --val-every 6 --bn-pass 2")
-ENDLESS = ("supernet.py", TRAINING, "--bn-batches 2 --bn-batch-size 9 --iterations 100000 --save-every 100000")
+ENDLESS = ("supernet.py", TRAINING, SMALL, "--iterations 100000 --save-every 100000")
+
+
+def _scripted(words, code):
+    os.setsid()
+    run(*words, code=code)
 
 
 class Forked:
-    """A script that runs in a fork of this process, in a session of its own; what it prints is lost."""
+    """A script in a clean process and a session of its own; what it prints is lost."""
 
     def __init__(self, *words, code=0):
-        self.returncode = None
-        self.pid = os.fork()
-        if not self.pid:
-            result = 1
-            try:
-                os.setsid()
-                run(*words, code=code)
-                result = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(result)
+        self.process = started(_scripted, words, code)
+        self.pid = self.process.pid
 
     def poll(self):
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
+        return self.process.exitcode
+
+    returncode = property(poll)
 
     def wait(self, timeout):
-        deadline = time.monotonic() + timeout
-        while self.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        self.process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired("script", timeout)
-        return self.returncode
 
     def communicate(self):
         return self.wait(60), ""
 
 
 def start(processes, *words):
-    """A script in a fork, or on several processes by torchrun."""
+    """A script in a clean process, or on several processes by torchrun."""
     if processes == 1:
         return Forked(*words)
     script, *words = [part for word in words for part in str(word).split()]
@@ -122,15 +115,94 @@ def kill(process):
     process.communicate()
 
 
-# --- two processes -------------------------------------------------------------------------------------------
+# --- ranks ---------------------------------------------------------------------------------------------------
+
+
+def _rank(main, arguments, environment, log):
+    """Runs on a rank; its standard error goes to a file."""
+    os.environ.update(environment)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w")
+    rank = int(environment["RANK"])
+    distributed.run(lambda _: [distributed.join("cpu"), main(rank, *arguments)], lambda: None)
+
+
+def outcomes(main, *arguments, n=2):
+    """(exit code, standard error) of `main(rank, *arguments)` on `n` ranks; this process has the store, as torchrun."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [pathlib.Path(folder, str(rank)) for rank in range(n)]
+        environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+        ranks = [started(_rank, main, arguments, *of_rank) for of_rank in zip(environments, logs)]
+        for process in ranks:
+            process.join()
+        return [(process.exitcode, log.read_text()) for process, log in zip(ranks, logs)]
+
+
+CANDIDATES = [(0, 1, 2, 3), (0, 1, 2, 0)]
+
+
+class InDouble(Images):
+    """A loader whose images are the same in whatever batch they come."""
+
+    def batches(self, plan):
+        shape = (len(self.images), 3, self.px, self.px)
+        images = torch.rand(shape, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * 255
+        return ((images[batch[:, 1]], torch.from_numpy(batch[:, 1] % 3)) for batch in plan)
+
+
+def random_batches(n, size):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [size - i % 2 for i in range(n)]
+    return [
+        (torch.rand(s, 3, 16, 16, generator=generator) * 255, torch.randint(3, (s,), generator=generator))
+        for s in sizes
+    ]
+
+
+def measured(rank=0, world=1):
+    """Accuracies of candidates and of a network, and that network's BN statistics as the average over 5 batches."""
+    torch.manual_seed(0)
+    supernet, network = ShuffleNetV2OneShot(space=SPACE), ShuffleNetV2(CANDIDATES[0], space=SPACE)
+    calibration, validation = random_batches(5, 16), random_batches(3, 20)
+    results = evaluate(supernet, CANDIDATES, calibration, validation[rank::world])
+    recalibrate_bn(network, network, calibration[rank::world], "average", sharded=world > 1)
+    buffers = {name: b.clone() for name, b in network.named_buffers() if "running" in name}
+    return [r | {"seconds": 0} for r in results], accuracy(network, validation[rank::world]), buffers
+
+
+def trained(folder, dtype, steps, **changes):
+    torch.manual_seed(0)
+    model = ShuffleNetV2OneShot(space=SPACE).to(dtype)
+    sampler = PathSampler(SPACE, 0)
+    stored = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    images, run = InDouble() if dtype == torch.float64 else Images(), TrainingRun(folder, "supernet", stored)
+    metrics = train(model, images, settings(iterations=steps, **changes), sampler.candidate, lambda step: {}, run)
+    return {
+        "weights": dict(model.named_parameters()),
+        "gradients": {n: p.grad for n, p in model.named_parameters()},
+        "buffers": dict(model.named_buffers()),
+        "loss": metrics["train/loss"],
+    }
+
+
+def _two(rank, out):
+    result = {
+        str(dtype): trained(out / str(dtype), dtype, steps) for dtype, steps in ((torch.float32, 1), (torch.float64, 3))
+    }
+    result["micro-batches"] = trained(out / "micro-batches", torch.float64, 3, micro_batch=2)
+    torch.save(result | {"measured": measured(rank, distributed.world_size())}, out / f"{rank}.pth")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two_processes.py leaves, by process."""
+    """A folder, and what each of two ranks has trained there and evaluated."""
     out = tmp_path_factory.mktemp("two")
-    words = [sys.executable, "-m", *TORCHRUN.split(), ROOT / "tests" / "two_processes.py", out]
-    subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=200)
+    found = outcomes(_two, out)
+    assert [code for code, _ in found] == [0, 0], found
     return out, [torch.load(out / f"{rank}.pth") for rank in (0, 1)]
 
 
@@ -142,7 +214,7 @@ def test_gradients_are_the_mean_of_the_shards(two, dtype, steps, tolerance):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     weights = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 4e-5}]
     sampler, optimizer = PathSampler(SPACE, 0), torch.optim.SGD(weights, lr=0.5, momentum=0.9, foreach=False)
-    loader = two_processes.InDouble() if dtype == torch.float64 else Images()
+    loader = InDouble() if dtype == torch.float64 else Images()
     shards = [list(loader.batches(training_plan(64, 4, 0, 0, steps, rank, 2))) for rank in (0, 1)]
     for step in range(1, steps + 1):
         gradients = []
@@ -199,7 +271,7 @@ def test_what_is_not_sampled_has_no_momentum_on_two_processes(two):
 
 
 def test_evaluation_counts_every_image_once_and_calibrates_on_all(two):
-    results, accuracy, buffers = two_processes.measured()
+    results, accuracy, buffers = measured()
     assert accuracy[2] == results[0]["n_images"] == 20 + 19 + 20
     for process in two[1]:
         found, found_accuracy, found_buffers = process["measured"]
@@ -234,44 +306,8 @@ def test_what_is_wrong_for_all_processes_is_said_once(tmp_path, data):
     assert "batches of 15 images: " in line and "multiple of 2" in line
 
 
-# --- two processes that are forks of this one ----------------------------------------------------------------
-
-
-def outcomes(main, n=2):
-    """(exit code, standard error) of `main(rank)` on each of `n` ranks; this process has the store, as torchrun."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        for rank in range(n):
-            ranks.append(os.fork())
-            if not ranks[-1]:
-                code = 1
-                try:
-                    local = {
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(n),
-                        "LOCAL_WORLD_SIZE": str(n),
-                    }
-                    os.environ.update({**address, **local})
-                    os.dup2(os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT), 2)
-                    sys.stderr = os.fdopen(2, "w")
-                    distributed.run(lambda _, rank=rank: [distributed.join("cpu"), main(rank)], lambda: None)
-                    code = 0
-                except SystemExit as end:
-                    code = end.code
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-        return [(code, pathlib.Path(folder, str(rank)).read_text()) for rank, code in enumerate(codes)]
-
-
 def assert_near(found, expected):
-    """Two results of two_processes.trained in float64, which may differ in their last digits."""
+    """Two results of `trained` in float64, which may differ in their last digits."""
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
     for kind in ("weights", "gradients", "buffers"):
         assert found[kind].keys() == expected[kind].keys()
@@ -286,41 +322,49 @@ def assert_near(found, expected):
             assert (other - tensor).abs().max() <= 1e-9 * scale, name
 
 
+def _trained_by_rank(rank, folder, how):
+    result = trained(folder / "run", torch.float64, 3, **how)
+    if rank == 0:
+        torch.save(result, folder / "result.pth")
+
+
 def on_processes(n, folder):
     """What process 0 of `n` has after three steps of `2 * n` images each."""
-
-    def main(rank):
-        result = two_processes.trained(folder / "run", torch.float64, 3, batch_size=2 * n)
-        if rank == 0:
-            torch.save(result, folder / "result.pth")
-
-    found = outcomes(main, n)
+    found = outcomes(_trained_by_rank, folder, {"batch_size": 2 * n}, n=n)
     assert [code for code, _ in found] == [0] * n, found
     return torch.load(folder / "result.pth")
 
 
 def test_micro_batches_are_processes(two, tmp_path):
-    """Four of two images on one process, and two on each of two by torchrun, train as four processes of two images:
-    the same dropout, the mean of their gradients, and the BN statistics of the first."""
+    """Four of two images on one process, and two on each of two, train as four processes of two images: the same
+    dropout, the mean of their gradients, and the BN statistics of the first."""
     expected = on_processes(4, tmp_path)
-    assert_near(two_processes.trained(tmp_path / "one", torch.float64, 3, micro_batch=2), expected)
+    assert_near(trained(tmp_path / "one", torch.float64, 3, micro_batch=2), expected)
     _, processes = two
     assert_near(processes[0]["micro-batches"], expected)
     assert processes[1]["micro-batches"]["loss"] == processes[0]["micro-batches"]["loss"]
     with pytest.raises(AssertionError):
-        assert_near(two_processes.trained(tmp_path / "whole", torch.float64, 3), expected)
+        assert_near(trained(tmp_path / "whole", torch.float64, 3), expected)
 
 
 @pytest.mark.slow
 def test_micro_batches_are_eight_processes(tmp_path):
     expected = on_processes(8, tmp_path)
-    assert_near(two_processes.trained(tmp_path / "one", torch.float64, 3, batch_size=16, micro_batch=2), expected)
+    assert_near(trained(tmp_path / "one", torch.float64, 3, batch_size=16, micro_batch=2), expected)
+
+
+def _started_with(rank, folder, change):
+    own = {"lr": 0.5, "classes": ["a", "b", "c"], "split": {"hash": "0"}, "images": "0", "code": "0"}
+    own |= {"workers": 1, "keep": 3} | (change if rank else {})
+    training.run.code_version = lambda: own["code"]
+    decide = deciding({name: own[name] for name in ("lr", "workers", "keep")})
+    contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"]}
+    TrainingRun(folder, "supernet", contents, decide).start(torch.device("cpu"), 0, images=own["images"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, None),
         ({"lr": 0.4}, "has --lr 0.4, process 0 0.5;"),
         ({"classes": ["a", "cow", "c"]}, "has classes cow, process 0 b;"),
         ({"split": {"hash": "1"}}, "has split {'hash': '1'}, process 0 {'hash': '0'};"),
@@ -329,25 +373,8 @@ def test_micro_batches_are_eight_processes(tmp_path):
         ({"workers": 3, "keep": 9}, None),
     ],
 )
-def test_processes_that_differ_are_told_before_the_first_step(tmp_path, monkeypatch, change, message):
-    def main(rank):
-        own = {
-            "lr": 0.5,
-            "classes": ["a", "b", "c"],
-            "split": {"hash": "0"},
-            "images": "0",
-            "code": "0",
-            "workers": 1,
-            "keep": 3,
-        }
-        own |= change if rank else {}
-        monkeypatch.setattr("training.run.code_version", lambda: own["code"])
-        decide = deciding({name: own[name] for name in ("lr", "workers", "keep")})
-        contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"]}
-        run = TrainingRun(tmp_path / "run", "supernet", contents, decide)
-        run.start(torch.device("cpu"), 0, images=own["images"])
-
-    found = outcomes(main)
+def test_processes_that_differ_are_told_before_the_first_step(tmp_path, change, message):
+    found = outcomes(_started_with, tmp_path / "run", change)
     if message is None:
         assert [code for code, _ in found] == [0, 0], found
     else:
@@ -357,36 +384,36 @@ def test_processes_that_differ_are_told_before_the_first_step(tmp_path, monkeypa
         assert not (tmp_path / "run").exists()
 
 
-def test_a_collective_that_hangs_ends_the_run(monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=1))
+def _hanging(rank):
+    distributed.TIMEOUT = datetime.timedelta(seconds=1)
+    if rank == 1:
+        time.sleep(4)
+    else:
+        distributed.all_reduce_max(1)
 
-    def main(rank):
-        if rank == 1:
-            time.sleep(4)
-        else:
-            distributed.all_reduce_max(1)
 
-    (code, stderr), _ = outcomes(main)
+def test_a_collective_that_hangs_ends_the_run():
+    (code, stderr), _ = outcomes(_hanging)
     assert code == 2 and "another rank of this run ended or hangs" in stderr and len(stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("lives", [True, False])
-def test_a_long_first_image_check_is_no_hang(monkeypatch, lives):
-    """The data set is read by local rank 0, for longer than a collective may take, while the other waits."""
-    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=1))
-
+def _checking(rank, lives):
     def check():
-        for _ in range(25 if os.environ["RANK"] == "0" else 0):
+        for _ in range(25 if rank == 0 else 0):
             time.sleep(0.1)
             if lives:
                 utils.heartbeat()
         return "data"
 
-    def main(rank):
-        assert distributed.local_rank0_first(check) == "data"
-        distributed.all_reduce_max(1)
+    distributed.TIMEOUT = datetime.timedelta(seconds=1)
+    assert distributed.local_rank0_first(check) == "data"
+    distributed.all_reduce_max(1)
 
-    (_, _), (code, stderr) = outcomes(main)
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_long_first_image_check_is_no_hang(lives):
+    """The data set is read by local rank 0, for longer than a collective may take, while the other waits."""
+    (_, _), (code, stderr) = outcomes(_checking, lives)
     assert code == 0 if lives else (code == 2 and "no heartbeat for 1 s" in stderr), stderr
 
 

@@ -5,14 +5,13 @@ import math
 import random
 import weakref
 
-import numpy as np
 import pytest
 import torch
+from conftest import tree_logits
 
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import accuracy, evaluate, evaluate_in_lists, loss_sum, recalibrate_bn, update_bn
-from training.prefix_tree import PrefixTree
+from training.evaluation import accuracy, evaluate, evaluate_in_lists, losses, recalibrate_bn
 
 SPACE = SearchSpace(
     input_size=16, n_classes=7, stem_stride=1, stage_strides=(2, 2), stage_blocks=(6, 6), stage_channels=(8, 16),
@@ -99,10 +98,7 @@ def test_the_tree_is_bit_equal_to_one_candidate_after_the_other(supernet, mode, 
     """Against the supernet's own forward pass on one path; BN statistics start from 0 and 1, which "ema" would show."""
     supernet.to(memory_format=torch.channels_last)
     candidates, calibration, ((images, _),) = relatives(5), batches(3, 4), batches(1, 8, 1)
-    tree = PrefixTree(supernet, candidates, fold)
-    with torch.inference_mode(), tree.own_statistics():
-        update_bn(tree.supernet, tree.forward, calibration, mode)
-        logits = dict(tree.logits(images))
+    logits = tree_logits(supernet, candidates, calibration, images, mode, fold=fold)
     assert logits.keys() == set(candidates)
     for candidate in logits:
         single = recalibrated_by_hand(supernet, candidate, calibration, mode)
@@ -114,22 +110,10 @@ def test_the_tree_is_bit_equal_to_one_candidate_after_the_other(supernet, mode, 
 
 def test_folded_and_unfolded_agree(supernet):
     (images, _), *calibration = batches(4, 16)
-    logits = {}
-    for fold in (True, False):
-        tree = PrefixTree(supernet, PATHS, fold)
-        with torch.inference_mode(), tree.own_statistics():
-            update_bn(tree.supernet, tree.forward, calibration, "average")
-            logits[fold] = dict(tree.logits(images))
+    logits = {fold: tree_logits(supernet, PATHS, calibration, images, "average", fold=fold) for fold in (True, False)}
     for path in PATHS:
         a, b = logits[True][path], logits[False][path]
         assert not torch.equal(a, b) and (a - b).abs().max() < 1e-4 * b.abs().max()
-
-
-def test_lists_and_trees_give_the_same_results(supernet):
-    candidates, calibration, validation = relatives(4), batches(2, 4), batches(2, 8, 1, ragged=3)
-    together = evaluate(supernet, candidates, calibration, validation)
-    alone = [result for c in candidates for result in evaluate(supernet, [c], calibration, validation)]
-    assert [{**r, "seconds": 0} for r in together] == [{**r, "seconds": 0} for r in alone]
 
 
 def test_a_common_prefix_is_computed_once(supernet):
@@ -177,12 +161,7 @@ def test_the_supernet_is_left_as_it_was(supernet):
 
 def test_bf16_is_near_and_its_logits_are_float(supernet):
     (images, _), *calibration = batches(4, 16)
-    logits = {}
-    for amp in ("off", "bf16"):
-        tree = PrefixTree(supernet, PATHS, amp=amp)
-        with torch.inference_mode(), tree.own_statistics():
-            update_bn(tree.supernet, tree.forward, calibration, "average")
-            logits[amp] = dict(tree.logits(images))
+    logits = {amp: tree_logits(supernet, PATHS, calibration, images, "average", amp=amp) for amp in ("off", "bf16")}
     for path in PATHS:
         a, b = logits["off"][path], logits["bf16"][path]
         assert b.dtype == torch.float32 and not torch.equal(a, b)
@@ -190,16 +169,15 @@ def test_bf16_is_near_and_its_logits_are_float(supernet):
 
 
 def test_a_result_does_not_depend_on_what_was_evaluated_before(supernet):
-    calibration, validation = batches(3, 8), batches(2, 16, 1, ragged=3)
+    """Nor on what is evaluated with it, or in which order."""
+    candidates, calibration, validation = relatives(4), batches(2, 4), batches(2, 8, 1, ragged=3)
 
     def results(candidates):
-        return {
-            tuple(r["architecture"]): (r["acc1"], r["acc5"])
-            for r in evaluate(supernet, candidates, calibration, validation)
-        }
+        return [{**result, "seconds": 0} for result in evaluate(supernet, candidates, calibration, validation)]
 
-    both = results(PATHS)
-    assert both == results(PATHS[::-1]) == results(PATHS[:1]) | results(PATHS[1:])
+    together = results(candidates)
+    assert together == [result for candidate in candidates for result in results([candidate])]
+    assert together[::-1] == results(candidates[::-1])
 
 
 def test_a_few_at_a_time_have_the_results_of_all_at_once(supernet):
@@ -236,11 +214,11 @@ class Halved(list):
 
 def test_both_halves_of_the_images_have_results_that_make_up_the_whole(supernet):
     calibration, validation = batches(2, 8), Halved(batches(2, 16, 1, ragged=3))
-    rng = np.random.default_rng(0)
-    validation.second_halves = [rng.random(len(labels)) < 0.4 for _, labels in validation]
+    torch.manual_seed(0)
+    validation.second_halves = [torch.rand(len(labels)) < 0.4 for _, labels in validation]
     halved = evaluate(supernet, PATHS, calibration, validation)
     parts = [[(images[which], labels[which]) for (images, labels), which in
-              zip(validation, (torch.from_numpy(mask == half) for mask in validation.second_halves))]
+              zip(validation, (mask == half for mask in validation.second_halves))]
              for half in (0, 1)]  # fmt: skip
     whole, *alone = (evaluate(supernet, PATHS, calibration, images) for images in (list(validation), *parts))
     for result, plain, *halves in zip(halved, whole, *alone):
@@ -252,10 +230,7 @@ def test_both_halves_of_the_images_have_results_that_make_up_the_whole(supernet)
 
 def test_the_loss_is_the_mean_cross_entropy_in_any_batches(supernet):
     calibration, (whole,) = batches(2, 8), batches(1, 35, 1)
-    tree = PrefixTree(supernet, PATHS)
-    with torch.inference_mode(), tree.own_statistics():
-        update_bn(supernet, tree.forward, calibration)
-        logits = dict(tree.logits(whole[0]))
+    logits = tree_logits(supernet, PATHS, calibration, whole[0])
     for batch_size in (35, 16):
         parts = list(zip(*(x.split(batch_size) for x in whole)))
         for result in evaluate(supernet, PATHS, calibration, parts):
@@ -266,9 +241,9 @@ def test_the_loss_is_the_mean_cross_entropy_in_any_batches(supernet):
 def test_a_sum_of_losses_does_not_depend_on_the_order():
     logits = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0)) * 9
     labels = torch.arange(1000) % 7
-    total = loss_sum(logits, labels)
-    parts = [loss_sum(x, y) for x, y in zip(logits.split(3), labels.split(3))]
-    assert sum(parts) == sum(parts[::-1]) == total == total.round() and total.shape == (1,)
+    total = losses(logits, labels).sum()
+    parts = [losses(x, y).sum() for x, y in zip(logits.split(3), labels.split(3))]
+    assert sum(parts) == sum(parts[::-1]) == total == total.round()
 
 
 def test_a_loss_that_is_not_finite_is_none(supernet):
@@ -299,9 +274,8 @@ def test_the_gpu_agrees(supernet):
     (images, _), *calibration = batches(4, 16)
     logits = {}
     for device in ("cpu", "cuda"):
-        tree = PrefixTree(supernet.to(device, memory_format=torch.channels_last), relatives(4))
-        with torch.inference_mode(), tree.own_statistics():
-            update_bn(tree.supernet, tree.forward, [(x.to(device), y) for x, y in calibration], "average")
-            logits[device] = {c: x.cpu() for c, x in tree.logits(images.to(device))}
+        there = supernet.to(device, memory_format=torch.channels_last), [(x.to(device), y) for x, y in calibration]
+        found = tree_logits(there[0], relatives(4), there[1], images.to(device), "average")
+        logits[device] = {candidate: x.cpu() for candidate, x in found.items()}
     for candidate, expected in logits["cpu"].items():
         assert (logits["cuda"][candidate] - expected).abs().max() < 0.05 * expected.abs().max()  # TF32 in convolutions

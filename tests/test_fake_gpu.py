@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from test_evaluation import Halved
 from test_training import settings
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,10 +88,11 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_candidates_are_evaluated_on_the_device_without_waiting_for_it(fake_gpu, counted, fold):
-    supernet = ShuffleNetV2OneShot(space=SPACE)
+    supernet, validation = ShuffleNetV2OneShot(space=SPACE), Halved(batches(3))
+    validation.second_halves = [torch.arange(len(labels), device="cpu") > 1 for _, labels in validation]
     with NoSynchronisation(), pytest.raises(Evaluated):
-        evaluation.evaluate(supernet, PATHS, batches(2), batches(3), fold=fold)
-    assert [(c.device.type, c.shape) for c in counted] == [("cuda", (3,))] * 3
+        evaluation.evaluate(supernet, PATHS, batches(2), validation, fold=fold)
+    assert [(c.device.type, c.shape) for c in counted] == [("cuda", (6,))] * 3
 
 
 def test_a_network_is_evaluated_on_the_device_without_waiting_for_it(fake_gpu, counted):

@@ -8,13 +8,14 @@ import re
 import numpy as np
 import pytest
 from conftest import run
+from made_search import fill, result, settings
 from test_evolution import AtMost, sizes
 from test_latency import SPACE, clock, table, timed, world  # noqa: F401
 from test_report import marks
 
 import search
 from engines.search_files import read_results, state_path
-from engines.search_record import SearchRecord, prepare_search
+from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.page import write_report
 from reports.search_results import SearchResults
@@ -85,21 +86,13 @@ def accuracy(candidate):
     return 30 + sum(candidate) * 2 + random.Random(str(candidate)).random()
 
 
-def settings(*objectives):
-    evolution = {"population": 8, "select": 3, "mutation": 4, "crossover": 4, "mutation_prob": 0.1, "generations": 4}
-    limit = {"flops_limit": SPACE.cost_range("flops")[1], "space": SPACE.to_dict()}
-    return evolution | {"seed": 2, **limit, "objectives": ["acc1", *objectives]}
+def own_settings(*objectives):
+    limit = SPACE.cost_range("flops")[1]
+    return settings(SPACE, 8, select=3, generations=4, seed=2, flops_limit=limit, objectives=["acc1", *objectives])
 
 
-def fill(out, own, stop_after=10**9):
-    prepare_search(out, own, resume=True)
-    record, n = SearchRecord(out), 0
-    while waiting := record.pending():
-        for candidate in waiting:
-            if n == stop_after:
-                return
-            result = {"architecture": candidate, "acc1": accuracy(candidate), "acc5": 99, "n_images": 9, "seconds": 1}
-            n += record.add(result, "t")
+def evaluate(candidate):
+    return result(candidate, acc1=accuracy(candidate))
 
 
 def members(out):
@@ -107,8 +100,8 @@ def members(out):
 
 
 def test_the_family_is_on_disk_and_resumes_to_the_same_one(tmp_path):
-    own = settings("flops", "params")
-    fill(tmp_path / "whole", own)
+    own = own_settings("flops", "params")
+    fill(tmp_path / "whole", own, evaluate)
     results = read_results(tmp_path / "whole")
     points = {tuple(r["architecture"]): (-r["acc1"], r["flops"], r["params"]) for r in results}
     front = {c for c, p in points.items() if not any(beats(q, p) for q in points.values())}
@@ -117,20 +110,19 @@ def test_the_family_is_on_disk_and_resumes_to_the_same_one(tmp_path):
     assert set(found) == front and [points[c] for c in found] == sorted(points[c] for c in found)
     assert SPACE.load_architecture(tmp_path / "whole" / "checkpoints" / "best.json") == found[0]
     for n in (9, 21):
-        fill(tmp_path / str(n), own, stop_after=n)
+        fill(tmp_path / str(n), own, evaluate, stop_after=n)
         (tmp_path / str(n) / "checkpoints" / "front" / "777.json").write_text("{}")  # of a larger front, before
-        fill(tmp_path / str(n), own)
+        fill(tmp_path / str(n), own, evaluate)
         assert members(tmp_path / str(n)) == members(tmp_path / "whole")
 
 
 def test_nnis_tuner_keeps_the_same_family(tmp_path):
-    own = settings("params")
-    fill(tmp_path / "a", own)
+    own = own_settings("params")
+    fill(tmp_path / "a", own, evaluate)
     prepare_search(tmp_path / "b", own, resume=False)
     tuner = EvolutionWithFlops(str(tmp_path / "b"))
     while population := tuner.record.evolution.ask():
-        tuner.keep("t", [{"architecture": list(c), "acc1": accuracy(c), "acc5": 99, "n_images": 9, "seconds": 1}
-                         for c in population])  # fmt: skip
+        tuner.keep("t", list(map(evaluate, population)))
     assert members(tmp_path / "b") == members(tmp_path / "a") and len(members(tmp_path / "a")) > 1
 
 
@@ -154,7 +146,7 @@ def test_search_for_a_front_as_a_user_types_it(world, tmp_path):  # noqa: F811
 
 
 def test_a_report_of_a_front_needs_no_latency(tmp_path):
-    fill(tmp_path, settings("flops", "params"))
+    fill(tmp_path, own_settings("flops", "params"), evaluate)
     page = write_report(tmp_path).read_text()
     assert "predicted" not in page and page.count('<a href="checkpoints/front/') == len(members(tmp_path)) > 1
     assert len(marks(tmp_path, "front-params")["members"]) == len(members(tmp_path))

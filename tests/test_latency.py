@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIGURES, ROOT, run
+from made_search import fill, result, settings
 from test_evolution import reward
 
 import search
@@ -30,7 +31,6 @@ from devices import table as latency
 from devices.timing import Networks, Torch
 from engines import local_engine
 from engines.search_files import read_results, state_path
-from engines.search_record import SearchRecord, prepare_search
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
 from reports import page
@@ -496,25 +496,19 @@ def test_the_script_for_another_device_measures_what_is_written(tmp_path, monkey
 # --- the record of a search ----------------------------------------------------------------------------------
 
 
-def settings(high, **changes):
-    evolution = {"population": 6, "select": 3, "mutation": 3, "crossover": 3, "mutation_prob": 0.1, "generations": 4}
-    return evolution | {"seed": 2, "limits": {"latency": [None, high]}, "space": SPACE.to_dict()} | changes
+def own_settings(high):
+    return settings(SPACE, 6, generations=4, seed=2, limits={"latency": [None, high]})
 
 
 def run_search(out, timed, own, measure, stop_after=10**9):
     """A search with its confirmations, `measure(candidate)` in ns, started or resumed; returns the state."""
     table = {"medians": timed.costs.latency, "stem_and_tail": timed.costs.fixed_latency}
-    prepare_search(out, {**own, "latency": table}, resume=True)
-    n = 0
     while True:
-        record = SearchRecord(out)
-        while waiting := record.pending():
-            for candidate in waiting:
-                if n == stop_after:
-                    return None
-                result = {"architecture": candidate, "acc1": reward(candidate), "acc5": 99, "n_images": 9, "seconds": 1}
-                record.add(result, "t")
-                n += 1
+        before = len(read_results(out))
+        record = fill(out, {**own, "latency": table}, lambda c: result(c, acc1=reward(c)), stop_after)
+        stop_after -= len(record.results) - before
+        if not record.state["done"]:
+            return None
         if not search.unconfirmed(record.state):
             return record.state
         best = record.evolution.legal_ranked()[:10]
@@ -537,7 +531,7 @@ def test_the_next_one_that_holds_wins(timed, tmp_path):
             slow.add(candidate)
         return high + 1 if candidate in slow else high
 
-    state = run_search(tmp_path, timed, settings(high), measure)
+    state = run_search(tmp_path, timed, own_settings(high), measure)
     (row,) = state["confirmations"]
     assert row["after"] == 4 and row["correction"] is None and row["generations"] == 0 and state["done"]
     assert [m["holds"] for m in row["measured"]] == [False, False] + [True] * 8
@@ -555,7 +549,7 @@ def test_a_search_that_stops_anywhere_replays_its_confirmations(timed, tmp_path,
     """The best are the slowest, so the first ten break the limit, and the generations after the correction too."""
     monkeypatch.setattr(f"{__name__}.reward", by_latency(timed))
     high, own = timed.quantile("latency", 0.6), None
-    own = settings(high)
+    own = own_settings(high)
 
     def measure(candidate):
         return int(1.2 * timed.cost("latency", candidate)) + sum(candidate) % 3 * 100
@@ -579,7 +573,7 @@ def test_a_search_that_stops_anywhere_replays_its_confirmations(timed, tmp_path,
 
 def test_after_three_corrections_there_is_no_winner(timed, tmp_path):
     high = timed.quantile("latency", 0.6)
-    state = run_search(tmp_path, timed, settings(high), lambda candidate: high + 1 + sum(candidate))
+    state = run_search(tmp_path, timed, own_settings(high), lambda candidate: high + 1 + sum(candidate))
     assert [row["correction"] is None for row in state["confirmations"]] == [False, False, False, True]
     assert state["done"] and state["best"] is None and not (tmp_path / "checkpoints" / "best.json").exists()
 
@@ -603,9 +597,7 @@ def world(tree, images, tmp_path, table, monkeypatch, forked):
 
 
 def evaluate(trial, candidates):
-    return [
-        {"architecture": list(c), "acc1": reward(c), "acc5": 99.0, "n_images": 9, "seconds": 0.1} for c in candidates
-    ]
+    return [result(c, acc1=reward(c)) for c in candidates]
 
 
 def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):

@@ -118,15 +118,18 @@ def test_imports_run_one_way():
 
 
 def test_rooms_are_few_and_make_no_circle(tracked):
-    """A room is a folder or a module at the root, an arrow a pair of rooms of which one imports the other."""
-    modules = [path for path in tracked if path.endswith(".py") and not path.startswith("tests/")]
+    """A room is a folder or a module at the root, an arrow a pair of rooms of which one imports the other.
+
+    The scripts in data/ import nothing of the project.
+    """
+    modules = [path for path in tracked if path.endswith(".py") and not path.startswith(("tests/", "data/"))]
     rooms = {path.partition("/")[0].removesuffix(".py") for path in modules}
     arrows = set()
     for path in modules:
         room = path.partition("/")[0].removesuffix(".py")
         found = {name.partition(".")[0] for name in names(imports(ast.parse((HERE / path).read_text())))}
         arrows |= {(room, other) for other in found & rooms - {room}}
-    assert len(rooms) <= 20 and len(arrows) <= 100, sorted(arrows)
+    assert len(rooms) <= 20 and len(arrows) <= 92, sorted(arrows)
     while free := {room for room in rooms if not any(a == room for a, _ in arrows)}:
         rooms -= free
         arrows = {(a, b) for a, b in arrows if b not in free}

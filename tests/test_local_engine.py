@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from made_search import SPACE, result, reward, settings
 
 from engines import local_engine
 from engines.heartbeats import heartbeat_file
@@ -18,40 +19,14 @@ from engines.local_engine import search_locally
 from engines.search_files import read_results
 from engines.search_record import prepare_search
 from space.evolution import Evolution
-from space.search_space import SearchSpace
 from utils import Interrupted, UserError, heartbeat, interrupt, signals
 
-SPACE = SearchSpace.for_images(28, 10)
-EVOLUTION = {
-    "population": 6,
-    "select": 2,
-    "mutation": 2,
-    "crossover": 2,
-    "mutation_prob": 0.1,
-    "generations": 3,
-    "seed": 0,
-}
-SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%"), "space": SPACE.to_dict()}
+SETTINGS = settings(population=6, select=2, mutation=2, crossover=2)
 
 
 def on_cpu(out):
     """The settings of a trial."""
     return {"device": "cpu", "out": str(out)}
-
-
-def reward(candidate):
-    return sum(c * (i + 1) for i, c in enumerate(candidate)) / 10
-
-
-def result(candidate):
-    return {
-        "architecture": list(candidate),
-        "flops": 0,
-        "acc1": reward(candidate),
-        "acc5": 99.0,
-        "n_images": 10,
-        "seconds": 0,
-    }
 
 
 def generations():
@@ -172,8 +147,7 @@ def test_a_worker_that_never_starts_is_noticed(tmp_path, fake, monkeypatch):
 def test_lists_are_so_small_that_little_is_lost(tmp_path, fake, concurrency, per_trial, size):
     """A worker has at most five candidates in work; all results of a list are kept at once."""
     fake(evaluate)
-    settings = SETTINGS | {"population": 30, "generations": 1}
-    prepare_search(tmp_path, settings, False)
+    prepare_search(tmp_path, SETTINGS | {"population": 30, "generations": 1}, False)
     search_locally(tmp_path, on_cpu(tmp_path), concurrency=concurrency, candidates_per_trial=per_trial)
     lists = json.loads((tmp_path / "id2cand" / "000.json").read_text())
     assert sum(map(len, lists.values())) == 30 and max(map(len, lists.values())) == size

@@ -77,11 +77,11 @@ def test_the_page_from_top_to_bottom(tmp_path, monkeypatch, forked):
 
 def test_the_table_has_the_numbers_of_the_files():
     """cifar10.yml, and the file that the page shows."""
-    settings = yaml.safe_load((ROOT / "cifar10.yml").read_text())
+    settings = yaml.safe_load((ROOT / "examples/cifar10.yml").read_text())
     cells = [f"{settings[s]['iterations']:,} x {settings[s]['batch-size']}, {settings[s]['lr']}" for s in
              ("supernet", "scratch")]  # fmt: skip
     common = settings["common"]
-    row = f"| `cifar10.yml` | {common['input-size']} | {cells[0]} | {cells[1]} | {common['bn-batches']} | "
+    row = f"| `examples/cifar10.yml` | {common['input-size']} | {cells[0]} | {cells[1]} | {common['bn-batches']} | "
     assert f"{row}{common['heldout-per-class']} |" in PAGE
     own = yaml.safe_load(next(text for _, language, text in BLOCK.findall(PAGE) if language == "yaml"))
     cells = [f"{own[s]['iterations']:,} x {own[s]['batch-size']}, {own[s]['lr']}" for s in ("supernet", "scratch")]

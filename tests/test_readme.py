@@ -14,6 +14,7 @@ An HTML comment before a block of commands, invisible on the rendered page, tags
 import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -31,9 +32,11 @@ from test_layout import ORDER, ROOMS
 
 from settings.fields import flag
 from settings.subjects import FIELDS
+from training.checkpoint import newest
 
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "readme.md", *sorted(ROOT.glob("docs/*.md")))}
 IN_ORDER = "run in order by a test"
+DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 TAGS = ("run by a test", "run small by a test", "need ImageNet", "take long")
 LANGUAGES = ("bibtex", "python", "text", "yaml")  # of blocks without commands
 BLOCK = re.compile(r"(?:^<!-- commands: (.*?) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -302,6 +305,64 @@ def test_the_paper_leads_to_code():
             assert name in names(ROOT / path), place
 
 
+NOTE_CALLS = """
+import os, sys, threading
+root, out = os.environ["NOTE_ROOT"], os.environ["NOTE_OUT"]
+seen = set()
+
+def note(frame, event, _):
+    code = frame.f_code
+    if event == "call" and code not in seen and code.co_filename.startswith(root):
+        seen.add(code)
+        with open(out, "a") as file:
+            file.write(f"{os.path.relpath(code.co_filename, root)}::{code.co_qualname}\\n")
+
+sys.setprofile(note)
+threading.setprofile(note)
+"""
+
+
+@pytest.mark.slow
+def test_the_commands_call_what_the_table_names(tmp_path):
+    """A small demo with NNI, a search under a limit on latency, one with widths; functions of bench/ are apart."""
+    (tmp_path / "sitecustomize.py").write_text(NOTE_CALLS)
+    out, notes = tmp_path / "out", tmp_path / "notes"
+    variables = {"PYTHONPATH": str(tmp_path), "NOTE_ROOT": str(ROOT), "NOTE_OUT": str(notes), "OMP_NUM_THREADS": "1"}
+
+    def call(*words):
+        words = [sys.executable, *map(str, words)]
+        done = subprocess.run(words, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: such a small demo finds nothing good
+
+    call("-m", "bench.demo", "--out", out, "--", "--iterations", 20)
+    small = ("--demo", "--out", out, "--checkpoint", newest(out / "checkpoints/supernet"))
+    call("tester.py", *small, "--mode", "latency", "--threads", 1)
+    limited = tmp_path / "limited"
+    shutil.copytree(out, limited, ignore=shutil.ignore_patterns("acc", "id2cand", "search", "*.json"))
+    for name in ("latency.json", "nni_auto_gen_search_space.json"):
+        shutil.copyfile(out / name, limited / name)
+    words = ("--demo", "--out", limited, *small[-2:], "--engine", "local")
+    call("search.py", *words, "--limit", "latency=90%", "--generations", 1)
+    train = ("--iterations", 2, "--batch-size", 8, "--val-every", 9, "--val-paths", 1, "--bn-batches", 2)
+    call(
+        "supernet.py",
+        "--demo",
+        "--out",
+        tmp_path / "joint",
+        "--space",
+        "joint",
+        *train,
+        "--own",
+        "bench/macro_operations.py",
+    )
+    called = set(notes.read_text().split())
+    for _, where in table(section("readme.md", "From the paper to the code")):
+        for place in re.findall(r"`([^`]+)`", where):
+            if place.startswith(("bench/macro", "bench/study")) or (place.endswith("_dali_pipeline") and not DALI):
+                continue  # of a study that takes hours; where DALI is not installed
+            assert place in called or f"{place}.__init__" in called, place
+
+
 def test_the_comparison_names_tests():
     """Every row of the table beside the official code and NNI names tests, all of which exist."""
     rows = table(PAGES["docs/fidelity.md"])
@@ -317,7 +378,10 @@ def test_the_file_map_is_complete():
     text = PAGES["docs/files.md"].split("\n## Order of imports")[0]
     named = re.findall(r"`([\w/]+\.(?:py|yml|json))`", text)
     root = {path.name for pattern in ("*.py", "*.yml", "*.json") for path in ROOT.glob(pattern)}
-    folders = {f"{room}/{path.name}" for room in (*ROOMS, "faults", "bench") for path in (ROOT / room).glob("*.py")}
+    folders = {
+        f"{room}/{path.name}" for room in (*ROOMS, "faults", "bench", "examples") for path in (ROOT / room).glob("*.py")
+    }
+    folders |= {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.yml")}
     expected = {p for p in root | folders if not p.endswith("__init__.py")} - OUTPUTS
     assert sorted(named) == sorted(expected)
 

@@ -14,27 +14,19 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 from conftest import run
+from made_search import SPACE, fill, result, settings
 from PIL import Image
 
 import report
 from engines.search_files import state_path
-from engines.search_record import SearchRecord, prepare_search
 from reports.page import _tiles, write_report
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution
+from space.limits import milliseconds
 from space.search_space import OPERATIONS, SearchSpace
 from utils import duration
 
-SPACE = SearchSpace.for_images(28, 10)
-SMALL = {
-    "population": 12,
-    "select": 4,
-    "mutation": 5,
-    "crossover": 5,
-    "mutation_prob": 0.1,
-    "generations": 4,
-    "seed": 5,
-}
+SMALL = {"population": 12, "select": 4, "mutation": 5, "crossover": 5, "generations": 4, "seed": 5}
 START = {"command": "python search.py --data-dir '<b>&'", "demo": False, "config": None,
          "versions": "python 3.11.7, numpy 2.4.6; commit abc1234; device auto; seed 5"}  # fmt: skip
 
@@ -54,22 +46,15 @@ def make(
     measured=lambda c: (accuracy(c), 99.0), **changes,
 ):  # fmt: skip
     """A search in `out` as search.py leaves it, or one that ended after so many results; returns `out`."""
-    evolution = SMALL | changes
-    limit = space.flops_value(limit)
-    settings = {**evolution, "flops_limit": limit, "space": space.to_dict(), "checkpoint": "0" * 64, "bn": "ema"}
-    prepare_search(out, settings, resume=False, start=START)
-    record = SearchRecord(out)
-    n = 0
-    while waiting := record.pending():
-        for candidate in waiting:
-            if n == stop_after:
-                return out
-            if fails(candidate):
-                record.fail(candidate, "out of memory", "t1")
-            else:
-                numbers = dict(zip(("acc1", "acc5", "loss"), measured(candidate)))
-                record.add({"architecture": list(candidate), "n_images": 500, "seconds": 1.5, **numbers}, "t1")
-            n += 1
+    own = settings(
+        space, **SMALL | {"flops_limit": space.flops_value(limit), "checkpoint": "0" * 64, "bn": "ema"} | changes
+    )
+
+    def evaluate(candidate):
+        numbers = dict(zip(("acc1", "acc5", "loss"), () if fails(candidate) else measured(candidate)))
+        return result(candidate, n_images=500, **numbers) if numbers else "out of memory"
+
+    fill(out, own, evaluate, stop_after, start=START)
     return out
 
 
@@ -189,7 +174,7 @@ def marks(out, figure):
     }
 
 
-def fill(mark):
+def colour_of(mark):
     return re.search("fill: #(......)", mark.get("style"))[1]
 
 
@@ -213,7 +198,7 @@ def check_figures(out, space=SPACE):
     for name in space.operations:
         assert len(operations[name]) == len(generations) * space.n_blocks
     assert len(operations["all"]) == len(operations["last"]) == len(space.operations) * space.n_blocks
-    boxes = {group: fill(*found) for group, found in marks(out, "best").items() if group.startswith("path-")}
+    boxes = {group: colour_of(*found) for group, found in marks(out, "best").items() if group.startswith("path-")}
     best = [r["architecture"] for r in succeeded[:10]]
     assert boxes.keys() == {f"path-{r}-block-{b + 1}" for r in range(1, len(best) + 1) for b in range(space.n_blocks)}
     colours = {(c, boxes[f"path-{r}-block-{b}"]) for r, a in enumerate(best, 1) for b, c in enumerate(a, 1)}
@@ -235,7 +220,9 @@ def test_a_heat_map_is_the_darker_the_larger_the_share(searched):
         for block in range(SPACE.n_blocks)
     ]
     cells = marks(searched, "operations")["shufflenet_3x3"]
-    light = [sum(bytes.fromhex(fill(cell))) for _, cell in sorted(zip(shares, cells, strict=True), key=lambda p: p[0])]
+    light = [
+        sum(bytes.fromhex(colour_of(cell))) for _, cell in sorted(zip(shares, cells, strict=True), key=lambda p: p[0])
+    ]
     assert light == sorted(light, reverse=True) and light[0] - light[-1] > 300
 
 
@@ -320,15 +307,10 @@ def limited(tmp_path_factory):
     timed = space.with_costs(*counted, rows, 50_000)
     out = tmp_path_factory.mktemp("limited")
     high = timed.quantile("latency", 0.6)
-    settings = SMALL | {"limits": {"latency": [None, high]}, "space": space.to_dict(), "counted": counted}
-    settings["latency"] = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0",
-                           "spread": 0.01, "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
-    prepare_search(out, settings, resume=False)
-    record = SearchRecord(out)
-    while waiting := record.pending():
-        for c in waiting:
-            result = {"architecture": c, "acc1": accuracy(c), "acc5": 99.0, "n_images": 500, "seconds": 1.0}
-            record.fail(c, "no memory") if sum(c) % 11 == 1 else record.add(result)
+    table = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0", "spread": 0.01,
+             "medians": rows, "stem_and_tail": 50_000}  # fmt: skip
+    own = settings(space, **SMALL, limits={"latency": [None, high]}, counted=counted, latency=table)
+    record = fill(out, own, lambda c: "no memory" if sum(c) % 11 == 1 else result(c, acc1=accuracy(c), n_images=500))
     record.confirm({c: high + (i < 3) for i, c in enumerate(record.evolution.legal_ranked()[:10])})
     record.lock.close()
     write_report(out)
@@ -370,8 +352,7 @@ def test_the_best_have_a_complete_legend_and_all_costs(limited):
     ]
     assert sorted(text for text in found if text in labels) == sorted(labels)
     run = SearchResults(limited)
-    for result in run.legal[:10]:
-        assert f"{result['latency_ms']:.3f}" in found
+    assert all(milliseconds(r["latency_ms"]) in found for r in run.legal[:10])
     params = [run.space.params(r["architecture"]) for r in run.legal[:10]]
     assert all(f"{n / 1e3:.1f}k" in found or f"{n / 1e6:.3f}M" in found for n in params)
     high = run.bounds["latency"][1]

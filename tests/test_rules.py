@@ -2,14 +2,11 @@
 
 import dataclasses
 import json
-import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, forget, run
+from test_distributed import outcomes
 from test_training import SPACE, Images, assert_same_end, settings
 
 from network import ShuffleNetV2, ShuffleNetV2OneShot
@@ -31,13 +28,6 @@ def rules():
     own.load(RULES)
     yield
     forget()
-
-
-def forget():
-    for name in own.REGISTRIES["rule"].keys() - {"spos"}:
-        del own.REGISTRIES["rule"][name]
-    for known in (own.loaded, own.hashes, search_space.SAME_OPERATIONS):
-        known.clear()
 
 
 def supernet(dtype=torch.float32):
@@ -380,43 +370,23 @@ def test_the_commands_train_by_a_rule_and_refuse_another(data, tmp_path):
 
 # --- several ranks -------------------------------------------------------------------------------------------
 
-RANKS = """
-import pathlib, sys
-import utils, torch
-from test_rules import CONTENTS, RULES, SPACE, Images, settings
-from network import ShuffleNetV2OneShot
-from space import own
-from space.sampler import PathSampler
-from training import distributed
-from training.loop import train
-from training.run import TrainingRun
 
-def main(out):
+def _ranks(rank, out):
     own.load(RULES)
-    distributed.join("cpu")
     for rule in ("fair", "sandwich"):
-        torch.manual_seed(distributed.rank())
+        torch.manual_seed(rank)
         model = ShuffleNetV2OneShot(space=SPACE)
         given = settings(iterations=3, rule=rule, micro_batch=2)
         train(model, Images(), given, PathSampler(SPACE, 0), run=TrainingRun(out / rule, "supernet", CONTENTS))
-        torch.save(dict(model.named_parameters()), out / f"{rule}-{distributed.rank()}.pth")
-    differs = lambda step: ((distributed.rank(),) * 4)
-    train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=1), differs)
-
-torch.set_num_threads(1)
-distributed.run(main, lambda: pathlib.Path(sys.argv[1]))
-"""
+        torch.save(dict(model.named_parameters()), out / f"{rule}-{rank}.pth")
+    train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=1), lambda step: (rank,) * 4)
 
 
 @pytest.mark.slow
 def test_two_ranks_have_the_same_weights_and_no_rule_can_forget_their_mean(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert "the ranks train different weights" in result.stderr and result.returncode != 0, result.stderr
-    assert not re.search("Traceback.*average_gradients", result.stderr, re.S)
+    found = outcomes(_ranks, tmp_path)
+    assert [code for code, _ in found] == [2, 2], found
+    assert "the ranks train different weights" in "".join(stderr for _, stderr in found)
     for rule in ("fair", "sandwich"):
         one, other = (torch.load(tmp_path / f"{rule}-{rank}.pth") for rank in (0, 1))
         assert all(torch.equal(weights, other[name]) for name, weights in one.items())

@@ -3,11 +3,13 @@
 import io
 import json
 import logging
+import math
 import re
 import statistics
 import sys
 
 import pytest
+from made_search import SPACE, fill, result, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
@@ -15,23 +17,13 @@ from tqdm import tqdm
 from engines import progress
 from engines.progress import Progress
 from engines.search_files import read_generations, state_path
-from engines.search_record import SearchRecord, prepare_search
+from engines.search_record import SearchRecord
 from reports.page import write_report
 from space.limits import shown
 from space.search_space import OPERATIONS, SearchSpace
 from utils import Pace, Screen, UserError, log, read_json, write_json
 
-SPACE = SearchSpace.for_images(28, 10)
-EVOLUTION = {
-    "population": 4,
-    "select": 2,
-    "mutation": 2,
-    "crossover": 2,
-    "mutation_prob": 0.1,
-    "generations": 3,
-    "seed": 0,
-}
-SETTINGS = {**EVOLUTION, "flops_limit": SPACE.flops_value("59%"), "space": SPACE.to_dict()}
+SETTINGS = settings()
 
 
 class Terminal(io.StringIO):
@@ -53,21 +45,15 @@ def lines(monkeypatch):
 
 
 def search(out, stop_after=None, **changes):
-    """A search with progress, started or resumed: results come one by one, the second of each generation failed."""
-    prepare_search(out, SETTINGS | changes, resume=True)
-    record, progress, n = SearchRecord(out), Progress(out), 0
-    while waiting := record.pending():
-        progress.read()
-        for candidate in waiting:
-            if n == stop_after:
-                return progress
-            if candidate in record.evolution.population[1:2]:
-                record.fail(candidate, "broken")
-            else:
-                numbers = {"acc1": sum(candidate), "acc5": 99.0, "loss": 9 - sum(candidate) / 10}
-                record.add({"architecture": candidate, "n_images": 10_000, "seconds": 1.0, **numbers})
-            n += 1
-            progress.read()
+    """A search with progress, started or resumed: results come one by one, and some candidates fail."""
+    progress = Progress(out)
+
+    def evaluate(candidate):
+        if sum(candidate) % 4 == 2:
+            return "broken"
+        return result(candidate, acc1=sum(candidate), loss=9 - sum(candidate) / 10, n_images=10_000)
+
+    fill(out, SETTINGS | changes, evaluate, stop_after or math.inf, progress.read)
     progress.read()
     return progress
 

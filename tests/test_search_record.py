@@ -6,27 +6,14 @@ import math
 import os
 
 import pytest
-from test_evolution import LIMIT, SPACE, reward
+from made_search import SPACE, result, reward, settings
 
 from engines.search_files import ranked, read_generations, read_results, state_path
 from engines.search_record import SearchRecord, prepare_search
 from space.evolution import Evolution
 from utils import UserError, hold_lock, read_json
 
-SETTINGS = {"population": 4, "select": 2, "mutation": 2, "crossover": 2, "generations": 3, "seed": 5,
-            "flops_limit": LIMIT, "space": SPACE.to_dict()}  # fmt: skip
-
-
-def result(candidate, **changes):
-    acc1 = reward(candidate)
-    return {
-        "architecture": list(candidate),
-        "flops": 0,
-        "acc1": acc1,
-        "acc5": 99.0,
-        "n_images": 10,
-        "seconds": 1.5,
-    } | changes
+SETTINGS = settings(seed=5)
 
 
 def fill(out, order=list, stop_after=math.inf):
@@ -182,6 +169,20 @@ def test_folder_with_a_search_is_refused(tmp_path):
     state_path(tmp_path).write_text("{}")
     with pytest.raises(UserError, match="not the state of a search"):
         prepare_search(tmp_path, SETTINGS, resume=True)
+
+
+def test_each_start_is_kept_with_the_time_of_its_last_result(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("engines.search_record.time.time", lambda: clock[0])
+    for command in "ab":
+        prepare_search(tmp_path, SETTINGS, resume=True, start={"command": command})
+        searching = SearchRecord(tmp_path)
+        clock[0] += 10
+        searching.add(result(searching.pending()[0]))
+        searching.lock.close()
+        clock[0] += 1000
+    starts = read_json(state_path(tmp_path))["starts"]
+    assert [(start["command"], start["last"] - start["begun"]) for start in starts] == [("a", 10), ("b", 10)]
 
 
 def test_damaged_results_are_named(tmp_path):

@@ -22,9 +22,9 @@ from conftest import ROOT, run
 import search
 from engines import machines, nni_engine
 from engines.machines import Connections, MachinesLost, check_machines
-from engines.search_files import read_generations
+from engines.search_files import read_generations, state_path
 from engines.search_record import prepare_search
-from utils import UserError, read_json
+from utils import UserError, read_json, write_json
 
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
 SEARCH = ("--population", 6, "--select", 2, "--mutation", 2, "--crossover", 2, "--generations", 3, "--concurrency", 2)
@@ -69,51 +69,36 @@ def test_machines_get_their_port_and_the_whole_path_of_the_key(tmp_path, experim
 
 
 @pytest.mark.parametrize(
-    ("service", "message"),
+    ("changes", "message"),
     [
-        ({"platform": "remote"}, "trainingService is .* not just platform: local, or platform: remote"),
-        (
-            {"platform": "remote", "machineList": [MACHINE], "trialGpuNumber": 1},
-            "trainingService is .* not just platform: local, or",
-        ),
-        ({"platform": "remote", "machineList": []}, r"machineList is \[\], not a list of machines"),
-        ({"platform": "remote", "machineList": MACHINE}, "machineList is .*, not a list of machines"),
-        ({"platform": "remote", "machineList": [MACHINE, "host"]}, "machine 2 is 'host', not a mapping"),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"password": "x"}]},
-            "machine 1 has the unknown entry 'password'",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"useActiveGpu": True}]},
-            "machine 1 has the unknown entry 'useActiveGpu'",
-        ),
-        (
-            {"platform": "remote", "machineList": [{k: v for k, v in MACHINE.items() if k != "user"}]},
-            "machine 1: user is None, not a string",
-        ),
-        ({"platform": "remote", "machineList": [MACHINE | {"port": 0}]}, "machine 1: port is 0, not a number"),
-        ({"platform": "remote", "machineList": [MACHINE | {"port": "22"}]}, "machine 1: port is '22', not a number"),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"host": "-oProxyCommand=x"}]},
-            "machine 1: host is .* a shell",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"pythonPath": "/opt/$(x)"}]},
-            "machine 1: pythonPath is .* a shell",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"pythonPath": "bin"}]},
-            "machine 1: pythonPath is 'bin', not the absolute path",
-        ),
-        (
-            {"platform": "remote", "machineList": [MACHINE | {"sshKeyFile": ""}]},
-            "machine 1: sshKeyFile is '', not a string",
-        ),
+        ({"password": "x"}, "machine 1 has the unknown entry 'password'"),
+        ({"user": None}, "machine 1: user is None, not a string"),
+        ({"sshKeyFile": ""}, "machine 1: sshKeyFile is '', not a string"),
+        ({"port": 0}, "machine 1: port is 0, not a number"),
+        ({"port": "22"}, "machine 1: port is '22', not a number"),
+        ({"host": "-oProxyCommand=x"}, "machine 1: host is .* a shell"),
+        ({"pythonPath": "/opt/$(x)"}, "machine 1: pythonPath is .* a shell"),
+        ({"pythonPath": "bin"}, "machine 1: pythonPath is 'bin', not the absolute path"),
     ],
 )
-def test_a_wrong_entry_is_named(experiment, service, message):
+def test_a_wrong_entry_of_a_machine_is_named(experiment, changes, message):
     with pytest.raises(UserError, match=rf"remote\.yml: {message}"):
-        nni_engine.read_experiment(experiment(service))
+        nni_engine.read_experiment(experiment({"platform": "remote", "machineList": [MACHINE | changes]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "trainingService is .* not just platform: local, or platform: remote"),
+        ({"machineList": [MACHINE], "trialGpuNumber": 1}, "trainingService is .* not just platform: local, or"),
+        ({"machineList": []}, r"machineList is \[\], not a list of machines"),
+        ({"machineList": MACHINE}, "machineList is .*, not a list of machines"),
+        ({"machineList": [MACHINE, "host"]}, "machine 2 is 'host', not a mapping"),
+    ],
+)
+def test_what_is_no_list_of_machines_is_named(experiment, changes, message):
+    with pytest.raises(UserError, match=rf"remote\.yml: {message}"):
+        nni_engine.read_experiment(experiment({"platform": "remote", **changes}))
 
 
 def test_a_wrong_file_ends_the_command_with_a_line(tmp_path, experiment):
@@ -197,18 +182,19 @@ def test_the_search_continues_with_the_machines_that_are_left(tmp_path, monkeypa
 
     def host(config, out):
         asked = config["trainingService"]["machineList"]
-        tried.append(([machine["host"] for machine in asked], config["trialConcurrency"]))
+        state = read_json(state_path(out))
+        tried.append(([machine["host"] for machine in asked], config["trialConcurrency"], state["error"]))
+        assert state["warnings"] == ["odd"]
+        write_json(state_path(out), state | {"error": "the machine is gone"})
         raise MachinesLost(asked[:1], "no SSH connection")
 
-    prepare_search(tmp_path, {"seed": 0}, resume=False)
-    prepared = []
+    prepare_search(tmp_path, {"seed": 0}, resume=False, warnings=["odd"])
     monkeypatch.setattr(nni_engine, "FORGET_S", 0)
     monkeypatch.setattr(nni_engine, "host_experiment", host)
-    monkeypatch.setattr(nni_engine, "prepare_search", lambda out, settings, resume: prepared.append((settings, resume)))
     with pytest.raises(UserError, match="no machine is left; resume the search with --resume"):
         nni_engine.search_with_nni(tmp_path, ["trial"], found, concurrency=6)
     hosts = ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
-    assert tried == [(hosts, 6), (hosts[1:], 4), (hosts[2:], 2)] and prepared == [({"seed": 0}, True)] * 2
+    assert tried == [(hosts, 6, None), (hosts[1:], 4, None), (hosts[2:], 2, None)]
 
 
 def test_addresses_of_the_loopback_interface_are_known():

@@ -86,16 +86,21 @@ def test_every_field_is_a_setting():
     assert sorted(FIELDS.keys() - {"config", "demo"}) == sorted(name.replace("-", "_") for name in settings())
 
 
-def test_the_settings_that_a_run_wrote_can_be_read(tmp_path):
-    """Where one flag makes others void, their defaults are in the file."""
-    for script, words in (("supernet", ["--sampler", "uniform"]), ("search", ["--engine", "local"])):
-        module = importlib.import_module(script)
-        args, path = module.parse_args(words), tmp_path / f"{script}.yml"
-        write_settings(path, script, vars(args))
-        again = module.parse_args(["--config", str(path)])
-        assert {k: v for k, v in vars(again).items() if k not in ("config", "out")} == {
-            k: v for k, v in vars(args).items() if k not in ("config", "out")
-        }
+@pytest.mark.parametrize(
+    "command",
+    ["supernet --sampler uniform", "search --engine local", *(f"{s} --demo --seed 3 --no-mirror" for s in SCRIPTS)],
+)
+def test_the_settings_that_a_run_wrote_can_be_read(tmp_path, command):
+    """Where one flag makes others void, their defaults are in the file; its paths are absolute."""
+    script, *words = command.split()
+    module, path = importlib.import_module(script), tmp_path / f"{script}.yml"
+    args = module.parse_args(words)
+    write_settings(path, script, vars(args))
+    again = module.parse_args(["--config", str(path)])
+    kept, found = (
+        {k: v for k, v in vars(a).items() if k not in ("config", "demo", "data_dir", "out")} for a in (args, again)
+    )
+    assert found == kept
 
 
 # --- what a run that is resumed must have again --------------------------------------------------------------

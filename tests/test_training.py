@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import types
 import pytest
 import reference_spos
 import torch
+from conftest import started
 from torch import nn
 
 import scratch
@@ -181,10 +181,10 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
     start = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
 
     momentum = {}
-    for k, (path, (images, labels)) in enumerate(zip(steps, ThreeBatches().batches(training_plan(48, 16, 0))), 1):
+    for k, (path, (images, labels)) in enumerate(zip(steps, ThreeBatches().batches(training_plan(48, 8, 0))), 1):
         torch.manual_seed(dropout_seed(0, k))
         log_p = reference(images, *path).log_softmax(1)
-        loss = -(0.9 * log_p[range(16), labels] + 0.1 * log_p.mean(1)).mean()
+        loss = -(0.9 * log_p[range(8), labels] + 0.1 * log_p.mean(1)).mean()
         reference.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -194,7 +194,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
                     momentum[name] = 0.9 * momentum[name] + gradient if name in momentum else gradient
                     p -= 0.5 * (1 - k / iterations) * momentum[name]
 
-    recipe = settings(iterations=iterations, batch_size=16, save_every=3)
+    recipe = settings(iterations=iterations, save_every=3)
     candidate_at = sampler.candidate if kind == "supernet" else None
     train(model, ThreeBatches(), recipe, candidate_at, run=TrainingRun(tmp_path, kind))
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
@@ -370,11 +370,6 @@ def test_a_damaged_checkpoint_takes_nobodys_place(tmp_path):
     assert (tmp_path / f"{damaged.name}.damaged").read_bytes() == b"cut"
 
 
-def test_keep_bounds_the_checkpoints(tmp_path):
-    supernet_run(tmp_path, settings(iterations=7, save_every=1, keep=2))
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-0000006.pth", "checkpoint-0000007.pth"]
-
-
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     class Poisoned(PathSampler):
         def candidate(self, step):
@@ -389,6 +384,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class Stopping(PathSampler):
     """Sends this process a signal while step 4 is prepared."""
 
@@ -400,20 +398,25 @@ class Stopping(PathSampler):
         return super().candidate(step)
 
 
+def assert_resumes(folder, training, left):
+    """The run in a folder takes the batches that are left, and ends as one that was never stopped."""
+    images = Images()
+    supernet_run(folder, training, images=images)
+    assert images.taken == left
+    supernet_run(folder / "straight", training)
+    assert_same_end(folder, folder / "straight")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(tmp_path, number):
-    sampler, handlers = Stopping(SPACE, 0), [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    args, sampler, handlers = settings(iterations=6), Stopping(SPACE, 0), [signal.getsignal(s) for s in SIGNALS]
     sampler.number = number
     with pytest.raises(SystemExit) as stopped:
-        supernet_run(tmp_path, settings(), sampler=sampler)
+        supernet_run(tmp_path, args, sampler=sampler)
     assert stopped.value.code == 128 + number
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000004.pth"]
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
-    images = Images()
-    supernet_run(tmp_path, settings(), images=images)
-    assert images.taken == 16
-    supernet_run(tmp_path / "straight", settings())
-    assert_same_end(tmp_path, tmp_path / "straight")
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
+    assert_resumes(tmp_path, args, 2)
 
 
 class Ending(Images):
@@ -448,11 +451,7 @@ def test_what_ends_the_wait_for_a_batch_leaves_the_last_step_saved(tmp_path, cap
         supernet_run(tmp_path, settings(iterations=5), images=Ending(at, how))
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000003.pth"] * (at == 4)
     assert ("the same command resumes from there" in caplog.text) == (at == 4)
-    images = Images()
-    supernet_run(tmp_path, settings(iterations=5), images=images)
-    assert images.taken == 6 - at
-    supernet_run(tmp_path / "straight", settings(iterations=5))
-    assert_same_end(tmp_path, tmp_path / "straight")
+    assert_resumes(tmp_path, settings(iterations=5), 6 - at)
 
 
 def test_a_validation_that_fails_leaves_its_step_saved(tmp_path):
@@ -463,19 +462,20 @@ def test_a_validation_that_fails_leaves_its_step_saved(tmp_path):
     assert [row["step"] for row in log_rows(tmp_path)] == [2, 4]
 
 
+class Twice(Stopping):
+    def candidate(self, step):
+        return super().candidate(step) and super().candidate(step)
+
+
+def _stopped_twice(folder, same_s):
+    loop.SAME_SIGNAL_S = same_s
+    supernet_run(folder, settings(), sampler=Twice(SPACE, 0))
+
+
 @pytest.mark.parametrize("same_s, saved", [(0, []), (1000, ["checkpoint-0000004.pth"])])
-def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch, same_s, saved):
+def test_a_second_signal_ends_a_run_at_once(tmp_path, same_s, saved):
     """Unless it is the first one, sent twice."""
-
-    class Twice(Stopping):
-        def candidate(self, step):
-            return super().candidate(step) and super().candidate(step)
-
-    monkeypatch.setattr(loop, "SAME_SIGNAL_S", same_s)
-    run = multiprocessing.get_context("fork").Process(
-        target=supernet_run, args=(tmp_path, settings()), kwargs={"sampler": Twice(SPACE, 0)}
-    )
-    run.start()
+    run = started(_stopped_twice, tmp_path, same_s)
     run.join()
     assert run.exitcode == 128 + signal.SIGTERM and [path.name for path in checkpoints(tmp_path)] == saved
 
@@ -512,11 +512,8 @@ def test_a_signal_in_the_last_step_leaves_its_validation_to_the_next_run(tmp_pat
     with pytest.raises(SystemExit):
         supernet_run(tmp_path, args, sampler=Stopping(SPACE, 0))
     assert newest(tmp_path).name == "checkpoint-0000004.pth" and not log_rows(tmp_path)
-    images = Images()
-    _, metrics = supernet_run(tmp_path, args, images=images)
-    assert images.taken == 0 and metrics["val/acc1"] == 1.0 and [row["step"] for row in log_rows(tmp_path)] == [4]
-    supernet_run(tmp_path / "straight", args)
-    assert_same_end(tmp_path, tmp_path / "straight")
+    assert_resumes(tmp_path, args, 0)
+    assert [(row["step"], row["val/acc1"]) for row in log_rows(tmp_path)] == [(4, 1.0)]
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -536,12 +533,9 @@ def test_the_last_validation_can_be_interrupted_and_loses_no_step(tmp_path, capl
     assert [path.name for path in saved] == ["checkpoint-0000004.pth"]
     if not killed:
         assert "resumes from there; the validation, 0 s so far, is done again" in caplog.text
-    for n_images in (0, 0):  # the second time it is finished
-        images = Images()
-        _, metrics = supernet_run(tmp_path, args, images=images)
-        assert images.taken == n_images and metrics["val/acc1"] == 1.0 and "validation_due" not in metrics
-    supernet_run(tmp_path / "straight", args)
-    assert_same_end(tmp_path, tmp_path / "straight")
+    assert_resumes(tmp_path, args, 0)
+    _, metrics = supernet_run(tmp_path, args)  # it is finished
+    assert metrics["val/acc1"] == 1.0 and "validation_due" not in metrics
 
 
 def test_a_signal_ends_a_validation_too(tmp_path):

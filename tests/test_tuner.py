@@ -5,8 +5,8 @@ import itertools
 import time
 
 import pytest
-from test_evolution import SPACE, reward, search
-from test_search_record import SETTINGS, result
+from made_search import SPACE, result, reward, settings
+from test_evolution import search
 
 import evolution_tuner
 from engines import trial
@@ -16,6 +16,8 @@ from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops, KeepResults
 from space.evolution import Evolution
 from utils import read_json
+
+SETTINGS = settings(seed=5)
 
 
 class FakeNNI:

@@ -9,14 +9,13 @@ import types
 import numpy as np
 import pytest
 from conftest import make_tree, run
+from made_search import fill, result, settings
 from picture_files import exif
 from PIL import Image
 
 from engines.generations import first_generation_warning, reliability
-from engines.search_record import SearchRecord, prepare_search
 from images.dataset import Data, DataConfig
 from reports.page import write_report
-from space.search_space import SearchSpace
 from training import checkpoint
 
 
@@ -224,13 +223,7 @@ def test_a_search_that_ranks_by_the_loss_is_not_advised_to():
 
 
 def test_the_report_repeats_the_warnings(tmp_path, undrawn):
-    space = SearchSpace.for_images(28, 10)
-    settings = {"population": 4, "select": 2, "mutation": 1, "crossover": 1, "mutation_prob": 0.1, "generations": 1}
-    settings |= {"seed": 0, "flops_limit": space.quantile("flops", 0.59), "space": space.to_dict()}
-    prepare_search(tmp_path, settings, resume=False, warnings=["c.pth: step 3 of 9"])
-    record = SearchRecord(tmp_path)
-    for number, candidate in enumerate(record.pending()):
-        record.add({"architecture": candidate, "acc1": 10 + number / 10, "acc5": 50, "n_images": 2000, "seconds": 1})
-    record.pending()
+    warnings = ["c.pth: step 3 of 9"]
+    fill(tmp_path, settings(generations=1), lambda c: result(c, acc1=10.1, n_images=2000), warnings=warnings)
     page = write_report(tmp_path).read_text()
     assert "Warning: c.pth: step 3 of 9</p>" in page and "and chance is 10.00%: train the supernet longer" in page

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tree_logits
 from torch.nn.functional import cross_entropy
 
 import network
@@ -14,8 +14,7 @@ from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space.custom import WIDTHS
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
-from training.evaluation import recalibrate_bn, update_bn
-from training.prefix_tree import PrefixTree
+from training.evaluation import recalibrate_bn
 from utils import UserError
 
 PAPERS = SearchSpace(widths=WIDTHS)
@@ -87,10 +86,7 @@ def test_a_tree_of_joint_candidates_is_one_after_the_other(bn, fold):
     (images, _), *calibration = batches(4)
 
     def logits(candidates):
-        tree = PrefixTree(supernet, candidates, fold)
-        with torch.inference_mode(), tree.own_statistics():
-            update_bn(supernet, tree.forward, calibration, bn)
-            return dict(tree.logits(images))
+        return tree_logits(supernet, candidates, calibration, images, bn, fold=fold)
 
     together = logits(candidates)
     assert together.keys() == set(candidates) and len({tuple(x.flatten().tolist()) for x in together.values()}) == len(

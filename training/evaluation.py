@@ -93,11 +93,11 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
         update_bn(supernet, tree.forward, calibration, bn)
         sums, n_images, n_second = dict.fromkeys(candidates, 0), 0, 0
         for (images, labels), second in zip(validation, getattr(validation, "second_halves", itertools.repeat(None))):
-            second = torch.zeros(len(labels)) if second is None else torch.from_numpy(second)
-            second = second.to(labels.device, torch.bool)
+            if second is None:
+                second = torch.zeros_like(labels, dtype=torch.bool)
+            second = second.to(labels.device, non_blocking=True)
             for candidate, logits in tree.logits(images):
-                counts = _counts(logits, labels), _counts(logits[second], labels[second])
-                sums[candidate] = sums[candidate] + torch.cat(counts)
+                sums[candidate] = sums[candidate] + _counts(logits, labels, second)
             n_images += len(labels)
             n_second += second.sum()
     counts, n_images = _all_reduce_counts(list(sums.values()), n_images, 6)
@@ -107,8 +107,11 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     return [_result(c, counts[c], n_images, n_second, seconds) for c in candidates]
 
 
-def _counts(logits, labels):
-    return torch.cat((correct_counts(logits, labels), loss_sum(logits, labels)))
+def _counts(logits, labels, second):
+    """Images correct in top-1 and top-5 and their losses, summed over all and over the `second` half: a tensor (6,)."""
+    hits = _hits(logits, labels)
+    each = torch.stack((hits[:, 0].double(), hits.any(1).double(), losses(logits, labels)), 1)
+    return torch.cat((each.sum(0), torch.where(second[:, None], each, 0).sum(0)))
 
 
 def _result(candidate, counts, n_images, n_second, seconds):
@@ -181,21 +184,21 @@ def bn_momentum(bn, n):
 
 def correct_counts(logits, labels):
     """Numbers of images correct in top-1 and top-5, as a tensor (2,) on the device, without synchronisation."""
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = top == labels[:, None]
+    hits = _hits(logits, labels)
     return torch.stack((hits[:, 0].sum(), hits.sum()))
+
+
+def _hits(logits, labels):
+    """Whether each of the five highest logits is that of the label: bools (N, 5)."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
 
 
 LOSS_UNITS = 1_000_000  # in one nat
 
 
-def loss_sum(logits, labels):
-    """The sum of the images' cross-entropies, as a tensor (1,) on the device.
-
-    In whole LOSS_UNITS, so that neither the order of the images nor their batches change the sum.
-    """
-    losses = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
-    return (losses * LOSS_UNITS).round().sum(0, keepdim=True)
+def losses(logits, labels):
+    """The images' cross-entropies (N,) in whole LOSS_UNITS, so that neither their order nor batches change the sum."""
+    return (torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none") * LOSS_UNITS).round()
 
 
 def accuracy(forward, batches):

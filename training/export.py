@@ -30,6 +30,7 @@ from images import bundled
 from images.dataset import evaluation_plan, scan, stratified_order
 from images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, network_input, resample, scaled
 from network import fold_bn
+from settings.subjects import ONNX_PACKAGES
 from training.program import FORMS, SUFFIXES, open_session, read, runs
 from utils import HERE, UserError, atomic_write, commit, versions
 
@@ -37,7 +38,6 @@ TOLERANCE = 1e-4  # of logits, absolute
 SAME_TOP1 = 0.999  # of the images of a comparison from the file on
 N_IMAGES, BATCH_SIZE = 20, 7  # of the bundled images: 7, 7 and 6
 WARM_UP, TIMED = 10, 50  # runs of one image
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # torch.onnx needs the first two; the third runs the file
 
 
 class Input(nn.Module):
@@ -188,21 +188,16 @@ def _to_onnx(module, example, dimensions, ends, opset):
         model = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, **options).model_proto
     counts = collections.Counter()
     place = ""
-    for node in model.graph.node:
+    graph = model.graph
+    for node in graph.node:
         notes = {note.key: note.value for note in node.metadata_props}
         scopes = json.loads(notes.get("pkg.torch.onnx.name_scopes", "[]").replace("'", '"'))
         place = _place(module, scopes) if scopes else place
         counts[place, node.op_type] += 1
         node.name = f"{place}{node.op_type.lower()}{counts[place, node.op_type]}"
-    model.graph.ClearField("value_info")
-    return without_notes(model)
-
-
-def without_notes(model):
-    """An ONNX model without what the exporter notes in it, such as the paths of this machine."""
-    graph = model.graph
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        part.ClearField("metadata_props")
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")  # of the nodes, with the paths of this machine
+    graph.ClearField("value_info")
     return model
 
 

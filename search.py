@@ -344,7 +344,8 @@ def run(search, args, out):
                     if reason := cannot_measure(search.latency):
                         log.warning("warning: the winner's latency is not checked: %s, then --resume", reason)
                         return
-                    confirm(out, search.latency)
+                    if not confirm(out, search.latency):
+                        return
                 else:
                     return
     except Interrupted as error:
@@ -439,6 +440,8 @@ def main(args):
         prepare(search, args, out)
         run(search, args, out)
         state = read_json(state_path(out))
+        if confirmations(state) and unconfirmed(state):
+            return None  # a warning says what it waits for
         if confirmations(state) and not state["best"]:
             page = write_report(out)
             raise UserError(

@@ -3,6 +3,7 @@
     python tester.py --mode gen                          writes OUT/nni_auto_gen_search_space.json
     python tester.py --mode latency                      measures this device, for search.py: OUT/latency.json
     python tester.py --mode latency --runtime onnxruntime    the same for networks in ONNX Runtime
+    python tester.py --mode latency --elsewhere DIR      the same on another device, by the script in DIR
     python tester.py --mode test --architecture FILE     evaluates one candidate; the last line printed is JSON
     python tester.py --mode test                         as an NNI trial: receives its candidates from NNI
 
@@ -20,7 +21,16 @@ import os
 import pathlib
 import sys
 
-from devices.table import measure_table, open_runtime, read_table, setting_of, with_latency
+from devices.elsewhere import results_path
+from devices.table import (
+    measure_table,
+    open_runtime,
+    read_table,
+    setting_of,
+    table_elsewhere,
+    with_latency,
+    write_networks,
+)
 from engines import trial
 from engines.search_files import listed_images
 from images.dataset import prepare
@@ -53,8 +63,10 @@ def parse_args(argv=None):
     if args.mode == "test":
         parser.refuse("--mode test, which takes the space of the supernet", "space")
     if args.mode != "latency":
-        parser.refuse(f"--mode {args.mode}", "latency-batch-size", "runtime")
-    elif args.runtime == "onnxruntime" and args.device == "cuda":
+        parser.refuse(f"--mode {args.mode}", "latency-batch-size", "runtime", "elsewhere")
+    if args.elsewhere:
+        args.runtime = "onnxruntime"
+    if args.runtime == "onnxruntime" and args.device == "cuda":
         raise utils.UserError("--device cuda: ONNX Runtime is measured on the CPU; leave the flag out")
     return args
 
@@ -106,17 +118,26 @@ def generate(args):
 
 
 def measure(args):
-    """Writes the latencies of the search space on this device."""
+    """Writes the latencies of the search space on this device, or with --elsewhere, on another one."""
     path = pathlib.Path(args.out) / "latency.json"
     space = open_space(args)
     device = resolve_device("cpu" if args.runtime == "onnxruntime" else args.device, args.threads)
     start_logging(args, device)
-    table = measure_table(open_runtime(args.runtime, space, args.latency_batch_size, device))
+    if args.elsewhere and results_path(args.elsewhere).exists():
+        table = table_elsewhere(space, args.elsewhere)
+    else:
+        runtime = open_runtime(args.runtime, space, args.latency_batch_size, device)
+        if args.elsewhere:
+            n, size = write_networks(args.elsewhere, runtime)
+            print(f"{args.elsewhere}: {n} networks, {size / 1e6:.1f} MB; on the device, run python on_device.py in it")
+            print("next: put its results.json into the folder, and run the same command again")
+            return
+        table = measure_table(runtime)
     utils.write_json(path, table)
     print(f"{path}: {setting_of(table)}; spread {table['spread']:.1%}")
     print(offer(with_latency(space, table), table["runtime"]))
     if table["spread"] > 0.05:
-        print("warning: the spread is above 5%: measure again when nothing else runs on this machine")
+        print("warning: the spread is above 5%: measure again when nothing else runs on that machine")
 
 
 def start_logging(args, device):

@@ -16,6 +16,8 @@ from importlib import metadata
 
 import torch
 
+from devices import on_device
+from devices.on_device import open_session
 from devices.timing import Runtime, build, random_images
 from settings.subjects import ONNX_PACKAGES
 from utils import UserError, log
@@ -46,11 +48,8 @@ class OnnxRuntime(Runtime):
     """
 
     NAME = "onnxruntime"
-    ROUNDS = 10
-    SECONDS = 400
-    FEWEST = 2
-    WARM_UP = 2  # the first run allocates memory, the second one plans it
-    RUNS = 20
+    ROUNDS, SECONDS, FEWEST = on_device.ROUNDS, on_device.SECONDS, on_device.FEWEST
+    WARM_UP, RUNS = on_device.WARM_UP, on_device.RUNS
 
     def __init__(self, space, batch_size):
         if install := missing():
@@ -82,15 +81,7 @@ def _open(graphs, candidate):
 
 def session(content):
     """The session of a graph, in bytes."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Sessions take turns: the threads of one must not be busy waiting while another one runs.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return open_session(content, torch.get_num_threads())
 
 
 class _Beside(torch.nn.Module):
@@ -195,12 +186,15 @@ def _to_onnx(parts):
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(
+        model = torch.onnx.export(
             _Beside(modules).eval(), examples, dynamo=True, verbose=False,
             dynamic_shapes=(tuple({0: batch} for _ in examples),),
             input_names=[f"input{i}" for i in range(len(examples))],
             output_names=[f"output{i}" for i in range(len(examples))],
         ).model_proto  # fmt: skip
+    for node in model.graph.node:
+        node.ClearField("metadata_props")  # with the paths of this machine
+    return model
 
 
 def _compare(key, part, module, example):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from devices import onnx_runtime
+from devices.elsewhere import read_results, write_folder
 from devices.onnx_runtime import OnnxRuntime
 from devices.timing import Networks, Parts, Torch, device_name, rows, take_turns
 from settings.subjects import RUNTIMES
@@ -28,6 +29,7 @@ from utils import UserError, cores, read_json, versions
 
 NETWORKS = 12  # that a table measures twice, and that it is compared with
 REFERENCES = 4  # so many of these are measured again with the best candidates of a search
+MEASURED_WITH = ("device", "onnxruntime", "threads", "batch_size")  # of another device's results
 PER_UNKNOWN = 2  # networks to which the latencies of choices are fitted, for each unknown
 
 
@@ -45,14 +47,17 @@ def measure_table(runtime, beside=()):
     `beside` are other measurements to compare with the table; their rounds and those of the table take turns.
     """
     space = runtime.space
-    rng = np.random.default_rng(0)
-    drawn = [tuple(int(rng.integers(n)) for n in space.choices) for _ in range(NETWORKS)]
+    drawn, rng = draw(space)
     twice = [Networks(runtime, drawn) for _ in range(2)]
     measured = Parts(runtime, rng) if runtime.NAME == Torch.NAME else Networks(runtime, evenly(space, rng))
     take_turns(runtime, measured, *twice, *beside)
     first, second = (networks.medians() for networks in twice)
-    of_choices = summed if runtime.NAME == Torch.NAME else fitted
-    found = of_choices(space, measured, drawn, first, second)
+    medians = measured.medians()
+    found = (
+        summed(space, *medians, drawn, first, second)
+        if runtime.NAME == Torch.NAME
+        else fitted(space, measured.candidates, medians, drawn, first, second)
+    )
     return {
         "device": device_name(runtime.device),
         "kind": runtime.device.type,
@@ -64,14 +69,36 @@ def measure_table(runtime, beside=()):
         **({"onnxruntime": onnx_runtime.version()} if runtime.NAME == OnnxRuntime.NAME else {}),
         "space": space.to_dict(),
         **found,
-        "networks": {"architectures": drawn, "measured": [first, second]},
         "seconds": round(sum(measurement.seconds for measurement in (measured, *twice)), 1),
     }
 
 
-def summed(space, parts, drawn, first, second):
+def write_networks(folder, runtime):
+    """Writes the networks that `measure_table` would time, for another device; see `elsewhere.write_folder`."""
+    drawn, rng = draw(runtime.space)
+    return write_folder(folder, runtime, [*drawn, *evenly(runtime.space, rng)], torch.get_num_threads())
+
+
+def table_elsewhere(space, folder):
+    """As `measure_table`, of what `write_networks` wrote, from the results in the folder."""
+    drawn, rng = draw(space)
+    even = evenly(space, rng)
+    results, ns = read_results(folder, [*drawn, *even])
+    first, second = (list(measured) for measured in zip(*(ns[c] for c in drawn)))
+    found = fitted(space, even, [statistics.fmean(ns[c]) for c in even], drawn, first, second)
+    setting = {"device": results["device"], "kind": "cpu", "runtime": OnnxRuntime.NAME, "elsewhere": True}
+    setting |= {name: results[name] for name in MEASURED_WITH}
+    return {**setting, "versions": versions(), "torch": torch.__version__, "space": space.to_dict(), **found}
+
+
+def draw(space):
+    """(the networks that a table is compared with, the random numbers for what it is made of)."""
+    rng = np.random.default_rng(0)
+    return [tuple(int(rng.integers(n)) for n in space.choices) for _ in range(NETWORKS)], rng
+
+
+def summed(space, table, fixed, drawn, first, second):
     """The latencies of parts, corrected by those of `drawn` networks; the spread of two measurements of these."""
-    table, fixed = parts.medians()
     sums = predict(space, table, fixed, drawn)
     correction = statistics.median((a + b) / 2 / total for a, b, total in zip(first, second, sums))
     return {
@@ -79,15 +106,17 @@ def summed(space, parts, drawn, first, second):
         "stem_and_tail": int(fixed * correction),
         "correction": correction,
         "spread": max(abs(a - b) / min(a, b) for a, b in zip(first, second)),
+        "networks": {"architectures": drawn, "measured": [first, second]},
     }
 
 
-def fitted(space, networks, drawn, first, second):
-    """Latencies fitted to those of networks; the spread is the largest error for `drawn` ones, measured twice."""
-    table, fixed = fit(space, networks.candidates, networks.medians())
+def fitted(space, candidates, medians, drawn, first, second):
+    """Latencies fitted to those of candidates; the spread is the largest error for `drawn` ones, measured twice."""
+    table, fixed = fit(space, candidates, medians)
     predicted = predict(space, table, fixed, drawn)
     errors = [abs(p - ns) / ns for measured in (first, second) for p, ns in zip(predicted, measured)]
-    return {"medians": table, "stem_and_tail": fixed, "spread": max(errors)}
+    networks = {"architectures": drawn, "measured": [first, second]}
+    return {"medians": table, "stem_and_tail": fixed, "spread": max(errors), "networks": networks}
 
 
 def predict(space, table, fixed, candidates):
@@ -117,27 +146,46 @@ def fit(space, candidates, measured):
     return np.rint(found - fastest).astype(int).tolist(), round(common + fastest.sum())
 
 
-def measure_like(table, space, candidates):
+def measure_like(table, space, candidates, folder=None):
     """(the latency of each candidate as a whole network, in ns, at the scale of a table; that scale).
 
     Networks of the table are measured with the candidates. The scale is the median ratio of their latencies in the
-    table to those measured now; all latencies are multiplied by it.
+    table to those measured now; all latencies are multiplied by it. A table of another device has them measured there,
+    in a `folder` that `write_like` has written; raises UserError if it has no results, or those of another setting.
     """
-    references = [space.check(c) for c in table["networks"]["architectures"][:REFERENCES]]
-    before = torch.get_num_threads()
-    torch.set_num_threads(table["threads"])
-    try:
-        runtime = open_runtime(table["runtime"], space, table["batch_size"], torch.device(table["kind"]))
-        networks = Networks(runtime, [*references, *candidates])
-        take_turns(runtime, networks)
-    finally:
-        torch.set_num_threads(before)
-    medians = networks.medians()
-    now = medians[: len(references)]
-    measured = medians[len(references) :]
+    references = _references(table, space)
+    if folder:
+        results, ns = read_results(folder, [*references, *candidates])
+        if other := [name for name in MEASURED_WITH if results[name] != table[name]]:
+            change = f"{other[0]} {results[other[0]]}, the table with {table[other[0]]}"
+            raise UserError(f"{folder}: measured with {change}; measure both in the same way")
+        medians = [statistics.fmean(ns[c]) for c in [*references, *candidates]]
+    else:
+        before = torch.get_num_threads()
+        torch.set_num_threads(table["threads"])
+        try:
+            networks = Networks(_runtime_of(table, space), [*references, *candidates])
+            take_turns(networks.runtime, networks)
+        finally:
+            torch.set_num_threads(before)
+        medians = networks.medians()
+    now, measured = medians[: len(references)], medians[len(references) :]
     then = map(statistics.fmean, zip(*table["networks"]["measured"]))
     scale = statistics.median(a / b for a, b in zip(then, now))
     return [int(ns * scale) for ns in measured], scale
+
+
+def write_like(table, space, candidates, folder):
+    """Writes what `measure_like` needs of another device; see `elsewhere.write_folder`."""
+    return write_folder(folder, _runtime_of(table, space), [*_references(table, space), *candidates], table["threads"])
+
+
+def _references(table, space):
+    return [space.check(c) for c in table["networks"]["architectures"][:REFERENCES]]
+
+
+def _runtime_of(table, space):
+    return open_runtime(table["runtime"], space, table["batch_size"], torch.device(table["kind"]))
 
 
 # --- the table of a search -----------------------------------------------------------------------------------
@@ -186,7 +234,9 @@ def _are_measured(networks, space):
 
 
 def mismatch(table):
-    """How the setting of a table differs from this device, in words, or None."""
+    """How the setting of a table differs from this device, in words, or None; also if it is meant to be another's."""
+    if table.get("elsewhere"):
+        return None
     if table["kind"] == "cuda" and not torch.cuda.is_available():
         return f"on {reprlib.repr(table['device'])}, and this machine has no GPU"
     if (here := device_name(torch.device(table["kind"]))) != table["device"]:

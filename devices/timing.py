@@ -7,27 +7,21 @@ still while another process has the core; on an idle machine it shows the same.
 """
 
 import itertools
-import pathlib
-import platform
 import statistics
 import time
 
 import torch
 
+from devices.on_device import RUN_NS, cpu_name
 from network import ShuffleNetV2, fold_bn
 from utils import cores
-
-RUN_NS = 40_000_000  # in a round, a network runs WARM_UP and RUNS times, or until that took so long
 
 
 def device_name(device):
     """The name of a torch device, as in the table."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores()} cores"
+    return f"{cpu_name()}, {cores()} cores"
 
 
 def build(space, candidate, device):

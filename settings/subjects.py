@@ -377,6 +377,10 @@ class Testing(Settings):
     split: str = setting("search", "held-out training images, or val (default: search)", choices=("search", "val"))
     latency_batch_size: int = setting(1, "images per run (1)", count(1, 100_000), unit="N")
     runtime: str = setting("torch", "what runs the networks whose latency is measured (torch)", choices=tuple(RUNTIMES))
+    elsewhere: str = setting(
+        None, "folder of networks to be measured on another device, in ONNX Runtime; with its results.json, they are "
+        "read (none: on this one)", unit="DIR", path=True,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,6 +166,7 @@ def test_a_program_with_preprocessing_takes_whole_images(programs, trained, tree
     assert re.search(r"on 21 images, from the files on; 21 get the same class, 21 the same pixels$", line)
     result = json.loads(last)
     assert result["max_difference"] <= 1e-4 and (result["same_top1"], result["same_pixels"]) == (21, 21)
+    assert not [path for path in (ROOT, pathlib.Path.home()) if os.fsencode(path) in file.read_bytes()]
     values, program = open_file(file)
     assert values["form"] == "with preprocessing" and "height, width" in values["input"]
     assert open_file(programs[suffix, False][0])[0]["form"] == "without preprocessing"

@@ -9,8 +9,11 @@ import functools
 import itertools
 import json
 import os
+import pathlib
 import re
 import shlex
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -23,7 +26,7 @@ from test_evolution import reward
 import search
 import tester
 from bench import latency as bench
-from devices import onnx_runtime, timing
+from devices import elsewhere, on_device, onnx_runtime, timing
 from devices import table as latency
 from devices.timing import Networks, Torch
 from engines import local_engine
@@ -33,7 +36,7 @@ from network import ShuffleNetV2OneShot
 from reports import page
 from reports.search_results import RandomSearch, SearchResults
 from space.evolution import Evolution
-from space.limits import milliseconds
+from space.limits import Limits, bounds_of, milliseconds
 from space.search_space import SearchSpace
 from utils import UserError, read_json, write_json
 
@@ -374,6 +377,122 @@ def test_onnx_runtime_measures_and_the_command_writes_its_file(tmp_path, monkeyp
     assert f": ONNX Runtime {found['onnxruntime']} on " in stdout and found["stem_and_tail"] > 0
 
 
+# --- another device ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def phone(pretended, monkeypatch):
+    """A function that measures the networks in a folder by the clock of these tests, `times` as slow: as another
+    device does that has two measurements of each, without files of networks."""
+    written = {}
+
+    def write_folder(folder, runtime, candidates, threads):
+        written[str(folder)] = list(candidates)
+        pathlib.Path(folder).mkdir(parents=True)
+        return len(candidates), 3_000_000
+
+    monkeypatch.setattr(latency, "write_folder", write_folder)
+
+    def measure(folder, times=1, **changes):
+        ns = {elsewhere.name_of(c): [times * true_ns(c), times * true_ns(c)] for c in written[str(folder)]}
+        setting = {"device": "a phone", "onnxruntime": "1.0", "threads": 1, "batch_size": 1, "ns": ns}
+        write_json(folder / "results.json", setting | changes)
+        return written[str(folder)]
+
+    return measure
+
+
+def test_a_table_of_another_device_is_that_of_a_measurement_here(clock, phone, tmp_path, monkeypatch):
+    """The same networks at the same speed give the same table."""
+    monkeypatch.setattr(tester, "open_space", lambda args: SPACE)
+    words = ("--mode latency --threads 1 --elsewhere", tmp_path / "phone", "--out", tmp_path)
+    stdout, _ = run("tester.py", *words)
+    assert re.search(r"phone: \d+ networks, 3\.0 MB; on the device, run python on_device\.py in it\nnext: ", stdout)
+    assert not (tmp_path / "latency.json").exists()
+    phone(tmp_path / "phone")
+    stdout, _ = run("tester.py", *words)
+    assert ": ONNX Runtime 1.0 on a phone, 1 thread, batch size 1; spread 0.0%" in stdout
+    found = latency.read_table(tmp_path / "latency.json", SPACE)
+    here = latency.measure_table(latency.open_runtime("onnxruntime", SPACE, 1, CPU))
+    assert found["spread"] < 1e-3 and found["networks"]["architectures"] == [
+        list(c) for c in here["networks"]["architectures"]
+    ]
+    for candidate in [(0, 1, 2, 3, 0), (3, 3, 3, 3, 3)]:
+        predicted = [latency.with_latency(SPACE, t).cost("latency", candidate) for t in (found, here)]
+        assert predicted == pytest.approx([true_ns(candidate)] * 2, rel=1e-3)
+
+
+def test_a_search_for_another_device_goes_on_when_its_best_are_measured_there(world, phone, tmp_path, monkeypatch):
+    """Nothing is measured here. All are beyond the limit first, so that more generations follow, then all hold."""
+    monkeypatch.setattr(search, "write_report", lambda out: out)
+    run("tester.py", "--mode latency --threads 1 --elsewhere", tmp_path / "phone", *world[2:4], *world[5:])
+    phone(tmp_path / "phone")
+    run("tester.py", "--mode latency --threads 1 --elsewhere", tmp_path / "phone", *world[2:4], *world[5:])
+    monkeypatch.setattr(timing, "run_timed", None)
+    words = (*world, "--limit", "latency=50%")
+    _, stderr = run("search.py", *words)
+    folder = tmp_path / "device" / "003"
+    assert (
+        f"the winner's latency is not checked: {folder} has 15 networks, 3.0 MB, for a phone; run on_device" in stderr
+    )
+    for changes, message in (
+        ({"threads": 2}, "measured with threads 2, the table with 1; measure both in the same way"),
+        ({"ns": {}}, "has no nanoseconds of "),
+        ({"ns": None}, "not what on_device.py writes; it needs device, "),
+    ):
+        phone(folder, **changes)
+        _, stderr = run("search.py", *words, "--resume", code=2)
+        assert message in stderr.splitlines()[-1] and "confirmations" not in read_json(state_path(tmp_path))
+    candidates = phone(folder)
+    table = read_json(tmp_path / "latency.json")
+    references = [tuple(c) for c in table["networks"]["architectures"][:4]]
+    assert candidates[:4] == references and len(candidates) == 15
+    results = read_json(folder / "results.json")
+    slow = {elsewhere.name_of(c): [1.38 * true_ns(c)] for c in candidates[4:]}  # in relation to the references
+    write_json(folder / "results.json", results | {"ns": results["ns"] | slow})
+    _, stderr = run("search.py", *words, "--resume")
+    largest = candidates[-1]
+    assert f"the largest legal candidate, {list(largest)}: measured {1.38 * true_ns(largest) / 1e6:.3f} ms" in stderr
+    assert "none holds: 1 more generations" in stderr and "device/004 has " in stderr
+    phone(tmp_path / "device" / "004")
+    _, stderr = run("search.py", *words, "--resume")
+    state = read_json(state_path(tmp_path))
+    assert len(state["confirmations"]) == 2 and state["done"] and state["best"]
+    limits = Limits(latency.with_latency(SPACE, table), bounds_of(state["settings"]))
+    assert not limits.excess(largest) and all(
+        SPACE.flops(c) <= SPACE.flops(largest)
+        for c in itertools.product(*map(range, SPACE.choices))
+        if not limits.excess(c)
+    )
+
+
+@needs_onnx
+def test_the_script_for_another_device_measures_what_is_written(tmp_path, monkeypatch):
+    """In a process of its own, without the project; graphs with shared weights compute what whole ones do."""
+    torch.manual_seed(0)
+    runtime = latency.open_runtime("onnxruntime", SPACE, 2, CPU)
+    n, size = latency.write_networks(tmp_path / "folder", runtime)
+    files = list((tmp_path / "folder").iterdir())
+    graphs = [path for path in files if path.suffix == ".onnx"]
+    assert len(graphs) == n and sum(p.stat().st_size for p in files if p.suffix in (".onnx", ".bin")) == size
+    assert not [path for path in files if os.fsencode(ROOT) in path.read_bytes()]
+    candidate = latency.draw(SPACE)[0][3]
+    moved = [runtime.graphs.network(candidate), str(tmp_path / "folder" / f"{elsewhere.name_of(candidate)}.onnx")]
+    expected, found = (on_device.open_session(model, 1).run(None, runtime.x)[0] for model in moved)
+    assert np.array_equal(expected, found)
+    script = (
+        (tmp_path / "folder" / "on_device.py").read_text().replace("ROUNDS, FEWEST = 10, 2", "ROUNDS, FEWEST = 2, 2")
+    )
+    (tmp_path / "folder" / "on_device.py").write_text(script)
+    subprocess.run([sys.executable, "folder/on_device.py"], cwd=tmp_path, check=True, timeout=300, capture_output=True)
+    found = latency.table_elsewhere(SPACE, tmp_path / "folder")
+    assert found["batch_size"] == 2 and found["onnxruntime"] == onnx_runtime.version() and found["stem_and_tail"] > 0
+    monkeypatch.setattr(elsewhere, "MOST_BYTES", 10_000)
+    with pytest.raises(UserError, match=rf"{n} networks would fill 0\.\d GB, of 0\.0 at most; choose a smaller space"):
+        latency.write_networks(tmp_path / "large", runtime)
+    assert not (tmp_path / "large").exists()
+
+
 # --- the record of a search ----------------------------------------------------------------------------------
 
 
@@ -534,7 +653,7 @@ def test_a_limit_without_effect_and_candidates_beyond_one(world, pretended, tmp_
     assert "latency in onnxruntime 0.0" in stdout.splitlines()[1]
     like = latency.measure_like
 
-    def measure_like(table, space, candidates):
+    def measure_like(table, space, candidates, folder):
         measured, scale = like(table, space, candidates)
         return [9 * ns if i not in (3, 5) else ns for i, ns in enumerate(measured)], scale
 

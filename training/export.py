@@ -179,7 +179,7 @@ def onnx_file(network, config, whole, values, opset):
 
 def _to_onnx(module, example, dimensions, ends, opset):
     """The ONNX model of a module; `ends` are the names of its input and output. Nodes are named by block, operation
-    and kind, and have nothing else of what the exporter notes, such as the paths of this machine."""
+    and kind."""
     options = {"input_names": ends[:1], "output_names": ends[1:], "opset_version": opset, "verbose": False}
     program = _program(module, example, dimensions)
     with warnings.catch_warnings():
@@ -188,15 +188,15 @@ def _to_onnx(module, example, dimensions, ends, opset):
         model = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, **options).model_proto
     counts = collections.Counter()
     place = ""
-    for node in model.graph.node:
+    graph = model.graph
+    for node in graph.node:
         notes = {note.key: note.value for note in node.metadata_props}
         scopes = json.loads(notes.get("pkg.torch.onnx.name_scopes", "[]").replace("'", '"'))
         place = _place(module, scopes) if scopes else place
         counts[place, node.op_type] += 1
         node.name = f"{place}{node.op_type.lower()}{counts[place, node.op_type]}"
-    graph = model.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")
+        part.ClearField("metadata_props")  # of the nodes, with the paths of this machine
     graph.ClearField("value_info")
     return model
 

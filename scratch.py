@@ -32,6 +32,7 @@ from images.dataset import Data, evaluation_plan, prepare, scan, training_plan
 from network import ShuffleNetV2
 from settings.command_line import Parser
 from settings.subjects import RUNTIMES, DataConfig, Images, Retraining, Run, Space, Training, Weights
+from space import own
 from space.custom import make_space, searched
 from training import checkpoint, distributed
 from training.evaluation import accuracy, recalibrate_bn, resolve_device, validation_batches
@@ -200,6 +201,7 @@ def chosen(args, search, config, data):
 
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
+    own.load(args.own)  # first: the record of a search is read with its hash of own operations
     search = args.architecture and searched(args.architecture)
     start = Start("scratch", vars(args), data_config(args, search))
     space, candidate = chosen(args, search, start.config, start.data)

@@ -210,10 +210,7 @@ def test_a_bar_shows_in_a_notebook_and_metrics_reach_a_function(tmp_path, monkey
 
 
 def test_the_log_shows_without_logging_set_up():
-    code = """if True:
-                utils.show_log()
-        utils.log.info("a line")
-    """
+    code = "import utils; utils.show_log(); utils.log.info('a line')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.endswith(" a line\n")
 

@@ -37,6 +37,7 @@ from utils import UserError, cores, local_world_size
 
 MAX_WORKERS = 8  # by default
 AHEAD = 2  # batches that each worker makes ahead
+GUARD = 'put what the program does below  if __name__ == "__main__":  since its worker processes import it'
 SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
 DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an error of DALI
 
@@ -260,7 +261,10 @@ def made_by_workers(dataset, plan, workers, pin_memory=False):
 
     `dataset.__getitems__(samples)` returns (what it makes, samples, error or None).
     """
-    if workers and multiprocessing.current_process().daemon:
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False):  # it imports the program that has started it
+        raise UserError(f"a worker process of images can't start another: {GUARD}")
+    if workers and process.daemon:
         utils.log.warning("a daemonic process can't have worker processes: images are loaded in it")
         workers = 0
     if workers:
@@ -285,8 +289,7 @@ def made_by_workers(dataset, plan, workers, pin_memory=False):
             raise
         what = f"one of {workers} loader processes ended: {str(error).splitlines()[0]}"
         if multiprocessing.get_start_method() != "fork" and not UserError.of_commands:
-            guard = 'put what the program does below  if __name__ == "__main__":  since they import it'
-            raise UserError(f"{what}; {guard}, or give workers=0") from None
+            raise UserError(f"{what}; {GUARD}, or give workers=0") from None
         memory = " ".join(["too little memory?", utils.shared_memory()]).strip()
         raise UserError(f"{what} ({memory}); resume with the same command and fewer --workers") from None
     finally:  # a worker may be in the midst of a batch: DataLoader would wait for each for five seconds, twice

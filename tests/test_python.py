@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_load import snippets
+from test_load import few_images, snippets  # noqa: F401
 from test_training import SPACE, Images, assert_same_end, settings
 
 import network
@@ -264,12 +264,12 @@ def test_the_programs_about_rules_and_data_run(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_the_first_program_runs_where_processes_are_spawned(tmp_path, method):
+def test_the_first_program_runs_where_processes_are_spawned(few_images, tmp_path, method):  # noqa: F811
     text = program(
         0, ("iterations=1500", "iterations=6"), ("iterations=1000", "iterations=4"), ("batches=10", "batches=2"),
         ("population=16", "population=4"), ("generations=5", "generations=2"), ("warmup=", "keep="),
         ("heldout_per_class=200", "heldout_per_class=10"), ("augment=", "workers=1, augment="),
-        ('"data/fashion-mnist"', repr(str(ROOT / "data/fashion-mnist"))),
+        ('bundled.unpack("data/fashion-mnist")', repr(str(few_images))),
     )  # fmt: skip
     path = tmp_path / "program.py"
     guard = 'if __name__ == "__main__":'

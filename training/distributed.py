@@ -194,13 +194,12 @@ def broadcast_from_rank0(tensors):
 
 
 def average_gradients(parameters):
-    """Replaces each gradient by its mean over ranks, in one all_reduce.
+    """Replaces each gradient of a list of parameters by its mean over ranks, in one all_reduce.
 
     Raises UserError if ranks have gradients of different parameters: they would be added up wrongly.
     """
     if world_size() == 1:
         return
-    parameters = list(parameters)
     trained = zlib.crc32(bytes(p.grad is not None for p in parameters))
     highest, lowest = _all_reduce(torch.tensor([trained, -trained]), dist.ReduceOp.MAX).tolist()
     if highest != -lowest:

@@ -59,6 +59,7 @@ class Step:
     ):  # fmt: skip
         self.device = torch.device(device)
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.parameters = list(self.model.parameters())
         self.space = model.space
         self.training = training
         self.seed = seed
@@ -108,7 +109,7 @@ class Step:
             outputs.append(output)
         if len(batches) > 1:
             self.changed.pop().restore()
-        distributed.average_gradients(self.model.parameters())
+        distributed.average_gradients(self.parameters)
         self.updating = True
         begin_momentum(self.optimizer)
         self.scaler.step(self.optimizer)

@@ -4,9 +4,13 @@ Interrupted training is in test_training.py and test_distributed.py, interrupted
 and test_search_nni.py, the NNI tuner of an extended search is in test_tuner.py.
 """
 
+import errno
 import importlib
+import io
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -18,6 +22,7 @@ from conftest import ROOT, run
 
 import dataloader
 import search
+import utils
 from engines.search_files import read_generations, read_state
 from reports.search_results import SearchResults
 from training import loop
@@ -198,3 +203,57 @@ def test_a_resumed_search_has_its_settings_without_flags(data, out, tmp_path, fo
     _, stderr = run("search.py", "--resume", "--out", missing, code=2)
     assert f"--resume: there is no search in {missing}" in stderr and not missing.exists()
     assert read_state(other)["settings"] == settings | {"generations": 2}
+
+
+# --- terminals and memory ------------------------------------------------------------------------------------
+
+
+def test_without_standard_error_and_after_its_terminal_is_gone():
+    """Nothing that is written to it ends a command; no file gets its number."""
+    code = "import utils, os; print(os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev)"
+    script = f"import sys; sys.argv = [{str(ROOT / 'supernet.py')!r}]; sys.path.insert(0, {str(ROOT)!r}); {code}"
+    closed = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, script]
+    assert subprocess.run(closed, capture_output=True, text=True, check=True).stdout == "True\n"
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+        def flush(self):
+            self.write("")
+
+    screen = utils.Screen.of(Gone())
+    assert screen.write("text") == 4 and utils.Screen.of(screen) is screen and not screen.isatty()
+    screen.flush()
+    assert utils.Screen.of(None).write("text") == 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_glibc_keeps_memory_unless_the_user_says_otherwise():
+    code = "import utils; print(utils.keep_memory())"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "SPOS_"))}
+    for more, kept in (
+        ({}, True), ({"SPOS_KEEP_MEMORY": "0"}, False), ({"MALLOC_TOP_PAD_": "0"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.top_pad=0"}, False),
+    ):  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain | more, capture_output=True, text=True)
+        assert done.stdout == f"{kept}\n", done.stderr
+
+
+@pytest.mark.slow
+def test_a_lost_terminal_saves_and_the_run_resumes(tmp_path):
+    """The other end of a pty closes: SIGHUP, and writing fails from then on."""
+    words = ["--demo", "--iterations", "4000", "--val-every", "5000", "--save-every", "5000", "--threads", "1"]
+    command = [sys.executable, str(ROOT / "supernet.py"), *words, "--out", str(tmp_path)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, command)
+    log = tmp_path / "checkpoints" / "supernet" / "run.log"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (log.exists() and "step 50/" in log.read_text()):
+        if select.select([terminal], [], [], 0.2)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert "interrupted: saved" in log.read_text() and list(log.parent.glob("checkpoint-*.pth"))

@@ -830,3 +830,8 @@ def test_nohup_stays_in_force():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_keep_bounds_the_checkpoints(tmp_path):
+    supernet_run(tmp_path, settings(iterations=7, save_every=1, keep=2))
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-0000006.pth", "checkpoint-0000007.pth"]

@@ -285,7 +285,7 @@ def made_by_workers(dataset, plan, workers, pin_memory=False):
                 raise UserError(error)
             yield made, samples
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker" not in str(error) or "Caught " in str(error):  # an error of the data set keeps its text
             raise
         what = f"one of {workers} loader processes ended: {str(error).splitlines()[0]}"
         if multiprocessing.get_start_method() != "fork" and not UserError.of_commands:

@@ -507,9 +507,7 @@ class _LogFile(logging.FileHandler):
 def start_logging(folder, device, seed):
     """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed."""
     folder = output_folder(folder)
-    for handler in [h for h in log.handlers if isinstance(h, (_ScreenLog, _LogFile))]:
-        log.removeHandler(handler)
-        handler.close()
+    end_logging(_ScreenLog, _LogFile)
     show_log()
     _add_handler(_LogFile(folder / "run.log", errors="backslashreplace"))
     log.info("command: %s", shlex.join(sys.argv))
@@ -519,6 +517,13 @@ def start_logging(folder, device, seed):
 def circumstances(device, seed):
     """What a run needs to be repeated besides its command, as one line."""
     return f"{versions()}; commit {commit()}; device {device}; seed {seed}"
+
+
+def end_logging(*kinds):
+    """Closes the log file, or all handlers of some kinds."""
+    for handler in [h for h in log.handlers if isinstance(h, kinds or (_LogFile,))]:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def show_log():

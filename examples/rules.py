@@ -1,5 +1,7 @@
 """Training rules of other papers: supernet.py --own examples/rules.py --rule fair, or train(..., rule="fair")."""
 
+import math
+
 from torch.nn.functional import cross_entropy
 
 from space.own import register_rule
@@ -7,9 +9,11 @@ from space.own import register_rule
 
 @register_rule("fair")
 def strictly_fair(step, candidate, images, labels):
-    """FairNAS (Chu et al., arXiv 1907.01845): paths that together take every choice of every block once."""
+    """FairNAS (Chu et al., arXiv 1907.01845): paths that together take the choices of every block equally often."""
     rng = step.rng
-    for path in zip(*(rng.sample(range(n), n) for n in step.space.choices)):
+    n = math.lcm(*step.space.choices)
+    columns = [[c for _ in range(n // k) for c in rng.sample(range(k), k)] for k in step.space.choices]
+    for path in zip(*columns):
         logits = step.forward(path, images)
         yield step.criterion(logits, labels), logits
 

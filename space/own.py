@@ -21,7 +21,7 @@ from utils import HERE, UserError
 REGISTRIES = {"operation": blocks.OPERATIONS, "rule": {}}  # kind -> {name: what is registered}
 OFFICIAL = {"operation": OPERATIONS, "rule": ("spos",)}  # names that a file must not take
 hashes = {}  # (kind, name) -> hash of the code that the kind uses, of what a file has registered
-loaded = set()  # SHA-256 of the files
+loaded = {}  # SHA-256 of a file -> ({kind: {name: what it has registered}}, the hashes of these)
 
 
 def register_rule(name):
@@ -47,14 +47,22 @@ def load(path):
         raise UserError(f"--own {path}: {error.strerror}") from None
     whole = hashlib.sha256(source).hexdigest()
     if whole in loaded:
+        new, digests = loaded[whole]
+        for kind, found in new.items():
+            REGISTRIES[kind].update(found)
+        hashes.update(digests)
         return
     before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
     try:
         spec = importlib.util.spec_from_file_location("own", path)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:
+        for kind, registry in REGISTRIES.items():
+            registry.clear()
+            registry.update(before[kind])
         raise UserError(f"--own {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    new = {kind: {name: found for name, found in registry.items() if before[kind].get(name) is not found}
+    new = {kind: {name: found for name, found in registry.items()
+                  if before[kind].get(name) is not found and not (name in OFFICIAL[kind] and _is_projects(found))}
            for kind, registry in REGISTRIES.items()}  # fmt: skip
     for kind, found in new.items():
         if taken := sorted(found.keys() & set(OFFICIAL[kind])):
@@ -62,17 +70,19 @@ def load(path):
             raise UserError(f"--own {path}: {taken[0]!r} is the name of an official {kind}")
     if not any(new.values()):
         raise UserError(f"--own {path}: registers nothing; decorate a class or function with blocks.register(name)")
+    digests = {}
     for kind, found in new.items():
-        digest = _hash(source.decode(errors="replace"), found.values())
-        hashes.update({(kind, name): digest for name in found})
+        digest = _hash(source.decode("utf-8-sig", errors="replace"), found.values())
+        digests.update({(kind, name): digest for name in found})
         if kind == "operation" and found:  # checkpoints of before have the hash of the whole file
             search_space.SAME_OPERATIONS[whole[:16]] = digest
-    loaded.add(whole)
+    hashes.update(digests)
+    loaded[whole] = new, digests
 
 
 def _hash(source, found):
     """A hash of the top-level statements that classes and functions reach by name, and of those that bind no name."""
-    lines = source.splitlines()
+    lines = source.replace("\r\n", "\n").split("\n")  # as ast counts them
     bodies, binding, unbound = [], {}, []  # text of a statement; name -> statements that bind it; the others
     statements = ast.parse(source).body
     for number, statement in enumerate(statements):
@@ -121,7 +131,7 @@ def source_hash(found):
     """The hash of the source of a function, a class, or the class of an object; "" if it is the project's own."""
     plain = _function(found)
     plain = plain if hasattr(plain, "__qualname__") else type(plain)
-    if plain.__module__ in sys.modules and is_ours(sys.modules[plain.__module__]):
+    if _is_projects(found):
         return ""
     for kind, registry in REGISTRIES.items():
         for name, registered in registry.items():
@@ -133,10 +143,14 @@ def source_hash(found):
         return "in Python"
 
 
-def is_ours(module):
-    """Whether a module is of this project, and not of its tests or examples."""
-    path = pathlib.Path(getattr(module, "__file__", None) or "/")
-    return path.parent == HERE or (path.parent.parent == HERE and path.parent.name in ("space", "training"))
+def _is_projects(found):
+    """Whether a function, a class, or the class of an object is of this project, and not of a program in its folder."""
+    found = _function(found)
+    module = (found if hasattr(found, "__qualname__") else type(found)).__module__
+    path = pathlib.Path(getattr(sys.modules.get(module), "__file__", None) or "/")
+    if path.parent == HERE:
+        return module in ("blocks", "dataloader", "network")
+    return path.parent.parent == HERE and path.parent.name in ("space", "training")
 
 
 # --- operations ----------------------------------------------------------------------------------------------

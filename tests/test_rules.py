@@ -1,6 +1,7 @@
 """Training rules of one's own: what the step does for them, resuming, the ranks, and the hashes of own files."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from space.sampler import PathSampler
 from space.weight_files import load
 from training.checkpoint import newest
 from training.loop import train
-from training.run import TrainingRun, contents_of
+from training.run import TrainingRun, contents_of, described
 from training.step import Step, single_path
 from utils import UserError
 
@@ -139,10 +140,10 @@ def test_a_rule_resumes_to_the_bit_and_with_no_other_rule(tmp_path, rule):
         ({"lr": 0.2}, r"--lr 0.2 \(was 0.5\)"),
         ({"iterations": 5}, r"--iterations 5 \(was 4\)"),
         ({"seed": 3}, r"--seed 3 \(was 0\)"),
-        ({"sampler": lambda step: (0, 0, 0, 0)}, r"--paths .*<lambda> \(\w+\) \(was PathSampler\(seed 0, width_warmup"),
+        ({"sampler": lambda step: (0, 0, 0, 0)}, r"sampler .*<lambda> \(\w+\) \(was PathSampler\(seed 0, width_warmup"),
         (
             {"make_optimizer": lambda groups, training: torch.optim.AdamW(groups)},
-            r"--optimizer .*<lambda>.* \(was None",
+            r"optimizer .*<lambda>.* \(was None",
         ),
         ({"rule": lambda *given: single_path(*given)}, r"--rule .*<lambda> \(was spos\)"),
     ],
@@ -162,6 +163,45 @@ def test_a_run_in_python_is_not_resumed_with_other_settings(tmp_path, changes, t
     assert "versions: python" in lines and "iterations of 8 images" in lines
     kept = (tmp_path / "config.yml").read_text()
     assert all(word in kept for word in ("rule: spos", "PathSampler(seed 0", "iterations: 4", "seed: 0"))
+
+
+def test_what_differs_is_told_apart_and_what_is_equal_is_not(tmp_path):
+    """Objects, partials, closures, methods and subclasses; the same run object twice."""
+
+    class Rule:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def __repr__(self):
+            return f"Rule({self.scale})"
+
+        def __call__(self, step, candidate, images, labels):
+            yield from single_path(step, candidate, images, labels)
+
+        def other(self, *given):
+            return self(*given)
+
+    class Sub(PathSampler):
+        pass
+
+    def closure(n):
+        return lambda step: (n, 0, 0, 0)
+
+    partial = functools.partial
+    things = [Rule(1), Rule(2), partial(closure, n=1), partial(closure, n=2), closure(1), closure(2), Rule(1).other,
+              PathSampler(SPACE, 0), Sub(SPACE, 0), PathSampler(SPACE, 1)]  # fmt: skip
+    texts = [described(thing) for thing in things]
+    assert len(set(texts)) == len(texts) and "0x" not in "".join(texts)
+    assert described(Rule(1)) == texts[0] and described(PathSampler(SPACE, 0).candidate) == texts[7]
+    run_ = TrainingRun(tmp_path / "lr0.1", "supernet", CONTENTS)
+    train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), run=run_, rule=Rule(1))
+    with pytest.raises(UserError, match=r"--lr 0.1 \(was 0.5\)"):
+        train(supernet(), Images(), settings(iterations=2, lr=0.1), PathSampler(SPACE, 0), run=run_, rule=Rule(1))
+    with pytest.raises(UserError, match="code of the rule"):
+        train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), run=run_, rule=Rule(2))
+    assert (tmp_path / "lr0.1.lock").exists()
+    with pytest.raises(UserError, match="contents has no classes"):
+        train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), run=TrainingRun(tmp_path / "b"))
 
 
 def test_a_folder_of_before_without_settings_resumes_with_a_warning(tmp_path, caplog):
@@ -207,6 +247,8 @@ def test_a_loss_that_is_not_finite_shows_whichever_path_it_is_of():
 
     with pytest.raises(UserError, match=r"loss of step 1 is not finite .*path \["):
         train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), rule=broken)
+    with pytest.raises(UserError, match="write yield, not return"):
+        train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), rule=lambda *given: (1, 2))
     with pytest.raises(UserError, match="yields no loss"):
         train(supernet(), Images(), settings(iterations=2), PathSampler(SPACE, 0), rule=lambda *given: iter(()))
     with pytest.raises(UserError, match=r"--rule other: is none of spos.*--own"):
@@ -300,6 +342,19 @@ def own_rule(step, candidate, images, labels):
 """
 
 
+def test_a_file_that_is_changed_back_has_its_first_rule_again(tmp_path):
+    path, found = tmp_path / "own.py", []
+    for scale in ("1.0", "2.0", "1.0"):
+        path.write_text("from training.step import single_path\n" + RULE.replace("SCALE = 1.0", f"SCALE = {scale}"))
+        own.load(str(path))
+        found.append((own.REGISTRIES["rule"]["own"].__globals__["SCALE"], own.hash_of("rule", "own")))
+    assert found[0] == found[2] != found[1] and found[1][0] == 2.0
+    path.write_text("from space.own import register_rule\nregister_rule('spos')(int)\n1 / 0")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        own.load(str(path))
+    assert own.REGISTRIES["rule"]["spos"] is single_path
+
+
 def hashes(path, text):
     forget()
     path.write_text(text)
@@ -351,7 +406,7 @@ def test_the_commands_train_by_a_rule_and_refuse_another(data, tmp_path):
     out, _ = run("tester.py", *words[len(data) + 2 :], "--mode gen")
     assert "2 choice blocks of 2 operations" in out  # the weights are readable
     _, err = run("supernet.py", *words, small.format(2), "--rule", "own", code=2)
-    assert "--rule-code" in err and "--resume none" in err
+    assert "code of the rule" in err and "--resume none" in err
     _, err = run("supernet.py", *words, small.format(2), "--rule", "none", code=2)
     assert "--rule none: is none of spos" in err
 

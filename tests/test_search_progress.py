@@ -21,7 +21,7 @@ from engines.search_record import SearchRecord
 from reports.page import write_report
 from space.limits import shown
 from space.search_space import OPERATIONS, SearchSpace
-from utils import Pace, Screen, UserError, log, read_json, write_json
+from utils import Pace, UserError, _ScreenLog, log, read_json, write_json
 
 SETTINGS = settings()
 
@@ -190,7 +190,7 @@ def test_lines_go_above_a_bar(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with tqdm(total=3) as bar:
-        Screen(terminal).emit(logging.makeLogRecord({"msg": "a line"}))
+        _ScreenLog(terminal).emit(logging.makeLogRecord({"msg": "a line"}))
         bar.refresh()
     shown = terminal.getvalue()
     before, after = shown.split("a line\n")

@@ -39,6 +39,7 @@ SPACE = SearchSpace(  # tensors of whole vectors of 16 floats, so that a written
     stem_channels=16, last_channels=32,
 )  # fmt: skip
 FULL = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
+CONTENTS = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
 
 
 class Images:
@@ -62,10 +63,9 @@ def settings(**changes):
 
 
 def training_run(folder, training, seed=0, loader="torchvision"):
-    contents = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
     folder.mkdir(parents=True, exist_ok=True)
     deciding_ones = deciding({**dataclasses.asdict(training), "seed": seed, "loader": loader})
-    return TrainingRun(folder, "supernet", contents, deciding_ones, training.keep)
+    return TrainingRun(folder, "supernet", dict(CONTENTS), deciding_ones, training.keep)
 
 
 def supernet_run(
@@ -196,7 +196,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
 
     recipe = settings(iterations=iterations, save_every=3)
     candidate_at = sampler.candidate if kind == "supernet" else None
-    train(model, ThreeBatches(), recipe, candidate_at, run=TrainingRun(tmp_path, kind))
+    train(model, ThreeBatches(), recipe, candidate_at, run=TrainingRun(tmp_path, kind, CONTENTS))
     assert newest(tmp_path).name == "checkpoint-0000003.pth"
     ours, theirs, moved = model.state_dict(), reference.state_dict(), 0
     for name, expected in theirs.items():
@@ -387,15 +387,18 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopping(PathSampler):
-    """Sends this process a signal while step 4 is prepared."""
+def stopping(number=signal.SIGTERM, times=1):
+    """A sampler that sends this process a signal while step 4 is prepared."""
+    sampler = PathSampler(SPACE, 0)
+    candidate = sampler.candidate
 
-    number = signal.SIGTERM
+    def sends(step):
+        for _ in range(times * (step == 4)):
+            os.kill(os.getpid(), number)
+        return candidate(step)
 
-    def candidate(self, step):
-        if step == 4:
-            os.kill(os.getpid(), self.number)
-        return super().candidate(step)
+    sampler.candidate = sends
+    return sampler
 
 
 def assert_resumes(folder, training, left):
@@ -409,8 +412,7 @@ def assert_resumes(folder, training, left):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(tmp_path, number):
-    args, sampler, handlers = settings(iterations=6), Stopping(SPACE, 0), [signal.getsignal(s) for s in SIGNALS]
-    sampler.number = number
+    args, sampler, handlers = settings(iterations=6), stopping(number), [signal.getsignal(s) for s in SIGNALS]
     with pytest.raises(SystemExit) as stopped:
         supernet_run(tmp_path, args, sampler=sampler)
     assert stopped.value.code == 128 + number
@@ -462,14 +464,9 @@ def test_a_validation_that_fails_leaves_its_step_saved(tmp_path):
     assert [row["step"] for row in log_rows(tmp_path)] == [2, 4]
 
 
-class Twice(Stopping):
-    def candidate(self, step):
-        return super().candidate(step) and super().candidate(step)
-
-
 def _stopped_twice(folder, same_s):
     loop.SAME_SIGNAL_S = same_s
-    supernet_run(folder, settings(), sampler=Twice(SPACE, 0))
+    supernet_run(folder, settings(), sampler=stopping(times=2))
 
 
 @pytest.mark.parametrize("same_s, saved", [(0, []), (1000, ["checkpoint-0000004.pth"])])
@@ -490,7 +487,7 @@ class Later(Training):
 def test_a_run_of_before_a_setting_existed_resumes_to_the_bit(tmp_path, monkeypatch):
     supernet_run(tmp_path / "straight", settings(iterations=6))
     with pytest.raises(SystemExit):
-        supernet_run(tmp_path / "old", settings(iterations=6), sampler=Stopping(SPACE, 0))
+        supernet_run(tmp_path / "old", settings(iterations=6), sampler=stopping())
     monkeypatch.setattr(training.checkpoint, "SUBJECTS", (*SUBJECTS, Later))
     for average, images in ((True, None), (False, Images())):
         run = training_run(tmp_path / "old", settings(iterations=6))
@@ -510,7 +507,7 @@ def test_a_run_of_before_a_setting_existed_resumes_to_the_bit(tmp_path, monkeypa
 def test_a_signal_in_the_last_step_leaves_its_validation_to_the_next_run(tmp_path):
     args = settings(iterations=4)
     with pytest.raises(SystemExit):
-        supernet_run(tmp_path, args, sampler=Stopping(SPACE, 0))
+        supernet_run(tmp_path, args, sampler=stopping())
     assert newest(tmp_path).name == "checkpoint-0000004.pth" and not log_rows(tmp_path)
     assert_resumes(tmp_path, args, 0)
     assert [(row["step"], row["val/acc1"]) for row in log_rows(tmp_path)] == [(4, 1.0)]
@@ -758,7 +755,7 @@ def fails(folder, when, error, **changes):
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
 def test_an_error_before_the_update_loses_no_step(tmp_path, monkeypatch, micro_batch):
-    monkeypatch.setattr(training.run.own, "source_hash", lambda found: "")
+    monkeypatch.setattr(training.run, "described", lambda thing: "")  # as the paper's rule, with which it resumes
     changes = {"iterations": 6, "micro_batch": micro_batch}
     with pytest.raises(ValueError, match="of the program"):
         fails(tmp_path / "failed", "forward", ValueError("of the program"), **changes)
@@ -799,8 +796,7 @@ def test_a_run_is_resumed_with_other_micro_batches(tmp_path, caplog):
 
 @pytest.mark.parametrize("number", utils.WARNINGS)
 def test_a_warning_saves_and_a_signal_after_it_counts_as_the_first(tmp_path, number):
-    sampler = Stopping(SPACE, 0)
-    sampler.number = number
+    sampler = stopping(number)
     sent = []
 
     class Twice(Images):

@@ -64,6 +64,8 @@ def open_supernet(path, out, images, given, listed=None):
     `listed` is as for Data. Raises UserError if checkpoint, settings and images don't match.
     """
     model, ckpt = load_supernet(path, out, SearchSpace.for_images(given.get("input_size", 224)))
+    if ckpt.content is not None and ckpt.data is None:
+        raise UserError(f"{ckpt.path}: trained on images given in Python: evaluate it there, by training.evaluation")
     config = DataConfig.resolve(given, ckpt.data, ckpt.path)
     data = Data.of(images, config, listed)
     check_classes(ckpt, data.classes)
@@ -98,6 +100,12 @@ def check_classes(ckpt, classes):
         raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")
 
 
+NO_FLAGS = {  # settings of a run that no flag has, in words
+    "processes": "processes", "rule_code": "code of the rule", "paths": "sampler", "optimizer": "optimizer",
+    "schedule": "schedule",
+}  # fmt: skip
+
+
 def check_settings(ckpt, content, folder):
     """Raises UserError, naming the flags, if a run has other settings than the one that it would resume.
 
@@ -117,6 +125,6 @@ def check_settings(ckpt, content, folder):
     if change := changes.pop("micro_batch", None):
         log.warning("warning: %s: BN counts other numbers of images from now on", f"--micro-batch {change}")
     if changes:
-        flags = {name: flag(name) for name in changes} | {"processes": "processes"}  # not a flag
+        flags = {name: flag(name) for name in changes} | NO_FLAGS
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())
         raise UserError(f"{folder} has a run with other settings: {text}; use them, another --out, or --resume none")

@@ -68,6 +68,10 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
             f"the loader is a {type(loader).__name__}, whose order can't be resumed; make one by from_dataset(dataset) "
             "or from_tensors(images, labels) of dataloader.py"
         )
+    if getattr(sampler, "__name__", "") == "candidate":  # a method of a sampler that may have a state
+        sampler = getattr(sampler, "__self__", sampler)
+    if run and run.folder and hasattr(sampler, "after_step") and not hasattr(sampler, "state_dict"):
+        raise UserError("the sampler has after_step, but no state_dict: a resumed run would forget what it has learnt")
     batch_size = distributed.per_rank_batch_size(training.batch_size, training.micro_batch)
     step = (CompiledStep if training.compile else Step)(model.train(), training, **how)
     with contextlib.ExitStack() as closing:
@@ -137,7 +141,7 @@ class _State:
 
     def candidate_at(self, step):
         """The candidate that the sampler has for a step; None without a sampler."""
-        return self.sampler and getattr(self.sampler, "candidate", self.sampler)(step)
+        return None if self.sampler is None else getattr(self.sampler, "candidate", self.sampler)(step)
 
     @contextlib.contextmanager
     def saved_on_error(self):

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import pathlib
+import re
 import reprlib
 import sys
 import typing
@@ -19,7 +21,7 @@ from settings.subjects import deciding
 from space import own, weight_files
 from training import checkpoint, distributed
 from training.step import linear, name_of, sgd, single_path
-from utils import UserError, atomic_write, code_version, hold_lock, log, output_folder, start_logging
+from utils import UserError, atomic_write, code_version, end_logging, hold_lock, log, output_folder, start_logging
 
 STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entries of a checkpoint that training needs
 
@@ -36,14 +38,34 @@ def contents_of(space, config, classes, split=None, **more):
     return {"space": space.to_dict(), "data": data, "split": split, "classes": classes, **more}
 
 
+PLAIN = (bool, int, float, str, bytes, tuple, type(None))
+
+
 def described(thing):
-    """A sampler, a rule or another function in words, to compare it when a run is resumed."""
+    """A sampler, a rule or another function in words, by which runs are compared when they are resumed.
+
+    An object is known by its repr, if its class has one of its own, and by its source; a function by its source and the
+    plain values that it is given beforehand.
+    """
+    if isinstance(thing, functools.partial):
+        given = ", ".join(map(_plain, [*thing.args, *sorted(thing.keywords.items())]))
+        return f"{described(thing.func)} of {given}"
+    if getattr(thing, "__name__", "") not in ("", "candidate") and hasattr(thing, "__self__"):
+        return f"{described(thing.__self__)}.{thing.__name__}"
     thing = getattr(thing, "__self__", thing)
-    if type(thing).__repr__ is not object.__repr__ and not hasattr(thing, "__qualname__"):
-        return repr(thing)
-    name = getattr(thing, "__qualname__", type(thing).__qualname__)
+    named = hasattr(thing, "__qualname__")
+    name = thing.__qualname__ if named else type(thing).__qualname__
+    if not named and type(thing).__repr__ is not object.__repr__:
+        name = _plain(thing)
+    cells = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    values = [v for v in (*(getattr(thing, "__defaults__", None) or ()), *cells) if isinstance(v, PLAIN)]
+    name += f" with {', '.join(map(repr, values))}" if values else ""
     code = own.source_hash(thing)
     return f"{name} ({code})" if code else name
+
+
+def _plain(value):
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 @dataclasses.dataclass
@@ -65,6 +87,7 @@ class TrainingRun:
     settings: dict = dataclasses.field(default_factory=dict)
     keep: int = 3
     log: typing.Callable | None = None
+    given: dict | None = dataclasses.field(default=None, init=False)  # settings, without those that `train` adds
     started: bool = dataclasses.field(default=False, init=False)
     # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
     lock: typing.Any = dataclasses.field(default=None, init=False)
@@ -79,14 +102,24 @@ class TrainingRun:
     def start_from_python(self, step, sampler):
         """Starts a run that no command has started, with the settings of a Step and a sampler."""
         settings = dataclasses.asdict(step.training) | {"seed": step.seed, "rule": name_of(step.rule)}
-        code = own.source_hash(step.rule) if step.rule is not single_path else None
+        code = (
+            None if step.rule is single_path else own.hashes.get(("rule", name_of(step.rule))) or described(step.rule)
+        )
         others = {"optimizer": step.make_optimizer, "schedule": step.schedule, "paths": sampler}
         others = {name: described(value) for name, value in others.items() if value not in (None, sgd, linear)}
-        self.settings = deciding(settings) | ({"rule_code": code} if code else {}) | others | self.settings
+        if missing := {"space", "data", "split", "classes"} - self.contents.keys():
+            how = "make it by contents_of(space, config, classes)"
+            raise UserError(f"TrainingRun: contents has no {min(missing)}; {how}")
+        self.given = dict(self.settings) if self.given is None else self.given
+        self.settings = deciding(settings) | ({"rule_code": code} if code else {}) | others | self.given
         self.start(step.device, step.seed, step.training.resume == "none", config=settings | others)
 
+    def _beside(self, end):
+        return self.folder.with_name(f"{self.folder.name}.{end}")
+
     def close(self):
-        """Releases the lock of the folder."""
+        """Releases the lock of the folder, and ends its log."""
+        end_logging()
         if self.lock:
             self.lock.close()
         self.lock = None
@@ -111,10 +144,10 @@ class TrainingRun:
 
     def _start(self, device, seed, anew, warnings, config):
         output_folder(self.folder.parent)
-        self.lock = hold_lock(self.folder.with_suffix(".lock"), wait_s=10)  # workers of a killed run end within moments
+        self.lock = hold_lock(self._beside("lock"), wait_s=10)  # workers of a killed run end within moments
         aside = None
         if anew and checkpoint.newest(self.folder):
-            names = (self.folder.with_suffix(f".{n}") for n in itertools.count(1))
+            names = map(self._beside, itertools.count(1))
             aside = next(name for name in names if not name.exists())
             self.folder.rename(aside)
         start_logging(self.folder, device, seed)
@@ -139,6 +172,9 @@ class TrainingRun:
         step.model.load_state_dict(content["model"])
         step.optimizer.load_state_dict(content["optimizer"])
         step.scaler.load_state_dict(content["scaler"])
+        if ("sampler" in content) != hasattr(sampler, "state_dict"):
+            has = "has" if "sampler" in content else "has no"
+            raise UserError(f"{self.folder}: {has} state of a sampler; use the same sampler, or another folder")
         if "sampler" in content:
             sampler.load_state_dict(content["sampler"])
         metrics = dict(content["metrics"])

@@ -97,7 +97,10 @@ class Step:
             if i == 1:
                 self.changed.append(Buffers(self.known))
             found = []
-            for loss, logits in self.rule(self, candidate, *batch):
+            yielded = self.rule(self, candidate, *batch)
+            if not hasattr(yielded, "__next__"):
+                raise UserError(f"--rule {name_of(self.rule)}: is no generator: write yield, not return")
+            for loss, logits in yielded:
                 loss = loss / len(batches)
                 self.scaler.scale(loss).backward()
                 found.append(loss.detach())

@@ -21,7 +21,7 @@ help:  ## lists the targets
 demo: $(READY)  ## runs the four commands on the bundled images, at most 700 CPU-seconds
 	@$(RUN) -m bench.demo
 
-test: lint  ## lint and the test suite, at most 400 CPU-seconds (5 minutes on two cores)
+test: lint  ## lint and the test suite, some 450 CPU-seconds (9 minutes on two cores)
 	@$(RUN) -m pytest -q
 
 test-all: lint  ## test and the slow tests, with requirements-all.txt, logged to bench/results/test-all.log

@@ -1,5 +1,6 @@
 """Training rules of one's own: what the step does for them, resuming, the ranks, and the hashes of own files."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -226,6 +227,12 @@ def test_an_optimizer_and_a_schedule_of_ones_own(tmp_path):
     assert rates == [0.1, 0.05]
     train(supernet(), Images(), settings(iterations=4), PathSampler(SPACE, 0), make_optimizer=adamw)
 
+    def two_rates(groups, training):
+        return torch.optim.SGD([groups[0] | {"lr": 0.1}, {"params": [torch.zeros(1)], "lr": 9.0}])
+
+    with pytest.raises(UserError, match="groups different lr"):
+        Step(supernet(), settings(), make_optimizer=two_rates)
+
 
 def test_soft_labels_count_by_their_largest_entry(caplog):
     class Mixed(Images):
@@ -286,6 +293,10 @@ def test_a_sampler_with_a_state_is_in_the_checkpoint(tmp_path):
     assert all(len(sampler.asked) == len(set(sampler.asked)) for sampler in (whole, stopped, resumed))
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     assert whole.best == resumed.best
+    whole.state_dict = lambda: {"best": collections.deque()}
+    with pytest.raises(UserError, match=r"holds collections\.deque"):
+        run_ = TrainingRun(tmp_path / "deque", "supernet", CONTENTS)
+        train(supernet(), Images(), settings(iterations=2), whole, run=run_)
 
 
 def test_a_stand_alone_network_is_trained_by_a_rule_too():

@@ -231,6 +231,8 @@ class TrainingRun:
             state = {name: part.state_dict() for name, part in parts.items()}
             values = {"kind": self.kind, "step": number, "metrics": metrics, "rows": rows, "settings": self.settings}
             checkpoint.save(path, **values, **state, **self.contents)
+            if "sampler" in parts:
+                weight_files.load_file(path)  # raises now, not when it is resumed, if the state can't be read
             checkpoint.prune(self.folder, self.keep)
         return path
 

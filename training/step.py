@@ -67,6 +67,8 @@ class Step:
         self.schedule = learning_rate
         self.make_optimizer = make_optimizer
         self.optimizer = make_optimizer(parameter_groups(model, training.weight_decay), training)
+        if len({group["lr"] for group in self.optimizer.param_groups}) > 1:
+            raise UserError("make_optimizer: gives groups different lr, but learning_rate sets one for all of them")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
         self.number = 0

@@ -430,9 +430,6 @@ class Given:
         self.labels = labels  # called once, because it may read all images
         self.device = torch.device(device)
 
-    def __len__(self):
-        return len(self.images.labels)
-
     @functools.cached_property
     def images(self):
         return _Labels(np.asarray(self.labels(), np.int64))
@@ -445,6 +442,8 @@ class Given:
 
 
 class _Labels:
+    halves = None  # no halves of these images are told apart
+
     def __init__(self, labels):
         self.labels = labels
 

@@ -114,9 +114,8 @@ def _by_flags(settings):
             data.pop("group_by")  # may have moved; the split knows its content
         settings |= data
     with contextlib.suppress(KeyError, TypeError, UserError):
-        settings["space"] = SearchSpace.from_dict(
-            settings["space"]
-        ).to_dict()  # checkpoints of before have another hash of the same operations
+        # Records of before have another hash of the same operations, which `from_dict` reads as that of now.
+        settings["space"] = SearchSpace.from_dict(settings["space"]).to_dict()
     if settings.keys() & {"limits", "flops_limit"}:
         settings["limit"] = describe(bounds_of(settings))
     return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}

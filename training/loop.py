@@ -58,9 +58,9 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
         run: a TrainingRun, which keeps checkpoints and logs, and resumes; without it nothing is kept on disk
         how: device, seed, rule, make_optimizer, learning_rate of training.step.Step
 
-    With a run, SIGINT and SIGTERM end the process after the current step is saved, or the last step while it waits for
-    a batch; a validation that they interrupt is repeated when the run is resumed. Each rank trains on its share of
-    every batch. Raises UserError if a loss is not finite.
+    With a run, SIGINT, SIGTERM, SIGUSR1 and SIGHUP end the process after the current step is saved, or the last step
+    while it waits for a batch; a validation that they interrupt is repeated when the run is resumed. Each rank trains
+    on its share of every batch. Raises UserError if a loss is not finite.
     """
     show_log()
     if not hasattr(loader, "batches"):

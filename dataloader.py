@@ -479,6 +479,8 @@ def from_dataset(dataset, workers=0, augment=None, device="cpu"):
 
     def labels():
         known = getattr(dataset, "targets", None)
+        if known is not None and len(known) != len(dataset):
+            raise UserError(f"the data set has {len(dataset)} items, but {len(known)} targets")
         return [int(dataset[i][1]) for i in range(len(dataset))] if known is None else known
 
     return Given(make, labels, device)

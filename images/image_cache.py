@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 import torch
 
-from utils import atomic_write, log, wait_for_lock
+from utils import UserError, atomic_write, log, wait_for_lock
 
 CACHE_VERSION = 2  # of the files: those of another one have other names, and may be deleted
 
@@ -30,6 +30,8 @@ class FixedBatches:
     """
 
     def __init__(self, loader, plan, cache=None, rank=0, world_size=1):
+        if cache and not hasattr(loader, "decode"):
+            raise UserError("cache: images given in Python have no files, and are not cached; leave it out")
         self.loader = loader
         self.plan = plan
         self.cache = cache

@@ -77,7 +77,6 @@ class TrainingRun:
         contents: of every checkpoint; see `contents_of`
         settings: name -> value of those that affect the result: a resumed run must have the same ones. `train` adds
             its own, with the rule, the sampler, and an optimizer or schedule that is not the official one
-        keep: the number of checkpoints that are kept
         log: a function of a step and its metrics (name -> number), called for each line of the log
     """
 
@@ -85,10 +84,10 @@ class TrainingRun:
     kind: str = ""
     contents: dict = dataclasses.field(default_factory=dict)
     settings: dict = dataclasses.field(default_factory=dict)
-    keep: int = 3
     log: typing.Callable | None = None
     given: dict | None = dataclasses.field(default=None, init=False)  # settings, without those that `train` adds
     started: bool = dataclasses.field(default=False, init=False)
+    read_back: bool = dataclasses.field(default=False, init=False)  # whether a sampler's state was found readable
     # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
     lock: typing.Any = dataclasses.field(default=None, init=False)
     content: typing.Any = dataclasses.field(default=None, init=False)
@@ -231,9 +230,10 @@ class TrainingRun:
             state = {name: part.state_dict() for name, part in parts.items()}
             values = {"kind": self.kind, "step": number, "metrics": metrics, "rows": rows, "settings": self.settings}
             checkpoint.save(path, **values, **state, **self.contents)
-            if "sampler" in parts:
+            if "sampler" in parts and not self.read_back:
                 weight_files.load_file(path)  # raises now, not when it is resumed, if the state can't be read
-            checkpoint.prune(self.folder, self.keep)
+                self.read_back = True
+            checkpoint.prune(self.folder, step.training.keep)
         return path
 
 

@@ -53,7 +53,7 @@ class Start:
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code
         contents = contents_of(space, self.config, self.data.classes, **contents)
-        run = TrainingRun(self.folder, self.kind, contents, settings, self.training.keep)
+        run = TrainingRun(self.folder, self.kind, contents, settings)
         anew = self.training.resume == "none"
         run.start(self.device, self.seed, anew, self.data.warnings, self.data.names_hash, self.values)
         return run

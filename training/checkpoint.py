@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import unicodedata
 
 import torch
 
@@ -96,7 +97,8 @@ def check_classes(ckpt, classes):
     if len(ckpt.class_names) != len(classes):
         counts = f"has {len(ckpt.class_names)} classes, the data {len(classes)}"
         raise UserError(f"{ckpt.path}: {counts}; use the same --data-dir")
-    if ckpt.classes is not None and ckpt.classes != tuple(classes):
+    composed = [[unicodedata.normalize("NFC", name) for name in names] for names in (ckpt.classes or (), classes)]
+    if ckpt.classes is not None and composed[0] != composed[1]:
         raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")
 
 

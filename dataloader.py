@@ -506,7 +506,8 @@ class _Items:
 
 def make_parser():
     parser = Parser(__doc__, "dataloader")
-    parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
+    text = "a folder with train/<class>/ and val/<class>/"
+    parser.add_argument("--check", required=True, type=os.path.expanduser, metavar="DIR", help=text)
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )

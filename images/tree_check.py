@@ -1,7 +1,16 @@
 """The check of a tree before anything is trained on it: what `python dataloader.py --check DIR` prints."""
 
 from images import image_check
-from images.dataset import groups_of, number_groups, scan, shared_groups, tree_paths, unmatched_classes
+from images.dataset import (
+    alike_classes,
+    groups_of,
+    number_groups,
+    scan,
+    shared_groups,
+    tree_paths,
+    unmatched_classes,
+    with_classes_of,
+)
 from settings.subjects import Images
 from utils import UserError
 
@@ -11,6 +20,7 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, group_
     problems = []
     ignored = []
     train, val = (scan(f"{folder}/{part}", problems, ignored=ignored) for part in ("train", "val"))
+    val = with_classes_of(train, val)
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
     before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
@@ -22,6 +32,7 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, group_
         number_groups(train, groups_of(group_by, "train", train.paths), group_by)  # raises if they are none
     lines = [
         *problems,
+        *alike_classes(folder, train),
         *groups,
         *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),

@@ -103,6 +103,21 @@ def test_the_settings_that_a_run_wrote_can_be_read(tmp_path, command):
     assert found == kept
 
 
+def test_every_path_of_a_command_may_begin_with_the_home_folder(monkeypatch):
+    """bash leaves ~ in --out=~/run. A regular expression, or the name of a space, is no path."""
+    monkeypatch.setenv("HOME", "/elsewhere")
+    for script in SCRIPTS:
+        parser = importlib.import_module(script).make_parser()
+        for action in parser._actions:
+            if action.dest in FIELDS and FIELDS[action.dest].metadata["path"]:
+                file = f"a.{'yml' if action.dest == 'space' else 'csv'}"
+                found = getattr(parser.parse_args([f"{action.option_strings[0]}=~/{file}"]), action.dest)
+                assert found in (f"/elsewhere/{file}", [f"/elsewhere/{file}"])
+        assert parser.parse_args(["--group-by=~/a(.)"]).group_by == "~/a(.)"
+    assert importlib.import_module("dataloader").parse_args(["--check=~/a"]).check == "/elsewhere/a"
+    assert importlib.import_module("report").parse_args(["a", "--random=~/b"]).random == pathlib.Path("/elsewhere/b")
+
+
 # --- what a run that is resumed must have again --------------------------------------------------------------
 
 # The settings in the checkpoints of runs, as 7e149fb wrote them, and the commands that made them.

@@ -127,7 +127,7 @@ class TrainingRun:
     def start(self, device, seed, anew=False, warnings=(), images=None, config=None):
         """Locks the folder, starts its log, and logs the `warnings`; with `anew`, an earlier run in it is renamed.
 
-        `config` (name -> value) are the settings for config.yml; `images` is a hash of the images. Raises UserError if
+        `config` (name -> value) are the settings for config.yml; `images` identifies the images. Raises UserError if
         another run holds the lock, or if settings, images or code differ between ranks.
         """
         self.started = True
@@ -211,6 +211,7 @@ class TrainingRun:
         if missing := STATE - content.keys():
             raise UserError(f"{path}: has no {min(missing)} to resume from; use {advice}")
         checkpoint.check_settings(found, self.contents | {"settings": self.settings}, self.folder)
+        checkpoint.check_images(found, self.contents.get("images"))
         known = content | {"space": found.space.to_dict()}
         for name in ("space", "split", "classes", "architecture"):
             if known.get(name) != self.contents.get(name):

@@ -55,7 +55,7 @@ class Start:
         contents = contents_of(space, self.config, self.data.classes, **contents)
         run = TrainingRun(self.folder, self.kind, contents, settings)
         anew = self.training.resume == "none"
-        run.start(self.device, self.seed, anew, self.data.warnings, self.data.names_hash, self.values)
+        run.start(self.device, self.seed, anew, self.data.warnings, self.data.names, self.values)
         return run
 
 

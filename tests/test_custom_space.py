@@ -16,11 +16,16 @@ from conftest import ROOT, forget, run, tree_logits
 from test_search_space import hooked_flops
 
 import blocks
+from dataloader import from_tensors
 from network import ShuffleNetV2, ShuffleNetV2OneShot
+from settings.subjects import Training
 from space import custom, own
+from space.sampler import PathSampler
 from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
 from training import checkpoint
 from training.evaluation import recalibrate_bn
+from training.loop import train
+from training.run import TrainingRun, contents_of
 from utils import UserError
 
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/spaces.md").read_text(), re.S)[1]
@@ -209,6 +214,28 @@ def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
     own.load(written(tmp_path / "own.py", EXAMPLE.replace("3 * shape", "4 * shape")))
     with pytest.raises(UserError, match=r"supernet\.pth: its operations come from another version"):
         checkpoint.load_supernet(path, None)
+
+
+def test_operations_of_a_notebook_are_those_of_a_space_made_by_hand(tmp_path):
+    """A cell's classes have no file, and no source that Python knows; run again, the cell's are other classes."""
+    space = SearchSpace(
+        16, 3, stem_stride=1, stage_blocks=(1, 2), stage_channels=(16, 16), stage_strides=(2, 1),
+        operations=("identity", "inverted_residual_5x5"),
+    )  # fmt: skip
+    for _ in range(2):
+        exec(compile(EXAMPLE, "<ipython-input-1>", "exec"), {"__name__": "__main__"})
+        folder = tmp_path / "run"
+        supernet = ShuffleNetV2OneShot(space=space)
+        run = TrainingRun(folder, "supernet", contents_of(space, None, "abc"))
+        images = from_tensors(torch.rand(8, 3, 16, 16), torch.arange(8) % 3)
+        train(supernet, images, Training(iterations=2, batch_size=8, warmup=1), PathSampler(space), run=run)
+        found, ckpt = checkpoint.load_supernet(checkpoint.newest(folder), None)
+        assert ckpt.space == own.with_hash(space) and ckpt.space.operations_hash
+        trained = supernet.state_dict()  # by the first run, and resumed by the second
+        assert all(torch.equal(weight, trained[name]) for name, weight in found.state_dict().items())
+        forget()
+    with pytest.raises(UserError, match="operation 'identity' is not one of"):
+        checkpoint.load_supernet(checkpoint.newest(folder), None)
 
 
 # --- the project's own cheap and large operations -----------------------------------------------------------

@@ -57,7 +57,7 @@ def _cost(name, operation, shape, width):
     import torch
 
     expected = (1, shape.out_channels, shape.out_size, shape.out_size)
-    with _named(name, shape, width):
+    with named(name, shape, width):
         with torch.device("meta"):
             module = operation(shape, width, True)
         flops, found = _count_flops(module, shape.in_channels, shape.in_size)
@@ -67,8 +67,8 @@ def _cost(name, operation, shape, width):
 
 
 @contextlib.contextmanager
-def _named(name, shape, width):
-    """Whatever an operation raises at a block is a UserError that names both."""
+def named(name, shape, width=1.0):
+    """Within the block, whatever an operation raises at a BlockShape is a UserError that names both."""
     try:
         yield
     except Exception as error:
@@ -85,7 +85,7 @@ def check_fit(space):
     width = space.widths[-1]
     for names, shape in dict.fromkeys(zip(space.block_operations, space.blocks)):
         for name in names:
-            with _named(name, shape, width), torch.device("meta"):
+            with named(name, shape, width), torch.device("meta"):
                 build_block(name, shape, width)
 
 

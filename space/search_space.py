@@ -30,6 +30,7 @@ import numpy as np
 
 from space.costs import Costs, count_costs
 from space.limits import SOLVE_S, Limits, read_limits
+from space.twins import Twins, identities
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
@@ -321,6 +322,15 @@ class SearchSpace:
                 raise UserError(f"architecture: block {block} chooses {what}, not 0 to {n - 1}")
             checked.append(index)
         return tuple(checked)
+
+    @functools.cached_property
+    def twins(self):
+        """The Twins of this space, by what the classes of its operations say. Needs torch."""
+        return Twins(self, identities(self))
+
+    def canonical(self, candidate):
+        """The form that all candidates have in common which are the same network; see space/twins.py. Needs torch."""
+        return self.twins.canonical(self.check(candidate))
 
     def random_candidate(self, rng):
         """A uniform candidate from a `random.Random`."""

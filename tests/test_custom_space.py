@@ -342,6 +342,15 @@ def test_the_four_commands_where_channels_fall(data, tmp_path, forked, undrawn):
     assert "6 choice blocks of 1 to 3 operations" in stdout
     stdout, _ = run("search.py", *data, bn, *map(str, SEARCH), "--engine", "local", *out)
     assert "8 candidates evaluated" in stdout
+    state = tmp_path / "out/checkpoints/search/state.json"
+    settings = json.loads(state.read_text())["settings"]
+    assert settings.pop("identities") == [[], [], [0], [0], [0], []]
+    results = [json.loads(line) for file in (tmp_path / "out/acc").iterdir() for line in file.read_text().splitlines()]
+    known = custom.make_space(space, input_size=16, n_classes=3)
+    assert all(list(known.canonical(r["architecture"])) == r["architecture"] for r in results)
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"settings": settings}))
+    run("search.py", "--resume", *map(str, ("--engine", "local")), *out)  # a search of before knows nothing of it
+    assert json.loads(state.read_text())["settings"] == settings
     best = ("--architecture", tmp_path / "out/checkpoints/best.json")
     stdout, _ = run("scratch.py", *data, train, "--bn-pass 2", *best, *out)
     found = json.loads(stdout.splitlines()[-1])

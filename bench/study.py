@@ -90,13 +90,13 @@ def rounded(value):
 
 
 def random_legal(space, bounds, n, seed=0):
-    """`n` different candidates, uniform among those within the bounds, {cost: (low, high)}."""
+    """`n` different networks, uniform among the candidates within the bounds, {cost: (low, high)}."""
     limits, rng, found = Limits(space, bounds), random.Random(seed), {}
     while len(found) < n:
         candidate = space.random_candidate(rng)
         if not limits.excess(candidate):
-            found[candidate] = None
-    return list(found)
+            found.setdefault(space.canonical(candidate), candidate)
+    return list(found.values())
 
 
 def largest_legal(space, most):

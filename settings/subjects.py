@@ -239,7 +239,7 @@ class Space(Settings):
 
     space: str = setting(
         None,
-        "blocks, channels, joint, small, varied, or a YAML with a section 'space' (blocks, or the architecture's)",
+        "blocks, channels, joint, mobile, small, varied, or YAML with section 'space' (blocks, or the architecture's)",
         unit="NAME|FILE", path=True, decides=False,
     )  # fmt: skip
     own: str = setting(

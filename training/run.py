@@ -29,13 +29,14 @@ STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entrie
 def contents_of(space, config, classes, split=None, **more):
     """The `contents` of a run: its SearchSpace, its DataConfig, the names of the classes, the split of the images.
 
+    The space gets the hash of its own operations, which one made by hand has not.
     `config` is None for data of Python that has no DataConfig. Raises UserError if the classes are not names.
     """
     classes = list(classes)
     if not all(isinstance(name, str) for name in classes):
         raise UserError(f"classes {reprlib.repr(classes)} are not names: write them as texts")
     data = config and config.to_dict()
-    return {"space": space.to_dict(), "data": data, "split": split, "classes": classes, **more}
+    return {"space": own.with_hash(space).to_dict(), "data": data, "split": split, "classes": classes, **more}
 
 
 PLAIN = (bool, int, float, str, bytes, tuple, type(None))

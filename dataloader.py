@@ -44,7 +44,7 @@ DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an 
 
 
 def resolve_backend(backend):
-    """The backend of --loader: "dali", "torchvision", "memory" or "synthetic". Raises UserError if it is not installed."""
+    """The backend of --loader: "dali", "torchvision", "memory" or "synthetic". Raises UserError without DALI."""
     installed = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
     if backend == "dali" and not installed:
         raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
@@ -82,7 +82,7 @@ class Loader:
             return self.backend
         pillow = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torchvision", "pillow"))
         if self.backend in ("torchvision", "memory"):
-            return pillow
+            return f"{pillow}, in memory" if self.backend == "memory" and self.augment else pillow
         found = [d for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-")]
         dali = " ".join(sorted(f"{d.name} {d.version}" for d in found)) + f" {self.device.type}"
         by_dali = tuple(suffix for kind in pictures.BY_DALI for suffix in pictures.SUFFIXES[kind])

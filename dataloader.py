@@ -5,7 +5,8 @@ images/dataset.py; `finish` turns them into the network's input: float BGR (N, 3
 normalised by ImageNet's mean and standard deviation.
 
     python dataloader.py --check DIR    lists all files of DIR/{train,val}/<class>/ that are unreadable or mislabelled,
-                                        and with --group-by the groups that train and val share
+                                        and with --config what does not go with its settings, such as groups of
+                                        images that train and val share
 
 Source: official `src/Supernet/train.py` (transforms).
 """
@@ -33,7 +34,7 @@ from images.in_memory import SMALL_PX, InMemory, augmented, gigabytes
 from images.preprocessing import network_input
 from images.tree_check import check_tree
 from settings.command_line import Parser
-from settings.subjects import DataConfig, Images
+from settings.subjects import DataConfig, Images, Run
 from utils import UserError, cores, local_world_size
 
 MAX_WORKERS = 8  # by default
@@ -542,21 +543,26 @@ class _Items:
 def make_parser():
     parser = Parser(__doc__, "dataloader")
     text = "a folder with train/<class>/ and val/<class>/"
-    parser.add_argument("--check", required=True, type=os.path.expanduser, metavar="DIR", help=text)
+    parser.add_argument("--check", type=os.path.expanduser, metavar="DIR", help=text)
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
+    parser.add(Run, only=("config",))
     parser.add(Images, only=("cache", "max_pixels"))
-    parser.add(DataConfig, only=("group_by",))
+    parser.add(DataConfig, defaults=DataConfig.unset())
     return parser
 
 
 def parse_args(argv=None):
-    return make_parser().parse_args(argv)
+    parser = make_parser()
+    parsed = parser.parse(argv)
+    if not parsed.check:
+        parser.error("--check: name a folder with train/<class>/ and val/<class>/")
+    return parsed
 
 
 def main(parsed):
-    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels, parsed.group_by)
+    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels, DataConfig.given(vars(parsed)))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,17 @@ class FixedBatches:
         own = self.plan[self.rank :: self.world_size]
         return [None if halves is None else torch.from_numpy(halves[samples[:, 1]] == 1) for samples in own]
 
+    @property
+    def groups(self):
+        """(sizes of the groups of all images (G,), for each batch of an iteration the groups of its images (N,)), or
+        None where images have no groups."""
+        groups = getattr(self.loader.images, "groups", None)
+        if groups is None:
+            return None
+        _, groups = np.unique(groups, return_inverse=True)
+        own = self.plan[self.rank :: self.world_size]
+        return torch.from_numpy(np.bincount(groups)), [torch.from_numpy(groups[samples[:, 1]]) for samples in own]
+
     def prepare(self):
         """Decodes the images into the folder `cache`, unless they are there."""
         self._mapped()

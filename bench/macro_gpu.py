@@ -351,7 +351,7 @@ def tables(width, results):
         for seed, row in rows.items():
             top1 = "{:.1f}, {:.1f}".format(*row["acc1"])
             gain = "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["all"]["gain"]) if "gain" in row["all"] else ""
-            intervals = (macro.interval(row["all"][score]) for score in ("top-1", "loss"))
+            intervals = (study.interval(row["all"][score]) for score in ("top-1", "loss"))
             cells.append((f"{width}, {name}, {seed}", top1, *intervals, gain))
     head = ("trained, seed", "top-1, sd", "tau by top-1", "by loss", "gain by loss")
     return f"{study.table(head, cells)}\n\n{macro.table_of_picks(results['picks'])}"

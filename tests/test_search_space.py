@@ -62,7 +62,7 @@ def test_published_flops():
     assert SPACE.params(WINNER) == 3_558_464
 
 
-def hooked_flops(model, *path, size):
+def hooked_flops(model, *path, size, channels=3):
     """Multiply-adds that forward hooks count from weights and outputs, for one image."""
     count = []
 
@@ -74,7 +74,7 @@ def hooked_flops(model, *path, size):
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), *path)
+        model.eval()(torch.zeros(1, channels, size, size, device=next(model.parameters()).device), *path)
     for handle in handles:
         handle.remove()
     return sum(count)

@@ -26,8 +26,9 @@ NOT_KNOWN = "the network was trained on images given in Python: only their progr
 class Trainable(typing.Protocol):
     """The methods that a network of one's own needs, an nn.Module, to be trained and evaluated as a supernet.
 
-    A part is a callable that runs a piece of the network: "stem", (block, choice), or "head", which ends in logits. A
-    network that stands alone has candidate None, and needs `path` and `classify` only.
+    A part is a callable that runs a piece of the network: "stem", (block, choice), or "head", which ends in logits. Its
+    BN layers are those of a Module that is a part, not of `classify`. A network that stands alone has candidate None,
+    and needs `path` and `classify` only.
     """
 
     space: SearchSpace

@@ -333,6 +333,8 @@ def prepare(search, args, out):
         log.info(search.costs)
     for text in search.warnings:
         log.warning("warning: %s", text)
+    if search.data.grouping:
+        log.info(search.data.grouping)
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
     log.info("space: %s", offer(search.space, search.settings.get("latency", {"runtime": "torch"})["runtime"]))

@@ -204,17 +204,13 @@ def summarise(args, folders):
     }  # fmt: skip
 
 
-def interval(row):
-    return "{:.2f} ({:.2f} to {:.2f})".format(*row)
-
-
 def tables(results):
     """Markdown tables: taus, and what searches pick."""
     columns = {"supernet": "supernet", "FLOPs": "FLOPs", "parameters": "parameters",
                "minus FLOPs": "supernet minus FLOPs"}  # fmt: skip
     regions = {"all": "all {:,}"} | {f"{limit // 10**6}M": f"{{:,}} under {limit // 10**6}M" for limit in LIMITS}
     rows = [
-        (regions[name].format(row["networks"]), *(interval(row[column]) for column in columns))
+        (regions[name].format(row["networks"]), *(study.interval(row[column]) for column in columns))
         for name, row in results["rank"].items()
     ]
     return f"{study.table(('networks', *columns.values()), rows)}\n\n{table_of_picks(results['picks'])}"

@@ -309,6 +309,7 @@ def test_shufflenets_units_refuse_channels_that_they_can_not_split(channels, mes
 def test_whatever_is_an_index_is_one(kind):
     found = SPACE.check([kind(choice) for choice in WINNER])
     assert found == WINNER and all(type(choice) is int for choice in found)
+    assert SPACE.from_architecture(np.array(WINNER)) == SPACE.from_architecture(torch.tensor(WINNER)) == WINNER
     with pytest.raises(UserError, match=r"block 20 chooses .*4.*, not 0 to 3"):
         SPACE.check([kind(0)] * 19 + [kind(4)])
     with pytest.raises(UserError, match=r"block 1 chooses .*1\.0"):

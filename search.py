@@ -315,8 +315,8 @@ def identities_of(args, out, space, settings):
 
     Also None where they differ in a cost that matters, and for a search of before, which evaluated all of them.
     """
-    if args.resume:
-        return read_state(out)["settings"].get("identities")
+    if args.resume and "identities" not in read_state(out)["settings"]:
+        return None
     apply = space.twins.groups and space.twins.cost_the_same(costs_of(settings))
     return identities(space) if apply and args.strategy in ("evolution", "random") else None
 

@@ -78,6 +78,19 @@ def test_the_largest_and_the_smallest_without_limits_and_where_none_is(everythin
         space.smallest("params")
 
 
+def test_candidates_are_repaired_where_stages_offer_other_operations():
+    names = ("shufflenet_3x3", "xception_3x3", "shufflenet_7x7")
+    space = SearchSpace(28, 10, stem_stride=1, **PRESETS["small"], operations=names,
+                        stage_operations=(names[:1], names, names[1:]))  # fmt: skip
+    everything = [*itertools.product(*map(range, space.choices))]
+    assert space.choices == (1, 1, 3, 3, 2, 2)
+    legal = sorted(everything, key=space.flops)[:3]
+    limits, rng = Limits(space, {"flops": (None, space.flops(legal[-1]))}), random.Random(0)
+    found = {limits.repair(space.random_candidate(rng), rng) for _ in range(30)}
+    assert found == {c for c in everything if space.flops(c) <= space.flops(legal[-1])}
+    assert {*limits.neighbours(legal[0], rng)} <= found
+
+
 def meets(costs, bounds):
     """Which of many candidates meet the bounds."""
     ok = np.ones(len(costs["flops"]), bool)

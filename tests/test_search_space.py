@@ -62,7 +62,7 @@ def test_published_flops():
     assert SPACE.params(WINNER) == 3_558_464
 
 
-def hooked_flops(model, *path, size):
+def hooked_flops(model, *path, size, channels=3):
     """Multiply-adds that forward hooks count from weights and outputs, for one image."""
     count = []
 
@@ -74,7 +74,7 @@ def hooked_flops(model, *path, size):
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), *path)
+        model.eval()(torch.zeros(1, channels, size, size, device=next(model.parameters()).device), *path)
     for handle in handles:
         handle.remove()
     return sum(count)
@@ -309,6 +309,7 @@ def test_shufflenets_units_refuse_channels_that_they_can_not_split(channels, mes
 def test_whatever_is_an_index_is_one(kind):
     found = SPACE.check([kind(choice) for choice in WINNER])
     assert found == WINNER and all(type(choice) is int for choice in found)
+    assert SPACE.from_architecture(np.array(WINNER)) == SPACE.from_architecture(torch.tensor(WINNER)) == WINNER
     with pytest.raises(UserError, match=r"block 20 chooses .*4.*, not 0 to 3"):
         SPACE.check([kind(0)] * 19 + [kind(4)])
     with pytest.raises(UserError, match=r"block 1 chooses .*1\.0"):

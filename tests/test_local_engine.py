@@ -157,10 +157,22 @@ def evaluate_with_a_user_error(trial, candidates):
     raise UserError("--device cuda: no GPU")
 
 
-def test_what_a_user_can_put_right_ends_the_search(tmp_path, fake):
-    fake(evaluate_with_a_user_error)
-    with pytest.raises(UserError, match=r"^--device cuda: no GPU$"):
+def evaluate_without_a_file(trial, candidates):
+    raise FileNotFoundError(2, "No such file or directory", "images.npy")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "line"),
+    [
+        (evaluate_with_a_user_error, "--device cuda: no GPU"),
+        (evaluate_without_a_file, "images.npy: No such file or directory"),
+    ],
+)
+def test_what_a_user_can_put_right_ends_the_search(tmp_path, fake, evaluation, line):
+    fake(evaluation)
+    with pytest.raises(UserError, match=f"^{line}$"):
         searched(tmp_path)
+    assert read_results(tmp_path) == []
 
 
 def test_a_dev_shm_without_room_for_semaphores_is_named(tmp_path, fake, no_semaphores):

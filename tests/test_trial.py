@@ -196,6 +196,23 @@ def test_a_trial_reports_each_result_as_it_comes_and_lives_meanwhile(monkeypatch
     assert [r["architecture"] for r in final["results"]] == candidates
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "supernet.pth"), "supernet.pth: No such file or directory"),
+        (UserError("a.jpg: an empty file"), "a.jpg: an empty file"),
+        (RuntimeError("out of memory"), None),  # for which a candidate may be to blame
+    ],
+)
+def test_a_trial_says_why_it_can_not_evaluate(monkeypatch, error, line):
+    nni = FakeNNI()
+    monkeypatch.setitem(sys.modules, "nni", nni)
+    with pytest.raises(type(error)), trial.errors_reported([[2]]):
+        raise error
+    assert [m["error"] for _, m in nni.messages] == [line] * bool(line)
+    assert [m["candidates"] for _, m in nni.messages] == [[[2]]] * bool(line)
+
+
 def test_signs_of_life_are_passed_on_now_and_then(monkeypatch):
     clock, heard = [100.0], []
     monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])

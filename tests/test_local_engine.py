@@ -79,9 +79,18 @@ def test_gives_the_generations_of_the_evolution(tmp_path, fake, how):
     assert sum(map(len, trials.values())) == 6 and all(name.startswith("001_") for name in trials)
 
 
-def test_only_what_fails_alone_has_failed(tmp_path, fake):
+def test_only_what_fails_alone_has_failed(tmp_path, fake, monkeypatch):
+    """Whose worker died is evaluated three times, and not again for ever."""
+    evaluate, rounds = local_engine.Workers.evaluate, []
+
+    def counted(workers, *how):
+        rounds.append(how)
+        assert len(rounds) <= 3 * SETTINGS["generations"], "candidates are evaluated without end"
+        return evaluate(workers, *how)
+
+    monkeypatch.setattr(local_engine.Workers, "evaluate", counted)
     fake(evaluate_with_faults)
-    results = searched(tmp_path, concurrency=2)
+    results = searched(tmp_path, concurrency=2, trial_timeout=60)
     assert len(results) == 18
     for r in results:
         total = sum(r["architecture"])

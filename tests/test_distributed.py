@@ -542,7 +542,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, words):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("loader", ["dali", "torchvision", "memory"])
 @pytest.mark.parametrize("processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH), (2, SCRATCH)])
 def test_a_run_killed_three_times_ends_as_if_it_had_not_been(tmp_path, data, processes, words, loader):
     if loader == "dali":

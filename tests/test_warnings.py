@@ -212,6 +212,12 @@ def test_candidates_of_the_first_generation_that_cannot_be_told_apart(results, s
         assert advice == ("train the supernet longer" if "chance" in says else f"what helps, in this order: {ADVICE}")
 
 
+def test_the_noise_of_images_in_groups_is_theirs():
+    """A spread of 4 points is above the binomial noise of 1.5, and below that of groups."""
+    text = first_generation_warning([row | {"acc1_error": 5.0} for row in rows(60, 4)], n_classes=10)
+    assert "1000 images in groups measure each to 5.00 points" in text
+
+
 def halved(correlation, n=50, **changes):
     """Results far above chance and noise, whose scores on two halves of the images have about this correlation."""
     rng = random.Random(1)
@@ -262,6 +268,8 @@ def test_a_search_that_ranks_by_the_loss_is_not_advised_to():
 
 def test_the_report_repeats_the_warnings(tmp_path, undrawn):
     warnings = ["c.pth: step 3 of 9"]
-    fill(tmp_path, settings(generations=1), lambda c: result(c, acc1=10.1, n_images=2000), warnings=warnings)
+    numbers = {"acc1": 10.1, "n_images": 2000, "acc1_error": 7.5}
+    fill(tmp_path, settings(generations=1), lambda c: result(c, **numbers), warnings=warnings)
     page = write_report(tmp_path).read_text()
+    assert "\xb1\xa07.50 standard error by groups of images on 2,000 images" in page
     assert "Warning: c.pth: step 3 of 9</p>" in page and "and chance is 10.00%: train the supernet longer" in page

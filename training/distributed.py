@@ -256,14 +256,15 @@ def broadcast_from_rank0(tensors):
             _collective(dist.broadcast, tensor, src=0)
 
 
-def average_gradients(parameters):
+def average_gradients(parameters, paths=()):
     """Replaces each gradient of a list of parameters by its mean over ranks, in one all_reduce.
 
-    Raises UserError if ranks have gradients of different parameters: they would be added up wrongly.
+    Raises UserError if ranks have gradients of different parameters, which would be added up wrongly, or of different
+    `paths`: paths that differ in widths alone have gradients of the same parameters.
     """
     if world_size() == 1:
         return
-    trained = zlib.crc32(bytes(p.grad is not None for p in parameters))
+    trained = zlib.crc32(repr(paths).encode(), zlib.crc32(bytes(p.grad is not None for p in parameters)))
     highest, lowest = _all_reduce(torch.tensor([trained, -trained]), dist.ReduceOp.MAX).tolist()
     if highest != -lowest:
         raise UserError("the ranks train different weights: sampler and rule must choose the same paths on all of them")

@@ -828,21 +828,19 @@ def test_nohup_stays_in_force():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_while_a_checkpoint_is_written_neither_stops_that_nor_is_forgotten(tmp_path, monkeypatch, number):
+def test_a_signal_while_a_checkpoint_is_written_neither_stops_that_nor_is_forgotten(tmp_path, monkeypatch):
     save, sent = torch.save, []
 
     def slowly(content, file):
-        file.write(b"")
         if not sent:
-            sent.append(os.kill(os.getpid(), number))
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
         save(content, file)
 
     monkeypatch.setattr(training.checkpoint.torch, "save", slowly)
     args = settings(iterations=6, save_every=2)
     with pytest.raises(SystemExit) as stopped:
         supernet_run(tmp_path, args)
-    assert stopped.value.code == 128 + number
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000002.pth"]
     assert_resumes(tmp_path, args, 4)
 

@@ -151,7 +151,7 @@ CASES = [
     ("supernet", ("--batch-size", "4", "--flops-range", "nan", "10M"), "--flops-range 'nan' is neither"),
     ("supernet", ("--crop-scale", "0.9", "0.1"), "--crop-scale 0.9 0.1"),
     ("supernet", ("--val-resize", "31"), "--val-resize 31"),
-    ("search", ("--checkpoint", "{}/split.pth"), "split.pth: trained on another split of the images"),
+    ("search", ("--checkpoint", "{}/split.pth", "--flops-limit", "330"), "split.pth: trained on another split of the images"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit=-3M"), "--flops-limit '-3M' is neither"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--mutation", "6"),
     "6 children by mutation and 0 by crossover: needs 0 to 5"),

@@ -159,7 +159,7 @@ def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     candidates = trial.receive_candidates()
-    with trial.heartbeats():
+    with trial.heartbeats(), trial.errors_reported(candidates):
         trial.take_gpu(args.device)
         supernet, *batches = open_supernet(args, listed_images(args.out))
         trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))

@@ -384,6 +384,14 @@ def test_the_optimum_is_that_of_all_candidates(seed, everything):
             assert None in (found, name) or space.cost(name, found) == best(costs[name][legal])
 
 
+def test_a_measured_cost_holds_between_both_bounds():
+    bounds = {"latency": (10, 20), "flops": (None, 5), "params": (7, None)}
+    limits = Limits(SPACES["small"], bounds)
+    assert [limits.holds("latency", cost) for cost in (9, 10, 20, 21)] == [False, True, True, False]
+    assert [limits.holds("flops", cost) for cost in (0, 5, 6)] == [True, True, False]
+    assert [limits.holds("params", cost) for cost in (6, 7, 99)] == [False, True, True]
+
+
 def test_a_correction_and_banned_candidates_narrow_the_limits(everything):
     space, (candidates, costs) = SPACES["small"], everything
     high = space.quantile("latency", 0.5)

@@ -150,6 +150,15 @@ def test_quantiles_against_all_candidates():
     assert TINY.quantile("flops", 0) == costs[0]
 
 
+def test_a_share_that_is_met_exactly_is_that_of_its_cost():
+    """One block of four operations: half of all candidates are at or under the second."""
+    one = SearchSpace(32, 10, 1, (1,), (1,), (16,), 8, 32)
+    costs = sorted(one.flops((i,)) for i in range(4))
+    assert len(set(costs)) == 4
+    step = (costs[-1] - costs[0]) / 8000
+    assert [one.quantile("flops", share) for share in (0.25, 0.5, 0.75)] == pytest.approx(costs[:3], abs=step)
+
+
 @pytest.mark.parametrize("text, flops", [
     ("330000000", 330_000_000), (330_000_000, 330_000_000), ("330M", 330_000_000), ("700k", 700_000), ("1.5k", 1500),
     ("3.3e8", 330_000_000), ("322.5M", 322_500_000),

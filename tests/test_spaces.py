@@ -183,7 +183,7 @@ def test_what_can_not_be_is_a_line(settings, words, text, monkeypatch):
 @pytest.mark.slow
 def test_the_readmes_command_is_interrupted_and_resumed(settings):
     """On a space of two blocks; what it writes is below --out."""
-    (line,) = re.findall(r"^python (-m bench\.spaces .*)$", (ROOT / "readme.md").read_text(), re.M)
+    (line,) = re.findall(r"`python (-m bench\.spaces .*?)`", (ROOT / "readme.md").read_text())
     words = [sys.executable, *shlex.split(line.replace("demo.yml", str(settings)))]
     words += ["--candidates", "3", "--repeats", "1", "--seeds", "1", "--out", settings.parent / "out"]
     git = ["git", "status", "--porcelain", "bench"]

@@ -182,11 +182,12 @@ def train_supernet(way, seed, folder, loader, args):
     settings = argparse.Namespace(data_dir=args.data_dir, width=way.width, iterations=iterations, threads=args.threads)
     words = map(str, macro.write_settings(folder, settings))
     parsed = vars(supernet_script.parse_args([*words, "--seed", str(seed)]))
-    parsed |= {"batch_size": batch_size, "lr": way.lr, "amp": way.amp, "save_every": SAVE_EVERY}
+    parsed |= {"batch_size": batch_size, "lr": way.lr, "amp": way.amp}
+    parsed |= {"save_every": SAVE_EVERY, "keep": KEEP}
     config = DataConfig.resolve(DataConfig.given(parsed))
     space = make_space(parsed["space"], None, parsed["own"], config.input_size, CLASSES)
     contents = contents_of(space, config, map(str, range(CLASSES)))
-    run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, {"way": repr(way)}, KEEP)
+    run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, {"way": repr(way)})
     rule = strictly_fair if way.fair else "spos"
     train(supernet_of(way, space, seed), loader, Training.of(parsed), sampler_of(way, space, seed), run=run,
           device=loader.device, seed=seed, rule=rule)  # fmt: skip

@@ -128,7 +128,7 @@ class Study:
     def trained_by(self, rule):
         """The candidates that a rule trains: with a `trains(space, candidate)` of its own, it may leave some out."""
         trains = getattr(find_rule(rule), "trains", lambda *_: True)
-        return [c for c in self.candidates if trains(self.space, c)]
+        return [c for c in self.candidates if trains(self.space, self.space.canonical(c))]
 
     def done(self):
         """The keys of its tasks that have results."""
@@ -155,9 +155,8 @@ class Study:
 
     def supernet(self, seed, out=None, rule=PAPER, steps=None):
         """The Task [study, "supernet", seed, rule, steps]; `steps` are by default those of the file."""
-        words, name = [*self.words, "--seed", seed, *study.ONE_THREAD], str(seed)
+        words, name = [*self.words, "--seed", seed, *study.ONE_THREAD, "--rule", rule], str(seed)
         if rule != PAPER:
-            words += ["--rule", rule]
             name = f"{version(rule)}-{name}"
         if steps and steps != self.steps:
             warmup = round(self.training.warmup * steps / self.steps)  # the learning rate keeps its course
@@ -174,8 +173,10 @@ class Study:
         seed, rule, steps = key
         args = tester.parse_args([*self.words, "--out", str(task.command.folder), "--threads", "1"])
         model, calibration, validation = tester.open_supernet(args)
-        measured = evaluate(model, self.trained_by(rule), calibration, validation, args.bn)
-        scores = [{name: m[name] for name in ("architecture", "acc1", "loss")} for m in measured]
+        wanted = self.trained_by(rule)
+        forms = map(self.space.canonical, wanted)  # as a search evaluates them
+        measured = evaluate(model, list(forms), calibration, validation, args.bn)
+        scores = [{"architecture": c, "acc1": m["acc1"], "loss": m["loss"]} for c, m in zip(wanted, measured)]
         row = {"seed": seed, "rule": rule, "code": own.hash_of("rule", rule), "steps": steps,
                "n_images": measured[0]["n_images"] if measured else 0}  # fmt: skip
         self.keep(kind, row | {"cpu_seconds": task.command.cpu_seconds, "scores": scores})

@@ -91,7 +91,7 @@ def rounded(value):
 
 
 def random_legal(space, bounds, n, seed=0):
-    """`n` different candidates, uniform among those within the bounds, {cost: (low, high)}.
+    """`n` different networks, uniform among the candidates within the bounds, {cost: (low, high)}.
 
     Raises UserError if so many are not to be found.
     """
@@ -100,10 +100,10 @@ def random_legal(space, bounds, n, seed=0):
         candidate = space.random_candidate(rng)
         draws += 1
         if not limits.excess(candidate):
-            found[candidate] = None
+            found.setdefault(space.canonical(candidate), candidate)
         if draws > 1000 * n + 10_000:
             raise utils.UserError(f"{n} candidates are asked for, but within the limits there are about {len(found)}")
-    return list(found)
+    return list(found.values())
 
 
 def largest_legal(space, most):

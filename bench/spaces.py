@@ -157,7 +157,7 @@ class Study:
         """The Task [study, "supernet", seed, rule, steps]; `steps` are by default those of the file."""
         words, name = [*self.words, "--seed", seed, *study.ONE_THREAD, "--rule", rule], str(seed)
         if rule != PAPER:
-            name = f"{version(rule)}-{name}"
+            name = f"{rule}-{own.hash_of('rule', rule)[:8]}-{name}"
         if steps and steps != self.steps:
             warmup = round(self.training.warmup * steps / self.steps)  # the learning rate keeps its course
             words += ["--iterations", steps, "--warmup", warmup, "--val-every", steps]
@@ -195,17 +195,12 @@ class Study:
         """How many steps of the paper's rule cost as much CPU time as one of this rule; measured once."""
         if rule == PAPER:
             return 1.0
-        path, name = self.folder() / "costs.json", version(rule)
-        known = study.read(path)
-        if name not in known:
-            known[name] = relative_cost([*self.words, *map(str, study.ONE_THREAD)], self.space, rule)
-            study.write(path, known)
-        return known[name]
-
-
-def version(rule):
-    """The name of a rule, with the hash of its code."""
-    return f"{rule}-{own.hash_of('rule', rule)[:8]}"
+        this = {"rule": rule, "code": own.hash_of("rule", rule)}
+        known = [row["cost"] for row in self.rows("cost") if this.items() <= row.items()]
+        if not known:
+            known = [relative_cost([*self.words, *map(str, study.ONE_THREAD)], self.space, rule)]
+            self.keep("cost", this | {"cost": known[0]})
+        return known[0]
 
 
 def relative_cost(words, space, rule):

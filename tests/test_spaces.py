@@ -63,10 +63,10 @@ def score_all(study, rule, seed, value, steps=12, seconds=25):
     study.keep("supernet", row | {"cpu_seconds": seconds, "scores": scores})
 
 
-def write_costs(study, **costs):
-    shared.write(
-        study.folder() / "costs.json", {spaces.version(rule.replace("_", "-")): n for rule, n in costs.items()}
-    )
+def keep_costs(study, **costs):
+    for rule, cost in costs.items():
+        rule = rule.replace("_", "-")
+        study.keep("cost", {"rule": rule, "code": spaces.own.hash_of("rule", rule), "cost": cost})
 
 
 def table(page):
@@ -105,7 +105,7 @@ def test_what_is_kept_is_not_done_again_unless_the_settings_change(study):
 
 
 def test_rules_share_the_cost_of_the_papers_steps(study):
-    write_costs(study, fair=3.0, half_0=0.8, half_1=1.2)
+    keep_costs(study, fair=3.0, half_0=0.8, half_1=1.2)
     tasks = study.supernets(["spos", "fair", "half-0+half-1"], 2, 24)
     assert [task.key[2:] for task in tasks[:4]] == [
         [0, "spos", 24],
@@ -126,7 +126,7 @@ def test_rules_share_the_cost_of_the_papers_steps(study):
 
 
 def test_the_page(study):
-    write_costs(study, fair=3.0, half_0=1.0, half_1=1.0)
+    keep_costs(study, fair=3.0, half_0=1.0, half_1=1.0)
     train_all(study)
     place = study.candidates.index
     for seed in (0, 1):

@@ -340,7 +340,7 @@ def page(of, rules, scores, seeds, steps):
               "mean top-1 in the supernet, by seed", "steps", "CPU-seconds")  # fmt: skip
     return f"""{head}
 {len(true)} candidates, {sum(len(found) > 1 for found in accuracies.values())} of them trained more than once: top-1 \
-{statistics.fmean(true):.2f} ({min(true):.2f} to {max(true):.2f}). nan: not known.
+{statistics.fmean(true):.2f} ({min(true):.2f} to {max(true):.2f}).{" nan: not known." if math.isnan(training + within + tau) else ""}
 
 - CPU-seconds of a training, median: {training:.0f}
 - standard deviation between candidates: {between:.2f}; between trainings of one: {within:.2f}

@@ -114,7 +114,7 @@ def shifted(images, samples, seed=0):
     rng = np.random.default_rng([seed, AUGMENT, *samples[0].tolist()])
     draws = [rng.integers(n, size=len(images)) for n in (2 * PADDING + 1, 2 * PADDING + 1, 2)]
     top, left, flip = torch.from_numpy(np.stack(draws)).to(images.device, non_blocking=True)
-    rows, window = torch.arange(len(images)), torch.arange(images.shape[-1] - 2 * PADDING, device=images.device)
+    rows, window = (torch.arange(n, device=images.device) for n in (len(images), images.shape[-1] - 2 * PADDING))
     x = torch.where(flip[:, None] == 1, window.flip(0), window) + left[:, None]
     y = window + top[:, None]
     return images[rows[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)

@@ -336,11 +336,12 @@ def page(of, rules, scores, seeds, steps):
         name = f"random search: the best of {n}, trained alone"
         rows.append([name, "", study.interval(regret_of_random(true, n)), *4 * [""], f"{n * training:.0f}"])
     between, within, tau = noise(accuracies.values())
+    unknown = " nan: not known." if math.isnan(training + within + tau) else ""
     titles = ("ranked by", "tau", "regret of the pick", "tau by seed", f"gain in tau over {rules[0]}",
               "mean top-1 in the supernet, by seed", "steps", "CPU-seconds")  # fmt: skip
     return f"""{head}
 {len(true)} candidates, {sum(len(found) > 1 for found in accuracies.values())} of them trained more than once: top-1 \
-{statistics.fmean(true):.2f} ({min(true):.2f} to {max(true):.2f}).{" nan: not known." if math.isnan(training + within + tau) else ""}
+{statistics.fmean(true):.2f} ({min(true):.2f} to {max(true):.2f}).{unknown}
 
 - CPU-seconds of a training, median: {training:.0f}
 - standard deviation between candidates: {between:.2f}; between trainings of one: {within:.2f}

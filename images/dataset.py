@@ -345,6 +345,12 @@ class Data:
         return {"group_by": group_by} if group_by else {}
 
     @property
+    def counts(self):
+        """{part: the number of images of each class} of train and val."""
+        n = len(self.classes)
+        return {part: np.bincount(self.images(part).labels, minlength=n).tolist() for part in ("train", "val")}
+
+    @property
     def names_hash(self):
         """A hash of the names of all images, and so of their labels."""
         names = "\n".join(tree_paths(self.train, self.val))

@@ -203,7 +203,7 @@ def image_changes(args, search, data):
     if not path.exists():
         return []
     listed = utils.read_json(path)
-    if tuple(listed["classes"]) != data.classes:
+    if checkpoint.composed(listed["classes"]) != checkpoint.composed(data.classes):
         changes = checkpoint.class_changes(listed["classes"], data.classes)
         raise utils.UserError(f"{args.architecture}: searched for other classes: those of the data are {changes}")
     if listed["train"]["paths"] == list(data.train.paths):
@@ -248,7 +248,7 @@ def retrain(args, folder):
     space, candidate = chosen(args, search, start.config, start.data)
     loader = start.loader("train", augment=True)
     validation = start.validation("val")
-    run = start.run(space, loader, architecture=list(candidate))
+    run = start.run(space, loader, architecture=list(candidate), images=start.data.names)
     for text in changes:
         utils.log.info(text)
     if args.architecture and not search:

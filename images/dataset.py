@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import unicodedata
 
 import numpy as np
 
@@ -92,6 +93,11 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     classes = sorted(e.name for e in entries if e.is_dir())
     for name in sorted(e.name for e in entries if e.is_symlink() and not os.path.exists(e)):
         report(f"{folder / name}: a link to what does not exist")
+    forms = {}  # a name typed on Linux, and as macOS packs it, are two file names that look alike
+    for name in classes:
+        if (other := forms.setdefault(_composed(name), name)) != name:
+            both = f"class folders {other!a} and {name!a}"
+            report(f"{folder}: {both} have one name in two forms of Unicode; merge them")
     if not classes:
         report(f"{folder}: has no class folders; images belong in {folder}/<class>/")
     paths, labels = [], []
@@ -109,6 +115,31 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
         paths += files
         labels += [label] * len(files)
     return ImageSet(str(folder), tuple(paths), np.array(labels, np.int64), tuple(classes))
+
+
+def _composed(name):
+    return unicodedata.normalize("NFC", name)
+
+
+def with_classes_of(train, val):
+    """`val` with train's names and labels of the classes, where names differ in the form of Unicode alone."""
+    known = {_composed(name): name for name in train.classes}
+    names = [known.get(_composed(name), name) for name in val.classes]
+    if names == [*val.classes] or len(set(names)) < len(names):
+        return val
+    classes = sorted(names)
+    labels = np.array([classes.index(name) for name in names])[val.labels]
+    order = np.argsort(labels, kind="stable")
+    return ImageSet(val.root, tuple(val.paths[i] for i in order), labels[order], tuple(classes))
+
+
+def alike_classes(folder, images):
+    """A line about the first two classes whose names differ in capitals alone, if there are any; a list."""
+    known = {}
+    for name in images.classes:
+        if (other := known.setdefault(_composed(name).casefold(), name)) != name:
+            return [f"{folder}: classes {other!r} and {name!r} are two: is it one, written in two ways?"]
+    return []
 
 
 def unmatched_classes(folder, train, val):
@@ -238,9 +269,11 @@ class Data:
             self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
             if ignored:
                 self.warnings.append(ignored_line(folder, ignored))
+        self.val = with_classes_of(self.train, self.val)
         for problem in unmatched_classes(folder, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
+        self.warnings += alike_classes(folder, self.train)
         if len(self.classes) == 1:
             self.warnings.append(f"{folder}: a single class, {self.classes[0]!r}: every network is right")
         if folder is not None:
@@ -347,14 +380,18 @@ class Data:
     @property
     def counts(self):
         """{part: the number of images of each class} of train and val."""
-        n = len(self.classes)
-        return {part: np.bincount(self.images(part).labels, minlength=n).tolist() for part in ("train", "val")}
+        return {
+            part: np.bincount(images.labels).tolist() for part, images in (("train", self.train), ("val", self.val))
+        }
 
     @property
-    def names_hash(self):
-        """A hash of the names of all images, and so of their labels."""
-        names = "\n".join(tree_paths(self.train, self.val))
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+    def names(self):
+        """What identifies the images of each part, in words; their classes are in their names."""
+        found = {}
+        for part, images in (("train", self.train), ("val", self.val)):
+            names = "\n".join(images.paths).encode(errors="surrogateescape")
+            found[part] = f"{len(images)} images, of names with hash {hashlib.sha256(names).hexdigest()[:16]}"
+        return found
 
     @property
     def grouping(self):
@@ -443,7 +480,10 @@ def draw_augmentation(config, seed, epoch, index, height, width):
     Source: torchvision's RandomResizedCrop, RandomCrop and ColorJitter; the official transforms use the first and the
     last. The random numbers are our own.
     """
-    u = np.random.default_rng([seed, AUGMENT, int(epoch), int(index)]).random(26).tolist()
+    words = [seed, AUGMENT, int(epoch), int(index)]
+    if seed < 2**32:
+        words = np.array(words, np.uint32)  # the same generator, made in two thirds of the time
+    u = np.random.default_rng(words).random(26).tolist()
     factors = (1 + config.jitter * (2 * v - 1) for v in u[22:25])
     flip = config.mirror and u[25] < 0.5
     if padding := config.crop_padding:

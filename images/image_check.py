@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import pathlib
+import unicodedata
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -112,7 +113,7 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels, config=None):
                 if file.flat:
                     result.flat.append(f"{path}: one colour on the ground of alpha: {config.alpha}")
                 other = first.setdefault(file.digest, path)
-                if other.split("/")[1] != path.split("/")[1]:
+                if class_of(other) != class_of(path):
                     result.mislabelled.append(f"{path}: the same image as {other}, in another class")
                 elif other.split("/")[0] != path.split("/")[0]:
                     result.shared.append(f"{path}: the same image as {other}")
@@ -121,6 +122,11 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels, config=None):
             progress.update(len(chunk))
             heartbeat()
     return result
+
+
+def class_of(path):
+    """The class of a file `<part>/<class>/<file>`, in one form of Unicode."""
+    return unicodedata.normalize("NFC", path.split("/")[1])
 
 
 def check_images(folder, paths, cache, max_pixels=Images.max_pixels):

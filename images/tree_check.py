@@ -1,7 +1,15 @@
 """The check of a tree before anything is trained on it: what `python dataloader.py --check DIR` prints."""
 
 from images import image_check
-from images.dataset import draw_heldout, scan, suffixes_of, tree_paths, unmatched_classes
+from images.dataset import (
+    alike_classes,
+    draw_heldout,
+    scan,
+    suffixes_of,
+    tree_paths,
+    unmatched_classes,
+    with_classes_of,
+)
 from images.groups import describe, grouping_warnings, number_groups, shared_groups
 from settings.subjects import DataConfig, Images
 from utils import UserError
@@ -18,6 +26,7 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, given=
     problems = []
     ignored = []
     train, val = (scan(f"{folder}/{part}", problems, suffixes_of(config), ignored) for part in ("train", "val"))
+    val = with_classes_of(train, val)
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
     before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
@@ -27,6 +36,7 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, given=
     groups = shared_groups(group_by, train, val) if group_by else []
     lines = [
         *problems,
+        *alike_classes(folder, train),
         *groups,
         *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies + found.flat),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),

@@ -19,6 +19,7 @@ from reports.page import write_report
 from settings.subjects import Evaluation
 from training import checkpoint
 from training.evaluation import calibration_warning
+from utils import UserError
 
 
 @pytest.fixture
@@ -37,6 +38,43 @@ def test_a_single_class(tree):
             shutil.rmtree(tree / part / name)
     (text,) = warnings(tree)
     assert "a single class, 'apple': every network is right" in text
+
+
+def test_one_name_of_a_class_in_two_forms_of_unicode(tree):
+    """As macOS packs it, and as it is typed elsewhere. Labels are those of train."""
+    composed, decomposed = "\u00e1", "a\u0301"  # the second comes before car, the first after it
+    for part, name in (("train", composed), ("val", decomposed)):
+        (tree / part / "bird").rename(tree / part / name)
+    shutil.copy(tree / "train" / composed / "000.jpg", tree / "val" / decomposed / "copy.jpg")
+    data = Data(tree, DataConfig(heldout_per_class=1))
+    assert data.classes == data.train.classes == data.val.classes == ("apple", "car", composed)
+    assert [(path.split("/")[0], label) for path, label in zip(data.val.paths, data.val.labels)] == [
+        ("apple", 0), ("apple", 0), ("car", 1), ("car", 1), *[(decomposed, 2)] * 3,
+    ]  # fmt: skip
+    data.write_list(tree / "list.json")
+    again = Data(tree, DataConfig(heldout_per_class=1), listed=tree / "list.json").val
+    assert again.paths == data.val.paths and again.labels.tolist() == data.val.labels.tolist()
+    (text,) = data.warnings
+    assert "1 images of val are in train too" in text
+    run("dataloader.py", "--check", tree)
+    stored = types.SimpleNamespace(path="a.pth", classes=("apple", "car", decomposed), class_names="abc")
+    checkpoint.check_classes(stored, data.classes)
+    (tree / "train" / decomposed).mkdir()
+    both = r"class folders 'a\u0301' and '\xe1' have one name in two forms of Unicode"
+    with pytest.raises(UserError) as error:
+        Data(tree, DataConfig(heldout_per_class=1))
+    assert both in str(error.value)
+    stdout, _ = run("dataloader.py", "--check", tree, code=2)
+    assert both in stdout
+
+
+def test_classes_that_differ_in_capitals(tree):
+    for part in ("train", "val"):
+        (tree / part / "bird").rename(tree / part / "Apple")
+    text = f"{tree}: classes 'Apple' and 'apple' are two: is it one, written in two ways?"
+    assert warnings(tree) == [text]
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert text in stdout
 
 
 def test_images_in_train_and_val(tree):

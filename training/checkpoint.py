@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import unicodedata
 
 import torch
 
@@ -119,8 +120,14 @@ def count_changes(before, now, classes):
     return "numbers of images in " + "; ".join(changes) if changes else ""
 
 
+def composed(names):
+    """Names in one form of Unicode, NFC: two forms look alike."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+
 def class_changes(before, now):
     """How names of classes differ, in words."""
+    before, now = composed(before), composed(now)
     found = {"without": sorted(set(before) - set(now)), "with": sorted(set(now) - set(before))}
     words = [f"{what} {', '.join(map(repr, names[:8]))}{', ...' * (len(names) > 8)}" for what, names in found.items()
              if names]  # fmt: skip
@@ -133,8 +140,25 @@ def check_classes(ckpt, classes):
     if len(ckpt.class_names) != len(classes):
         counts = f"has {len(ckpt.class_names)} classes, the data {len(classes)}"
         raise UserError(f"{ckpt.path}: {counts}: {changes}; use the same --data-dir")
-    if ckpt.classes is not None and ckpt.classes != tuple(classes):
+    if ckpt.classes is not None and composed(ckpt.classes) != composed(classes):
         raise UserError(f"{ckpt.path}: its class names are not those of the data: {changes}; use the same --data-dir")
+
+
+def check_images(ckpt, images):
+    """Raises UserError if a run that is resumed would train on other images, {part: what identifies them} or None.
+
+    Warns where val is another one, and where the checkpoint, of before, does not tell.
+    """
+    before = ckpt.content.get("images")
+    if images and not isinstance(before, dict):
+        log.warning("warning: %s: does not tell its images: they may be others than now", ckpt.path)
+    elif images:
+        for part, now in images.items():
+            if before.get(part) != now:
+                text = f"{ckpt.path}: {part} had {before.get(part)}; now it has {now}"
+                if part == "train":
+                    raise UserError(f"{text}; use the same images, another --out, or --resume none")
+                log.warning("warning: %s", text)
 
 
 NO_FLAGS = {  # settings of a run that no flag has, in words

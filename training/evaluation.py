@@ -65,7 +65,8 @@ def open_evaluation(values, listed=None):
     supernet.to(device, memory_format=torch.channels_last)
 
     def loader(part, augment):
-        return Loader(data.images(part), config, augment, values["seed"], device, images.loader, images.workers)
+        how = images.loader, images.workers, images.cache, images.memory_gb
+        return Loader(data.images(part), config, augment, values["seed"], device, *how)
 
     calibration = calibration_batches(
         loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, values["seed"], images.cache

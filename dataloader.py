@@ -48,7 +48,7 @@ def resolve_backend(backend):
     """The backend of --loader: "dali", "torchvision", "memory" or "synthetic". Raises UserError without DALI."""
     installed = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
     if backend == "dali" and not installed:
-        raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
+        raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave it out")
     if backend == "auto":
         return "dali" if installed else "torchvision"
     return backend

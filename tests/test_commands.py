@@ -12,18 +12,20 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, launch, make_tree, run
+from conftest import CLASSES, ROOT, launch, make_tree, run
 
 import search
 import tester
 from dataloader import Loader
 from engines import local_engine
 from images.dataset import Data, DataConfig, scan, training_plan
-from network import ShuffleNetV2
+from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space import weight_files
+from space.custom import make_space
 from space.limits import offer
 from space.search_space import SearchSpace
 from training import checkpoint
+from training.run import contents_of
 from utils import UserError
 
 SPACE = SearchSpace.for_images(16, 3)
@@ -350,6 +352,24 @@ def test_without_imagenet_one_line_says_so(script, tmp_path):
     assert stdout == "" and len(stderr.splitlines()) == 1
     assert "data/imagenet/train" in stderr and "--demo" in stderr
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "search.lock"]
+
+
+def test_without_a_supernet_the_space_is_that_of_the_settings_file(tree, tmp_path):
+    """Of as many classes as the data has; with another supernet, that counts, and a line says so."""
+    path = tmp_path / "own.yml"
+    path.write_text(f"common: {{data-dir: {tree}, input-size: 32}}\nsupernet: {{space: varied}}")
+    words = ("tester.py", "--mode", "gen", "--config", path, "--out", tmp_path / "out")
+    stdout, _ = run(*words)
+    assert "7 choice blocks of 5 operations" in stdout and " at 32 px with 3 classes" in stdout
+    assert f"no supernet in {tmp_path}/out: train it by supernet.py, or name its --out" in stdout.splitlines()
+    assert "(with --engine local, without NNI)" in stdout
+    space = make_space("small", None, None, 32, 3)
+    model = ShuffleNetV2OneShot(space=space)
+    contents = contents_of(space, DataConfig(32, 36), CLASSES)
+    checkpoint.save(tmp_path / "x.pth", kind="supernet", step=1, model=model.state_dict(), **contents)
+    stdout, _ = run(*words, "--checkpoint", tmp_path / "x.pth")
+    assert "6 choice blocks" in stdout
+    assert f"{tmp_path}/x.pth has another space than the section supernet of {path}, and counts" in stdout
 
 
 def test_in_a_process_of_its_own_an_error_is_one_line_too(tmp_path):

@@ -36,6 +36,8 @@ from images.dataset import (
     training_plan,
     validation_geometry,
 )
+from space.weight_files import Checkpoint
+from training.checkpoint import check_classes, check_split
 from utils import Interrupted, UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=37, heldout_per_class=3)
@@ -101,6 +103,31 @@ def test_without_groups_the_split_is_what_it_was(images):
     assert Data.of(images, CONFIG).split == expected
     alone = Data.of(images, dataclasses.replace(CONFIG, group_by="(.*)[.]jpg"))
     assert alone.split == expected | {"group_by": "(.*)[.]jpg"}
+
+
+def test_what_has_changed_since_a_supernet_was_trained_is_named(tmp_path):
+    tree = make_tree(tmp_path / "tree", 8, 1)
+    before = Data(tree, CONFIG, tmp_path)
+    ckpt = Checkpoint("x.pth", "supernet", None, {}, split=before.split, classes=before.classes,
+                      content={"counts": before.counts})  # fmt: skip
+    check_split(ckpt, Data(tree, CONFIG, tmp_path))
+    for i in (1, 2):
+        (tree / "train" / "bird" / f"00{i}.jpg").unlink()
+    with pytest.raises(
+        UserError, match=r"another split of the images: numbers of images in train: bird 6 \(was 8\); use"
+    ):
+        check_split(ckpt, Data(tree, CONFIG, tmp_path))
+    with pytest.raises(UserError, match=r"of the images: --heldout-per-class 2 \(was 3\); use the same"):
+        check_split(ckpt, Data(tree, dataclasses.replace(CONFIG, heldout_per_class=2), tmp_path))
+    ckpt.content = {}  # of before
+    with pytest.raises(UserError, match="of the images: images have other names; use"):
+        check_split(ckpt, Data(tree, CONFIG, tmp_path))
+    with pytest.raises(UserError, match="not those of the data: those are without 'car' and with 'cars'; use the same"):
+        check_classes(ckpt, ("apple", "bird", "cars"))
+    with pytest.raises(UserError, match="has 3 classes, the data 2: those are without 'car'; use the same"):
+        check_classes(ckpt, ("apple", "bird"))
+    with pytest.raises(UserError, match="those are in another order"):
+        check_classes(ckpt, ("apple", "car", "bird"))
 
 
 def grouped(folder, sizes, **config):

@@ -316,10 +316,13 @@ def test_a_checkpoint_that_lacks_what_training_needs_is_a_line(tmp_path):
 
 def test_a_run_on_other_images_is_refused(tmp_path):
     supernet_run(tmp_path, settings(iterations=2))
-    for key, value in (("classes", ["a", "b", "d"]), ("split", {"seed": 1})):
+    for key, value, says in (
+        ("classes", ["a", "b", "d"], "now without 'c' and with 'd'"),
+        ("split", {"seed": 1}, r"--split-seed 1 \(was None\)"),
+    ):
         run = training_run(tmp_path, settings(iterations=2))
         run.contents[key] = value
-        with pytest.raises(UserError, match=f"trained with another {key}; .*--resume none"):
+        with pytest.raises(UserError, match=f"trained with another {key}: {says}; .*--resume none"):
             train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=2), PathSampler(SPACE, 0), run=run)
 
 

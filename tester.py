@@ -110,7 +110,8 @@ def generate(args):
     operations = len(space.block_operations[0])
     widths = f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
-    print(offer(*with_measured_latency(space, pathlib.Path(args.out) / "latency.json")))
+    tables = own.with_costs(space, own.REGISTRIES["cost"])
+    print(offer(*with_measured_latency(tables, pathlib.Path(args.out) / "latency.json")))
     if line := official_comparison(SearchSpace()):
         print(line)
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
@@ -142,7 +143,7 @@ def measure(args):
 
 def start_logging(args, device):
     folder = pathlib.Path(args.out) / "checkpoints" / "tester"
-    utils.start_logging(folder, device, args.seed)
+    utils.start_logging(folder, device, args.seed, own.commits())
     write_settings(folder / "config.yml", "tester", vars(args))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from network import autocast
-from space.own import REGISTRIES, register_rule
+from space.own import REGISTRIES, find, register_rule
 from training import distributed
 from utils import UserError
 
@@ -63,7 +63,7 @@ class Step:
         self.space = model.space
         self.training = training
         self.seed = seed
-        self.rule = find_rule(rule or training.rule)
+        self.rule = rule if callable(rule) else find("rule", rule or training.rule)
         self.schedule = learning_rate
         self.make_optimizer = make_optimizer
         self.optimizer = make_optimizer(parameter_groups(model, training.weight_decay), training)
@@ -180,16 +180,6 @@ class Buffers:
 
 
 # --- rules ---------------------------------------------------------------------------------------------------
-
-
-def find_rule(rule):
-    """A rule, given as such or by its name. Raises UserError if no rule has the name."""
-    if callable(rule):
-        return rule
-    known = REGISTRIES["rule"]
-    if rule not in known:
-        raise UserError(f"--rule {rule}: is none of {', '.join(known)}; name its file by --own")
-    return known[rule]
 
 
 def name_of(rule):

@@ -251,7 +251,9 @@ class Limits:
         """(all changes of one entry, (entry, value); the block of each; costs of each block's choices as arrays)."""
         moves = [(entry, value) for entry, n in enumerate(self.space.choices) for value in range(n)]
         blocks = np.array([self.space.entry_blocks[entry] for entry, _ in moves])
-        return moves, blocks, [np.array(rows, dtype=np.int64) for rows, _ in self.costs]
+        longest = max(self.space.n_choices)
+        padded = [[(*row, *[0] * (longest - len(row))) for row in rows] for rows, _ in self.costs]
+        return moves, blocks, [np.array(rows, dtype=np.int64) for rows in padded]
 
     def _moves(self, candidate):
         """(all changes of one entry, the candidate's costs after each: an array (costs, changes))."""
@@ -354,9 +356,11 @@ class Limits:
         """The candidate in the bounds of the lowest cost `name`, or of the highest if `sign` is -1; without it any one.
 
         A mixed-integer linear programme with a variable for each choice of each block, solved exactly, or as far as
-        SOLVE_S seconds suffice. Returns None if there is none, or none was found in that time. Ignores `banned`, and
-        limits on functions of a candidate.
+        SOLVE_S seconds suffice. Returns None if there is none, or none was found in that time. Ignores `banned`. Raises
+        UserError under a limit on a function of a candidate.
         """
+        if self.functions:
+            raise UserError(f"--limit {self.functions[0]}: is any function of a candidate, which nothing solves for")
         from scipy.optimize import LinearConstraint, milp  # here, because it takes half a second
         from scipy.sparse import csr_array
 

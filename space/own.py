@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import inspect
 import math
-import operator
 import pathlib
 import re
 import sys
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import blocks
 from settings.subjects import COSTS
 from space import search_space
-from space.costs import OwnCost
+from space.costs import OwnCost, check_fit
 from space.search_space import OPERATIONS
 from utils import HERE, UserError, commit
 
@@ -261,11 +260,15 @@ def _is_projects(found):
 
 
 def with_hash(space):
-    """The space with the hash of its own operations. Raises UserError if one is not registered."""
+    """The space with the hash of its own operations.
+
+    Raises UserError if an operation is not registered, or refuses its block.
+    """
     for name in space.operations:
         if name not in blocks.OPERATIONS:
             known = ", ".join(blocks.OPERATIONS)
             raise UserError(f"search space: operation {name!r} is not one of {known}; name its file by --own")
+    check_fit(space)
     found = [digest for name in space.operations if (digest := hash_of("operation", name))]
     return dataclasses.replace(space, operations_hash=found[0] if found else "")
 
@@ -328,7 +331,7 @@ class Searcher:
 
     def ask(self):
         with in_one_line(f"--strategy {self.name}: ask"):
-            return self.space.check(map(operator.index, self.searcher.ask()))
+            return self.space.check(self.searcher.ask())
 
     def tell(self, candidate, reward):
         with in_one_line(f"--strategy {self.name}: tell"):

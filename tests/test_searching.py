@@ -83,6 +83,8 @@ def test_a_function_of_a_candidate_is_a_limit_beside_others():
     assert limits.share(256) == pytest.approx(len(legal) / 256, abs=0.08)
     with pytest.raises(UserError, match=r"--limit kinds 59%: kinds is any function of a candidate, .* give a number"):
         make_bounds(space, ["kinds=59%"])
+    with pytest.raises(UserError, match="--limit kinds: is any function of a candidate, which nothing solves for"):
+        space.largest("kinds=2")
 
 
 class Never:

@@ -28,8 +28,8 @@ from utils import HERE, UserError, commit
 
 REGISTRIES = {"operation": blocks.OPERATIONS, "rule": {}, "cost": {}, "searcher": {}}  # kind -> {name: what it has}
 # Names that a file must not take: for costs, also those of other numbers in the results of a search.
-RESULTS = ("architecture", "acc1", "acc5", "loss", "n_images", "seconds", "halves", "score", "error", "trial",
-           "generation", "latency_ms")  # fmt: skip
+RESULTS = ("architecture", "acc1", "acc1_error", "acc5", "loss", "n_images", "seconds", "halves", "score", "error",
+           "trial", "generation", "latency_ms")  # fmt: skip
 OFFICIAL = {"operation": OPERATIONS, "rule": ("spos",), "cost": COSTS + RESULTS, "searcher": ("evolution", "random")}
 FLAGS = {"rule": "--rule", "cost": "--limit", "searcher": "--strategy"}
 REGISTERS = {"register": "operation", "register_rule": "rule", "register_cost": "cost", "register_searcher": "searcher"}

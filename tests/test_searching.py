@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import types
 
 import pytest
 from conftest import ROOT, forget, run
@@ -13,13 +14,14 @@ from test_report import marks
 from test_search_record import artefacts
 
 import search
+import training.evaluation
 from engines.search_files import as_own_costs, read_results, state_path
 from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.search_results import RandomSearch, SearchResults
 from space import own
 from space.evolution import Evolution
-from space.limits import Limits, as_settings, describe, idle_limits, make_bounds, offer
+from space.limits import Limits, as_settings, describe, idle_limits, known_costs, make_bounds, offer
 from space.search_space import SearchSpace
 from utils import UserError, read_json
 
@@ -225,6 +227,27 @@ class Mine:
             record = fill(tmp_path / "out", given, stop_after=n, start={"own": str(path)})
             record.lock.close()
     assert "\n" not in str(refused.value)
+
+
+def test_the_programs_of_the_page_run(monkeypatch):
+    """The second one where Optuna and pymoo are installed, with evaluations that are made up."""
+    text = (ROOT / "docs" / "search.md").read_text().split("## Costs and searchers of your own")[1].split("\n## ")[0]
+    costs, program = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert len(text.split()) <= 300
+    exec(costs, {})
+    space = own.with_costs(SPACE, ["energy", "kinds"])
+    assert known_costs(space).keys() == {"flops", "params", "energy"}
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("pymoo")
+    optuna.logging.disable_default_handler()
+    supernet = types.SimpleNamespace(space=SPACE)
+    monkeypatch.setattr(training.evaluation, "load_supernet", lambda *_, **__: (supernet, [], []))
+    monkeypatch.setattr(
+        training.evaluation, "evaluate", lambda supernet, candidates, *_: [result(SPACE.check(c)) for c in candidates]
+    )
+    exec(program, found := {})
+    assert reward(found["study"].best_params.values()) > reward((1, 1, 1, 1))
+    assert all(not found["limits"].excess(SPACE.check(c)) for c in found["front"])
 
 
 # --- as a user types it --------------------------------------------------------------------------------------

@@ -547,7 +547,7 @@ def start_logging(folder, device, seed, commits=""):
 
 def circumstances(device, seed, commits=""):
     """What a run needs to be repeated besides its command, as one line."""
-    return f"{versions()}; commit {commit()}{commits}; device {device}; seed {seed}"
+    return f"{versions()}; version {version()}, commit {commit()}{commits}; device {device}; seed {seed}"
 
 
 def end_logging(*kinds):
@@ -574,6 +574,13 @@ def versions():
     names = ("torch", "torchvision", "nvidia.dali", "nni", "numpy")
     found = [f"{n} {sys.modules[n].__version__}" for n in names if hasattr(sys.modules.get(n), "__version__")]
     return ", ".join([f"python {platform.python_version()}", *found])
+
+
+def version():
+    """The project's version, which CITATION.cff has, or "unknown" where that is not beside the code."""
+    path = HERE / "CITATION.cff"
+    found = re.search(r"^version: *(\S+)", path.read_text(), re.M) if path.exists() else None
+    return found[1] if found else "unknown"
 
 
 def code_version():

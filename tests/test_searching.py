@@ -259,7 +259,11 @@ def test_the_command_searches_by_ones_own_and_an_edit_ends_that(world, tmp_path,
     words = (*world, "--own", path, "--strategy", "regularised", "--limit", "energy=90%", "--limit", "kinds=3")
     words += ("--objectives", "acc1,energy")
     stdout, stderr = run("search.py", *words)
-    assert "energy 0." in stderr and "limits: energy up to 0." in stderr and "commit of own.py's folder " in stderr
+    assert (
+        "energy 0." in stderr
+        and "limits: energy up to 0." in stderr
+        and re.search(r"; version \d+\.\d+\.\d+, commit \w+; commit of own.py's folder unknown; device", stderr)
+    )
     assert re.search(r"best \d.* at 0\.\d+ mJ energy, \d kinds", stderr)
     assert "energy mJ" in stdout.splitlines()[1] and "the front: " in stdout
     state = read_json(state_path(tmp_path))

@@ -396,9 +396,59 @@ def test_each_kind_has_a_hash_of_the_code_it_uses(tmp_path):
     for old, new, kind in (("SCALE = 1.0", "SCALE = 2.0", "rule"), ("EXPANSION = 2", "EXPANSION = 3", "operation"),
                            ("return n * EX", "return n + EX", "operation")):  # fmt: skip
         assert hashes(path, (OPERATION + RULE).replace(old, new))[kind] != before[kind]
+    more = hashes(path, OPERATION + RULE + COST)
+    assert more["rule"] == before["rule"] and more["operation"] == before["operation"]
+    edited = hashes(path, OPERATION + RULE + COST.replace("7", "8"))
+    assert edited["cost"] != more["cost"] and edited["searcher"] == more["searcher"]
+    assert hashes(path, OPERATION + RULE + COST.replace("pass", "..."))["cost"] == more["cost"]
     both = hashes(path, OPERATION + RULE + "\nprint()\n")
     assert both["rule"] != before["rule"] and both["operation"] != before["operation"]
     assert hashes(path, OPERATION + RULE + '\n"""Text."""\n# a comment\n') == before
+
+
+ELSEWHERE = """
+import functools
+from space.own import register_rule
+
+try:
+    from math import pi as half, tau as ANGLE
+    AREA = 1
+except ImportError:
+    ANGLE = AREA = 0
+
+
+def turned(angle, *given):
+    yield angle, half
+
+
+OTHER = register_rule("turned")(functools.partial(turned, 7))
+"""
+
+
+def test_a_hash_sees_what_a_call_registers_and_what_a_try_binds(tmp_path):
+    path = tmp_path / "own.py"
+    before = hashes(path, OPERATION + ELSEWHERE)
+    for old, new in (("turned, 7", "turned, 8"), ("pi as half", "e as half")):
+        found = hashes(path, OPERATION + ELSEWHERE.replace(old, new))
+        assert found["rule"] != before["rule"] and found["operation"] == before["operation"]
+
+
+COST = """
+import functools
+from space.own import register_cost, register_searcher
+
+
+def energy(scale, space):
+    return [[scale * flops for flops in row] for row in space.costs.flops]
+
+
+register_cost("energy", "mJ")(functools.partial(energy, 7))
+
+
+@register_searcher("mine")
+class Mine:
+    pass
+"""
 
 
 def test_a_hash_of_before_is_that_of_the_whole_file(tmp_path):

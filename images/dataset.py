@@ -380,9 +380,7 @@ class Data:
     @property
     def counts(self):
         """{part: the number of images of each class} of train and val."""
-        return {
-            part: np.bincount(images.labels).tolist() for part, images in (("train", self.train), ("val", self.val))
-        }
+        return {part: np.bincount(getattr(self, part).labels).tolist() for part in ("train", "val")}
 
     @property
     def names(self):

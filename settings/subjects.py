@@ -100,6 +100,7 @@ class DataConfig(Settings):
     )  # fmt: skip
 
     EVALUATES: ClassVar[tuple] = ("input_size", "val_resize", "preprocessing", "alpha", "exif")  # decide its pixels
+    TRAINS: ClassVar[tuple] = ("crop_scale", "crop_ratio", "crop_padding", "jitter", "mirror")
     UNWRITTEN: ClassVar[dict] = {"alpha": "dropped", "jfif": False}  # what it means that a file lacks one of these
 
     @classmethod

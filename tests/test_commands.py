@@ -91,8 +91,9 @@ def test_search_leaves_its_artefacts(typed):
     trials = json.loads((out / "id2cand" / "000.json").read_text())
     assert sorted(itertools.chain(*trials.values())) == sorted(r["architecture"] for r in results)
     assert list(SPACE.load_architecture(out / "checkpoints" / "best.json")) == results[0]["architecture"]
-    retrain, choose = stdout.splitlines()[-2:]
+    retrain, choose, channels, _ = stdout.split("retrain the best:\n")[1].splitlines()
     assert "scratch.py --architecture" in retrain and "choose --iterations, --batch-size and --lr" in choose
+    assert "search its channels" in channels
 
 
 def test_the_local_engine_finds_the_same(typed, data, tmp_path, forked, monkeypatch):
@@ -104,7 +105,7 @@ def test_the_local_engine_finds_the_same(typed, data, tmp_path, forked, monkeypa
     supernet = checkpoint.newest(out / "checkpoints" / "supernet")
     words = (*data, CALIBRATION, EVOLUTION, "--engine", "local", "--checkpoint", supernet, "--out", tmp_path)
     stdout, stderr = run("search.py", *words)
-    table, its_table = (text.split("search its channels")[0] for text in (stdout, printed))
+    table, its_table = (text.split("retrain the best")[0] for text in (stdout, printed))
     assert "NNI" not in stderr and table == its_table and "architecture" in table
     theirs, ours = ([r | {"seconds": 0} for r in lines(o / "acc" / "000.jsonl")] for o in (out, tmp_path))
     assert theirs == ours
@@ -132,7 +133,10 @@ def test_a_search_by_the_loss(typed, data, tmp_path, forked):
 def test_a_trial_and_a_test_agree(typed, data):
     """What the search measured for its best candidate is what a user measures."""
     out = typed[0]
-    stdout, _ = run("tester.py", *data, CALIBRATION, "--out", out, "--architecture", out / "checkpoints" / "best.json")
+    words = ("tester.py", *data, CALIBRATION, "--out", out, "--architecture", out / "checkpoints" / "best.json")
+    stdout, stderr = run(*words, "--no-mirror", "--crop-scale", 0.08, 1)
+    assert "warning: --mirror False: the supernet was trained with True, which counts\n" in stderr
+    assert "--crop-scale" not in stderr.split("command: ")[0]
     result = last_json(stdout)
     (same,) = [r for r in lines(out / "acc" / "000.jsonl") if r["architecture"] == result["architecture"]]
     assert {**result, "seconds": 0, "halves": same["halves"]} == {**same, "seconds": 0}

@@ -61,14 +61,21 @@ def load_supernet(path, out, space=None):
 def open_supernet(path, out, images, given, listed=None):
     """(supernet, its Checkpoint, DataConfig, Data): the supernet of `load_supernet`, and the images that go with it.
 
-    `images` is an Images; `given` (name -> value) are settings of a DataConfig, which must equal the checkpoint's;
-    `listed` is as for Data. Raises UserError if checkpoint, settings and images don't match.
+    `images` is an Images; `given` (name -> value) are settings of a DataConfig, which must equal the checkpoint's, but
+    for those that only train, of which a warning says that they are ignored. `listed` is as for Data. Raises UserError
+    if checkpoint, settings and images don't match.
     """
     model, ckpt = load_supernet(path, out, SearchSpace.for_images(given.get("input_size", 224)))
     if ckpt.content is not None and ckpt.data is None:
         raise UserError(f"{ckpt.path}: trained on images given in Python: evaluate it there, by training.evaluation")
-    config = DataConfig.resolve(given, ckpt.data, ckpt.path)
+    others = {name: value for name, value in given.items() if ckpt.data and name in DataConfig.TRAINS}
+    config = DataConfig.resolve({k: v for k, v in given.items() if k not in others}, ckpt.data, ckpt.path)
     data = Data.of(images, config, listed)
+    for name, value in others.items():
+        if (tuple(value) if isinstance(value, list) else value) != getattr(config, name):
+            data.warnings.append(
+                f"{flag(name)} {value}: the supernet was trained with {getattr(config, name)}, which counts"
+            )
     check_classes(ckpt, data.classes)
     check_split(ckpt, data)
     return model, ckpt, config, data

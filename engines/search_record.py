@@ -83,7 +83,8 @@ class SearchRecord:
         if generation < len(self.known) and not set(self.known[generation]) <= set(population):
             strategy = self.state["settings"].get("strategy", "evolution")
             text = f"--strategy {strategy} asks for other candidates in generation {generation + 1} than before"
-            raise UserError(f"{text}, so the search can't be resumed: a searcher draws from the rng it is given alone")
+            why = "a searcher draws from its rng alone, and a cost of a candidate is always the same"
+            raise UserError(f"{text}, so the search can't be resumed: {why}")
 
     def _ask(self):
         """The open population; before one is bred, limits become what confirmations made of them at this point."""

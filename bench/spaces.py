@@ -272,7 +272,8 @@ def gain(predictors, others, truth):
     """The paired difference of tau, with its interval; "none" if that holds 0, or if the seeds differ in its sign."""
     mean, low, high = study.agreement(predictors, truth, others)
     signs = {np.sign(study.tau(a, truth) - study.tau(b, truth)) for a, b in zip(predictors, others)}
-    return "none" if low <= 0 <= high or len(signs) > 1 else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    known = (low > 0 or high < 0) and len(signs) == 1
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" if known else "none"
 
 
 def noise(accuracies):

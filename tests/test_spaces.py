@@ -210,7 +210,7 @@ def test_the_readmes_command_is_interrupted_and_resumed(settings):
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     assert results.read_text().startswith(kept) and kept
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    tasks = [(row["kind"], row["seed"], row.get("rule"), str(row.get("architecture"))) for row in rows]
+    tasks = [(row["kind"], row.get("seed"), row.get("rule"), str(row.get("architecture"))) for row in rows]
     assert len(tasks) == len(set(tasks)) and sum(row["kind"] == "training" for row in rows) == 4
     page = results.with_name("report.md").read_text()
     assert again.stdout.endswith(f"{page}\n{results.with_name('report.md')}\n")

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -188,6 +189,25 @@ def test_what_can_not_be_is_a_line(settings, words, text, monkeypatch):
     monkeypatch.chdir(settings.parent)
     _, err = run("bench.spaces", settings, words, "--out", settings.parent / "out", code=2)
     assert text in err and err.count("\n") == 1
+
+
+def test_the_committed_taus_are_in_the_docs():
+    of = spaces.Study(ROOT / "demo.yml", truth=shared.RESULTS / "demo_truth.json")
+    true = [
+        statistics.fmean(row["acc1"] for row in of.truth() if tuple(row["architecture"]) == c) for c in of.candidates
+    ]
+    scores = {}
+    for row in map(json.loads, spaces.RESULTS.read_text().splitlines()):
+        if row["study"] == "demo" and row["kind"] == "supernet":
+            rule = row["rule"].partition("-")[0]  # both halves are one
+            scores.setdefault(rule, {}).setdefault(row["seed"], []).extend(row["scores"])
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    for seeds in scores.values():
+        for score in spaces.SCORES.values():
+            by_candidate = [{tuple(one["architecture"]): score(one) for one in found} for found in seeds.values()]
+            taus = [shared.tau([one[c] for c in of.candidates], true) for one in by_candidate]
+            assert " | " + "; ".join(f"{tau:.2f}" for tau in taus) + " | " in text
+    assert len(scores) == 4 and all(len(seeds) > 1 for seeds in scores.values())
 
 
 @pytest.mark.slow

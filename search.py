@@ -86,7 +86,7 @@ from space.search_space import SearchSpace
 from space.twins import identities
 from training import checkpoint
 from training.distributed import gpu_count
-from training.evaluation import NO_GPU
+from training.evaluation import NO_GPU, calibration_warning
 from utils import (
     Interrupted,
     UserError,
@@ -148,7 +148,7 @@ def refuse_contradictions(parser, args, before):
     """Raises UserError where a flag has no effect beside another one, or contradicts the search that is resumed."""
     if args.strategy != before.get("strategy", args.strategy):
         what = f"--strategy {args.strategy} contradicts the search in {args.out}, which has {before['strategy']}"
-        raise UserError(f"{what}; leave the flag out, or name another --out")
+        raise UserError(f"{what}; leave it out, or name another --out")
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port")
     if args.objectives and args.rank_by != "acc1":
@@ -283,7 +283,8 @@ def check(args, out):
     own.load(args.own)
     check_own(args)
     _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
-    warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
+    calibration = calibration_warning(Evaluation.of(values), len(data.train) - len(data.heldout))
+    warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet), calibration]))
     space = supernet.space
     costs = official_comparison(SearchSpace())
     if table:
@@ -337,8 +338,8 @@ def identities_of(args, out, space, settings):
 
     Also None where they differ in a cost that matters, and for a search of before, which evaluated all of them.
     """
-    if args.resume:
-        return read_state(out)["settings"].get("identities")
+    if args.resume and "identities" not in read_state(out)["settings"]:
+        return None
     apply = space.twins.groups and space.twins.cost_the_same(costs_of(settings))
     return identities(space) if apply and args.strategy in ("evolution", "random") else None
 
@@ -444,12 +445,12 @@ def report(found, args):
     print_best(found)
     if front := sorted(found.out.glob("checkpoints/front/*.json")):
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
+    print(f"retrain the best:\n  {retrain_command(args)}")
     if found.space.n_widths == 1:
         where = dataclasses.replace(Run.of(vars(args)), out=os.path.join(args.out, "channels"))
         words = ("--space", "channels", "--architecture", best_path(args))
         channels = command("supernet.py", where, args.own, *words)
         print(f"search its channels, with the flags of the supernet's training:\n  {channels}")
-    print(f"retrain the best:\n  {retrain_command(args)}")
 
 
 def retrain_command(args):
@@ -459,7 +460,7 @@ def retrain_command(args):
     """
     known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
     words = ["--architecture", best_path(args)]
-    for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
+    for name in ("data_dir", "loader", "workers", "cache", "seed"):
         if getattr(args, name) != getattr(known, name):
             words += [flag(name), str(getattr(args, name))]
     text = command("scratch.py", Run.of(vars(args)), args.own, *words)

@@ -340,7 +340,8 @@ def read_yaml(path):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # not only YAMLError: a wrong !!timestamp is an AttributeError, !!bool a KeyError
-        raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})") from None
+        text = " ".join(str(error).replace('in "<byte string>", ', "in ").split())
+        raise UserError(f"{path}: not plain YAML ({text[:160]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping")
     return document

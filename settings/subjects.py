@@ -99,6 +99,8 @@ class DataConfig(Settings):
         unit="REGEX|CSV", path=True,
     )  # fmt: skip
 
+    EVALUATES: ClassVar[tuple] = ("input_size", "val_resize", "preprocessing", "alpha", "exif")  # decide its pixels
+    TRAINS: ClassVar[tuple] = ("crop_scale", "crop_ratio", "crop_padding", "jitter", "mirror")
     UNWRITTEN: ClassVar[dict] = {"alpha": "dropped", "jfif": False}  # what it means that a file lacks one of these
 
     @classmethod
@@ -125,7 +127,7 @@ class DataConfig(Settings):
                 values[name] = os.path.abspath(value)  # checkpoints keep it; the split knows its content
             elif stored and value != getattr(stored, name):
                 contradiction = f"{flag(name)} {value} contradicts {source}, which has {getattr(stored, name)}"
-                raise UserError(f"{contradiction}; leave the flag out")
+                raise UserError(f"{contradiction}; leave it out, here and in the settings file")
         if not stored:
             values = (cls.UNWRITTEN if source else {}) | values
             values.setdefault("val_resize", round(values.get("input_size", cls.input_size) * 256 / 224))
@@ -403,8 +405,8 @@ class Retraining(Settings):
         excludes="instead",
     )  # fmt: skip
     predict: tuple = setting(
-        None, "print the classes of image files, by --checkpoint", nargs="+", unit="IMAGE", path=True, decides=False,
-        excludes="instead",
+        None, "print the classes of image files, or of all in a folder, by --checkpoint", nargs="+", unit="IMAGE",
+        path=True, decides=False, excludes="instead",
     )  # fmt: skip
     with_preprocessing: bool = setting(
         None, "export a program that takes whole images of any size, and resizes and crops them, which a limit on "

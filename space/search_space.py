@@ -459,6 +459,8 @@ class SearchSpace:
 
         Raises UserError, naming the entry, if it is not one of this space.
         """
+        if hasattr(architecture, "tolist"):  # an array of NumPy or torch
+            architecture = architecture.tolist()
         if isinstance(architecture, (list, tuple)):
             operations_alone = self.n_widths > 1 and not self.architecture and len(architecture) == self.n_blocks
             return self.check((*architecture, *self._full_widths()) if operations_alone else architecture)

@@ -103,6 +103,20 @@ def test_a_sandwich_teaches_by_the_largest():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_two_supernets_share_the_operations_of_the_first_block():
+    images, labels = batch()
+    for half, expected in enumerate(({0, 1}, {2, 3})):
+        step, paths = Step(supernet(), settings(rule=f"half-{half}")), []
+        forward = step.forward
+        step.forward = lambda path, images: paths.append(path) or forward(path, images)  # noqa: B023
+        candidates = [SPACE.uniform_candidate(number % 4) for number in range(1, 13)]
+        for number, candidate in enumerate(candidates, 1):
+            step.train_one_step(number, images, labels, candidate)
+        assert {path[0] for path in paths} == expected and [path[1:] for path in paths] == [c[1:] for c in candidates]
+        trains = own.REGISTRIES["rule"][f"half-{half}"].trains
+        assert {c for c in range(4) if trains(SPACE, (c, 0))} == expected
+
+
 @pytest.mark.parametrize("rule", ["fair", "sandwich"])
 def test_micro_batches_keep_the_statistics_of_the_first_and_average_the_gradients(rule):
     """In double precision, with dropout off: the gradients are the mean of those of the micro-batches alone."""

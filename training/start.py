@@ -52,7 +52,10 @@ class Start:
         settings = deciding(self.values) | {"loader": loader.backend}
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code
-        contents = contents_of(space, self.config, self.data.classes, **contents)
+        if self.training.warmup >= self.training.iterations:
+            steps = f"--warmup {self.training.warmup} of {self.training.iterations} --iterations"
+            self.data.warnings.append(f"{steps}: the learning rate never reaches --lr {self.training.lr}")
+        contents = contents_of(space, self.config, self.data.classes, counts=self.data.counts, **contents)
         run = TrainingRun(self.folder, self.kind, contents, settings)
         anew = self.training.resume == "none"
         run.start(self.device, self.seed, anew, self.data.warnings, self.data.names, self.values)

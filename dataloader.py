@@ -488,7 +488,7 @@ class _Labels:
 
 
 def from_tensors(images, labels, augment=None, device="cpu"):
-    """A loader of images (N, 3, H, W) and labels (N,) that are in memory, on any device.
+    """A loader of images (N, channels, H, W) and labels (N,) that are in memory, on any device.
 
     `augment(images, samples)` returns the batch as it is trained on, for samples (n, 2) of epoch and index: an array.
     """

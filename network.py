@@ -49,7 +49,7 @@ class Trainable(typing.Protocol):
 class _ShuffleNet(nn.Module):
     """Stem, `features` (made by the subclass), last convolution, pooling, dropout and classifier.
 
-    (N, 3, H, W) -> (N, classes).
+    (N, image_channels of the space, H, W) -> (N, classes).
     """
 
     def __init__(self, space, affine, features):

@@ -123,7 +123,8 @@ def generate(args):
     operations = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
     widths = f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
-    print(offer(*with_measured_latency(space, pathlib.Path(args.out) / "latency.json")))
+    tables = own.with_costs(space, own.REGISTRIES["cost"])
+    print(offer(*with_measured_latency(tables, pathlib.Path(args.out) / "latency.json")))
     if line := official_comparison(SearchSpace()):
         print(line)
     if note:
@@ -161,7 +162,7 @@ def measure(args):
 
 def start_logging(args, device):
     folder = pathlib.Path(args.out) / "checkpoints" / "tester"
-    utils.start_logging(folder, device, args.seed)
+    utils.start_logging(folder, device, args.seed, own.commits())
     write_settings(folder / "config.yml", "tester", vars(args))
 
 
@@ -177,7 +178,7 @@ def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     candidates = trial.receive_candidates()
-    with trial.heartbeats():
+    with trial.heartbeats(), trial.errors_reported(candidates):
         trial.take_gpu(args.device)
         supernet, *batches = open_supernet(args, listed_images(args.out))
         trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))

@@ -18,10 +18,11 @@ RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}  # in which netwo
 
 
 def objectives(text):
-    """An argparse type: acc1 and one or two costs, separated by commas."""
+    """An argparse type: acc1 and one or two costs, which search.py checks, separated by commas."""
     found = text.split(",")
-    if "acc1" not in found or len(found) not in (2, 3) or len(set(found)) < len(found) or {*found} - {"acc1", *COSTS}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not acc1 and one or two of {', '.join(COSTS)}, with commas")
+    if "acc1" not in found or len(found) not in (2, 3) or len(set(found)) < len(found) or not all(found):
+        costs = f"{', '.join(COSTS)} and those of --own"
+        raise argparse.ArgumentTypeError(f"{text!r} is not acc1 and one or two of {costs}, with commas")
     return text
 
 
@@ -249,8 +250,8 @@ class Space(Settings):
         unit="NAME|FILE", path=True, decides=False,
     )  # fmt: skip
     own: str = setting(
-        None, "Python file that registers operations or training rules of your own", unit="FILE", path=True,
-        decides=False, old="operations",
+        None, "Python file that registers operations, training rules, costs or searchers of your own", unit="FILE",
+        path=True, decides=False, old="operations",
     )  # fmt: skip
     architecture: str = setting(
         None, "JSON of an architecture, one-hot or a plain list (default: {default})", unit="FILE", path=True
@@ -293,11 +294,12 @@ class Search(Settings):
     TITLE = "search"
 
     strategy: str = setting(
-        "evolution", "random: as many random candidates, to compare with (evolution)", choices=("evolution", "random")
-    )
+        "evolution", "random: as many random candidates, to compare with; or a searcher of the file of --own "
+        "(evolution)", unit="NAME",
+    )  # fmt: skip
     objectives: str = setting(
         None,
-        "acc1,flops: the front of accuracy and costs (flops, params, latency), instead of the most accurate",
+        "acc1,flops: the front of accuracy and costs (flops, params, latency, own), instead of the most accurate",
         objectives, unit="LIST",
     )  # fmt: skip
     rank_by: str = setting(

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from space.limits import offer
 from space.search_space import SearchSpace
 from training import checkpoint
 from training.run import contents_of
+from utils import UserError
 
 SPACE = SearchSpace.for_images(16, 3)
 EVOLUTION = "--population 4 --select 2 --mutation 1 --crossover 1 --generations 1"
@@ -175,6 +177,12 @@ def test_a_trial_looks_at_its_own_images_alone(typed, data, tmp_path, monkeypatc
     looked_at = {path for _, path in touched if path.startswith(str(tree))}
     assert len(images) == 18 + 9 and looked_at == images
     assert [r["architecture"] for r in reported] == [[0] * 20, [1] * 20]
+    said = []
+    monkeypatch.setattr("nni.report_final_result", said.append)
+    with pytest.raises(UserError):
+        tester.run_trial(types.SimpleNamespace(**vars(args) | {"checkpoint": str(tmp_path / "gone.pth")}))
+    assert f"{tmp_path}/gone.pth: can't be read (No such file" in said[0]["error"]
+    assert said[0]["candidates"] == [[0] * 20, [1] * 20]
 
     trial = {name: value for name, value in vars(args).items() if name != "split"} | {
         "cache": str(tmp_path / "another")

@@ -145,8 +145,9 @@ def test_what_torch_can_not_compile_is_a_line(monkeypatch):
 
 
 def test_what_a_machine_lacks_is_a_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"--compile: no C\+\+ compiler"):
+    # not by monkeypatch, after which this setting of torch would be gone
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with no_compiler, pytest.raises(UserError, match=r"--compile: no C\+\+ compiler"):
         prepare_compiler(CPU, tmp_path)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(UserError, match="--compile: torch finds no Triton"):

@@ -162,6 +162,13 @@ def test_groups_are_held_out_as_a_whole(tmp_path, unchecked, seed):
     assert not [text for text in data.warnings if "groups" in text]
 
 
+def test_several_parentheses_are_one_group(tmp_path, unchecked):
+    """All of them, also those that match nothing."""
+    data = grouped(tmp_path, [[2] * 5, [2] * 5], group_by=r"(.)/(\d+)_(x)?")
+    pairs = {(path.split("/")[0], path.split("/")[1][:2]) for path in data.train.paths}
+    assert len(set(data.groups)) == len(pairs) == 10 and np.bincount(data.groups).tolist() == [2] * 10
+
+
 def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
     """Which is the same split wherever the file is, and another one with other groups."""
     data = grouped(tmp_path / "tree", [[3] * 10, [3] * 10])
@@ -173,6 +180,10 @@ def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
     assert found[0].split == found[1].split and found[0].split["hash"] == data.split["hash"]
     (tmp_path / "g.csv").write_text("\n".join(["file,group", *lines[1:]]))
     assert Data(tmp_path / "tree", found[0].config).split["group_by"] != found[1].split["group_by"]
+    (tmp_path / "parts.csv").write_text("\n".join([*(f"train/{line}" for line in lines), "val/a/val00_0.jpg,a/00"]))
+    parts = Data(tmp_path / "tree", dataclasses.replace(data.config, group_by=str(tmp_path / "parts.csv")))
+    assert parts.split["hash"] == data.split["hash"]
+    assert [text for text in parts.warnings if "1 groups of images are in train and val" in text]
     stored = found[0].config
     assert DataConfig.resolve({"group_by": str(tmp_path / "moved.csv")}, stored, "x.pth").group_by.endswith("moved.csv")
     with pytest.raises(UserError, match=r"--group-by _ contradicts x\.pth, which has .*g\.csv"):
@@ -284,6 +295,15 @@ def test_config_flags_against_a_checkpoint():
     assert stored == CONFIG and DataConfig.resolve({"input_size": 32}, stored, "x.pth") == CONFIG
     with pytest.raises(UserError, match=r"--preprocessing imagenet contradicts x\.pth, which has spos"):
         DataConfig.resolve({"preprocessing": "imagenet"}, stored, "x.pth")
+
+
+def test_no_workers_are_none(tree, monkeypatch):
+    """The images are decoded in this process."""
+    decoded = []
+    made = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    monkeypatch.setattr(dataloader._TorchvisionImages, "_make", lambda images, samples: decoded.append(samples) or made)
+    loader = Loader(scan(tree / "val"), CONFIG, False, backend="torchvision", workers=0)
+    assert loader.workers == 0 and len(list(loader.decode(evaluation_plan(8, 4)))) == len(decoded) == 2
 
 
 # --- order
@@ -478,6 +498,18 @@ def test_shifts_move_the_crop_of_validation_over_black(tmp_path, backend, kind, 
         monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_, shift=shift: shift)
         moved = first(images, config, True, backend).numpy()
         assert np.array_equal(moved, whole[4 + top : 36 + top, 4 + left : 36 + left])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_image_of_a_batch_has_its_own_shift(tree, backend):
+    """And jitter, and flip: in a batch as alone."""
+    config = dataclasses.replace(CONFIG, crop_padding=4)
+    plan = evaluation_plan(6, 6)
+    assert len({draw_augmentation(config, 0, *sample, 50, 50).shift for sample in plan[0]}) > 3
+    loader = Loader(scan(tree / "train"), config, True, backend=backend, workers=0)
+    ((batch, _),) = loader.decode(plan)
+    alone = torch.cat([images for images, _ in loader.decode([sample[None] for sample in plan[0]])])
+    assert torch.equal(batch, alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

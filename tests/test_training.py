@@ -831,6 +831,23 @@ def test_nohup_stays_in_force():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_while_a_checkpoint_is_written_neither_stops_that_nor_is_forgotten(tmp_path, monkeypatch):
+    save, sent = torch.save, []
+
+    def slowly(content, file):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        save(content, file)
+
+    monkeypatch.setattr(training.checkpoint.torch, "save", slowly)
+    args = settings(iterations=6, save_every=2)
+    with pytest.raises(SystemExit) as stopped:
+        supernet_run(tmp_path, args)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000002.pth"]
+    assert_resumes(tmp_path, args, 4)
+
+
 def test_keep_bounds_the_checkpoints(tmp_path):
     supernet_run(tmp_path, settings(iterations=7, save_every=1, keep=2))
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-0000006.pth", "checkpoint-0000007.pth"]

@@ -150,7 +150,7 @@ class TrainingRun:
             names = map(self._beside, itertools.count(1))
             aside = next(name for name in names if not name.exists())
             self.folder.rename(aside)
-        start_logging(self.folder, device, seed)
+        start_logging(self.folder, device, seed, own.commits())
         self.content = self._newest()
         write_settings(self.folder / "config.yml", self.kind, config)
         if aside:

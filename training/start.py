@@ -10,7 +10,6 @@ from training import distributed
 from training.compiled import prepare_compiler
 from training.evaluation import resolve_device, validation_batches
 from training.run import TrainingRun, contents_of
-from training.step import find_rule
 from utils import log
 
 
@@ -51,7 +50,6 @@ class Start:
         if self.training.compile:
             prepare_compiler(self.device, self.images.cache, space.n_widths)
         settings = deciding(self.values) | {"loader": loader.backend}
-        find_rule(self.training.rule)
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code
         if self.training.warmup >= self.training.iterations:

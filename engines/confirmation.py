@@ -22,7 +22,8 @@ def confirm(out, table):
     folder, more = None, []
     if table.get("elsewhere"):
         folder = out / "device" / f"{evolution.generation:03}"
-        more = [c for c in [evolution.limits.optimum("flops", -1)] if c and c not in best]
+        largest = None if evolution.limits.functions else evolution.limits.optimum("flops", -1)
+        more = [c for c in [largest] if c and c not in best]
         if not results_path(folder).exists():
             n, size = write_like(table, space, [*best, *more], folder)
             text = "warning: the winner's latency is not checked: %s has %d networks, %.1f MB, for %s; "

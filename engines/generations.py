@@ -38,12 +38,28 @@ class Generation:
         return statistics.fmean(losses) if losses else None
 
 
+def standard_error(result):
+    """(standard error of the top-1 of a result in points, how it was found): by groups of images, or else binomial."""
+    if "acc1_error" in result:
+        return result["acc1_error"], "standard error by groups of images"
+    return (result["acc1"] * (100 - result["acc1"]) / result["n_images"]) ** 0.5, "standard error"
+
+
 def score_text(result):
     """The accuracy of a result and its loss, the one first by which it is ranked."""
     top1 = f"{result['acc1']:.2f}%"
     if "score" in result:
         return f"loss {result['loss']:.3f} (top-1 {top1})"
     return top1 if result.get("loss") is None else f"{top1} (loss {result['loss']:.3f})"
+
+
+def difference_text(result, other, name):
+    """How far the top-1 of a result is from that of another one, `name`, and whether they can be told apart."""
+    points = result["acc1"] - other["acc1"]
+    error = math.hypot(*(standard_error(r)[0] for r in (result, other)))
+    side = "above" if points >= 0 else "below"
+    apart = "" if abs(points) >= 2 * error else ": they can't be told apart"
+    return f"{abs(points):.2f} points {side} {name}, standard error {error:.2f}{apart}"
 
 
 def reliability(results):

@@ -7,13 +7,14 @@
 In the space `varied`, on the bundled images and on letters: the winner of a search, the largest legal network and six
 random legal ones are trained for 1/8, 1/4, 1/2 of the steps and all of them, each time with a whole schedule, without
 the images held out. Of the bundled images the winner is that of bench/worth.py, of the letters that of a supernet of
-2,000 steps. A comparison goes by the held-out images; what it is worth is measured on val. All runs in one process, with
-the images in memory, since decoding them takes longer than a step. Writes bench/results/lengths.json.
+2,000 steps. A comparison goes by the held-out images; what it is worth is measured on val. One process has the images
+in memory, since decoding them takes longer than a step. Writes bench/results/lengths.json.
 """
 
 import itertools
 import json
 import pathlib
+import statistics
 import time
 
 import numpy as np
@@ -160,6 +161,57 @@ def run(options, rows):
             keep({**key, "architecture": list(candidate), **numbers, "cpu_seconds": seconds})
 
 
+# --- report ---------------------------------------------------------------------------------------------------
+
+
+def summary(rows):
+    """{set: what the trainings of SHARES say}, means over the seeds that are complete.
+
+    tau: of held-out top-1 after a share of the steps with top-1 on val after all of them. regret: how far the network
+    that has the best held-out top-1 is below the best on val, after all steps, in points. chosen: top-1 on val where
+    winner, largest and random 1 are compared at a length and the best is trained as long again, and `alone` that of
+    each after four times the length, which costs the same.
+    """
+    found = {}
+    for name, seeds in complete(rows).items():
+        by_share = {share: [] for share in SHARES}
+        for seed, share in itertools.product(seeds.values(), SHARES):
+            truth, heldout = ({who: lengths[STEPS // n][part] for who, lengths in seed.items()}
+                              for n, part in ((1, "val"), (share, "heldout")))  # fmt: skip
+            pick = max(heldout, key=heldout.get)
+            row = {
+                "tau": study.tau([*heldout.values()], [*truth.values()]),
+                "regret": max(truth.values()) - truth[pick],
+            }
+            if share >= 4:
+                three = ("winner", "largest", "random 1")
+                row["chosen"] = seed[max(three, key=heldout.get)][STEPS // share]["val"]
+                row |= {f"alone: {who}": seed[who][4 * STEPS // share]["val"] for who in three}
+            by_share[share].append(row)
+        means = {n: {key: statistics.fmean(r[key] for r in some) for key in some[0]} for n, some in by_share.items()}
+        truths = [[lengths[STEPS]["val"] for lengths in seed.values()] for seed in seeds.values()]
+        found[name] = {"seeds": len(seeds), "shares": means, "val": [statistics.fmean(t) for t in zip(*truths)]}
+        if len(truths) > 1:
+            found[name]["tau of two seeds"] = study.tau(*truths[:2])
+    return study.rounded(found)
+
+
+def complete(rows):
+    """{set: {seed: {who: {steps: row}}}} of the seeds of which all trainings are known."""
+    found = {}
+    for row in rows:
+        if "seed" in row:
+            seed = found.setdefault(row["set"], {}).setdefault(row["seed"], {})
+            seed.setdefault(row["who"], {})[row["steps"]] = row
+    steps = {STEPS // share for share in SHARES}
+    return {
+        name: whole
+        for name, seeds in found.items()
+        if (whole := {n: seed for n, seed in seeds.items()
+                      if len(seed) == RANDOM + 2 and all(steps <= lengths.keys() for lengths in seed.values())})
+    }  # fmt: skip
+
+
 def parse_args(argv=None):
     defaults = {"--data-dir": study.ROOT / "data", "--results": RESULTS}
     parser = study.parser(__doc__, defaults)
@@ -170,7 +222,9 @@ def parse_args(argv=None):
 def main(options):
     torch.set_num_threads(1)
     rows = study.read(options.results).get("rows", [])
-    if not options.report:
+    if options.report:
+        print(json.dumps(summary(rows), indent=1))
+    else:
         run(options, rows)
 
 

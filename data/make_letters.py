@@ -3,9 +3,9 @@
     python data/make_letters.py
     python data/make_letters.py --fonts FOLDER --out FOLDER
 
-Classes are 16 letters; of each class a capital and a small one from up to two faces of each family, in greyscale, 28 px.
-Families whose letters are missing or look alike are left out; every fifth of the others is val. With `--group-by
-'/(.*)_'` whole families are held out. Debian's fonts-* packages have some hundred families.
+Classes are 16 letters, each a capital and a small one from up to two faces of a family, in greyscale and 28 px.
+Families whose letters are missing or look alike are left out; every fifth of the others is val. With
+`--group-by '(.*)_'` a family's letter is held out whole. Debian's fonts-* packages have some hundred families.
 """
 
 import argparse

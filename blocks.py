@@ -66,13 +66,18 @@ class ShuffleUnit(nn.Module):
     """The two branches around a `branch_main`: (N, in_channels, H, W) -> (N, out_channels, H/stride, W/stride).
 
     With stride 1 and equal widths, the even channels go straight through and the odd ones through the main branch.
-    Otherwise (the first block of a stage) the whole input goes through both, and `branch_proj` replaces the identity.
+    Otherwise (the first block of a stage) the whole input goes through both, and `branch_proj` replaces the identity;
+    channels then have to grow. Raises ValueError where the channels of a BlockShape can't be split so.
     """
 
     def __init__(self, shape, kernel_size, affine):
         super().__init__()
         self.shape = shape
         inp = shape.in_channels
+        if shape.projects and shape.out_channels <= inp:
+            raise ValueError(f"its channels do not grow, {inp} to {shape.out_channels}")
+        if not shape.projects and inp % 2:
+            raise ValueError(f"its channels are not even, {inp}")
         if shape.projects:
             self.branch_proj = nn.Sequential(
                 *conv_bn(inp, inp, kernel_size, shape.stride, groups=inp, affine=affine, relu=False),
@@ -134,6 +139,11 @@ class Skip(nn.Module):
     def forward(self, x):
         return self.layers(x)
 
+    @staticmethod
+    def is_identity(shape):
+        """Whether it returns its input at a BlockShape."""
+        return not shape.projects
+
 
 class Pointwise(nn.Module):
     """A pointwise convolution, BN and ReLU; with stride 2, of the means of 2 x 2 pixels. Not the paper's."""
@@ -177,7 +187,11 @@ OPERATIONS = {
     # Not the paper's; the names are those of search_space.OTHER_OPERATIONS.
     "skip_1x1": Skip,
     "pointwise_1x1": Pointwise,
-    "mobilenet_3x3": functools.partial(InvertedResidual, kernel_size=3, expansion=3),
+    **{
+        f"mobilenet_{k}x{k}{end}": functools.partial(InvertedResidual, kernel_size=k, expansion=expansion)
+        for expansion, end in ((3, ""), (6, "_e6"))
+        for k in (3, 5, 7)
+    },
 }
 
 
@@ -185,7 +199,8 @@ def register(name):
     """A class decorator that registers an operation for search spaces, by name.
 
     The class is a module (N, in_channels, H, W) -> (N, out_channels, H/stride, W/stride). Its constructor takes a
-    search_space.BlockShape, the width (a scale of the middle channels), and whether BN is affine.
+    search_space.BlockShape, the width (a scale of the middle channels), and whether BN is affine. A static method
+    `is_identity(shape)`, if it has one, says whether it returns its input there: see space/twins.py.
     """
 
     def registered(operation):

@@ -1,11 +1,12 @@
-"""Loaders: NVIDIA DALI, torchvision, synthetic images, and images given in Python, behind one signature.
+"""Loaders: DALI, torchvision, images in memory, synthetic ones, and those given in Python, behind one signature.
 
 Every loader decodes the batches of a plan to uint8 RGB (N, H, W, 3), with plan and augmentation parameters from
 images/dataset.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or RGB
 normalised by ImageNet's mean and standard deviation.
 
     python dataloader.py --check DIR    lists all files of DIR/{train,val}/<class>/ that are unreadable or mislabelled,
-                                        and with --group-by the groups that train and val share
+                                        and with --config what does not go with its settings, such as groups of
+                                        images that train and val share
 
 Source: official `src/Supernet/train.py` (transforms).
 """
@@ -29,10 +30,11 @@ import torch
 
 from images import pictures
 from images.dataset import draw_augmentation, validation_geometry
+from images.in_memory import SMALL_PX, InMemory, augmented, gigabytes
 from images.preprocessing import network_input
 from images.tree_check import check_tree
 from settings.command_line import Parser
-from settings.subjects import DataConfig, Images
+from settings.subjects import DataConfig, Images, Run
 from utils import UserError, cores, local_world_size
 
 MAX_WORKERS = 8  # by default
@@ -43,7 +45,7 @@ DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an 
 
 
 def resolve_backend(backend):
-    """The backend of --loader: "dali", "torchvision" or "synthetic". Raises UserError if it is not installed."""
+    """The backend of --loader: "dali", "torchvision", "memory" or "synthetic". Raises UserError without DALI."""
     installed = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
     if backend == "dali" and not installed:
         raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
@@ -56,10 +58,13 @@ class Loader:
     """Loads the batches of a plan: images (N, 3, H, W) float, labels (N,) int64, on the device.
 
     Applies the training transform if `augment`, else the validation transform. `backend` is "auto", "dali",
-    "torchvision" or "synthetic". Raises UserError that names the file if an image can't be decoded.
+    "torchvision", "memory" or "synthetic". With "memory", which has no workers, at most `memory_gb` gigabytes of
+    decoded images are in the folder `cache`, or without it in this process. Raises UserError that names the file if an
+    image can't be decoded.
     """
 
-    def __init__(self, images, config, augment, seed=0, device="cpu", backend="auto", workers=None):
+    def __init__(self, images, config, augment, seed=0, device="cpu", backend="auto", workers=None, cache=None,
+                 memory_gb=Images.memory_gb):  # fmt: skip
         self.images = images
         self.config = config
         self.augment = augment
@@ -67,6 +72,9 @@ class Loader:
         self.device = torch.device(device)
         self.backend = resolve_backend(backend)
         self.workers = min(MAX_WORKERS, max(1, cores() // local_world_size())) if workers is None else workers
+        self.workers = 0 if self.backend == "memory" else self.workers
+        self.cache = cache
+        self.memory_gb = memory_gb
 
     @property
     def decoder(self):
@@ -74,8 +82,8 @@ class Loader:
         if self.backend == "synthetic":
             return self.backend
         pillow = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torchvision", "pillow"))
-        if self.backend == "torchvision":
-            return pillow
+        if self.backend in ("torchvision", "memory"):
+            return f"{pillow}, in memory" if self.backend == "memory" and self.augment else pillow
         found = [d for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-")]
         dali = " ".join(sorted(f"{d.name} {d.version}" for d in found)) + f" {self.device.type}"
         by_dali = tuple(suffix for kind in pictures.BY_DALI for suffix in pictures.SUFFIXES[kind])
@@ -87,7 +95,8 @@ class Loader:
 
     def decode(self, plan):
         """Like `batches`, with images as uint8 RGB (N, H, W, 3)."""
-        backends = {"dali": self._dali, "torchvision": self._torchvision, "synthetic": self._synthetic}
+        backends = {"dali": self._dali, "torchvision": self._torchvision, "memory": self._memory,
+                    "synthetic": self._synthetic}  # fmt: skip
         for images, samples in backends[self.backend](iter(plan)):
             utils.heartbeat()
             labels = torch.from_numpy(self.images.labels[samples[:, 1]])
@@ -106,6 +115,33 @@ class Loader:
     def _torchvision(self, plan):
         dataset = _TorchvisionImages(self.images, self.config, self.augment, self.seed)
         return made_by_workers(dataset, plan, self.workers, pin_memory=self.device.type == "cuda")
+
+    def _memory(self, plan):
+        if not self.augment:  # each image once, and cached as it is
+            yield from self._torchvision(plan)
+            return
+        for samples in plan:
+            sizes = self._in_memory.sizes[samples[:, 1]].tolist()
+            drawn = [draw_augmentation(self.config, self.seed, *s, *size) for s, size in zip(samples.tolist(), sizes)]
+            yield augmented(self._in_memory, samples[:, 1], drawn, self.config, self.device), samples
+
+    @functools.cached_property
+    def _in_memory(self):
+        images, config = self.images, self.config
+
+        def read(index):
+            image = _decode(os.path.join(images.root, images.paths[index]), config)
+            return _resized(image, config) if config.crop_padding else np.asarray(image)
+
+        decoder = Loader(images, config, False, backend="memory").decoder
+        return InMemory(images, config, decoder, read, self.device, self.cache, self.memory_gb)
+
+    def advice(self):
+        """A line where the images are small, would fit in memory, and are not there; or None."""
+        if self.backend not in ("dali", "torchvision") or self.config.input_size > SMALL_PX:
+            return None
+        taken = gigabytes(self.images, self.config, headers=64)
+        return f"--loader memory would load these images faster: {taken:.2g} GB" if taken <= self.memory_gb else None
 
     def _dali(self, plan):
         dataset = _EncodedImages(self.images, self.config, self.augment, self.seed)
@@ -479,6 +515,8 @@ def from_dataset(dataset, workers=0, augment=None, device="cpu"):
 
     def labels():
         known = getattr(dataset, "targets", None)
+        if known is not None and len(known) != len(dataset):
+            raise UserError(f"the data set has {len(dataset)} items, but {len(known)} targets")
         return [int(dataset[i][1]) for i in range(len(dataset))] if known is None else known
 
     return Given(make, labels, device)
@@ -504,21 +542,27 @@ class _Items:
 
 def make_parser():
     parser = Parser(__doc__, "dataloader")
-    parser.add_argument("--check", required=True, metavar="DIR", help="a folder with train/<class>/ and val/<class>/")
+    text = "a folder with train/<class>/ and val/<class>/"
+    parser.add_argument("--check", type=os.path.expanduser, metavar="DIR", help=text)
     parser.add_argument(
         "--accept", action="store_true", help="accept the mislabelled files, so that training can start"
     )
+    parser.add(Run, only=("config",))
     parser.add(Images, only=("cache", "max_pixels"))
-    parser.add(DataConfig, only=("group_by",))
+    parser.add(DataConfig, defaults=DataConfig.unset())
     return parser
 
 
 def parse_args(argv=None):
-    return make_parser().parse_args(argv)
+    parser = make_parser()
+    parsed = parser.parse(argv)
+    if not parsed.check:
+        parser.error("--check: name a folder with train/<class>/ and val/<class>/")
+    return parsed
 
 
 def main(parsed):
-    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels, parsed.group_by)
+    check_tree(parsed.check, parsed.cache, parsed.accept, parsed.max_pixels, DataConfig.given(vars(parsed)))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ NOT_KNOWN = "the network was trained on images given in Python: only their progr
 class Trainable(typing.Protocol):
     """The methods that a network of one's own needs, an nn.Module, to be trained and evaluated as a supernet.
 
-    A part is a callable that runs a piece of the network: "stem", (block, choice), or "head", which ends in logits. A
-    network that stands alone has candidate None, and needs `path` and `classify` only.
+    A part is a callable that runs a piece of the network: "stem", (block, choice), or "head", which ends in logits. Its
+    BN layers are those of a Module that is a part, not of `classify`. A network that stands alone has candidate None,
+    and needs `path` and `classify` only.
     """
 
     space: SearchSpace
@@ -54,7 +55,8 @@ class _ShuffleNet(nn.Module):
     def __init__(self, space, affine, features):
         super().__init__()
         self.space = space
-        self.first_conv = nn.Sequential(*conv_bn(3, space.stem_channels, 3, space.stem_stride, affine=affine))
+        stem = conv_bn(space.image_channels, space.stem_channels, 3, space.stem_stride, affine=affine)
+        self.first_conv = nn.Sequential(*stem)
         self.features = nn.ModuleList(features)
         self.conv_last = nn.Sequential(*conv_bn(space.stage_channels[-1], space.last_channels, 1, affine=affine))
         self.dropout = nn.Dropout(0.1)
@@ -99,8 +101,7 @@ class ShuffleNetV2OneShot(_ShuffleNet):
 
     def candidates_with_all(self):
         """Candidates that together have every operation of every block, at every width."""
-        choices = range(len(self.space.block_operations[0]) * self.space.n_widths)
-        return [self.space.uniform_candidate(choice) for choice in choices]
+        return [self.space.uniform_candidate(choice) for choice in range(max(self.space.n_choices))]
 
     def part(self, key):
         """A part of the forward pass, as a callable: "stem", (block, choice), or "head"."""

@@ -19,10 +19,10 @@ from settings.command_line import Parser
 
 def make_parser():
     parser = Parser(__doc__, "report")
-    parser.add_argument("run", metavar="RUN", type=pathlib.Path, help="the --out folder of a search")
-    parser.add_argument(
-        "--random", metavar="DIR", type=pathlib.Path, help="the --out folder of a random search to compare with"
-    )
+    folder = {"type": lambda word: pathlib.Path(word).expanduser()}
+    parser.add_argument("run", metavar="RUN", **folder, help="the --out folder of a search")
+    text = "the --out folder of a random search to compare with"
+    parser.add_argument("--random", metavar="DIR", **folder, help=text)
     return parser
 
 

@@ -207,7 +207,7 @@ def retrain(args, folder):
     space, candidate = chosen(args, search, start.config, start.data)
     loader = start.loader("train", augment=True)
     validation = start.validation("val")
-    run = start.run(space, loader, architecture=list(candidate))
+    run = start.run(space, loader, architecture=list(candidate), images=start.data.names)
     if args.architecture and not search:
         assumed = f"{space.n_blocks} blocks of {', '.join(space.operations)}, images of {space.input_size} px"
         utils.log.info("%s: no record of a search beside it; assumes %s", args.architecture, assumed)

@@ -37,6 +37,7 @@ from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
 from engines.search_files import (
     confirmations,
+    costs_of,
     images_path,
     n_generations,
     read_generations,
@@ -80,6 +81,7 @@ from space.limits import (
     share_text,
 )
 from space.search_space import SearchSpace
+from space.twins import identities
 from training import checkpoint
 from training.distributed import gpu_count
 from training.evaluation import NO_GPU
@@ -302,9 +304,22 @@ def check(args, out):
         settings["rank_by"] = args.rank_by
     if space.operations_hash:  # the report has no modules to count
         settings["counted"] = space.costs[:5]  # latency has a setting of its own
+    if recorded := identities_of(args, out, space, settings):
+        settings["identities"] = recorded
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
     here = latency if latency and not mismatch(latency) else None
     return Search(experiment, supernet.path, space, here, costs, warnings, settings, data)
+
+
+def identities_of(args, out, space, settings):
+    """What makes candidates the same network (space/twins.py), or None where nothing does.
+
+    Also None where they differ in a cost that matters, and for a search of before, which evaluated all of them.
+    """
+    if args.resume:
+        return read_state(out)["settings"].get("identities")
+    apply = space.twins.groups and space.twins.cost_the_same(costs_of(settings))
+    return identities(space) if apply and args.strategy in ("evolution", "random") else None
 
 
 def prepare(search, args, out):
@@ -319,6 +334,8 @@ def prepare(search, args, out):
         log.info(search.costs)
     for text in search.warnings:
         log.warning("warning: %s", text)
+    if search.data.grouping:
+        log.info(search.data.grouping)
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
     log.info("space: %s", offer(search.space, search.settings.get("latency", {"runtime": "torch"})["runtime"]))

@@ -78,6 +78,8 @@ def main(args):
     calibration = calibration_batches(loader, args.bn_batches, args.bn_batch_size, args.seed, args.cache)
     validation = start.validation("search")
     run = start.run(space, loader, split=start.data.split, flops_range=sampler.flops_range)
+    if start.data.grouping:
+        utils.log.info(start.data.grouping)
     utils.log.info("space: %s", offer(space))
     if sampler.flops_range:
         low, high = (shown("flops", flops) for flops in sampler.flops_range)

@@ -107,7 +107,8 @@ def generate(args):
     path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
     space = open_space(args)
     utils.write_json(path, space.nni_search_space(), indent=1)
-    operations = len(space.block_operations[0])
+    sizes = sorted({len(names) for names in space.block_operations})
+    operations = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
     widths = f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
     print(offer(*with_measured_latency(space, pathlib.Path(args.out) / "latency.json")))

@@ -5,8 +5,10 @@ Scripts import this module before torch, because it sets GOMP_SPINCOUNT.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -44,6 +46,13 @@ log = logging.getLogger("spos")
 # default of 300,000, one other busy process on two cores makes training 20 times slower or worse, because spinning
 # threads occupy the cores. The lower value costs 1% where nothing else runs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+# A notebook sets it for all that it starts, also for a Python without that backend, where matplotlib could then not be
+# imported. Figures need none.
+_backend = os.environ.get("MPLBACKEND", "").partition("module://")[2].partition(".")[0]
+if _backend and importlib.util.find_spec(_backend) is None:
+    del os.environ["MPLBACKEND"]
 
 
 def keep_memory():
@@ -364,7 +373,8 @@ def atomic_write(path, mode="w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        with contextlib.suppress(OSError):  # exFAT, CIFS and WSL permit no other mode, which is no matter
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
@@ -406,7 +416,10 @@ def private_folder(path):
 
 
 def try_lock(path):
-    """Locks a file. Returns it open, and closing it releases the lock; None if another process holds the lock."""
+    """Locks a file. Returns it open, and closing it releases the lock; None if another process holds the lock.
+
+    Where the file system has no locks, a warning says so, and the file is returned.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "w")  # noqa: SIM115
     try:
@@ -415,7 +428,22 @@ def try_lock(path):
     except BlockingIOError:
         file.close()
         return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            file.close()
+            error.filename = str(path)
+            raise
+        _warn_of_no_locks(path.parent, error.strerror)
     return file
+
+
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of NFS, FUSE and Lustre, by their mounts
+
+
+@functools.cache
+def _warn_of_no_locks(folder, why):
+    """Once for each folder."""
+    log.warning("warning: %s: files can't be locked here (%s): a second run in it would go unnoticed", folder, why)
 
 
 def wait_for_lock(paths, text):

@@ -35,7 +35,6 @@ SETTINGS = ROOT / "bench" / "macro.yml"
 OPERATIONS = ROOT / "bench" / "macro_operations.py"
 TRUTH = ROOT / "data" / "nas-bench-macro.json.xz"
 RESULTS = study.RESULTS / "macro.json"
-STAGES = (2, 3, 3)  # blocks
 LIMITS = (35_000_000, 55_000_000, 75_000_000)  # FLOPs
 CHUNK = 500  # networks scored, and saved, together
 SEARCHES = 100  # seeds of every search
@@ -54,9 +53,7 @@ def load_truth():
 
 def distinct(network):
     """The form of a network whose identities stand last in their stage; the first block of a stage is never one."""
-    ends = np.cumsum(STAGES)
-    stages = [network[end - n : end] for end, n in zip(ends, STAGES)]
-    return "".join(stage[0] + stage[1:].replace("0", "").ljust(len(stage) - 1, "0") for stage in stages)
+    return "".join(map(str, full_space().canonical(map(int, network))))
 
 
 # --- supernets and their scores -------------------------------------------------------------------------------
@@ -207,17 +204,13 @@ def summarise(args, folders):
     }  # fmt: skip
 
 
-def interval(row):
-    return "{:.2f} ({:.2f} to {:.2f})".format(*row)
-
-
 def tables(results):
     """Markdown tables: taus, and what searches pick."""
     columns = {"supernet": "supernet", "FLOPs": "FLOPs", "parameters": "parameters",
                "minus FLOPs": "supernet minus FLOPs"}  # fmt: skip
     regions = {"all": "all {:,}"} | {f"{limit // 10**6}M": f"{{:,}} under {limit // 10**6}M" for limit in LIMITS}
     rows = [
-        (regions[name].format(row["networks"]), *(interval(row[column]) for column in columns))
+        (regions[name].format(row["networks"]), *(study.interval(row[column]) for column in columns))
         for name, row in results["rank"].items()
     ]
     return f"{study.table(('networks', *columns.values()), rows)}\n\n{table_of_picks(results['picks'])}"

@@ -213,12 +213,12 @@ def train(way, seed, folder, data, args):
     settings = argparse.Namespace(data_dir=args.data_dir, width=way.width, iterations=iterations, threads=args.threads)
     words = map(str, macro.write_settings(folder, settings))
     parsed = vars(supernet_script.parse_args([*words, "--seed", str(seed)]))
-    training = Training.of(parsed | {"batch_size": batch_size, "lr": way.lr, "amp": way.amp})
+    training = Training.of(parsed | {"batch_size": batch_size, "lr": way.lr, "amp": way.amp, "keep": KEEP})
     config = DataConfig.resolve(DataConfig.given(parsed))
     space = make_space(parsed["space"], None, parsed["own"], config.input_size, CLASSES)
     contents = contents_of(space, config, map(str, range(CLASSES)))
     deciding = dataclasses.asdict(way) | {"iterations": iterations, "seed": seed}
-    run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, deciding, KEEP)
+    run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, deciding)
     run.start(data.device, seed)
     torch.manual_seed(seed)
     stepper = Step(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
@@ -351,7 +351,7 @@ def tables(width, results):
         for seed, row in rows.items():
             top1 = "{:.1f}, {:.1f}".format(*row["acc1"])
             gain = "{:+.2f} ({:+.2f} to {:+.2f})".format(*row["all"]["gain"]) if "gain" in row["all"] else ""
-            intervals = (macro.interval(row["all"][score]) for score in ("top-1", "loss"))
+            intervals = (study.interval(row["all"][score]) for score in ("top-1", "loss"))
             cells.append((f"{width}, {name}, {seed}", top1, *intervals, gain))
     head = ("trained, seed", "top-1, sd", "tau by top-1", "by loss", "gain by loss")
     return f"{study.table(head, cells)}\n\n{macro.table_of_picks(results['picks'])}"

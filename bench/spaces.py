@@ -1,27 +1,27 @@
-"""How much there is to choose in a search space, and how well a supernet sees it.
+"""How well does a supernet rank the networks of my space? Kendall's tau by training rules and scores.
 
-    python -m bench.spaces                              30 random legal candidates, each trained alone
-    python -m bench.spaces --jobs 10 --seconds 240      ten at a time; ends after four minutes
-    python -m bench.spaces --supernet 0 1               before them two supernets, and scores all in these
-    python -m bench.spaces --supernet 0 --steps 6000 --heldout-per-class 300    another supernet
-    python -m bench.spaces --report                     prints the numbers of docs/experiments.md
-    python -m bench.spaces FILE...                      the same of another space
+    python -m bench.spaces FILE                              30 random candidates trained alone, and two supernets
+    python -m bench.spaces FILE --jobs 10 --seconds 240      ten processes at a time; ends after four minutes
+    python -m bench.spaces FILE --own examples/rules.py --rules spos fair sandwich half-0+half-1
+    python -m bench.spaces FILE --truth data/nas-bench-macro.json.xz --candidates 600      nothing is trained alone
 
-By default of `varied`, on two data sets: the bundled images, and in data/cifar10-10000 the first 10,000 training images
-of CIFAR-10 and its test images, by `python data/make_cifar10.py --per-class 1000 1000 --out data/cifar10-10000`. A FILE
-has a space and the settings of supernet.py and scratch.py. Candidates are uniform among those under the limit of the
-file, by default that of a search. The first ten are trained again with a second seed: the standard deviation of true
-accuracies should be at least twice that between two trainings of one candidate. Each training takes one thread, and is
-kept when it ends, as a line of bench/results/spaces.jsonl: the same command resumes. The report also says how far
-parameters, FLOPs and latency differ among legal candidates, and Kendall's tau between accuracies and the scores of the
-supernet, top-1 and loss.
+FILE has a space, and the settings of supernet.py and scratch.py; their flags, such as --data-dir, are taken too.
+Candidates are uniform among those under the limit of the file, by default that of a search. The first ones are trained
+again with another seed: the standard deviation of true accuracies should be at least twice that between two trainings.
+A supernet of each rule gets the CPU-seconds that --steps of the paper's rule take; rules joined by + share them, and
+each scores the candidates that it `trains` (see examples/rules.py). A --truth is the published table of NAS-Bench-Macro
+or a JSON file with "rows" of architecture, seed and acc1, such as bench/results/demo_truth.json.
+
+Each result is a line of results.jsonl in a folder below --out: the same command resumes, and asked for more, does the
+rest. It ends with a page, report.md in that folder, also of what there is by then.
 """
 
 import argparse
 import hashlib
-import itertools
 import json
+import math
 import pathlib
+import random
 import statistics
 import time
 
@@ -29,203 +29,359 @@ import numpy as np
 import torch
 
 import scratch
+import supernet
 import tester
 import utils
-from bench import study
-from devices.table import measure_table, open_runtime, with_latency
-from images.dataset import scan
+from bench import macro, study
+from images import bundled
+from images.dataset import scan, training_plan
+from network import ShuffleNetV2OneShot
+from settings.fields import count
 from space.limits import make_bounds
 from training.evaluation import evaluate
+from training.start import Start, given_config
+from training.step import Step, find_rule
 
-RESULTS = study.RESULTS / "spaces.jsonl"
-SETTINGS = [study.ROOT / "bench" / f"varied_{name}.yml" for name in ("fashion", "cifar")]
+RESULTS = study.RESULTS / "spaces.jsonl"  # of the project's own studies; read, not written
+OUT = study.ROOT / "demo" / "spaces"
 CANDIDATES = 30
 REPEATED = 10
-LEGAL = 5000  # random legal candidates whose costs are compared
+PAPER = "spos"
+SCORES = {"top-1": lambda row: row["acc1"], "loss": lambda row: -math.inf if row["loss"] is None else -row["loss"]}
+ROUNDS, EACH = 24, 4  # measured steps of a rule, in turns with the paper's: a quarter of them first, to warm up
 
 
 class Study:
-    """What a settings file says: its space, its limits, its candidates."""
+    """What a settings file says: its space, its limits, its candidates. `more` are flags of the commands.
 
-    def __init__(self, path, more=()):
-        self.path = pathlib.Path(path)
+    `truth` is a file of accuracies, by default those of `candidates` that are trained, `repeats` of them twice.
+    """
+
+    def __init__(self, path, more=(), out=OUT, own_file=None, truth=None, candidates=None, repeats=REPEATED):
+        self.path = pathlib.Path(path).resolve()
         self.name = self.path.stem
-        self.words = ["--config", str(self.path.resolve()), *more]
+        self.out = out
+        self.words = [*(["--demo"] if self.path == utils.HERE / "demo.yml" else ["--config", str(self.path)]), *more]
+        self.words += ["--own", str(pathlib.Path(own_file).resolve())] if own_file else []
         args = scratch.parse_args(self.words)
+        if args.demo:
+            bundled.unpack(args.data_dir)
         n_classes = len(scan(pathlib.Path(args.data_dir, "val")).classes)
         self.space = scratch.space_of(args, args.input_size, n_classes)
         content = utils.read_yaml(path)
         limits = content.get("search", {}).get("limit", ())
         self.bounds = make_bounds(self.space, [limits] if isinstance(limits, str) else limits)
         self.iterations = args.iterations
+        self.training = supernet.parse_args(self.words)
+        self.steps = self.training.iterations
         self.key = {
             "study": self.name,
             "space": self.space.to_dict(),
-            "settings": {name: content[name] for name in ("common", "supernet", "scratch")},
-        }
+            "settings": {name: content[name] for name in ("common", "supernet", "scratch") if name in content},
+        } | ({"flags": list(more)} if more else {})
+        self.repeats = repeats
+        self.given = truth and read_truth(truth, self.space)
+        known = list(dict.fromkeys(tuple(row["architecture"]) for row in self.given or ()))
+        if truth and (candidates or 0) > len(known):
+            raise utils.UserError(f"--candidates {candidates}: {truth} has {len(known)}")
+        if truth:
+            self.candidates = random.Random(0).sample(known, candidates) if candidates else known
+        else:
+            self.candidates = self.legal(candidates or CANDIDATES)
 
     @property
     def digest(self):
         """Of all that its results depend on."""
         return hashlib.sha256(json.dumps(self.key).encode()).hexdigest()[:16]
 
-    def folder(self, out):
+    def folder(self, out=None):
         """Of the commands' outputs, another one when the settings have changed."""
-        return out / f"{self.name}-{self.digest[:8]}"
+        return (out or self.out) / f"{self.name}-{self.digest[:8]}"
 
     def legal(self, n, seed=0):
         """`n` different candidates, uniform among the legal ones."""
         return study.random_legal(self.space, self.bounds, n, seed)
 
     def rows(self, kind="training"):
-        """The lines of RESULTS that belong to this study."""
-        lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-        return [row for row in map(json.loads, lines) if row["kind"] == kind and self.key.items() <= row.items()]
+        """The results of this study: those of the project, and those below `out`."""
+        files = [file for file in (RESULTS, self.folder() / "results.jsonl") if file.exists()]
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [row for row in rows if row["kind"] == kind and self.key.items() <= row.items()]
+
+    def truth(self):
+        """The trainings of the candidates, [{"architecture", "acc1"}]."""
+        wanted = set(self.candidates)
+        return [row for row in self.given or self.rows() if tuple(row["architecture"]) in wanted]
+
+    def scored(self):
+        """{(seed, rule, steps): row} of the supernets that have scored all candidates which they train."""
+        found = {}
+        for row in self.rows("supernet"):
+            wanted = {c for c in self.candidates if trains(row.get("rule", PAPER), self.space, c)}
+            if wanted <= {tuple(score["architecture"]) for score in row["scores"]} and not row.get("heldout"):
+                found[row["seed"], row.get("rule", PAPER), row["steps"] or self.steps] = row
+        return found
 
     def done(self):
-        """The keys of its tasks in RESULTS."""
-        names = {"training": ("architecture", "seed"), "supernet": ("seed", "steps", "heldout")}
-        return [[self.name, k, *map(row.get, names[k])] for k in names for row in self.rows(k)]
+        """The keys of its tasks that have results."""
+        trained = [["training", row["architecture"], row["seed"]] for row in self.rows()]
+        return [[self.name, *key] for key in trained + [["supernet", *key] for key in self.scored()]]
 
     def keep(self, kind, row):
         row = {"kind": kind, **self.key, **row, "versions": utils.versions(), "commit": utils.commit()}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with open(RESULTS, "a") as file:
+        self.folder().mkdir(parents=True, exist_ok=True)
+        with open(self.folder() / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
     # --- its tasks --------------------------------------------------------------------------------------------
 
-    def trainings(self, out):
-        """The Tasks [study, "training", candidate, seed]: all candidates, the first ones with two seeds."""
-        for i, candidate in enumerate(self.legal(CANDIDATES)):
-            for seed in (0, 1) if i < REPEATED else (0,):
-                folder = self.folder(out) / "alone" / f"{''.join(map(str, candidate))}-{seed}"
-                key = [self.name, "training", list(candidate), seed]
-                words = [*self.words, "--seed", seed, *study.of_steps(self.iterations)]
-                yield study.retraining(key, words, self.space.to_architecture(candidate), folder)
+    def trainings(self, out=None):
+        """The Tasks [study, "training", candidate, seed]: all candidates, then the first ones with another seed."""
+        if self.given:
+            return
+        for candidate, seed in [(c, 0) for c in self.candidates] + [(c, 1) for c in self.candidates[: self.repeats]]:
+            folder = self.folder(out) / "alone" / f"{''.join(map(str, candidate))}-{seed}"
+            key = [self.name, "training", list(candidate), seed]
+            words = [*self.words, "--seed", seed, *study.of_steps(self.iterations)]
+            yield study.retraining(key, words, self.space.to_architecture(candidate), folder)
 
-    def supernet(self, seed, out, steps=None, heldout=None):
-        """The Task [study, "supernet", seed, steps, heldout].
-
-        It trains a supernet for `steps`, with `heldout` images of a class held out; by default as the file says.
-        """
+    def supernet(self, seed, out=None, rule=PAPER, steps=None):
+        """The Task [study, "supernet", seed, rule, steps]; `steps` are by default those of the file."""
         words, name = [*self.words, "--seed", seed, *study.ONE_THREAD], str(seed)
-        if steps:
-            words += ["--iterations", steps, "--val-every", steps]
+        if rule != PAPER:
+            words += ["--rule", rule]
+            name = f"{rule}-{name}"
+        if steps and steps != self.steps:
+            warmup = round(self.training.warmup * steps / self.steps)  # the learning rate keeps its course
+            words += ["--iterations", steps, "--warmup", warmup, "--val-every", steps]
             name += f"-{steps}"
-        if heldout:
-            words += ["--heldout-per-class", heldout]
-            name += f"-heldout-{heldout}"
         command = study.Command("supernet.py", words, self.folder(out) / name)
-        return study.Task([self.name, "supernet", seed, steps, heldout], command)
+        return study.Task([self.name, "supernet", seed, rule, steps or self.steps], command)
 
     def keep_task(self, task):
-        """Keeps what a task of the two kinds has found: of a supernet, the scores of the candidates in it."""
+        """Keeps what a task of the two kinds has found: of a supernet, the scores of the candidates that it trains."""
         kind, *key = task.key[1:]
         if kind == "training":
             return self.keep(kind, task.numbers() | {"seed": key[1]})
-        seed, steps, heldout = key
-        words = [*self.words, "--out", str(task.command.folder), "--threads", "1"]
-        if heldout:
-            words += ["--heldout-per-class", str(heldout)]
-        args = tester.parse_args(words)
-        supernet, calibration, validation = tester.open_supernet(args)
-        measured = evaluate(supernet, self.legal(CANDIDATES), calibration, validation, args.bn)
+        seed, rule, steps = key
+        args = tester.parse_args([*self.words, "--out", str(task.command.folder), "--threads", "1"])
+        model, calibration, validation = tester.open_supernet(args)
+        wanted = [c for c in self.candidates if trains(rule, self.space, c)]
+        measured = evaluate(model, wanted, calibration, validation, args.bn)
         scores = [{name: m[name] for name in ("architecture", "acc1", "loss")} for m in measured]
-        row = {"seed": seed, "steps": steps, "heldout": heldout, "n_images": measured[0]["n_images"]}
+        row = {"seed": seed, "rule": rule, "steps": steps, "n_images": measured[0]["n_images"] if measured else 0}
         self.keep(kind, row | {"cpu_seconds": task.command.cpu_seconds, "scores": scores})
 
+    def supernets(self, rules, seeds, steps):
+        """The Tasks of all supernets, seed by seed."""
+        parts = {part: n for rule in rules for part, n in self.share(rule, steps).items()}
+        return [self.supernet(seed, rule=part, steps=n) for seed in range(seeds) for part, n in parts.items()]
 
-# --- report ---------------------------------------------------------------------------------------------------
+    def share(self, rule, steps):
+        """{part: its steps} of a rule whose parts share the CPU-seconds of `steps` of the paper's rule."""
+        parts = rule.split("+")
+        return {part: max(1, round(steps / len(parts) / self.cost(part))) for part in parts}
 
-
-def summary(of):
-    """The numbers of a Study's row in the table; those that need what is missing are left out."""
-    rows = of.rows()
-    by_key = {(tuple(row["architecture"]), row["seed"]): row for row in rows}
-    first = {c: row["acc1"] for (c, seed), row in by_key.items() if seed == 0}
-    pairs = [(first[c], row["acc1"]) for (c, seed), row in by_key.items() if seed == 1 and c in first]
-    found = {"study": of.name, "candidates": len(first), "pairs": len(pairs)}
-    if len(first) < 2 or len(pairs) < 2:
-        return found
-    found["mean"] = statistics.fmean(first.values())
-    found["spread"] = [min(first.values()), max(first.values())]
-    found["sd"] = statistics.stdev(first.values())
-    found["sd_of_trainings"] = (statistics.fmean((a - b) ** 2 for a, b in pairs) / 2) ** 0.5
-    found["ratio"] = found["sd"] / found["sd_of_trainings"]
-    found["cpu_seconds"] = statistics.median(row["cpu_seconds"] for row in rows)
-    found["most_cpu_seconds"] = max(row["cpu_seconds"] for row in rows)
-    true = [statistics.fmean(row["acc1"] for (other, _), row in by_key.items() if other == c) for c in first]
-    found["tau_flops"] = study.agreement([[of.space.flops(c) for c in first]], true)
-    found["tau_params"] = study.agreement([[of.space.params(c) for c in first]], true)
-    found["supernets"] = []
-    for row in of.rows("supernet"):
-        scores = {tuple(s["architecture"]): s for s in row["scores"]}
-        found["supernets"].append({
-            **{name: row[name] for name in ("seed", "steps", "n_images", "cpu_seconds")},
-            "mean": statistics.fmean(s["acc1"] for s in scores.values()),
-            "tau_top1": study.agreement([[scores[c]["acc1"] for c in first]], true),
-            "tau_loss": study.agreement([[-scores[c]["loss"] for c in first]], true),
-        })  # fmt: skip
-    return found
+    def cost(self, rule):
+        """How many steps of the paper's rule cost as much CPU time as one of this rule; measured once."""
+        if rule == PAPER:
+            return 1.0
+        path = self.folder() / "costs.json"
+        known = study.read(path)
+        if rule not in known:
+            known[rule] = relative_cost([*self.words, *map(str, study.ONE_THREAD)], self.space, rule)
+            self.folder().mkdir(parents=True, exist_ok=True)
+            study.write(path, known)
+        return known[rule]
 
 
-def ranges(of, latency=True):
-    """{cost: the highest over the lowest among LEGAL random legal candidates, and that of their middle 90%}."""
-    space = of.space
-    names = ["flops", "params"]
-    if latency:
-        torch.set_num_threads(1)
-        space = with_latency(space, measure_table(open_runtime("torch", space, 1, torch.device("cpu"))))
-        names.append("latency")
-    legal = of.legal(LEGAL, seed=1)
-    found = {}
-    for name in names:
-        costs = np.array([space.cost(name, c) for c in legal])
-        low, high = np.quantile(costs, (0.05, 0.95))
-        found[name] = [float(costs.max() / costs.min()), float(high / low)]
-    return found
+def trains(rule, space, candidate):
+    """Whether a rule trains a candidate: with a `trains(space, candidate)` of its own, it may leave some out."""
+    return getattr(find_rule(rule), "trains", lambda *_: True)(space, candidate)
 
 
-def print_report(studies):
-    for each in studies:
-        if not each.rows("ranges"):
-            each.keep("ranges", {"ranges": ranges(each)})
-        print(json.dumps({**summary(each), "ranges": each.rows("ranges")[-1]["ranges"]}, indent=1))
+def relative_cost(words, space, rule):
+    """CPU time of a step of a rule over that of the paper's, medians of steps in turns, with their images."""
+    args = supernet.parse_args(words)
+    start = Start("supernet", vars(args), given_config(vars(args)))
+    loader = start.loader("supernet", augment=True)
+    batches = loader.batches(training_plan(len(loader.images), args.batch_size, 0, 0, 2 * ROUNDS * EACH))
+    steps = [Step(ShuffleNetV2OneShot(space=space).train(), start.training, start.device, 0, r) for r in (PAPER, rule)]
+    spent, rng = ([], []), random.Random(0)
+    for turn in range(ROUNDS):
+        for step, seconds in zip(steps, spent):
+            began = time.process_time()
+            for i in range(EACH):
+                step.train_one_step(1 + turn * EACH + i, *next(batches), space.random_candidate(rng))
+            seconds.append(time.process_time() - began)
+    paper, other = (statistics.median(seconds[ROUNDS // 4 :]) for seconds in spent)
+    return round(other / paper, 3)
+
+
+def read_truth(path, space):
+    """The rows {"architecture", "acc1"} of a file of accuracies; of networks that the demo's trained longest."""
+    if pathlib.Path(path).name == macro.TRUTH.name:
+        published = macro.load_truth()
+        found = [(network, acc1) for network in macro.some_distinct() for acc1 in published[network]["test_acc"]]
+        rows = [{"architecture": [*map(int, network)], "acc1": acc1} for network, acc1 in found]
+    else:
+        content = utils.read_json(path)
+        try:
+            longest = max(row.get("iterations", 0) for row in content["rows"])
+            rows = [row for row in content["rows"] if row.get("iterations", 0) == longest and "acc1" in row]
+            rows = [row for row in rows if row["architecture"] != content.get("largest")]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise utils.UserError(f"--truth {path}: no JSON with rows of architecture, seed and acc1") from None
+    for row in rows:
+        space.check(row["architecture"])
+    return rows
+
+
+# --- the page -------------------------------------------------------------------------------------------------
+
+
+def regret(predictors, truth):
+    """[by how much the candidate that is picked is worse than the best, low, high]: mean over `predictors`."""
+    *rows, true = np.array([*predictors, truth], float)
+
+    def statistic(networks):
+        best = true[networks].max()
+        return statistics.fmean(best - true[networks][row[networks].argmax()] for row in rows)
+
+    return study.bootstrap(statistic, len(true))
+
+
+def regret_of_random(truth, k):
+    """As `regret`, of the best of `k` random candidates that are trained alone, in the mean over all draws."""
+    true, n = np.array(truth, float), len(truth)
+    shares = np.array([math.comb(i, k - 1) / math.comb(n, k) for i in range(n)])  # the i lower ones have the rest
+
+    def statistic(networks):
+        ordered = np.sort(true[networks])
+        return float(ordered[-1] - shares @ ordered)
+
+    return study.bootstrap(statistic, n)
+
+
+def gain(predictors, others, truth):
+    """The paired difference of tau, with its interval; "none" if that holds 0, or if the seeds differ in its sign."""
+    mean, low, high = study.agreement(predictors, truth, others)
+    signs = {np.sign(study.tau(a, truth) - study.tau(b, truth)) for a, b in zip(predictors, others)}
+    return "none" if low <= 0 <= high or len(signs) > 1 else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def noise(accuracies):
+    """(standard deviation between candidates, between trainings of one, tau of two trainings); nan if unknown."""
+    several = [acc1 for acc1 in accuracies if len(acc1) > 1]
+    within = statistics.fmean(map(statistics.variance, several)) ** 0.5 if several else math.nan
+    tau = study.tau(*zip(*(acc1[:2] for acc1 in several))) if len(several) > 2 else math.nan
+    return statistics.stdev(acc1[0] for acc1 in accuracies), within, tau
+
+
+def rows_of_rules(of, rules, scores, seeds, steps, networks, true):
+    """The rows of the table for each rule and score, and the mean CPU-seconds of the first rule's supernets."""
+    supernets, first, rows, costs = of.scored(), {}, [], []
+    for rule in rules:
+        share, found, seconds = of.share(rule, steps), {}, []
+        for seed in range(seeds):
+            parts = [supernets.get((seed, *part)) for part in share.items()]
+            if all(parts):
+                found[seed] = {tuple(score["architecture"]): score for part in parts for score in part["scores"]}
+                seconds.append(sum(part["cpu_seconds"] for part in parts))
+        if not found:
+            continue
+        costs.append(statistics.fmean(seconds))
+        top1 = ", ".join(f"{statistics.fmean(one[c]['acc1'] for c in networks):.1f}" for one in found.values())
+        for score in scores:
+            values = {seed: [SCORES[score](one[c]) for c in networks] for seed, one in found.items()}
+            before = first.setdefault(score, values)
+            pairs = [(values[seed], before[seed]) for seed in values.keys() & before.keys()]
+            more = gain(*zip(*pairs), true) if pairs and rule != rules[0] else ""
+            cells = more, top1, " + ".join(map(str, share.values())), f"{costs[-1]:.0f}"
+            rows.append(row(f"{rule}, {score}", [*values.values()], true, *cells))
+    return rows, costs[0] if costs else None
+
+
+def row(name, predictors, true, *cells):
+    """A row of the table: tau, regret, tau of each list of predictors, and more cells."""
+    seeds = ", ".join(f"{study.tau(one, true):.2f}" for one in predictors)
+    return [name, study.interval(study.agreement(predictors, true)), study.interval(regret(predictors, true)),
+            seeds if len(predictors) > 1 else "", *cells]  # fmt: skip
+
+
+def page(of, rules, scores, seeds, steps):
+    """The page of a Study, as Markdown, of what is done by now."""
+    trained = of.truth()
+    accuracies = {c: [one["acc1"] for one in trained if tuple(one["architecture"]) == c] for c in of.candidates}
+    accuracies = {c: found for c, found in accuracies.items() if found}
+    head = f"# How well a supernet ranks {of.name}\n"
+    if len(accuracies) < 2:
+        return f"{head}\nFewer than two candidates are trained: there is nothing to compare yet.\n"
+    networks, true = list(accuracies), list(map(statistics.fmean, accuracies.values()))
+    rows, seconds = rows_of_rules(of, rules, scores, seeds, steps, networks, true)
+    costs = {"FLOPs": of.space.flops, "parameters": of.space.params}
+    for name, cost in costs.items():
+        values = list(map(cost, networks))
+        rows.append(row(f"{name}, {max(values) / min(values):.1f}-fold", [values], true))
+    rows.append(["a random candidate", "", study.interval(regret_of_random(true, 1))])
+    each = [one["cpu_seconds"] for one in trained if "cpu_seconds" in one]
+    training = statistics.median(each) if each else math.nan
+    if each and seconds:
+        n = min(len(true), max(1, round(seconds / training)))
+        name = f"random search: the best of {n}, trained alone"
+        rows.append([name, "", study.interval(regret_of_random(true, n)), *4 * [""], f"{n * training:.0f}"])
+    between, within, tau = noise(accuracies.values())
+    titles = ("ranked by", "tau", "regret of the pick", "tau by seed", f"gain in tau over {rules[0]}",
+              "mean top-1 in the supernet, by seed", "steps", "CPU-seconds")  # fmt: skip
+    return f"""{head}
+{len(true)} candidates, {sum(len(found) > 1 for found in accuracies.values())} of them trained more than once, \
+{training:.0f} CPU-seconds each (median): top-1 {statistics.fmean(true):.2f} ({min(true):.2f} to {max(true):.2f}).
+Standard deviation between candidates {between:.2f}, between trainings of one {within:.2f}: ratio \
+{between / within if within else math.nan:.1f}. Two trainings rank them with a tau of {tau:.2f}.
+
+{study.table(titles, [cells + [""] * (len(titles) - len(cells)) for cells in rows])}
+
+Tau is Kendall's. The regret of a pick is by how many points of top-1 it is below the best of these candidates. 95%
+intervals: bootstrap over the candidates, of gains paired; "none" if it holds 0, or if the seeds differ in the sign.
+"""
 
 
 def parse_args(argv=None):
-    defaults = {"--jobs": 1, "--seconds": 1e9, "--out": study.ROOT / "demo" / "spaces"}
-    parser = study.parser(__doc__, defaults)
-    parser.add_argument("files", nargs="*", default=SETTINGS, metavar="FILE")
-    parser.add_argument("--supernet", type=int, nargs="+", default=[], metavar="SEED", help="train supernets, too")
-    parser.add_argument("--steps", type=int, metavar="N", help="of these supernets, if not those of the file")
-    parser.add_argument("--heldout-per-class", type=int, metavar="N", help="if not those of the file")
-    parser.add_argument("--report", action="store_true", help="print the numbers of docs/experiments.md")
-    parser.add_argument(
-        "--more", nargs=argparse.REMAINDER, default=[], help="flags of both scripts, such as --data-dir"
-    )
-    return parser.parse_args(argv)
+    parser = study.parser(__doc__, {"--jobs": 1, "--seconds": 1e9, "--out": OUT, "--seeds": 2})
+    parser.add_argument("file", metavar="FILE", help="settings, with a space")
+    parser.add_argument("--own", metavar="FILE", help="own operations and rules")
+    parser.add_argument("--rules", nargs="+", default=[PAPER], help=f"of the supernets (default: {PAPER})")
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=SCORES, help="default: all")
+    parser.add_argument("--steps", type=count(), help="of a supernet by the paper's rule (default: of the file)")
+    text = f"default: {CANDIDATES}, or all of --truth"
+    parser.add_argument("--candidates", type=count(2, 1_000_000), metavar="N", help=text)
+    text = f"candidates that are trained twice (default: {REPEATED})"
+    parser.add_argument("--repeats", type=count(0), default=REPEATED, metavar="N", help=text)
+    parser.add_argument("--truth", type=pathlib.Path, metavar="FILE", help="accuracies that are known")
+    options, more = parser.parse_known_args(argv)
+    return argparse.Namespace(**vars(options), more=more)
 
 
 def main(options):
-    studies = {each.name: each for each in (Study(path, options.more) for path in options.files)}
-    other = options.out, options.steps, options.heldout_per_class
-    tasks = [each.supernet(seed, *other) for each in studies.values() for seed in options.supernet]
-    in_turns = itertools.zip_longest(*(each.trainings(options.out) for each in studies.values()))
-    tasks += [task for turn in in_turns for task in turn if task]
-
-    def done():
-        return [key for each in studies.values() for key in each.done()]
-
-    def keep(task):
-        studies[task.key[0]].keep_task(task)
-        print(f"{task.key}: kept", flush=True)
-
+    torch.set_num_threads(1)
+    of = Study(options.file, options.more, options.out.resolve(), options.own, options.truth, options.candidates,
+               options.repeats)  # fmt: skip
+    for rule in options.rules:
+        if not all(any(trains(part, of.space, c) for part in rule.split("+")) for c in of.candidates):
+            raise utils.UserError(f"--rules {rule}: does not train all candidates; join by + those that share them")
+    steps = options.steps or of.steps
     with study.interruptible():
-        study.run(lambda: tasks, done, keep, options.jobs, time.time() + options.seconds)
-    if options.report:
-        print_report(studies.values())
+        tasks = [*of.trainings(), *of.supernets(options.rules, options.seeds, steps)]
+
+        def keep(task):
+            of.keep_task(task)
+            print(f"{task.key}: kept", flush=True)
+
+        study.run(lambda: tasks, of.done, keep, options.jobs, time.time() + options.seconds)
+        text = page(of, options.rules, options.scores, options.seeds, steps)
+        with utils.atomic_write(of.folder() / "report.md") as file:
+            file.write(text)
+        print(f"{text}\n{of.folder() / 'report.md'}")
 
 
 if __name__ == "__main__":

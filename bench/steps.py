@@ -1,20 +1,38 @@
 """Steps that bench/gpu.py measures: the official way, this project's with all settings, and what a step is made of.
 
+    python -m bench.steps [--rounds 5]      small images on a CPU: loading, and steps with it, in CPU-microseconds an
+                                            image, before and after memory is kept and images lie in it (small.json)
+
 The floor is the time of a step if the convolutions ran at the rate of a large matrix product, and if each convolution
 wrote and read its activations once in each of the three passes (forward, gradient of input, gradient of weights) at
 the rate of a copy.
 """
 
+import argparse
 import functools
+import multiprocessing
+import os
+import pathlib
+import random
 import runpy
+import statistics
+import tempfile
+import time
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
+import utils
 from bench import study
 from bench.study import memory_mb, seconds
+from dataloader import Loader
+from images import bundled
+from images.dataset import DataConfig, scan, training_plan
 from network import ShuffleNetV2, ShuffleNetV2OneShot, autocast, batch_norms
 from settings.subjects import Training
+from space.custom import make_space
 from training.compiled import CompiledStep
 from training.evaluation import correct_counts
 from training.step import Step, begin_momentum, parameter_groups
@@ -243,3 +261,101 @@ def floors_ms(space, path, batch_size, multiply_adds_per_s, bytes_per_s, bytes_p
             conv.register_forward_hook(add)
         network(torch.empty(1, 3, space.input_size, space.input_size))
     return floors
+
+
+# --- small images on a CPU -------------------------------------------------------------------------------------
+
+PX, BATCH_SIZE, N_IMAGES = 32, 64, 1920
+TRANSFORMS = {"crops": {"crop_scale": (0.8, 1)}, "shifts": {"crop_padding": 4}}
+SPACES = {"varied": (PX, 64), "small": (PX, 64), "demo.yml": (28, 64), "blocks": (224, 16)}  # px, images of a step
+KEPT = {True: "memory kept", False: "memory returned"}
+# (memory is kept, space or None, loader or None, its transform); with a loader, the step is that of its images.
+LOADING = [(True, None, loader, how) for how in TRANSFORMS for loader in ("torchvision", "dali", "memory")]
+STEPS = [(kept, space, None, None) for space in SPACES for kept in KEPT]
+BOTH = [(loader == "memory", "varied", loader, how) for _, _, loader, how in LOADING]
+
+
+def draw_images(folder):
+    """N_IMAGES PNG files of 32 px of ten classes: as CIFAR-10's, each channel of another bundled image."""
+    files = sorted((bundled.unpack(study.ROOT / "data" / "fashion-mnist") / "train").glob("*/*"))
+    rng = np.random.default_rng(0)
+    for i in range(N_IMAGES):
+        path = pathlib.Path(folder, f"c{i % 10}", f"{i}.png")
+        path.parent.mkdir(exist_ok=True)
+        channels = [Image.open(file).convert("L").resize((PX, PX)) for file in rng.choice(files, 3)]
+        Image.merge("RGB", channels).save(path)
+
+
+class Measured:
+    """In a process of its own: CPU-microseconds an image, of all threads, by the rows above."""
+
+    def __init__(self, folder):
+        torch.set_num_threads(1)
+        self.images = scan(folder)
+        self.cache = f"{folder}/cache"
+        self.rng = random.Random(0)
+
+    @functools.cache  # noqa: B019
+    def way(self, name):
+        px, n = SPACES[name]
+        file = str(study.ROOT / name) if name.endswith("yml") else name
+        return Way(make_space(file, input_size=px, n_classes=10), torch.device("cpu"), n)
+
+    @functools.cache  # noqa: B019
+    def batches(self, loader, transform):
+        """Batches without an end, made in this process."""
+        config = DataConfig(PX, PX, jitter=0, **TRANSFORMS[transform])
+        made = Loader(self.images, config, True, device="cpu", backend=loader, workers=0, cache=self.cache)
+        return made.batches(training_plan(N_IMAGES, BATCH_SIZE, 0))
+
+    def measure(self, space, loader, transform, repeats):
+        way = space and self.way(space)
+        start = time.process_time()
+        for _ in range(repeats):
+            batch = next(self.batches(loader, transform)) if loader else (way.images, way.labels)
+            if way:
+                way.steps += 1
+                way.stepper.train_one_step(way.steps, *batch, way.space.random_candidate(self.rng))
+        return 1e6 * (time.process_time() - start) / repeats / (way.n if way else BATCH_SIZE)
+
+
+def serve(folder, connection):
+    """Measures what is asked for, until there is nothing more."""
+    measured = Measured(folder)
+    while asked := connection.recv():
+        connection.send(measured.measure(*asked))
+    connection.send(memory_mb(torch.device("cpu")))
+
+
+def main(options):
+    rows = {row: [] for row in (*LOADING, *STEPS, *BOTH)}
+    context = multiprocessing.get_context("spawn")  # which sets malloc's options, if at all, before torch is imported
+    with tempfile.TemporaryDirectory() as folder:
+        draw_images(folder)
+        asks = {}
+        for kept in KEPT:
+            os.environ["SPOS_KEEP_MEMORY"] = str(int(kept))
+            asks[kept], answers = context.Pipe()
+            context.Process(target=serve, args=(folder, answers), daemon=True).start()
+        for number in range(options.rounds + 1):  # the first is a warm-up
+            for kept, space, loader, how in rows:
+                repeats = max(1, options.images // (SPACES[space][1] if space else BATCH_SIZE))
+                asks[kept].send((space, loader, how, max(1, repeats // 8) if space == "blocks" else repeats))
+                found = asks[kept].recv()
+                rows[kept, space, loader, how] += [found] * bool(number)
+        for ask in asks.values():
+            ask.send(None)
+        peaks = {KEPT[kept]: round(ask.recv()) for kept, ask in asks.items()}
+    medians = {row: statistics.median(found) for row, found in rows.items()}
+    for (kept, *of), us in medians.items():
+        print(study.line([*(x or "" for x in of), KEPT[kept], f"{us:.0f}"]))
+    found = [{"memory": KEPT[kept], "space": space, "loader": loader, "transform": how, "us": study.rounded(us)}
+             for (kept, space, loader, how), us in rows.items()]  # fmt: skip
+    study.write(study.RESULTS / "small.json", {"peak_mb": peaks, "rows": found}, indent=1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="of all rows in turns (default: 5)")
+    parser.add_argument("--images", type=int, default=960, help="of a row in a round (default: 960)")
+    utils.run_script(main, parser.parse_args)

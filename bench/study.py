@@ -44,7 +44,8 @@ FLAGS = {  # that several studies have: their type, and what they mean
 
 def parser(doc, defaults, devices=("auto", "cpu", "cuda"), device=None):
     """An ArgumentParser with the text of a module, those of FLAGS that have `defaults`, and --device if it has one."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
     for flag, default in defaults.items():
         kind, text = FLAGS[flag]
         shown = "" if default is None else f" (default: {default})"
@@ -90,13 +91,19 @@ def rounded(value):
 
 
 def random_legal(space, bounds, n, seed=0):
-    """`n` different candidates, uniform among those within the bounds, {cost: (low, high)}."""
-    limits, rng, found = Limits(space, bounds), random.Random(seed), {}
+    """`n` different networks, uniform among the candidates within the bounds, {cost: (low, high)}.
+
+    Raises UserError if so many are not to be found.
+    """
+    limits, rng, found, draws = Limits(space, bounds), random.Random(seed), {}, 0
     while len(found) < n:
         candidate = space.random_candidate(rng)
+        draws += 1
         if not limits.excess(candidate):
-            found[candidate] = None
-    return list(found)
+            found.setdefault(space.canonical(candidate), candidate)
+        if draws > 1000 * n + 10_000:
+            raise utils.UserError(f"{n} candidates are asked for, but within the limits there are about {len(found)}")
+    return list(found.values())
 
 
 def largest_legal(space, most):
@@ -294,19 +301,29 @@ def tau(a, b):
     return float(kendalltau(a, b).statistic)
 
 
-def agreement(predictors, truth, baseline=None):
+def agreement(predictors, truth, others=None):
     """[Kendall's tau with the truth, low, high]: the mean over `predictors` (a list for each seed).
 
-    The 95% interval is that of a bootstrap over the networks. With `baseline`, a list, the paired difference from that
-    one's tau, and its interval.
+    The 95% interval is that of a bootstrap over the networks. With `others`, a list or one for each seed, the paired
+    difference from the mean of their taus, and its interval.
     """
-    rows = np.array([*predictors, truth if baseline is None else baseline, truth], float)
+    rows, true = np.array(predictors, float), np.array(truth, float)
+    others = np.empty((0, len(true))) if others is None else np.atleast_2d(np.array(others, float))
 
     def statistic(networks):
-        *scores, other, true = rows[:, networks]
-        mean = statistics.fmean(tau(score, true) for score in scores)
-        return mean if baseline is None else mean - tau(other, true)
+        means = [statistics.fmean(tau(row[networks], true[networks]) for row in some) for some in (rows, others)
+                 if len(some)]  # fmt: skip
+        return means[0] - sum(means[1:])
 
-    n = rows.shape[1]
-    taus = [statistic(draw) for draw in np.random.default_rng(0).integers(n, size=(DRAWS, n))]
-    return [statistic(range(n)), *np.nanquantile(taus, (0.025, 0.975)).tolist()]
+    return bootstrap(statistic, len(true))
+
+
+def bootstrap(statistic, n):
+    """[statistic, low, high] of `n` networks: the 95% interval of a bootstrap; `statistic` takes their indices."""
+    found = [statistic(draw) for draw in np.random.default_rng(0).integers(n, size=(DRAWS, n))]
+    return [statistic(np.arange(n)), *np.nanquantile(found, (0.025, 0.975)).tolist()]
+
+
+def interval(row):
+    """A value and its interval, as text."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*row)

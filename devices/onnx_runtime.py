@@ -121,11 +121,10 @@ class Graphs:
             part = cut.extract_model([f"input{i}"], [f"output{i}"])
             _compare(key, part, module, example)
             graphs[key] = part.graph
-        n = len(space.choice_flops[0])
         # Each block has tensors of its own, as in a network.
         self.blocks = [
-            [onnx.compose.add_prefix_graph(graphs[space.operations[choice], shape], f"{block}/") for choice in range(n)]
-            for block, shape in enumerate(space.blocks)
+            [onnx.compose.add_prefix_graph(graphs[name, shape], f"{block}/") for name in names]
+            for block, (names, shape) in enumerate(zip(space.block_operations, space.blocks))
         ]
         self.stem = onnx.compose.add_prefix_graph(graphs["stem", None], "stem/")
         self.head = onnx.compose.add_prefix_graph(graphs["head", None], "head/")
@@ -134,12 +133,13 @@ class Graphs:
         """{(name of an operation, BlockShape) or (name of another part, None): (module, example of its input)}."""
         space = self.space
         found = {}
-        for choice, name in enumerate(space.operations):
-            network = build(space, space.uniform_candidate(choice), torch.device("cpu"))
-            for module, shape in zip(network.features, space.blocks):
+        for choice in range(max(space.n_choices)):
+            candidate = space.uniform_candidate(choice)
+            network = build(space, candidate, torch.device("cpu"))
+            for module, shape, (name, _) in zip(network.features, space.blocks, space.chosen(candidate)):
                 found.setdefault((name, shape), (module, _example(shape.in_channels, shape.in_size)))
         last = space.blocks[-1]
-        found["stem", None] = network.first_conv, _example(3, space.input_size)
+        found["stem", None] = network.first_conv, _example(space.image_channels, space.input_size)
         found["head", None] = _Head(network), _example(last.out_channels, last.out_size)
         return found
 

@@ -125,25 +125,25 @@ def predict(space, table, fixed, candidates):
 
 
 def evenly(space, rng):
-    """Random candidates that have every choice at every block equally often, PER_UNKNOWN for each unknown of `fit`."""
-    n = len(space.choice_flops[0])
-    unknowns = 1 + space.n_blocks * (n - 1)
-    return [row for _ in range(math.ceil(PER_UNKNOWN * unknowns / n)) for row in rows(rng, n, space.n_blocks)]
+    """Random candidates that have every choice of a block equally often, or nearly where blocks offer different numbers
+    of them; PER_UNKNOWN for each unknown of `fit`."""
+    unknowns = 1 + sum(n - 1 for n in space.n_choices)
+    return [row for _ in range(math.ceil(PER_UNKNOWN * unknowns / max(space.n_choices)))
+            for row in rows(rng, space.n_choices)]  # fmt: skip
 
 
 def fit(space, candidates, measured):
     """(ns of every choice at every block beyond the block's fastest choice, ns that all candidates have in common) that
     fit the latencies of candidates best, by least squares."""
-    n = len(space.choice_flops[0])
-    blocks = np.arange(space.n_blocks)
-    has = np.zeros((len(candidates), space.n_blocks, n))  # whether a candidate has a choice at a block
-    for row, candidate in zip(has, candidates):
-        row[blocks, space.block_choices(candidate)] = 1
-    columns = np.concatenate([np.ones((len(candidates), 1)), has.reshape(len(candidates), -1)], axis=1)
+    ends = np.cumsum(space.n_choices)
+    columns = np.zeros((len(candidates), 1 + ends[-1]))  # 1, and whether a candidate has a choice at a block
+    columns[:, 0] = 1
+    for row, candidate in zip(columns, candidates):
+        row[1 + ends - space.n_choices + space.block_choices(candidate)] = 1
     common, *found = np.linalg.lstsq(columns, np.array(measured, float), rcond=None)[0]
-    found = np.reshape(found, (space.n_blocks, n))
-    fastest = found.min(axis=1, keepdims=True)
-    return np.rint(found - fastest).astype(int).tolist(), round(common + fastest.sum())
+    found = np.split(np.array(found), ends[:-1])
+    table = [np.rint(block - block.min()).astype(int).tolist() for block in found]
+    return table, round(common + sum(block.min() for block in found))
 
 
 def measure_like(table, space, candidates, folder=None):

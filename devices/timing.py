@@ -10,6 +10,7 @@ import itertools
 import statistics
 import time
 
+import numpy as np
 import torch
 
 from devices.on_device import RUN_NS, cpu_name
@@ -34,8 +35,8 @@ def build(space, candidate, device):
 
 
 def random_images(space, batch_size, device):
-    """Random images (batch_size, 3, input_size, input_size), channels last."""
-    size = (batch_size, 3, space.input_size, space.input_size)
+    """Random images (batch_size, channels, input_size, input_size), channels last."""
+    size = (batch_size, space.image_channels, space.input_size, space.input_size)
     return torch.randn(size, device=device).to(memory_format=torch.channels_last)
 
 
@@ -151,10 +152,10 @@ class Parts:
         space = runtime.space
         self.runtime = runtime
         self.rng = rng
-        n = len(space.choice_flops[0])
         # A network for each choice; random networks are made of their blocks.
+        n = max(space.n_choices)
         self.whole = [build(space, space.uniform_candidate(choice), runtime.device) for choice in range(n)]
-        self.ratios = [[[] for _ in range(n)] for _ in range(space.n_blocks)]
+        self.ratios = [[[] for _ in range(n)] for n in space.n_choices]
         self.ends = []  # stem and head together
         self.seconds = 0.0
 
@@ -162,7 +163,7 @@ class Parts:
         stem = self.whole[0].first_conv
         head = self.whole[0].head
         runtime = self.runtime
-        for choices in rows(self.rng, len(self.whole), len(self.ratios)):
+        for choices in rows(self.rng, runtime.space.n_choices):
             parts = [stem, *(self.whole[choice].features[block] for block, choice in enumerate(choices)), head]
             run_timed(parts, runtime.x)
             for _ in range(runtime.RUNS):
@@ -179,9 +180,17 @@ class Parts:
         return table, round(statistics.median(self.ends) * usual)
 
 
-def rows(rng, n_choices, n_blocks):
-    """As many random rows as there are choices, which together have each choice at each block once."""
-    return list(zip(*(rng.permutation(n_choices).tolist() for _ in range(n_blocks))))
+def rows(rng, n_choices):
+    """As many random rows as a block has choices at most, which together have each choice at each block once.
+
+    `n_choices` is the number of choices of each block; where it is lower, some choices come more often.
+    """
+    n = max(n_choices)
+
+    def column(choices):
+        return np.concatenate([rng.permutation(choices) for _ in range(-(-n // choices))])[:n].tolist()
+
+    return list(zip(*map(column, n_choices)))
 
 
 def rounds(most, seconds, fewest):

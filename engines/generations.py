@@ -94,8 +94,8 @@ def reliability_text(results):
 def first_generation_warning(results, n_classes):
     """A line that says that the first generation's candidates can't be told apart, or None.
 
-    Compares them with chance, their spread with the standard error of one top-1 on as many images, and their
-    reliability with one half.
+    Compares them with chance, their spread with the standard error of one top-1 in the mean, and their reliability with
+    one half.
     """
     generation = Generation(1, results, closed=True)
     if len(generation.succeeded) < 2:
@@ -105,6 +105,9 @@ def first_generation_warning(results, n_classes):
     chance = 100 / n_classes
     at_chance = mean <= chance + 3 * (chance * (100 - chance) / n) ** 0.5
     noise = (mean * (100 - mean) / n) ** 0.5
+    by_groups = [r["acc1_error"] ** 2 for r in generation.succeeded if "acc1_error" in r]
+    if by_groups:
+        noise = statistics.fmean(by_groups) ** 0.5
     value, *_ = reliability(results) or (1.0,)
     if not at_chance and sd > noise and value >= 0.5:
         return None
@@ -113,7 +116,7 @@ def first_generation_warning(results, n_classes):
         return f"{found} chance is {chance:.2f}%: train the supernet longer"
     by_loss = "score" in generation.best
     helps = ", ".join(text for text in HELPS if not (by_loss and text == "--rank-by loss"))
-    found += f" {n} images measure each to {noise:.2f} points"
+    found += f" {n} images{' in groups' * bool(by_groups)} measure each to {noise:.2f} points"
     if value < 0.5:
         found += f"; {reliability_text(results)}"
     return f"{found}: what helps, in this order: {helps}"

@@ -30,7 +30,8 @@ class SearchRecord:
     there; one process at a time may have it.
 
         acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5, loss,
-                                   n_images, seconds, and error where it failed (acc1 null); params and latency_ms
+                                   n_images, seconds, and error where it failed (acc1 null); acc1_error, the standard
+                                   error of acc1 by groups, where images have groups; params and latency_ms
                                    where the search limits them, score where it ranks by another one than accuracy; in
                                    the order of arrival, and once the generation is closed, by rank
         checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
@@ -97,6 +98,7 @@ class SearchRecord:
         self.of_all = found is not None
         if not found:
             found = max(self.evolution.legal_ranked(), key=self.space.flops, default=None)
+        found = found and tuple(self.evolution.canonical(found))
         if not found or (known and known["architecture"] == list(found)):
             self.largest = None
         elif found in self.results:
@@ -155,7 +157,7 @@ class SearchRecord:
         """
         candidate = self.space.check(result["architecture"])
         numbers = {key: result.get(key) for key in MEASURED}
-        numbers |= {"halves": result["halves"]} if "halves" in result else {}
+        numbers |= {key: result[key] for key in ("halves", "acc1_error") if key in result}
         if not all(isinstance(numbers[k], (int, float)) and 0 <= numbers[k] <= 100 for k in ("acc1", "acc5")):
             return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial)
         if self.state["settings"].get("rank_by") == "loss":

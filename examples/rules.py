@@ -29,3 +29,26 @@ def sandwich(step, candidate, images, labels):
     for path in (space.smallest(), space.random_candidate(rng), space.random_candidate(rng)):
         logits = step.forward(path, images)
         yield cross_entropy(logits, taught), logits
+
+
+class Half:
+    """Few-shot NAS (Zhao et al., arXiv 2006.06863): one of two supernets that share the operations of the first block.
+
+    Each trains as the paper does, and scores the candidates that it trains: those with half 0 or 1 of the operations.
+    """
+
+    def __init__(self, half):
+        self.half = half
+
+    def trains(self, space, candidate):
+        """Whether a candidate is one of this supernet."""
+        return 2 * candidate[0] // space.choices[0] == self.half
+
+    def __call__(self, step, candidate, images, labels):
+        own = [choice for choice in range(step.space.choices[0]) if self.trains(step.space, (choice,))]
+        logits = step.forward((step.rng.choice(own), *candidate[1:]), images)
+        yield step.criterion(logits, labels), logits
+
+
+register_rule("half-0")(Half(0))
+register_rule("half-1")(Half(1))

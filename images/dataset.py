@@ -8,7 +8,7 @@ Source: official `src/Supernet/train.py` (transforms), paper section 4.
 """
 
 import collections
-import csv
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,17 +17,28 @@ import json
 import math
 import os
 import pathlib
-import re
+import unicodedata
 
 import numpy as np
 
 from images import bundled, image_check, pictures
+from images.groups import (
+    count_pairs,
+    describe,
+    draw_across,
+    grouping_warnings,
+    number_groups,
+    read_groups,
+    shared_groups,
+    why_not,
+)
 from settings.subjects import DataConfig, Images
 from utils import UserError, heartbeat, log, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes)
 WITHOUT_JFIF = tuple(suffix for suffix in EXTENSIONS if suffix != ".jfif")
 ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
+HOLD_OUT = 4  # another, next to that of dataloader.py
 
 
 # --- folders and splits --------------------------------------------------------------------------------------
@@ -42,12 +53,18 @@ class ImageSet:
     labels: np.ndarray
     classes: tuple
     halves: np.ndarray | None = None  # (N,): 0 or 1, where two halves are told apart
+    groups: np.ndarray | None = None  # (N,): numbers of the groups of --group-by
 
     def __len__(self):
         return len(self.paths)
 
     def take(self, indices):
         return dataclasses.replace(self, paths=tuple(self.paths[i] for i in indices), labels=self.labels[indices])
+
+
+def suffixes_of(config):
+    """The suffixes of the files that a DataConfig has read."""
+    return EXTENSIONS if config.jfif else WITHOUT_JFIF
 
 
 def check_folder(folder):
@@ -76,6 +93,11 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     classes = sorted(e.name for e in entries if e.is_dir())
     for name in sorted(e.name for e in entries if e.is_symlink() and not os.path.exists(e)):
         report(f"{folder / name}: a link to what does not exist")
+    forms = {}  # a name typed on Linux, and as macOS packs it, are two file names that look alike
+    for name in classes:
+        if (other := forms.setdefault(_composed(name), name)) != name:
+            both = f"class folders {other!a} and {name!a}"
+            report(f"{folder}: {both} have one name in two forms of Unicode; merge them")
     if not classes:
         report(f"{folder}: has no class folders; images belong in {folder}/<class>/")
     paths, labels = [], []
@@ -93,6 +115,31 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
         paths += files
         labels += [label] * len(files)
     return ImageSet(str(folder), tuple(paths), np.array(labels, np.int64), tuple(classes))
+
+
+def _composed(name):
+    return unicodedata.normalize("NFC", name)
+
+
+def with_classes_of(train, val):
+    """`val` with train's names and labels of the classes, where names differ in the form of Unicode alone."""
+    known = {_composed(name): name for name in train.classes}
+    names = [known.get(_composed(name), name) for name in val.classes]
+    if names == [*val.classes] or len(set(names)) < len(names):
+        return val
+    classes = sorted(names)
+    labels = np.array([classes.index(name) for name in names])[val.labels]
+    order = np.argsort(labels, kind="stable")
+    return ImageSet(val.root, tuple(val.paths[i] for i in order), labels[order], tuple(classes))
+
+
+def alike_classes(folder, images):
+    """A line about the first two classes whose names differ in capitals alone, if there are any; a list."""
+    known = {}
+    for name in images.classes:
+        if (other := known.setdefault(_composed(name).casefold(), name)) != name:
+            return [f"{folder}: classes {other!r} and {name!r} are two: is it one, written in two ways?"]
+    return []
 
 
 def unmatched_classes(folder, train, val):
@@ -122,66 +169,6 @@ def synthetic_set(n_classes=1000, images_per_class=100):
     return ImageSet(None, paths, np.repeat(np.arange(n_classes), images_per_class), classes)
 
 
-def groups_of(group_by, part, paths):
-    """The name of the group of each file of a part, "train" or "val"; None where it has none.
-
-    `group_by` is a regular expression, or the name of a .csv of file and group, where a file is `<class>/<file>` of
-    both parts, or `<part>/<class>/<file>`. Raises UserError if it is neither.
-    """
-    if group_by.endswith(".csv"):
-        named = _read_groups(group_by)
-        return [named.get(f"{part}/{path}", named.get(path)) for path in paths]
-    try:
-        matches = map(re.compile(group_by).search, paths)
-    except re.error as error:
-        raise UserError(f"--group-by {group_by!r}: not a regular expression ({error})") from None
-    return [match and (" ".join(match.groups("")) or match[0]) for match in matches]
-
-
-def _read_groups(path):
-    """{file: group} of a CSV, with or without the line file,group. Raises UserError that names the line."""
-    named = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            for row in csv.reader(file):
-                if len(row) != 2:
-                    raise UserError(f"{path}: line {len(named) + 1} has {len(row)} columns, not file and group")
-                name, group = row
-                if named.setdefault(name, group) != group:
-                    raise UserError(f"{path}: {name} is in two groups, {named[name]!r} and {group!r}")
-    except OSError as error:
-        raise UserError(f"--group-by {path}: {error.strerror}") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV of file and group ({error})") from None
-    return named
-
-
-def number_groups(images, names, group_by):
-    """The number of the group of each image (N,), in order of their first images; without a name, one of its own.
-
-    Raises UserError if no image has a name, or a group is in two classes.
-    """
-    if not any(name is not None for name in names):
-        raise UserError(f"--group-by {group_by}: none of the {len(names)} files of {images.root} is in a group")
-    first = {}
-    numbers = []
-    for i, name in enumerate(names):
-        j = first.setdefault((i,) if name is None else name, i)
-        if images.labels[i] != images.labels[j]:
-            what = f"group {name!r} is in two classes, of {images.paths[j]} and {images.paths[i]}"
-            raise UserError(f"--group-by {group_by}: {what}; name the class in it")
-        numbers.append(j)
-    return np.unique(numbers, return_inverse=True)[1]
-
-
-def shared_groups(group_by, train, val):
-    """A line for each group that has images of train and of val."""
-    names = {part: groups_of(group_by, part, images.paths) for part, images in (("train", train), ("val", val))}
-    first = {name: path for name, path in zip(reversed(names["train"]), reversed(train.paths)) if name is not None}
-    found = {name: path for name, path in zip(reversed(names["val"]), reversed(val.paths)) if name in first}
-    return [f"group {name!r} is in train and val: train/{first[name]}, val/{found[name]}" for name in sorted(found)]
-
-
 def stratified_order(labels, seed):
     """A random order of indices of which every prefix has equally many images of each class, as long as they last."""
     rng = np.random.default_rng([seed, CALIBRATE])
@@ -192,6 +179,50 @@ def stratified_order(labels, seed):
         position[i] = seen.get(labels[i], 0)
         seen[labels[i]] = position[i] + 1
     return shuffled[np.argsort(position[shuffled], kind="stable")]
+
+
+def draw_heldout(images, config, groups):
+    """Sorted indices of the images of train that a DataConfig holds out: whole groups, whose numbers are `groups` (N,).
+
+    Raises UserError that names a class which has not enough images.
+    """
+    per_class = config.heldout_per_class
+    counts = np.bincount(images.labels)
+    if counts.min() <= per_class:
+        smallest = f"class {images.classes[counts.argmin()]!r} has {counts.min()} images"
+        what = f"{per_class} held-out images per class leave nothing to train on: {smallest}"
+        raise UserError(f"{what}; lower --heldout-per-class")
+    pairs = count_pairs(groups, images.labels)
+    if len(pairs[0]) > groups.max() + 1:
+        wanted = np.full(len(counts), per_class)
+        drawn, lacks = draw_across(pairs, wanted, np.random.default_rng([config.split_seed, HOLD_OUT]))
+    else:
+        drawn, lacks = _draw_by_class(pairs, config)
+    if lacks is not None:
+        raise UserError(f"--group-by: {why_not(images, groups, lacks, per_class, 'lower --heldout-per-class, ')}")
+    return np.flatnonzero(drawn[groups])
+
+
+def _draw_by_class(pairs, config):
+    """(which groups of one class each are held out, as bools; a class that lacks some, or None).
+
+    Of each class in random order, until they have enough images.
+    """
+    _, labels, sizes = pairs
+    order = stratified_order(labels, config.split_seed)
+    order = order[np.argsort(labels[order], kind="stable")]  # class after class
+    before = np.cumsum(sizes[order]) - sizes[order]
+    starts = np.searchsorted(labels[order], np.arange(labels.max() + 1))
+    before -= before[starts][labels[order]]  # images of the class in the groups before
+    drawn = np.zeros(len(sizes), bool)
+    drawn[order] = before < config.heldout_per_class
+    for label in np.flatnonzero(np.bincount(labels[~drawn], minlength=labels.max() + 1) == 0):
+        own = np.flatnonzero(labels == label)
+        smallest = own[sizes[own].argmin()]  # is left to train on
+        if sizes[own].sum() - sizes[smallest] < config.heldout_per_class:
+            return drawn, label
+        drawn[smallest] = False
+    return drawn, None
 
 
 def prepare(images, demo):
@@ -226,20 +257,23 @@ class Data:
         self.config = config or DataConfig()
         self.warnings = []  # what makes results meaningless or too good, a line each
         self.copies = []  # groups of files of train with the same content and class
+        self.n_shared = 0  # groups of --group-by in train and val
         if listed:
             self._read_list(listed, folder)
             return
         if folder is None:
             self.train = self.val = synthetic_set()
         else:
-            suffixes = EXTENSIONS if self.config.jfif else WITHOUT_JFIF
             ignored = []
+            suffixes = suffixes_of(self.config)
             self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
             if ignored:
                 self.warnings.append(ignored_line(folder, ignored))
+        self.val = with_classes_of(self.train, self.val)
         for problem in unmatched_classes(folder, self.train, self.val):
             raise UserError(problem)
         self.classes = self.train.classes
+        self.warnings += alike_classes(folder, self.train)
         if len(self.classes) == 1:
             self.warnings.append(f"{folder}: a single class, {self.classes[0]!r}: every network is right")
         if folder is not None:
@@ -250,9 +284,13 @@ class Data:
             if (n := counts["turned"]) and self.config.exif == "ignored":
                 advice = "train with exif: apply (--exif apply) to see them as viewers show them"
                 self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
-            if self.config.group_by and (shared := shared_groups(self.config.group_by, self.train, self.val)):
-                text = f"{folder}: {len(shared)} groups of images are in train and val: accuracies on val are too high"
-                self.warnings.append(f"{text}; {shared[0]}")
+            if group_by := self.config.group_by:
+                self.warnings += grouping_warnings(self.train, group_by)
+                shared = shared_groups(group_by, self.train, self.val)
+                self.n_shared = len(shared)
+                if shared:
+                    text = f"{folder}: {len(shared)} groups of images are in train and val: accuracies on val are too"
+                    self.warnings.append(f"{text} high; {shared[0]}")
 
     @classmethod
     def of(cls, images, config, listed=None):
@@ -270,6 +308,8 @@ class Data:
         parts = {part: {"per_class": np.bincount(images.labels).tolist(), "paths": images.paths}
                  for part, images in (("train", self.train), ("val", self.val))}  # fmt: skip
         held_out = {"heldout": self.heldout.tolist(), "halves": self.halves.tolist(), "split": self.split}
+        if self.config.group_by:
+            held_out["groups"] = self.groups.tolist()
         write_json(path, {"classes": self.classes, **held_out, **parts})
 
     def _read_list(self, path, folder):
@@ -283,18 +323,14 @@ class Data:
         )
         self.heldout = np.array(content["heldout"])
         self.halves = np.array(content["halves"])
+        if "groups" in content:
+            self.groups = np.array(content["groups"])
         self.split = content["split"]
 
     @functools.cached_property
     def heldout(self):
         """Sorted indices of the training images that are held out for the search."""
-        per_class = self.config.heldout_per_class
-        counts = np.bincount(self.train.labels)
-        if counts.min() <= per_class:
-            smallest = f"class {self.classes[counts.argmin()]!r} has {counts.min()} images"
-            what = f"{per_class} held-out images per class leave nothing to train on: {smallest}"
-            raise UserError(f"{what}; lower --heldout-per-class")
-        heldout = np.flatnonzero(self._draw_groups(per_class)[self.groups])
+        heldout = draw_heldout(self.train, self.config, self.groups)
         self._warn_of_copies({self.train.paths[i] for i in heldout})
         return heldout
 
@@ -309,10 +345,7 @@ class Data:
     @functools.cached_property
     def groups(self):
         """The number of the group of each training image (N,); without --group-by, each is a group."""
-        group_by = self.config.group_by
-        if not group_by:
-            return np.arange(len(self.train))
-        return number_groups(self.train, groups_of(group_by, "train", self.train.paths), group_by)
+        return number_groups(self.train, self.config.group_by, "train")
 
     @functools.cached_property
     def halves(self):
@@ -326,27 +359,6 @@ class Data:
         half = np.empty(len(sizes), int)
         half[order] = np.cumsum(sizes[order]) - sizes[order] / 2 > sizes.sum() / 2
         return half[groups]
-
-    def _draw_groups(self, per_class):
-        """Which groups are held out, as bools: of each class in random order, until they have `per_class` images."""
-        sizes = np.bincount(self.groups)
-        labels = self.train.labels[np.unique(self.groups, return_index=True)[1]]  # of the groups
-        order = stratified_order(labels, self.config.split_seed)
-        order = order[np.argsort(labels[order], kind="stable")]  # class after class
-        before = np.cumsum(sizes[order]) - sizes[order]
-        starts = np.searchsorted(labels[order], np.arange(len(self.classes)))
-        before -= before[starts][labels[order]]  # images of the class in the groups before
-        drawn = np.zeros(len(sizes), bool)
-        drawn[order] = before < per_class
-        for label in np.flatnonzero(np.bincount(labels[~drawn], minlength=len(self.classes)) == 0):
-            own = np.flatnonzero(labels == label)
-            smallest = own[sizes[own].argmin()]  # is left to train on
-            if sizes[own].sum() - sizes[smallest] < per_class:
-                found = f"class {self.classes[label]!r} has {sizes[own].sum()} images in {len(own)} groups"
-                what = f"{found}, which can't be split into {per_class} or more held-out ones and the others"
-                raise UserError(f"--group-by: {what}; lower --heldout-per-class")
-            drawn[smallest] = False
-        return drawn
 
     @functools.cached_property
     def split(self):
@@ -362,20 +374,36 @@ class Data:
         """What identifies --group-by in the split: the regular expression, or a hash of the CSV's content."""
         group_by = self.config.group_by
         if group_by and group_by.endswith(".csv"):
-            group_by = hashlib.sha256(repr(sorted(_read_groups(group_by).items())).encode()).hexdigest()[:16]
+            group_by = hashlib.sha256(repr(sorted(read_groups(group_by).items())).encode()).hexdigest()[:16]
         return {"group_by": group_by} if group_by else {}
 
     @property
-    def names_hash(self):
-        """A hash of the names of all images, and so of their labels."""
-        names = "\n".join(tree_paths(self.train, self.val))
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+    def names(self):
+        """What identifies the images of each part, in words; their classes are in their names."""
+        found = {}
+        for part, images in (("train", self.train), ("val", self.val)):
+            names = "\n".join(images.paths).encode(errors="surrogateescape")
+            found[part] = f"{len(images)} images, of names with hash {hashlib.sha256(names).hexdigest()[:16]}"
+        return found
+
+    @property
+    def grouping(self):
+        """A line with the numbers of --group-by, or None without it."""
+        if not self.config.group_by:
+            return None
+        return describe(self.train, self.groups, self.heldout, self.config.heldout_per_class, self.n_shared)
 
     def images(self, part):
-        if part in ("train", "val"):
-            return getattr(self, part)
+        if part == "train":
+            return self.train
+        if part == "val":
+            with contextlib.suppress(UserError):  # its files may have no groups
+                if group_by := self.config.group_by:
+                    return dataclasses.replace(self.val, groups=number_groups(self.val, group_by, "val"))
+            return self.val
         if part == "search":
-            return dataclasses.replace(self.train.take(self.heldout), halves=self.halves)
+            groups = self.groups[self.heldout] if self.config.group_by else None
+            return dataclasses.replace(self.train.take(self.heldout), halves=self.halves, groups=groups)
         return self.train.take(np.setdiff1d(np.arange(len(self.train)), self.heldout))
 
 
@@ -445,7 +473,10 @@ def draw_augmentation(config, seed, epoch, index, height, width):
     Source: torchvision's RandomResizedCrop, RandomCrop and ColorJitter; the official transforms use the first and the
     last. The random numbers are our own.
     """
-    u = np.random.default_rng([seed, AUGMENT, int(epoch), int(index)]).random(26).tolist()
+    words = [seed, AUGMENT, int(epoch), int(index)]
+    if seed < 2**32:
+        words = np.array(words, np.uint32)  # the same generator, made in two thirds of the time
+    u = np.random.default_rng(words).random(26).tolist()
     factors = (1 + config.jitter * (2 * v - 1) for v in u[22:25])
     flip = config.mirror and u[25] < 0.5
     if padding := config.crop_padding:

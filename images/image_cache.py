@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 import torch
 
-from utils import atomic_write, log, wait_for_lock
+from utils import UserError, atomic_write, log, wait_for_lock
 
 CACHE_VERSION = 2  # of the files: those of another one have other names, and may be deleted
 
@@ -30,6 +30,8 @@ class FixedBatches:
     """
 
     def __init__(self, loader, plan, cache=None, rank=0, world_size=1):
+        if cache and not hasattr(loader, "decode"):
+            raise UserError("cache: images given in Python have no files, and are not cached; leave it out")
         self.loader = loader
         self.plan = plan
         self.cache = cache
@@ -45,6 +47,17 @@ class FixedBatches:
         halves = self.loader.images.halves
         own = self.plan[self.rank :: self.world_size]
         return [None if halves is None else torch.from_numpy(halves[samples[:, 1]] == 1) for samples in own]
+
+    @property
+    def groups(self):
+        """(sizes of the groups of all images (G,), for each batch of an iteration the groups of its images (N,)), or
+        None where images have no groups."""
+        groups = getattr(self.loader.images, "groups", None)
+        if groups is None:
+            return None
+        _, groups = np.unique(groups, return_inverse=True)
+        own = self.plan[self.rank :: self.world_size]
+        return torch.from_numpy(np.bincount(groups)), [torch.from_numpy(groups[samples[:, 1]]) for samples in own]
 
     def prepare(self):
         """Decodes the images into the folder `cache`, unless they are there."""
@@ -72,12 +85,14 @@ class FixedBatches:
             return None
         path = pathlib.Path(self.cache) / f"{self._name}.images"
         shape = (sum(map(len, self.plan)), self.loader.config.input_size, self.loader.config.input_size, 3)
+
+        def write(file):
+            log.info("decoding %d images into %s, %.1f GB, once", shape[0], path, math.prod(shape) / 1e9)
+            for images, _ in self.loader.decode(self.plan):
+                file.write(images.cpu().numpy().tobytes())
+
         try:
-            if not _is_complete(path, shape):
-                waits = f"{path}: another process is decoding these images; waiting for it"
-                with wait_for_lock([path.with_suffix(".lock")], waits)[1]:
-                    if not _is_complete(path, shape):  # else another process has written it meanwhile
-                        self._decode(path, shape)
+            written_once(path, lambda: path.exists() and path.stat().st_size == math.prod(shape), write)
             return np.memmap(path, np.uint8, "r", shape=shape)
         except OSError as error:
             text = "--cache %s: can't cache decoded images there (%s); decoding them every time"
@@ -89,15 +104,9 @@ class FixedBatches:
     def _name(self):
         """A hash of all that the pixels depend on."""
         loader = self.loader
-        files = hashlib.sha256()
-        for index in np.unique(np.concatenate(self.plan)[:, 1]):
-            path = loader.images.paths[index]
-            state = os.stat(os.path.join(loader.images.root, path)) if loader.images.root else None
-            text = f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n"
-            files.update(text.encode(errors="surrogateescape"))
         content = {
             "version": CACHE_VERSION,
-            "files": files.hexdigest(),
+            "files": files_hash(loader.images, np.unique(np.concatenate(self.plan)[:, 1])),
             "plan": hashlib.sha256(np.concatenate(self.plan).tobytes()).hexdigest(),
             "config": loader.config.to_dict(),
             "augment": loader.augment,
@@ -106,14 +115,27 @@ class FixedBatches:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _decode(self, path, shape):
+
+def files_hash(images, indices):
+    """A hash of names, sizes and times of the files of an ImageSet."""
+    files = hashlib.sha256()
+    for index in indices:
+        path = images.paths[index]
+        state = os.stat(os.path.join(images.root, path)) if images.root else None
+        text = f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n"
+        files.update(text.encode(errors="surrogateescape"))
+    return files.hexdigest()
+
+
+def written_once(path, is_complete, write):
+    """Has one process on a machine `write` a file, whole or not at all, unless `is_complete()`; others wait for it."""
+    if is_complete():
+        return
+    waits = f"{path}: another process is decoding these images; waiting for it"
+    with wait_for_lock([path.with_suffix(".lock")], waits)[1]:
+        if is_complete():  # another process has written it meanwhile
+            return
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # from a process that was killed while writing
             leftover.unlink()
-        log.info("decoding %d images into %s, %.1f GB, once", shape[0], path, math.prod(shape) / 1e9)
         with atomic_write(path, "wb") as file:
-            for images, _ in self.loader.decode(self.plan):
-                file.write(images.cpu().numpy().tobytes())
-
-
-def _is_complete(path, shape):
-    return path.exists() and path.stat().st_size == math.prod(shape)
+            write(file)

@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import pathlib
+import unicodedata
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -33,6 +34,10 @@ class Found(NamedTuple):
     reason: str | None = None  # why it is unreadable
     suffix: str | None = None  # the correct one of a misnamed file
     turned: bool = False  # whether its EXIF data ask for another orientation
+    # By a DataConfig, if one is given:
+    flat: bool = False  # one colour, where it is transparent
+    grey: bool = False
+    small: bool = False  # smaller than the input
 
 
 @dataclasses.dataclass
@@ -44,6 +49,9 @@ class Inspection:
     shared: list = dataclasses.field(default_factory=list)  # in train and val
     copies: dict = dataclasses.field(default_factory=dict)  # first file -> all of train with its content and class
     turned: int = 0  # images with an orientation in their EXIF data
+    flat: list = dataclasses.field(default_factory=list)  # of one colour
+    grey: int = 0  # images without colours
+    small: int = 0  # images smaller than the input
 
     @property
     def counts(self):
@@ -52,8 +60,8 @@ class Inspection:
         return {"shared": len(self.shared), "turned": self.turned, "copies": copies}
 
 
-def inspect(path, max_pixels=Images.max_pixels):
-    """Returns what is Found in a file."""
+def inspect(path, max_pixels=Images.max_pixels, config=None):
+    """Returns what is Found in a file, with a DataConfig also of its picture."""
     try:
         data = pathlib.Path(path).read_bytes()
         if not data:
@@ -61,19 +69,22 @@ def inspect(path, max_pixels=Images.max_pixels):
         with pictures.open_image(io.BytesIO(data)) as image:
             if reason := pictures.refusal(image, max_pixels):
                 return Found(reason=reason)
+            small = bool(config) and min(image.size) < config.input_size
             image.draft("RGB", (1, 1))
             image.load()
             turned = pictures.orientation(image) != 1
+            flat = bool(config) and image.has_transparency_data and pictures.is_flat(pictures.rgb(image, config))
+            grey = bool(config) and pictures.is_grey(image)
     except pictures.UNDECODABLE as error:
         return Found(reason=pictures.problem(error))
     suffixes = pictures.SUFFIXES[image.format]
     misnamed = pathlib.Path(path).suffix.lower() not in suffixes
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    return Found(digest, suffix=suffixes[0] if misnamed else None, turned=turned)
+    return Found(digest, None, suffixes[0] if misnamed else None, turned, flat, grey, small)
 
 
-def inspect_all(folder, paths, max_pixels=Images.max_pixels):
-    """The Inspection of a tree, whose files are `paths`, `<part>/<class>/<file>` in `folder`.
+def inspect_all(folder, paths, max_pixels=Images.max_pixels, config=None):
+    """The Inspection of a tree, whose files are `paths`, `<part>/<class>/<file>` in `folder`; `config` as in `inspect`.
 
     Uses a thread for each core, because Pillow releases the GIL while it decodes. Shows a progress bar after 5 s.
     """
@@ -82,7 +93,7 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels):
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
 
     def inspect_chunk(chunk):
-        return [inspect(os.path.join(folder, path), max_pixels) for path in chunk]
+        return [inspect(os.path.join(folder, path), max_pixels, config) for path in chunk]
 
     with (
         concurrent.futures.ThreadPoolExecutor(cores()) as pool,
@@ -97,8 +108,12 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels):
                 if file.suffix:
                     result.mislabelled.append(f"{path}: content of a {file.suffix} file")
                 result.turned += file.turned
+                result.grey += file.grey
+                result.small += file.small
+                if file.flat:
+                    result.flat.append(f"{path}: one colour on the ground of alpha: {config.alpha}")
                 other = first.setdefault(file.digest, path)
-                if other.split("/")[1] != path.split("/")[1]:
+                if class_of(other) != class_of(path):
                     result.mislabelled.append(f"{path}: the same image as {other}, in another class")
                 elif other.split("/")[0] != path.split("/")[0]:
                     result.shared.append(f"{path}: the same image as {other}")
@@ -107,6 +122,11 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels):
             progress.update(len(chunk))
             heartbeat()
     return result
+
+
+def class_of(path):
+    """The class of a file `<part>/<class>/<file>`, in one form of Unicode."""
+    return unicodedata.normalize("NFC", path.split("/")[1])
 
 
 def check_images(folder, paths, cache, max_pixels=Images.max_pixels):

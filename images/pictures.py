@@ -102,6 +102,17 @@ def rgb(image, config):
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
 
 
+def is_flat(image):
+    """Whether a PIL image in RGB is one colour."""
+    return all(low == high for low, high in image.getextrema())
+
+
+def is_grey(image):
+    """Whether a PIL image has no colours, by 1,024 of its pixels."""
+    pixels = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST).convert("RGB"))
+    return bool((pixels == pixels[:, :, :1]).all())
+
+
 def as_ppm(pixels):
     """An RGB picture (H, W, 3) of uint8 as the bytes of a PPM file, an array."""
     pixels = np.asarray(pixels)

@@ -1,29 +1,44 @@
 """The check of a tree before anything is trained on it: what `python dataloader.py --check DIR` prints."""
 
 from images import image_check
-from images.dataset import groups_of, number_groups, scan, shared_groups, tree_paths, unmatched_classes
-from settings.subjects import Images
+from images.dataset import (
+    alike_classes,
+    draw_heldout,
+    scan,
+    suffixes_of,
+    tree_paths,
+    unmatched_classes,
+    with_classes_of,
+)
+from images.groups import describe, grouping_warnings, number_groups, shared_groups
+from settings.subjects import DataConfig, Images
 from utils import UserError
 
 
-def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, group_by=None):
-    """Prints a line for each problem of a tree. Raises UserError with counts if there are any."""
+def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, given=None):
+    """Prints a line for each problem of a tree. Raises UserError with counts if there are any.
+
+    `given` (name -> value) are settings of a DataConfig: what doesn't go with them is printed, too.
+    """
+    given = given or {}
+    config = DataConfig.resolve(given)
+    group_by = config.group_by
     problems = []
     ignored = []
-    train, val = (scan(f"{folder}/{part}", problems, ignored=ignored) for part in ("train", "val"))
+    train, val = (scan(f"{folder}/{part}", problems, suffixes_of(config), ignored) for part in ("train", "val"))
+    val = with_classes_of(train, val)
     problems += unmatched_classes(folder, train, val)
     paths = tree_paths(train, val)
     before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
-    found = image_check.inspect_all(folder, paths, max_pixels)
+    found = image_check.inspect_all(folder, paths, max_pixels, config)
     unreadable, mislabelled, shared = found.unreadable, found.mislabelled, found.shared
     copies = [f"{path}: a copy of {first}" for first, group in found.copies.items() for path in group[1:]]
     groups = shared_groups(group_by, train, val) if group_by else []
-    if group_by:
-        number_groups(train, groups_of(group_by, "train", train.paths), group_by)  # raises if they are none
     lines = [
         *problems,
+        *alike_classes(folder, train),
         *groups,
-        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies),
+        *(f"{folder}/{line}" for line in unreadable + mislabelled + shared + copies + found.flat),
         *(f"{path}: ignored, because its suffix is not that of an image" for path in ignored),
     ]
     if lines:
@@ -33,11 +48,23 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, group_
         counts += f", {len(copies)} copies in train"
     if found.turned:
         counts += f", {found.turned} with an EXIF orientation"
-    if group_by:
-        counts += f", {len(groups)} groups in train and val"
     if problems or unreadable or (mislabelled and not accept):
         way = "remove or replace them" if problems or unreadable else "correct them, or accept them with --accept"
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
     image_check.remember(folder, before, found.counts, cache)
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
-    print(f"{folder}: {sizes}, {counts}; recorded")
+    print(f"{folder}: {sizes}, {counts}; recorded", *_unsuited(found, config, given, len(paths)), sep="\n", flush=True)
+    if group_by or "heldout_per_class" in given:
+        numbers = number_groups(train, group_by, "train")
+        heldout = draw_heldout(train, config, numbers)
+    if group_by:
+        lines = grouping_warnings(train, group_by)
+        print(*lines, describe(train, numbers, heldout, config.heldout_per_class, len(groups)), sep="\n")
+
+
+def _unsuited(found, config, given, n):
+    """Lines on what settings don't suit: those of ImageNet, where the images are others."""
+    if found.grey > n / 2 and config.jitter:
+        yield f"{found.grey} of {n} images are greyscale: their saturation can't vary; try jitter: 0"
+    if found.small > n / 2 and "input_size" in given:
+        yield f"{found.small} of {n} images are smaller than the input: try less than input-size {config.input_size}"

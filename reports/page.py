@@ -2,11 +2,11 @@
 
 import base64
 import json
-import math
 import pathlib
 
 import jinja2
 
+from engines.generations import standard_error
 from engines.search_files import n_generations
 from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
@@ -78,8 +78,7 @@ def _tiles(search, comparison, best):
     label = f"top-1 of the best by loss, {best['loss']:.3f}" if search.by_loss else "best top-1"
     label += ", in the supernet"
     if n := best["n_images"]:
-        error = math.sqrt(best["acc1"] * (100 - best["acc1"]) / n)
-        label += f"; ±\u00a0{error:.2f} standard error on {n:,} images"
+        label += "; ±\u00a0{:.2f} {} on {:,} images".format(*standard_error(best), n)
     tiles = [(f"{best['acc1']:.2f} %", label), (_main_cost(search, best), _costs(search, best))]
     if comparison.at_budget:
         tiles.append(_beside_random(search, comparison, best))

@@ -253,7 +253,7 @@ def check_comparable(search, other):
     """Raises UserError if `other` is not a random search under the conditions of `search`."""
     if not other.is_random():
         raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
-    if changes := settings_difference(search.settings, other.settings, ignore=EVOLUTION):
+    if changes := settings_difference(search.settings, other.settings, ignore=(*EVOLUTION, "identities")):
         names = ", ".join(changes)
         raise UserError(f"--random {other.out}: differs from {search.out} in {names}, so accuracies do not compare")
 

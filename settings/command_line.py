@@ -7,6 +7,7 @@ library, and PyYAML to read YAML.
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import reprlib
@@ -63,7 +64,8 @@ class Parser(argparse.ArgumentParser):
             elif isinstance(field.default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                options |= {"type": form["type"], "choices": form["choices"], "nargs": form["nargs"]}
+                kind = functools.partial(_expanded, field.name) if form["path"] else form["type"]
+                options |= {"type": kind, "choices": form["choices"], "nargs": form["nargs"]}
                 options |= {"metavar": form["unit"], "action": Extend if form["extends"] else "store"}
             adder = group
             if name := form["excludes"]:
@@ -161,6 +163,11 @@ def _words(path, action, name, value):
 def _beside(path, name):
     """Resolves a file name in the settings file `path`: it is relative to the folder of that file."""
     return os.path.join(os.path.dirname(path), os.path.expanduser(name))
+
+
+def _expanded(name, word):
+    """A word of the setting `name`, with ~ replaced where it is a path: bash leaves it in --out=~/run."""
+    return os.path.expanduser(word) if is_path(name, word) else word
 
 
 def write_settings(path, section, values):

@@ -168,8 +168,8 @@ class Images(Settings):
         path=True, decides=False,
     )  # fmt: skip
     loader: str = setting(
-        "auto", "default: DALI if it is installed, else torchvision",
-        choices=("auto", "dali", "torchvision", "synthetic"),
+        "auto", "default: DALI if it is installed, else torchvision; memory: small images, decoded once",
+        choices=("auto", "dali", "torchvision", "memory", "synthetic"),
     )  # fmt: skip
     eval_batch_size: int = setting(200, "batch size of validation (default: 200)", count(1, 100_000), unit="N")
     max_pixels: int = setting(
@@ -180,6 +180,10 @@ class Images(Settings):
         str(HERE / "data" / "cache"),
         "folder of decoded calibration and validation images, checked trees, and compiled operations (data/cache)",
         unit="DIR", path=True, decides=False,
+    )  # fmt: skip
+    memory_gb: float = setting(
+        8.0, "decoded images that --loader memory keeps at most, in GB (8)", real(0.001, 100_000), unit="GB",
+        decides=False,
     )  # fmt: skip
     workers: int = setting(None, "loader processes or threads (default: up to 8)", count(0, 256), decides=False)
 
@@ -239,7 +243,7 @@ class Space(Settings):
 
     space: str = setting(
         None,
-        "blocks, channels, joint, small, varied, or a YAML with a section 'space' (blocks, or the architecture's)",
+        "blocks, channels, joint, mobile, small, varied, or YAML with section 'space' (blocks, or the architecture's)",
         unit="NAME|FILE", path=True, decides=False,
     )  # fmt: skip
     own: str = setting(

@@ -3,6 +3,7 @@
 torch is imported only when something is counted: NNI's tuner, which is given the costs, does without it.
 """
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -37,13 +38,13 @@ def count_costs(space):
     ]
     channels = space.stage_channels[-1]
     with torch.device("meta"):
-        stem = torch.nn.Sequential(*conv_bn(3, space.stem_channels, 3, space.stem_stride))
+        stem = torch.nn.Sequential(*conv_bn(space.image_channels, space.stem_channels, 3, space.stem_stride))
         last = torch.nn.Sequential(*conv_bn(channels, space.last_channels, 1))
         classifier = torch.nn.Linear(space.last_channels, space.n_classes, bias=space.classifier_bias)
     last_flops, _ = _count_flops(last, channels, space.blocks[-1].out_size)
     return Costs(
         flops=tuple(tuple(flops for flops, _ in row) for row in rows),
-        stem_flops=_count_flops(stem, 3, space.input_size)[0],
+        stem_flops=_count_flops(stem, space.image_channels, space.input_size)[0],
         tail_flops=last_flops + space.last_channels * space.n_classes,
         params=tuple(tuple(params for _, params in row) for row in rows),
         fixed_params=sum(map(_count_params, (stem, last, classifier))),
@@ -56,16 +57,36 @@ def _cost(name, operation, shape, width):
     import torch
 
     expected = (1, shape.out_channels, shape.out_size, shape.out_size)
-    try:
+    with named(name, shape, width):
         with torch.device("meta"):
             module = operation(shape, width, True)
         flops, found = _count_flops(module, shape.in_channels, shape.in_size)
-    except Exception as error:  # of a user's operation, whatever it does
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"operation {name!r} fails at {shape}, width {width}: {reason}") from None
     if found != expected:
         raise UserError(f"operation {name!r} at {shape}, width {width}: returns {found}, not {expected}")
     return flops, _count_params(module)
+
+
+@contextlib.contextmanager
+def named(name, shape, width=1.0):
+    """Within the block, whatever an operation raises at a BlockShape is a UserError that names both."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"operation {name!r} fails at {shape}, width {width}: {reason}") from None
+
+
+def check_fit(space):
+    """Raises UserError if an operation of a SearchSpace refuses its block, as ShuffleNetV2's do where channels fall."""
+    import torch
+
+    from blocks import build_block
+
+    width = space.widths[-1]
+    for names, shape in dict.fromkeys(zip(space.block_operations, space.blocks)):
+        for name in names:
+            with named(name, shape, width), torch.device("meta"):
+                build_block(name, shape, width)
 
 
 def _count_flops(module, channels, size):

@@ -1,12 +1,13 @@
 """Search spaces: presets by name, a YAML file or section, the space of an architecture."""
 
 import dataclasses
+import itertools
 import pathlib
 import reprlib
 
 from settings.subjects import is_path
 from space import own
-from space.search_space import SearchSpace
+from space.search_space import OPERATIONS, SearchSpace
 from utils import UserError, read_json, read_yaml
 
 WIDTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
@@ -24,6 +25,12 @@ PRESETS = {
         "stem_channels": 16, "stage_blocks": (2, 3, 2), "stage_channels": (24, 48, 96), "stage_strides": (2, 2, 2),
         "last_channels": 192,
         "operations": ("skip_1x1", "pointwise_1x1", "shufflenet_3x3", "shufflenet_5x5", "mobilenet_3x3"),
+    },
+    # The stages of ProxylessNAS (Cai et al., arXiv 1812.00332), for images as large as ImageNet's.
+    "mobile": {
+        "stem_channels": 32, "stage_blocks": (1, 4, 4, 4, 4, 4, 1), "stage_strides": (1, 2, 2, 2, 1, 2, 1),
+        "stage_channels": (16, 24, 40, 80, 96, 192, 320), "last_channels": 1280,
+        "operations": ("skip_1x1", *(f"mobilenet_{k}x{k}{end}" for end in ("", "_e6") for k in (3, 5, 7))),
     },
 }  # fmt: skip
 STAGE = {"blocks": "stage_blocks", "channels": "stage_channels", "stride": "stage_strides"}
@@ -97,11 +104,11 @@ def _fields(section, where):
     fields = {}
     for name, value in section.items():
         if name == "stages":
-            fields |= _stages(value, where)
+            fields |= _stages(value, where, section.get("operations", OPERATIONS))
         elif name not in ENTRIES:
             raise UserError(f"{where}: unknown entry {reprlib.repr(name)}; known entries: stages, {', '.join(ENTRIES)}")
         elif isinstance(ENTRIES[name], str):
-            fields[ENTRIES[name]] = value
+            fields.setdefault(ENTRIES[name], value)  # operations may be known by the stages
         else:
             known = ENTRIES[name]
             if not isinstance(value, dict) or not value.keys() <= known.keys():
@@ -110,10 +117,18 @@ def _fields(section, where):
     return fields
 
 
-def _stages(stages, where):
+def _stages(stages, where, operations):
+    """The fields of stages, of which those without `operations` offer those of the space."""
     if not isinstance(stages, list) or not stages:
         raise UserError(f"{where}: stages is {reprlib.repr(stages)}, not a list of stages")
     for number, stage in enumerate(stages, 1):
-        if not isinstance(stage, dict) or stage.keys() != STAGE.keys():
+        if not isinstance(stage, dict) or stage.keys() - {"operations"} != STAGE.keys():
             raise UserError(f"{where}: stage {number} is {reprlib.repr(stage)}, not a mapping of {', '.join(STAGE)}")
-    return {field: [stage[key] for stage in stages] for key, field in STAGE.items()}
+    fields = {field: [stage[key] for stage in stages] for key, field in STAGE.items()}
+    if any("operations" in stage for stage in stages):
+        offered = [stage.get("operations", operations) for stage in stages]
+        for number, names in enumerate(offered, 1):
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+                raise UserError(f"{where}: stage {number} offers {reprlib.repr(names)}, not a list of operations")
+        fields |= {"stage_operations": offered, "operations": list(dict.fromkeys(itertools.chain(*offered)))}
+    return fields

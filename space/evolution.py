@@ -13,6 +13,7 @@ import numpy as np
 from settings.fields import names
 from settings.subjects import EVOLUTION, Search
 from space.limits import Limits, bounds_of
+from space.twins import Twins
 from utils import UserError
 
 TRIES = 10  # draws for each wanted child (official)
@@ -49,12 +50,14 @@ class Evolution:
         seed: of all draws
         objectives: functions of a candidate that are minimised, while the reward, or its first number, is maximised.
             Parents are then taken front by front (NSGA-II), in the last front by crowding distance.
+        canonical: a function that gives the form in which a candidate is asked for, such as SearchSpace.canonical,
+            the same form for all that are the same network
 
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
     its rewards by candidate, all at once or in parts. Raises UserError if the settings are not valid.
     """
 
-    def __init__(self, choices, limits, search=None, seed=0, objectives=()):
+    def __init__(self, choices, limits, search=None, seed=0, objectives=(), canonical=tuple):
         search = search or Search()
         size = search.population
         self.population_size = size
@@ -73,6 +76,7 @@ class Evolution:
         self.mutation_prob = search.mutation_prob
         self.generations = search.generations
         self.objectives = tuple(objectives)
+        self.canonical = canonical
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
         self.children = []  # of each population but the first, how many children were new
@@ -88,7 +92,9 @@ class Evolution:
         limits.check()
         costs = [name for name in settings.get("objectives", ()) if name != "acc1"]
         objectives = [functools.partial(space.cost, name) for name in costs]
-        return cls(space.choices, limits, search, settings.get("seed", 0), objectives)
+        recorded = settings.get("identities")  # not in searches of before
+        canonical = Twins(space, recorded).canonical if recorded else tuple
+        return cls(space.choices, limits, search, settings.get("seed", 0), objectives, canonical)
 
     @property
     def generation(self):
@@ -182,7 +188,8 @@ class Evolution:
         self._add_new(population, missing, draws)
         missing = self.population_size - len(population)
         if missing and math.prod(self.choices) <= LISTABLE:
-            left = [c for c in itertools.product(*map(range, self.choices)) if self._is_new(c, population)]
+            everything = dict.fromkeys(map(self.canonical, itertools.product(*map(range, self.choices))))
+            left = [c for c in everything if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))
         elif missing:  # few are legal: try neighbours, also of those that this loop adds
             for candidate in population:
@@ -191,7 +198,7 @@ class Evolution:
 
     def _add_new(self, population, wanted, draws):
         """Adds up to `wanted` new legal candidates from the iterator `draws`, and draws no more than that takes."""
-        new = (candidate for candidate in draws if self._is_new(candidate, population))
+        new = (candidate for candidate in map(self.canonical, draws) if self._is_new(candidate, population))
         for candidate in itertools.islice(new, wanted):
             population.append(candidate)
 

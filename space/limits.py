@@ -259,7 +259,9 @@ class Limits:
         """(all changes of one entry, (entry, value); the block of each; costs of each block's choices as arrays)."""
         moves = [(entry, value) for entry, n in enumerate(self.space.choices) for value in range(n)]
         blocks = np.array([self.space.entry_blocks[entry] for entry, _ in moves])
-        return moves, blocks, [np.array(rows, dtype=np.int64) for rows, _ in self.costs]
+        longest = max(self.space.n_choices)
+        padded = [[(*row, *[0] * (longest - len(row))) for row in rows] for rows, _ in self.costs]
+        return moves, blocks, [np.array(rows, dtype=np.int64) for rows in padded]
 
     def _moves(self, candidate):
         """(all changes of one entry, the candidate's costs after each: an array (costs, changes))."""

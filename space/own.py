@@ -15,6 +15,7 @@ import sys
 
 import blocks
 from space import search_space
+from space.costs import check_fit
 from space.search_space import OPERATIONS
 from utils import HERE, UserError
 
@@ -157,11 +158,15 @@ def _is_projects(found):
 
 
 def with_hash(space):
-    """The space with the hash of its own operations. Raises UserError if one is not registered."""
+    """The space with the hash of its own operations.
+
+    Raises UserError if an operation is not registered, or refuses its block.
+    """
     for name in space.operations:
         if name not in blocks.OPERATIONS:
             known = ", ".join(blocks.OPERATIONS)
             raise UserError(f"search space: operation {name!r} is not one of {known}; name its file by --own")
+    check_fit(space)
     found = [digest for name in space.operations if (digest := hash_of("operation", name))]
     return dataclasses.replace(space, operations_hash=found[0] if found else "")
 

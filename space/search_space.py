@@ -16,9 +16,12 @@ Source: paper (arXiv 1904.00420) section 3.4 and table 1; official `src/Search/b
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import itertools
+import json
+import operator
 import re
 import reprlib
 from typing import NamedTuple
@@ -26,9 +29,14 @@ from typing import NamedTuple
 import numpy as np
 
 from space.costs import Costs, count_costs
+from space.limits import SOLVE_S, Limits, read_limits
+from space.twins import Twins, identities
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
+OF_SOME = (  # fields that older files lack
+    "widths", "architecture", "classifier_bias", "operations_hash", "stage_operations", "image_channels",
+)  # fmt: skip
 UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "flops": ("multiply-adds (330000000, 330M, 700k)", {"": 1, "k": 1e3, "M": 1e6}),
     "params": ("parameters (3500000, 3.5M, 80k)", {"": 1, "k": 1e3, "M": 1e6}),
@@ -36,7 +44,10 @@ UNITS = {  # cost -> (its forms in error messages, unit -> factor)
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
 SAME_OPERATIONS = {}  # hash of the file of own operations, in checkpoints of before -> the hash that is used now
-OTHER_OPERATIONS = ("skip_1x1", "pointwise_1x1", "mobilenet_3x3")  # the project's, not the paper's
+OTHER_OPERATIONS = (  # the project's, not the paper's
+    "skip_1x1", "pointwise_1x1", "mobilenet_3x3", "mobilenet_5x5", "mobilenet_7x7",
+    "mobilenet_3x3_e6", "mobilenet_5x5_e6", "mobilenet_7x7_e6",
+)  # fmt: skip
 
 
 class BlockShape(NamedTuple):
@@ -71,9 +82,11 @@ class BlockShape(NamedTuple):
 class SearchSpace:
     """Choice blocks in stages, each with one of `operations` at one of `widths`; the defaults are the paper's space.
 
-    `architecture` fixes the operations, so that only widths are chosen. `operations_hash` is the hash of the file of
-    custom operations. `given_costs` replace counted ones. input_size is in px. The first block of a stage has the
-    stride of the stage. Raises UserError if the fields describe no network.
+    `stage_operations` are those of them that each stage offers, if not all. `architecture` fixes the operations, so
+    that only widths are chosen. `operations_hash` is the hash of the file of custom operations. `given_costs` replace
+    counted ones. input_size is in px. The first block of a stage has the stride of the stage. Images have
+    `image_channels` channels, 3 in the commands. Raises UserError if the fields describe no network; whether operations
+    take the channels is theirs to say, see `costs.check_fit`.
     """
 
     input_size: int = 224
@@ -90,6 +103,8 @@ class SearchSpace:
     classifier_bias: bool = False
     operations_hash: str = ""
     given_costs: Costs | None = None
+    stage_operations: tuple = ()
+    image_channels: int = 3
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -97,17 +112,16 @@ class SearchSpace:
             if field.name == "given_costs":
                 continue
             self._check_entry(field, value)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+            if isinstance(value, (list, tuple)):
+                plain = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+                object.__setattr__(self, field.name, plain)
         if not len(self.stage_strides) == len(self.stage_blocks) == len(self.stage_channels):
             raise UserError("search space: stage_strides, stage_blocks and stage_channels differ in length")
         if self.n_blocks > MAX_BLOCKS:
             raise UserError(f"search space: {self.n_blocks} blocks, more than {MAX_BLOCKS}")
-        if any(c % 2 for c in self.stage_channels):
-            raise UserError(f"search space: stage_channels {reprlib.repr(self.stage_channels)} are not all even")
-        channels = (self.stem_channels, *self.stage_channels)
-        if any(a >= b for a, b in itertools.pairwise(channels)):
-            raise UserError(f"search space: channels {reprlib.repr(channels)} do not grow from stage to stage")
+        if self.stage_operations and len(self.stage_operations) != len(self.stage_blocks):
+            n = len(self.stage_operations)
+            raise UserError(f"search space: stage_operations has {n} entries for {len(self.stage_blocks)} stages")
         if (
             any(a >= b for a, b in itertools.pairwise(self.widths))
             or min(self.stage_channels) // 2 * self.widths[0] < 1
@@ -115,25 +129,30 @@ class SearchSpace:
             raise UserError(f"search space: widths {reprlib.repr(self.widths)} do not rise, or leave no middle channel")
         if self.architecture:
             fixed = self.architecture
-            n = len(self.operations)
-            if len(fixed) != self.n_blocks or max(fixed) >= n or len(self.widths) == 1:
-                shown = f"architecture {reprlib.repr(fixed)}, {n} operations, {len(self.widths)} widths"
+            fits = len(fixed) == self.n_blocks and all(i < len(names) for i, names in zip(fixed, self.offered))
+            if not fits or len(self.widths) == 1:
+                shown = f"architecture {reprlib.repr(fixed)}, {len(self.operations)} operations"
+                shown += f", {len(self.widths)} widths"
                 raise UserError(f"search space: {shown}: needs an operation for each block, and widths to choose from")
 
-    @staticmethod
-    def _check_entry(field, value):
+    def _check_entry(self, field, value):
         """Raises UserError if an entry is not of the form of its default."""
         listed = isinstance(value, (tuple, list))
         shown = reprlib.repr(value)  # short, even if the file is damaged
         values = value if listed else (value,)
         lowest = 0 if field.name == "architecture" else 1
-        if listed != isinstance(field.default, tuple) or not (values or field.name == "architecture"):
+        if listed != isinstance(field.default, tuple) or not (values or field.default == ()):
             raise UserError(f"search space: {field.name} is {shown}, not of the form {field.default!r}")
         if field.name == "operations":
             if not all(isinstance(name, str) and re.fullmatch(r"\w{1,50}", name) for name in values):
                 raise UserError(f"search space: operations {shown} are not all names, such as {', '.join(OPERATIONS)}")
             if len(set(values)) != len(values):
                 raise UserError(f"search space: operations {shown} has a name twice")
+        elif field.name == "stage_operations":
+            for names in values:
+                known = isinstance(names, (tuple, list)) and all(name in self.operations for name in names)
+                if not known or not names or len(set(names)) != len(names):
+                    raise UserError(f"search space: {field.name} has {reprlib.repr(names)}, not some of operations")
         elif field.name == "widths":
             if not all(type(w) in (int, float) and 0 < w <= 100 for w in values):
                 raise UserError(f"search space: widths {shown} are not made of positive numbers up to 100")
@@ -162,9 +181,8 @@ class SearchSpace:
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            of_some = field.name in ("widths", "architecture", "classifier_bias", "operations_hash")
-            if field.name != "given_costs" and not (of_some and value == field.default):
-                values[field.name] = list(value) if isinstance(value, tuple) else value
+            if field.name != "given_costs" and not (field.name in OF_SOME and value == field.default):
+                values[field.name] = json.loads(json.dumps(value))  # lists for tuples
         return values
 
     @property
@@ -197,16 +215,27 @@ class SearchSpace:
         return len(self.widths)
 
     @functools.cached_property
+    def offered(self):
+        """The names of the operations from which each block's is chosen, here or by the architecture that is fixed."""
+        of_stages = self.stage_operations or (self.operations,) * len(self.stage_blocks)
+        return tuple(names for names, depth in zip(of_stages, self.stage_blocks) for _ in range(depth))
+
+    @functools.cached_property
     def block_operations(self):
         """The names of the operations that each block offers; one each if an architecture is fixed."""
         if self.architecture:
-            return tuple((self.operations[operation],) for operation in self.architecture)
-        return (self.operations,) * self.n_blocks
+            return tuple((names[operation],) for names, operation in zip(self.offered, self.architecture))
+        return self.offered
+
+    @functools.cached_property
+    def n_choices(self):
+        """How many choices, pairs of operation and width, each block offers."""
+        return tuple(len(names) * self.n_widths for names in self.block_operations)
 
     @functools.cached_property
     def choices(self):
         """How many values each entry of a candidate can take: operations of each block, then widths of each block."""
-        operations = () if self.architecture else (len(self.operations),) * self.n_blocks
+        operations = () if self.architecture else tuple(map(len, self.block_operations))
         return operations + ((self.n_widths,) * self.n_blocks if self.n_widths > 1 else ())
 
     @property
@@ -237,20 +266,33 @@ class SearchSpace:
         return (() if self.architecture else operations) + (widths if self.n_widths > 1 else ())
 
     def uniform_candidate(self, choice):
-        """The candidate that makes the same choice at every block."""
-        return self.candidate_of([choice] * self.n_blocks)
+        """The candidate that makes the same choice at every block; those that offer fewer make their last one."""
+        return self.candidate_of([min(choice, n - 1) for n in self.n_choices])
 
-    def largest(self):
-        """The candidate with the most FLOPs; of equal choices, the first ones."""
-        return self.candidate_of([max(range(len(row)), key=row.__getitem__) for row in self.choice_flops])
+    def largest(self, *limits):
+        """The candidate with the most FLOPs; of equal choices, the first ones.
 
-    def smallest(self):
-        """The candidate with the fewest FLOPs; of equal choices, the first ones."""
-        return self.candidate_of([min(range(len(row)), key=row.__getitem__) for row in self.choice_flops])
+        Within `limits`, texts such as "params=3.5M" (see `search.py --limit`), one of those with the most; found by
+        `Limits.optimum`. Raises UserError if none is within them.
+        """
+        return self._extreme(-1, limits)
+
+    def smallest(self, *limits):
+        """The candidate with the fewest FLOPs; otherwise as `largest`."""
+        return self._extreme(1, limits)
+
+    def _extreme(self, sign, texts):
+        if not texts:
+            return self.candidate_of([min(range(len(row)), key=lambda i: sign * row[i]) for row in self.choice_flops])
+        limits = Limits(self, read_limits(self, texts))
+        limits.check()
+        if not (found := limits.optimum("flops", sign)):
+            raise UserError(f"limits {', '.join(texts)}: the solver found no candidate in {SOLVE_S} s")
+        return found
 
     def operations_of(self, candidate):
-        """The index of the operation of each block among all `operations`."""
-        return tuple(self.operations.index(name) for name, _ in self.chosen(candidate))
+        """The index of the operation of each block among those `offered`."""
+        return tuple(names.index(name) for names, (name, _) in zip(self.offered, self.chosen(candidate)))
 
     def chosen(self, candidate):
         """The (operation name, width) of each block."""
@@ -259,18 +301,36 @@ class SearchSpace:
             yield names[operation], self.widths[width]
 
     def check(self, candidate):
-        """The candidate as a tuple of ints. Raises UserError if it is not one of this space."""
+        """The candidate as a tuple of ints; entries may be anything that is an index, as numbers of NumPy are.
+
+        Raises UserError if it is not one of this space.
+        """
         candidate = tuple(candidate)
         if len(candidate) != len(self.choices):
             unit = "blocks" if len(self.choices) == self.n_blocks else "entries"
             found = f"architecture has {len(candidate)} {unit}"
             raise UserError(f"{found}, this search space has {len(self.choices)}")
+        checked = []
         for i, (choice, n) in enumerate(zip(candidate, self.choices)):
-            if type(choice) is not int or not 0 <= choice < n:
+            index = -1
+            if not isinstance(choice, bool):
+                with contextlib.suppress(TypeError):
+                    index = operator.index(choice)
+            if not 0 <= index < n:
                 block = i % self.n_blocks + 1
                 what = reprlib.repr(choice)
                 raise UserError(f"architecture: block {block} chooses {what}, not 0 to {n - 1}")
-        return candidate
+            checked.append(index)
+        return tuple(checked)
+
+    @functools.cached_property
+    def twins(self):
+        """The Twins of this space, by what the classes of its operations say. Needs torch."""
+        return Twins(self, identities(self))
+
+    def canonical(self, candidate):
+        """The form that all candidates have in common which are the same network; see space/twins.py. Needs torch."""
+        return self.twins.canonical(self.check(candidate))
 
     def random_candidate(self, rng):
         """A uniform candidate from a `random.Random`."""
@@ -376,7 +436,8 @@ class SearchSpace:
     def to_architecture(self, candidate):
         """The candidate in NNI's one-hot form, {"LayerChoice1": [false, false, true, false], ...}."""
         chosen = list(self.chosen(self.check(candidate)))
-        hot = {f"LayerChoice{i}": [op == name for op in self.operations] for i, (name, _) in enumerate(chosen, 1)}
+        layers = enumerate(zip(self.offered, chosen), 1)
+        hot = {f"LayerChoice{i}": [op == name for op in names] for i, (names, (name, _)) in layers}
         if self.n_widths > 1:
             hot |= {f"ChannelChoice{i}": [w == width for w in self.widths] for i, (_, width) in enumerate(chosen, 1)}
         return hot
@@ -397,7 +458,8 @@ class SearchSpace:
         if set(architecture) != set(names):
             odd = min(set(architecture) ^ set(names), key=str)
             raise UserError(f"architecture: {reprlib.repr(odd)} is {'missing' if odd in names else 'unknown'}")
-        operations = tuple(_hot(architecture, name, len(self.operations), "operations") for name in layers)
+        offered = zip(layers, self.offered)
+        operations = tuple(_hot(architecture, name, len(names), "operations") for name, names in offered)
         if self.architecture and operations != self.architecture:
             raise UserError(
                 f"architecture: has operations {list(operations)}, this search space {list(self.architecture)}"

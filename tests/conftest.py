@@ -253,10 +253,13 @@ def _restored():
         gc.collect()  # closes files, and with them frees locks
 
 
+NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # what !python inherits from a notebook
+
+
 def launch(script, *words, code=0, cwd=None, **variables):
     """Runs a script in a process of its own, with environment variables; returns (standard output, standard error)."""
     command = [sys.executable, ROOT / script, *_words(script, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **NOTEBOOK, **variables}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=cwd)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout, result.stderr

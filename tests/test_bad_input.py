@@ -4,6 +4,7 @@ Image files and trees are in test_dataloader.py and test_image_check.py, archite
 FLOPs tables in test_flops_table.py, ports in test_search_nni.py, settings of the evolution in test_evolution.py.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -50,7 +51,7 @@ def numeric_flags():
     """(script, flag, how many numbers it takes) of every flag whose type is a number, as the parsers say."""
     for script in SCRIPTS:
         for action in importlib.import_module(script).make_parser()._actions:
-            if action.type:
+            if action.type and not isinstance(action.type, functools.partial):  # which is that of a path
                 yield script, action.option_strings[0], action.nargs or 1
 
 

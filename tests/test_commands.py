@@ -243,10 +243,25 @@ def test_scratch_trains_on_all_of_train_and_passes_over_the_next_batches(data, p
     assert (measured["acc1"], measured["acc5"]) == (result["acc1_no_pass"], result["acc5_no_pass"])
 
 
-def test_without_a_bn_pass_the_result_is_that_of_training(data, tmp_path):
-    stdout, _ = run("scratch.py", *data, SCRATCH, "--bn-pass", 0, "--iterations", 1, "--out", tmp_path)
+def test_without_a_bn_pass_the_result_is_that_of_training(data, tmp_path, tree):
+    """And a run that is resumed has the same images of train."""
+    images = shutil.copytree(tree, tmp_path / "images")
+    words = (*data, "--data-dir", images, SCRATCH, "--bn-pass", 0, "--iterations", 1, "--out", tmp_path)
+    stdout, _ = run("scratch.py", *words)
     result = last_json(stdout)
     assert (result["acc1"], result["acc5"]) == (result["acc1_no_pass"], result["acc5_no_pass"])
+    path = tmp_path / "checkpoints" / "scratch" / "checkpoint-0000001.pth"
+    content = torch.load(path)
+    (images / "val" / "apple" / "000.jpg").rename(images / "train" / "apple" / "new.jpg")
+    _, stderr = run("scratch.py", *words, code=2)
+    assert "train had 36 images, " in stderr and "now it has 37 images, " in stderr and "--resume none" in stderr
+    (images / "train" / "apple" / "new.jpg").unlink()
+    _, stderr = run("scratch.py", *words)
+    assert "warning" in stderr and "val had 21 images, " in stderr and "now it has 20 images, " in stderr
+    del content["images"]  # as before there was one
+    torch.save(content, path)
+    _, stderr = run("scratch.py", *words)
+    assert f"warning: {path}: does not tell its images" in stderr
 
 
 # --- one command after the other -----------------------------------------------------------------------------

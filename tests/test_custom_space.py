@@ -16,11 +16,16 @@ from conftest import ROOT, forget, run, tree_logits
 from test_search_space import hooked_flops
 
 import blocks
+from dataloader import from_tensors
 from network import ShuffleNetV2, ShuffleNetV2OneShot
+from settings.subjects import Training
 from space import custom, own
+from space.sampler import PathSampler
 from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
 from training import checkpoint
 from training.evaluation import recalibrate_bn
+from training.loop import train
+from training.run import TrainingRun, contents_of
 from utils import UserError
 
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/spaces.md").read_text(), re.S)[1]
@@ -109,7 +114,9 @@ def test_the_record_beside_an_architecture_is_checked(tmp_path):
         ({"widths": ["wide"]}, "widths"),
         ({"operations": ["swin"]}, "operation 'swin' is not one of shufflenet_3x3.*--own"),
         ({"operations": ["identity", "identity"]}, "has a name twice"),
-        ({"stem": {"channels": 16}}, "do not grow"),
+        ({"stem": {"channels": 16}}, "'shufflenet_3x3' fails at .*do not grow, 16 to 16"),
+        ({"stages": [OWN["stages"][0] | {"operations": ["identity", 3]}]}, r"stage 1 offers \['identity', 3\], not a"),
+        ({"stages": [OWN["stages"][0] | {"operations": []}]}, r"operations is \[\], not of the form"),
     ],
 )
 def test_what_makes_no_network_is_a_line_that_names_the_entry(tmp_path, changes, message):
@@ -209,6 +216,28 @@ def test_a_checkpoint_knows_the_file_of_its_operations(tmp_path):
         checkpoint.load_supernet(path, None)
 
 
+def test_operations_of_a_notebook_are_those_of_a_space_made_by_hand(tmp_path):
+    """A cell's classes have no file, and no source that Python knows; run again, the cell's are other classes."""
+    space = SearchSpace(
+        16, 3, stem_stride=1, stage_blocks=(1, 2), stage_channels=(16, 16), stage_strides=(2, 1),
+        operations=("identity", "inverted_residual_5x5"),
+    )  # fmt: skip
+    for _ in range(2):
+        exec(compile(EXAMPLE, "<ipython-input-1>", "exec"), {"__name__": "__main__"})
+        folder = tmp_path / "run"
+        supernet = ShuffleNetV2OneShot(space=space)
+        run = TrainingRun(folder, "supernet", contents_of(space, None, "abc"))
+        images = from_tensors(torch.rand(8, 3, 16, 16), torch.arange(8) % 3)
+        train(supernet, images, Training(iterations=2, batch_size=8, warmup=1), PathSampler(space), run=run)
+        found, ckpt = checkpoint.load_supernet(checkpoint.newest(folder), None)
+        assert ckpt.space == own.with_hash(space) and ckpt.space.operations_hash
+        trained = supernet.state_dict()  # by the first run, and resumed by the second
+        assert all(torch.equal(weight, trained[name]) for name, weight in found.state_dict().items())
+        forget()
+    with pytest.raises(UserError, match="operation 'identity' is not one of"):
+        checkpoint.load_supernet(checkpoint.newest(folder), None)
+
+
 # --- the project's own cheap and large operations -----------------------------------------------------------
 
 
@@ -266,6 +295,71 @@ def test_an_operation_of_a_user_that_has_a_name_of_the_projects_is_the_users(tmp
         own.check_operations(space, "supernet.pth")
 
 
+SKELETON = {  # channels that fall, as MobileNetV2's, stages of equal channels, operations of some stages alone
+    "stem": {"channels": 16, "stride": 1},
+    "stages": [
+        {"blocks": 1, "channels": 9, "stride": 1, "operations": ["mobilenet_3x3", "mobilenet_5x5_e6"]},
+        {"blocks": 2, "channels": 16, "stride": 2},
+        {"blocks": 2, "channels": 16, "stride": 1},
+        {"blocks": 1, "channels": 32, "stride": 2, "operations": ["shufflenet_3x3"]},
+    ],
+    "last": {"channels": 32},
+    "operations": ["skip_1x1", "pointwise_1x1", "mobilenet_7x7"],
+}
+
+
+def test_operations_of_some_stages():
+    space = custom.make_space(SKELETON, input_size=16, n_classes=3)
+    assert space.choices == (2, 3, 3, 3, 3, 1) and space.blocks[0][:2] == (16, 9)
+    assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+    candidate = (1, 0, 2, 0, 1, 0)
+    architecture = space.to_architecture(candidate)
+    assert architecture["LayerChoice1"] == [False, True] and architecture["LayerChoice6"] == [True]
+    assert {name: len(hot) for name, hot in architecture.items()} == {
+        name: len(choice["_value"]) for name, choice in space.nni_search_space().items()
+    }
+    assert space.from_architecture(architecture) == candidate
+    network = ShuffleNetV2(candidate, space=space)
+    assert [n for n, _ in space.chosen(candidate)][:2] == ["mobilenet_5x5_e6", "skip_1x1"]
+    assert space.flops(candidate) == hooked_flops(network, size=16)
+    paths = ShuffleNetV2OneShot(space=space).candidates_with_all()
+    assert [{path[block] for path in paths} for block in range(6)] == [{*range(n)} for n in space.choices]
+    fixed = dataclasses.replace(space, widths=(0.5, 1.0), architecture=candidate)
+    assert fixed.block_operations[0] == ("mobilenet_5x5_e6",) and fixed.operations_of((1,) * 6) == candidate
+    assert fixed.from_architecture(fixed.to_architecture((1,) * 6)) == (1,) * 6
+    with pytest.raises(UserError, match="needs an operation for each block"):
+        dataclasses.replace(fixed, architecture=(2, *candidate[1:]))
+    with pytest.raises(UserError, match="block 1 chooses 2, not 0 to 1"):
+        space.check((2, 0, 0, 0, 0, 0))
+
+
+def test_the_four_commands_where_channels_fall(data, tmp_path, forked, undrawn):
+    space, out = written(tmp_path / "space.yml", {"space": SKELETON}), ("--out", tmp_path / "out")
+    train = "--iterations 4 --batch-size 9 --val-every 4 --save-every 4 --warmup 2"
+    bn = "--bn-batches 2 --bn-batch-size 9"
+    run("supernet.py", *data, train, bn, "--val-paths 1", "--space", space, *out)
+    stdout, _ = run("tester.py", "--mode", "gen", *out)
+    assert "6 choice blocks of 1 to 3 operations" in stdout
+    stdout, _ = run("search.py", *data, bn, *map(str, SEARCH), "--engine", "local", *out)
+    assert "8 candidates evaluated" in stdout
+    state = tmp_path / "out/checkpoints/search/state.json"
+    settings = json.loads(state.read_text())["settings"]
+    assert settings.pop("identities") == [[], [], [0], [0], [0], []]
+    results = [json.loads(line) for file in (tmp_path / "out/acc").iterdir() for line in file.read_text().splitlines()]
+    known = custom.make_space(space, input_size=16, n_classes=3)
+    assert all(list(known.canonical(r["architecture"])) == r["architecture"] for r in results)
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"settings": settings}))
+    run("search.py", "--resume", *map(str, ("--engine", "local")), *out)  # a search of before knows nothing of it
+    assert json.loads(state.read_text())["settings"] == settings
+    best = ("--architecture", tmp_path / "out/checkpoints/best.json")
+    stdout, _ = run("scratch.py", *data, train, "--bn-pass 2", *best, *out)
+    found = json.loads(stdout.splitlines()[-1])
+    network = ShuffleNetV2(found["architecture"], space=custom.make_space(space, input_size=16, n_classes=3))
+    assert found["flops"] == hooked_flops(network, size=16)
+    stdout, _ = run("scratch.py", "--export", tmp_path / "best.pt2", "--threads 1", *out)
+    assert "logits within" in stdout
+
+
 SMALL = ("--demo", "--heldout-per-class", 4, "--bn-batches", 2, "--bn-batch-size", 32, "--threads", 1)
 TRAIN = ("--batch-size", 16, "--iterations", 6, "--val-every", 6, "--save-every", 3, "--warmup", 2)
 SEARCH = ("--population", 4, "--select", 2, "--mutation", 1, "--crossover", 1, "--generations", 2, "--concurrency", 1)
@@ -288,7 +382,7 @@ def kill_once(script, words, seen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "nni"])
-@pytest.mark.parametrize("kind", ["small", "joint", "own", "varied"])
+@pytest.mark.parametrize("kind", ["small", "joint", "own", "varied", "mobile"])
 def test_the_four_commands_in_a_space_killed_and_resumed(tmp_path, kind, engine):
     out = tmp_path / "out"
     own_file = ("--own", written(tmp_path / "own.py", EXAMPLE)) if kind == "own" else ()

@@ -165,8 +165,15 @@ def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
     [
         ("a(", r"--group-by 'a\(': not a regular expression"),
         ("nothing", "--group-by nothing: none of the 12 files of .*train is in a group"),
-        (r"/(\d+)_", "group '00' is in two classes, of a/00_0.jpg and b/00_0.jpg; name the class in it"),
-        ("^(.)", "class 'a' has 6 images in 1 groups, which can't be split into 5 or more held-out ones"),
+        (
+            r"^(.)",
+            "class 'a' has 6 images in one group, that of a/00_0.jpg, and needs two: add images of others, or make",
+        ),
+        (
+            r"(.*)_",
+            "'a' has 6 images in 2 groups, of which at most 3 leave a group to train on, not 5: the largest, that "
+            "of a/00_0.jpg, has 3; lower --heldout-per-class, or add",
+        ),
         ("none.csv", "--group-by none.csv: No such file or directory"),
         ("three.csv", "three.csv: line 2 has 3 columns, not file and group"),
         ("two.csv", "two.csv: a/00_0.jpg is in two groups, 'x' and 'y'"),
@@ -181,14 +188,57 @@ def test_wrong_groups_are_one_line(tmp_path, unchecked, monkeypatch, group_by, m
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_several_classes_are_held_out_as_a_whole(tmp_path, unchecked, seed):
+    """Each class keeps one to train on, c one of 00 and 01; what is beyond the number is printed by class."""
+    data = grouped(tmp_path / "tree", [[3] * 10, [3] * 10, [3, 3]], group_by=r"/(\d+)_", split_seed=seed,
+                   heldout_per_class=3)  # fmt: skip
+    held, rest = (data.images(part) for part in ("search", "supernet"))
+    named = [{p.split("/")[1][:2] for p in images.paths} for images in (held, rest)]
+    assert not named[0] & named[1] and len(named[0] | named[1]) == 10
+    assert np.bincount(held.labels).tolist() in ([3, 3, 3], [6, 6, 3]) and len(named[0] & {"00", "01"}) == 1
+    assert data.split == Data(tmp_path / "tree", data.config).split
+    n = len(named[0])
+    beyond = ", beyond 3 of each class: a 3, b 3" if n == 2 else ""
+    held = f"{n} held out with {len(held)} images{beyond}"
+    assert data.grouping == f"groups: 10 of the 66 images of train, {held}; 0 in train and val"
+    uneven = grouped(tmp_path / "uneven", [[4] * 10, [1, 2, 3] * 3, [2] * 4], group_by=r"/(\d+)_", split_seed=seed)
+    counts = np.bincount(uneven.images("search").labels)
+    assert min(counts) >= 5 and max(counts) < 30 and f"beyond 5 of each class: a {counts[0] - 5}" in uneven.grouping
+
+
+def test_a_draw_that_leaves_a_class_short_is_repeated(tmp_path, unchecked):
+    """Half of all orders take 01 first, which is c's smaller one, and 00 is then its last."""
+    for seed in range(8):
+        data = grouped(
+            tmp_path, [[1, 1, 1], [1, 1, 1], [9, 1]], group_by=r"/(\d+)_", split_seed=seed, heldout_per_class=2
+        )
+        assert {p.split("/")[1][:2] for p in data.images("search").paths} == {"00", "02"}
+
+
+def test_a_group_that_covers_too_much_is_named(tmp_path, unchecked):
+    with pytest.raises(UserError, match="'b' has 9 images in 2 groups, and no draw gives it 5 or more") as error:
+        _ = grouped(tmp_path, [[9, 1], [1, 8]], group_by=r"/(\d+)_").heldout
+    assert "the largest, that of b/01_0.jpg, has 9 images of 2 classes; lower --heldout-per-class" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("group_by", "says"),
+    [("(.*)", "12 groups of 12 images: each is on its own"), ("[.]jpg", "all 12 images of train are in one group")],
+)
+def test_groups_that_group_nothing_or_all_cause_a_warning(tmp_path, unchecked, group_by, says):
+    data = grouped(tmp_path, [[3, 3], [3, 3]], group_by=group_by)
+    assert [text for text in data.warnings if says in text]
+
+
 def test_a_check_names_the_groups_that_train_and_val_share(tree, tmp_path):
     """In the fixture's tree, the files of one number and class; a run warns."""
-    words = ("--check", tree, "--group-by", r"/(\d+)[.]", "--cache", tmp_path)
-    _, stderr = run("dataloader.py", *words, code=2)
-    assert "group '000' is in two classes" in stderr
-    stdout, _ = run("dataloader.py", *words[:3], r"(.*)[.]", *words[4:])
+    (tmp_path / "own.yml").write_text("common: {group-by: '(.*)[.]', heldout-per-class: 3}\nsearch: {population: 9}")
+    stdout, _ = run("dataloader.py", "--check", tree, "--config", tmp_path / "own.yml", "--cache", tmp_path)
     assert "group 'bird/003' is in train and val: train/bird/003.jpg, val/bird/003.jpg" in stdout
-    assert len(re.findall("is in train and val", stdout)) == 21 and "21 groups in train and val; recorded" in stdout
+    assert len(re.findall("is in train and val", stdout)) == 21
+    assert "groups: 36 of the 36 images of train, 9 held out with 9 images; 21 in train and val" in stdout
+    assert "36 groups of 36 images: each is on its own" in stdout
     data = Data(tree, dataclasses.replace(CONFIG, group_by="(.*)[.]"), tmp_path)
     assert any("21 groups of images are in train and val" in text for text in data.warnings)
 

@@ -281,6 +281,55 @@ def test_evaluation_counts_every_image_once_and_calibrates_on_all(two):
             torch.testing.assert_close(found_buffers[name], buffer, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets torchrun's variables, as a scheduler may have done; runs a command, which returns what it was given."""
+
+    def begin(code=0, **values):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(distributed, "_store", None)
+        done = []
+        try:
+            distributed.run(done.append, lambda: "parsed")
+        except SystemExit as end:
+            assert end.code == code == 2 and not done
+        return done
+
+    return begin
+
+
+def test_variables_of_torchrun_that_do_not_suffice(variables, capsys, caplog):
+    """Left over, or set by a scheduler: nothing trains alone in each of many pods."""
+    assert variables() == variables(RANK=3) == ["parsed"] and not caplog.messages
+    assert variables(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0) == ["parsed"]
+    (warning,) = caplog.messages
+    assert "RANK 0 and WORLD_SIZE 1 are set, but not MASTER_ADDR, MASTER_PORT: this process trains alone" in warning
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for values, missing in (({"RANK": 1} | address, "LOCAL_RANK"), ({"RANK": 0, "LOCAL_RANK": 0}, "MASTER_ADDR")):
+        variables(**values, WORLD_SIZE=4, code=2)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"but not {missing}" in error
+        assert "by torchrun" in error and "unset RANK WORLD_SIZE" in error
+    variables(RANK="one", WORLD_SIZE=4, code=2)
+    assert "RANK is 'one', not a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_come_is_waited_for_aloud(variables, capsys, caplog, monkeypatch, rank):
+    monkeypatch.setattr(distributed, "NOTICE_S", 0.05)
+    monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=0.2))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables(RANK=rank, WORLD_SIZE=3, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, code=2)
+    assert caplog.messages == [f"waiting for other processes: 1 of 3 have come to 127.0.0.1:{port}"]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"1 of 3 processes came to 127.0.0.1:{port} in 0 minutes" in error
+
+
 def test_a_batch_that_can_not_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr("training.distributed.world_size", lambda: 8)
     assert per_rank_batch_size(1024) == 128 and per_rank_batch_size(16) == 2
@@ -493,7 +542,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, words):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+@pytest.mark.parametrize("loader", ["dali", "torchvision", "memory"])
 @pytest.mark.parametrize("processes, words", [(1, SUPERNET), (2, SUPERNET), (1, SCRATCH), (2, SCRATCH)])
 def test_a_run_killed_three_times_ends_as_if_it_had_not_been(tmp_path, data, processes, words, loader):
     if loader == "dali":

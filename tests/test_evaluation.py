@@ -5,13 +5,14 @@ import math
 import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import tree_logits
 
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import accuracy, evaluate, evaluate_in_lists, losses, recalibrate_bn
+from training.evaluation import accuracy, evaluate, evaluate_in_lists, losses, recalibrate_bn, standard_error
 
 SPACE = SearchSpace(
     input_size=16, n_classes=7, stem_stride=1, stage_strides=(2, 2), stage_blocks=(6, 6), stage_channels=(8, 16),
@@ -226,6 +227,34 @@ def test_both_halves_of_the_images_have_results_that_make_up_the_whole(supernet)
         assert {**result, "seconds": 0} == {**plain, "seconds": 0}
         for key in ("acc1", "loss"):
             assert found[key] == pytest.approx([half[key] for half in halves], rel=1e-4)
+
+
+def test_the_standard_error_is_that_of_groups(supernet):
+    """Of groups of one, the binomial one; of images that are right or wrong together, as of so many fewer images."""
+    hits = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 1, 1, 0])
+    alone = standard_error(hits, torch.ones(10))
+    assert alone == pytest.approx(100 * (0.6 * 0.4 / 9) ** 0.5)
+    assert standard_error(4 * hits, torch.full((10,), 4)) == pytest.approx(alone)
+    assert standard_error(torch.tensor([3.0, 3, 2]), torch.tensor([5, 5, 5])) < alone
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 9, 40)
+    chance = rng.random((3000, 40)) < 0.5  # whether the images of a group are right, in repeated experiments
+    errors = [standard_error(torch.tensor(sizes * row).double(), torch.tensor(sizes)) for row in chance]
+    assert np.mean(errors) == pytest.approx(100 * np.std(chance @ sizes / sizes.sum()), rel=0.05)
+
+
+def test_a_result_has_the_standard_error_of_its_groups(supernet):
+    calibration, validation = batches(2, 8), Halved(batches(2, 16, 1, ragged=3))
+    groups = torch.arange(35) % 11
+    (plain,) = evaluate(supernet, PATHS[:1], calibration, list(validation))
+    validation.second_halves = [None] * 3
+    validation.groups = torch.bincount(groups), groups.split(16)
+    (result,) = evaluate(supernet, PATHS[:1], calibration, validation)
+    logits = tree_logits(supernet, PATHS[:1], calibration, torch.cat([images for images, _ in validation]))
+    right = logits[PATHS[0]].argmax(1) == torch.cat([labels for _, labels in validation])
+    expected = standard_error(torch.bincount(groups[right], minlength=11).double(), torch.bincount(groups))
+    assert result.pop("acc1_error") == pytest.approx(expected) and expected > 0
+    assert {**result, "seconds": 0} == {**plain, "seconds": 0}
 
 
 def test_the_loss_is_the_mean_cross_entropy_in_any_batches(supernet):

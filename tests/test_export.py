@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, ROOT, run
+from torch.export.passes import move_to_device_pass
 from torchvision.transforms.v2 import functional as F
 
 import scratch
@@ -155,6 +156,20 @@ def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained):
         images = torch.from_numpy(rng.integers(0, 256, (2, height, width, 3), np.uint8))
         found = scaled(resample(images, model.config), "imagenet")
         assert torch.equal(found, model.preprocess(images)), (height, width, model.config.val_resize)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_program_moves_to_another_device_as_it_says(programs, trained, whole):
+    file, _ = programs[".pt2", whole]
+    images = torch.full((2, 32, 32, 3), 100, dtype=torch.uint8)
+    values, program = open_file(file)
+    assert "move_to_device_pass(torch.export.load(file), device).module()" in values["device"]
+    device = "cuda" if torch.cuda.is_available() else "meta"
+    moved = move_to_device_pass(torch.export.load(file), device).module()
+    logits = moved(images.to(device))
+    assert logits.device.type == device and logits.shape == (2, 3)
+    assert device == "meta" or (logits.cpu() - program(images)).abs().max() < 1e-3
+    assert 'move_to_device_pass(torch.export.load(file), "cuda")' in (ROOT / "docs/training.md").read_text()
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=needs_onnx)])

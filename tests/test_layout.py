@@ -120,7 +120,7 @@ def test_imports_run_one_way():
 def test_rooms_are_few_and_make_no_circle(tracked):
     """A room is a folder or a module at the root, an arrow a pair of rooms of which one imports the other.
 
-    The scripts in data/ import nothing of the project.
+    The scripts in data/ are left out, which nothing imports.
     """
     modules = [path for path in tracked if path.endswith(".py") and not path.startswith(("tests/", "data/"))]
     rooms = {path.partition("/")[0].removesuffix(".py") for path in modules}

@@ -59,6 +59,26 @@ def _cost(space, name, candidate):
     return fixed + sum(rows[block][choice] for block, choice in enumerate(candidate))
 
 
+@pytest.mark.parametrize("limits", [("flops=59%",), ("params=30%", "flops=20%:80%"), ("latency=40%", "params=50%")])
+def test_the_largest_and_the_smallest_within_limits(everything, limits):
+    space = SPACES["small"]
+    _, costs = everything
+    flops = costs["flops"][meets(costs, read_limits(space, limits))]
+    for found, expected in ((space.largest(*limits), flops.max()), (space.smallest(*limits), flops.min())):
+        assert space.flops(found) == expected and not Limits(space, read_limits(space, limits)).excess(found)
+
+
+def test_the_largest_and_the_smallest_without_limits_and_where_none_is(everything):
+    space = SPACES["small"]
+    candidates, costs = everything
+    assert space.largest() == candidates[costs["flops"].argmax()]  # of equals, the first
+    assert space.smallest() == candidates[costs["flops"].argmin()]
+    with pytest.raises(UserError, match=r"limit 1 is below the lowest cost of any candidate, \d+; raise"):
+        space.largest("params=1")
+    with pytest.raises(UserError, match="--limit 'params': not of a form such as"):
+        space.smallest("params")
+
+
 def meets(costs, bounds):
     """Which of many candidates meet the bounds."""
     ok = np.ones(len(costs["flops"]), bool)

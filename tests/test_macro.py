@@ -16,7 +16,9 @@ from bench import study
 from images import bundled
 from space import own
 from space.custom import _fields
+from space.evolution import Evolution
 from space.search_space import SearchSpace
+from space.twins import identities
 from training import checkpoint
 from training.evaluation import evaluate
 
@@ -43,6 +45,22 @@ def test_networks_that_differ_in_the_place_of_identities_are_one():
     assert bench.distinct("00100201") == "00100210" and bench.distinct("12002002") == "12020020"
     for network, published in TRUTH.items():
         assert published == TRUTH[bench.distinct(network)], network
+
+
+def test_a_search_evaluates_no_twins(space):
+    """10 generations of 50, as by search.py, by the published accuracies: without and with what the space knows."""
+    settings = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "generations": 10, "seed": 0}
+    settings |= {"mutation_prob": 0.1, "flops_limit": space.flops_value("59%")}
+    twins = {}
+    for known in ({}, {"identities": json.loads(json.dumps(identities(space)))}):
+        for kind in ({}, {"mutation": 0, "crossover": 0}):
+            evolution = Evolution.from_settings(space, settings | kind | known)
+            while population := evolution.ask():
+                evolution.tell({c: TRUTH["".join(map(str, c))]["mean_acc"] for c in population})
+            found = list(itertools.chain(*evolution.history))
+            assert len(found) == 500
+            twins[bool(known), bool(kind)] = 500 - len({*map(space.canonical, found)})
+    assert twins == {(False, False): 97, (False, True): 37, (True, False): 0, (True, True): 0}
 
 
 def test_rank_agrees_with_the_definition(monkeypatch):

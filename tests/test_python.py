@@ -110,6 +110,12 @@ def test_what_is_no_loader_and_no_name_is_a_line():
     loader = torch.utils.data.DataLoader(Pairs(), 8)
     with pytest.raises(UserError, match=r"is a DataLoader.*from_dataset\(dataset\) or from_tensors"):
         train_on(loader)
+    pairs = Pairs()
+    pairs.targets = [0] * (len(pairs) + 1)
+    with pytest.raises(UserError, match="the data set has 24 items, but 25 targets"):
+        train_on(from_dataset(pairs))
+    with pytest.raises(UserError, match="images given in Python have no files, and are not cached"):
+        calibration_batches(from_tensors(*tensors()), 2, 8, cache="cache")
     with pytest.raises(UserError, match="are not names"):
         contents_of(SPACE, None, range(10))
     with pytest.raises(UserError, match=r"load_supernet has no setting 'data'; it has .*data_dir"):
@@ -135,7 +141,7 @@ def test_a_network_of_ones_own_is_trained_and_evaluated():
             self.last = torch.nn.Linear(8, 3)
 
         def path(self, candidate):
-            return [self.stem, *(ops[choice] for ops, choice in zip(self.ops, candidate))]
+            return [self.stem, torch.Tensor.contiguous, *(ops[choice] for ops, choice in zip(self.ops, candidate))]
 
         def classify(self, x):
             return self.last(x.mean((2, 3)))
@@ -153,6 +159,8 @@ def test_a_network_of_ones_own_is_trained_and_evaluated():
     torch.manual_seed(0)
     model, (images, labels) = Own(), tensors()
     train(model, from_tensors(images, labels), settings(iterations=2), PathSampler(SPACE, 0))
+    with pytest.raises(UserError, match=r"Own has no candidates_with_all\(\)"):
+        train(model, from_tensors(images, labels), settings(compile=True), PathSampler(SPACE, 0))
     loader = from_tensors(images, labels)
     calibration, validation = calibration_batches(loader, 2, 8), validation_batches(loader, 10)
     candidates = [(0, 1, 2, 3), (0, 1, 2, 0)]

@@ -1,5 +1,6 @@
 """What a search leaves on disk, whole wherever it stops."""
 
+import errno
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import made_search
 import pytest
 from made_search import SPACE, result, reward, settings
 
+import utils
 from engines.search_files import ranked, read_generations, read_results, state_path
 from engines.search_record import SearchRecord, prepare_search
 from space.evolution import Evolution
@@ -240,3 +242,34 @@ def test_lock_is_held_by_one(tmp_path):
             hold_lock(tmp_path / "a.lock")
         hold_lock(tmp_path / "b.lock").close()
     hold_lock(tmp_path / "a.lock").close()
+
+
+def refuses(error):
+    def call(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    return call
+
+
+@pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_where_files_have_no_locks_one_warning_says_so(tmp_path, monkeypatch, caplog, error):
+    """NFS, FUSE and Lustre, by their mounts."""
+    monkeypatch.setattr(utils.fcntl, "flock", refuses(error))
+    for name in "ab":
+        hold_lock(tmp_path / f"{name}.lock").close()
+    (warning,) = caplog.messages
+    assert str(tmp_path) in warning and "a second run in it would go unnoticed" in warning
+
+
+def test_a_lock_that_fails_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.fcntl, "flock", refuses(errno.EIO))
+    with pytest.raises(OSError) as found:
+        hold_lock(tmp_path / "a.lock")
+    assert found.value.filename == str(tmp_path / "a.lock")
+
+
+def test_files_are_written_where_their_mode_cannot_be_changed(tmp_path, monkeypatch):
+    """exFAT, CIFS, WSL."""
+    monkeypatch.setattr(os, "chmod", refuses(errno.EPERM))
+    utils.write_json(tmp_path / "a.json", 1)
+    assert read_json(tmp_path / "a.json") == 1

@@ -6,12 +6,14 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import reference_spos
 import torch
 from torch import nn
 
 import network
+from space import own
 from space.search_space import OPERATIONS, SearchSpace
 from utils import HERE, UserError
 
@@ -277,7 +279,10 @@ def test_a_space_goes_to_json_and_back():
     ({"stage_blocks": [4, 4, 8, "4"]}, "stage_blocks is"), ({"stage_blocks": [4, 4, 8]}, "differ in length"),
     ({"stage_blocks": [4, 4, 8, 900_000]}, "900016 blocks, more than 1000"), ({"stage_blocks": [1] * 100_000},
     "stage_blocks|differ"),
-    ({"stage_channels": [64, 160, 320, 641]}, "not all even"), ({"stage_channels": [64, 160, 160, 640]}, "do not grow"),
+    ({"stage_operations": [["xception_3x3"]]}, "has 1 entries for 4 stages"),
+    ({"stage_operations": [["xception_3x3"]] * 3 + [["swin"]]}, r"has \['swin'\], not some of operations"),
+    ({"stage_operations": [["xception_3x3"] * 2] * 4}, "not some of operations"),
+    ({"stage_operations": "abcd"}, "stage_operations is 'abcd'"), ({"image_channels": 0}, "image_channels is 0"),
     ({"operations": []}, "operations"), ({"operations": "shufflenet_3x3"}, "operations"),
     ({"operations": ["shuffle-net"]}, "operations"),
     ({"operations": [["shufflenet_3x3"]]}, "operations"), ({"operations": [{}] * 100_000}, "operations"),
@@ -287,6 +292,27 @@ def test_bad_spaces_are_refused_with_a_line(values, message):
         SearchSpace.from_dict(values)
     assert str(error.value).startswith("search space: ")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("channels, message", [((64, 160, 320, 641), "not even, 641"),
+                                               ((64, 160, 160, 640), "do not grow, 160 to 160"),
+                                               ((16, 160, 320, 640), "not even|do not grow, 17 to 16")])  # fmt: skip
+def test_shufflenets_units_refuse_channels_that_they_can_not_split(channels, message):
+    space = SearchSpace(stage_channels=channels, stem_channels=17 if channels[0] == 16 else 16)
+    for refused in (lambda: own.with_hash(space), lambda: space.costs):
+        with pytest.raises(UserError, match=f"^operation 'shufflenet_3x3' fails at BlockShape.*{message}") as error:
+            refused()
+        assert_one_line(error)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, torch.tensor])
+def test_whatever_is_an_index_is_one(kind):
+    found = SPACE.check([kind(choice) for choice in WINNER])
+    assert found == WINNER and all(type(choice) is int for choice in found)
+    with pytest.raises(UserError, match=r"block 20 chooses .*4.*, not 0 to 3"):
+        SPACE.check([kind(0)] * 19 + [kind(4)])
+    with pytest.raises(UserError, match=r"block 1 chooses .*1\.0"):
+        SPACE.check([np.float64(1.0)] + [0] * 19)
 
 
 def test_random_candidates_are_uniform_and_of_the_space():

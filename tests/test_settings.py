@@ -103,11 +103,26 @@ def test_the_settings_that_a_run_wrote_can_be_read(tmp_path, command):
     assert found == kept
 
 
+def test_every_path_of_a_command_may_begin_with_the_home_folder(monkeypatch):
+    """bash leaves ~ in --out=~/run. A regular expression, or the name of a space, is no path."""
+    monkeypatch.setenv("HOME", "/elsewhere")
+    for script in SCRIPTS:
+        parser = importlib.import_module(script).make_parser()
+        for action in parser._actions:
+            if action.dest in FIELDS and FIELDS[action.dest].metadata["path"]:
+                file = f"a.{'yml' if action.dest == 'space' else 'csv'}"
+                found = getattr(parser.parse_args([f"{action.option_strings[0]}=~/{file}"]), action.dest)
+                assert found in (f"/elsewhere/{file}", [f"/elsewhere/{file}"])
+        assert parser.parse_args(["--group-by=~/a(.)"]).group_by == "~/a(.)"
+    assert importlib.import_module("dataloader").parse_args(["--check=~/a"]).check == "/elsewhere/a"
+    assert importlib.import_module("report").parse_args(["a", "--random=~/b"]).random == pathlib.Path("/elsewhere/b")
+
+
 # --- what a run that is resumed must have again --------------------------------------------------------------
 
 # The settings in the checkpoints of runs, as 7e149fb wrote them, and the commands that made them.
 OLD = {
-    "supernet --demo --iterations 300": {
+    "supernet --demo --loader auto --iterations 300": {
         "input_size": 28, "val_resize": 28, "crop_scale": [0.8, 1.0], "jitter": 0.0, "heldout_per_class": 200,
         "bn": "average", "bn_batches": 10, "iterations": 300, "batch_size": 64, "lr": 0.1, "warmup": 200,
         "sampler": "uniform", "seed": 0, "preprocessing": None, "crop_ratio": None, "mirror": None, "split_seed": None,
@@ -115,7 +130,7 @@ OLD = {
         "amp": "off", "bn_batch_size": 128, "eval_amp": "off", "architecture": None, "flops_range": None,
         "flops_bins": 7, "width_warmup": None, "val_paths": 3,
     },
-    "scratch --demo --iterations 200 --bn-pass 5 --architecture best.json": {
+    "scratch --demo --loader auto --iterations 200 --bn-pass 5 --architecture best.json": {
         "input_size": 28, "val_resize": 28, "crop_scale": [0.8, 1.0], "jitter": 0.0, "heldout_per_class": 200,
         "iterations": 200, "batch_size": 64, "lr": 0.1, "warmup": 60, "bn_pass": 5, "architecture": "best.json",
         "checkpoint": None, "seed": 0, "preprocessing": None, "crop_ratio": None, "mirror": None, "split_seed": None,

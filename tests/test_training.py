@@ -65,7 +65,7 @@ def settings(**changes):
 def training_run(folder, training, seed=0, loader="torchvision"):
     folder.mkdir(parents=True, exist_ok=True)
     deciding_ones = deciding({**dataclasses.asdict(training), "seed": seed, "loader": loader})
-    return TrainingRun(folder, "supernet", dict(CONTENTS), deciding_ones, training.keep)
+    return TrainingRun(folder, "supernet", dict(CONTENTS), deciding_ones)
 
 
 def supernet_run(

@@ -17,6 +17,7 @@ from engines.generations import first_generation_warning, reliability
 from images.dataset import Data, DataConfig
 from reports.page import write_report
 from training import checkpoint
+from utils import UserError
 
 
 @pytest.fixture
@@ -35,6 +36,43 @@ def test_a_single_class(tree):
             shutil.rmtree(tree / part / name)
     (text,) = warnings(tree)
     assert "a single class, 'apple': every network is right" in text
+
+
+def test_one_name_of_a_class_in_two_forms_of_unicode(tree):
+    """As macOS packs it, and as it is typed elsewhere. Labels are those of train."""
+    composed, decomposed = "\u00e1", "a\u0301"  # the second comes before car, the first after it
+    for part, name in (("train", composed), ("val", decomposed)):
+        (tree / part / "bird").rename(tree / part / name)
+    shutil.copy(tree / "train" / composed / "000.jpg", tree / "val" / decomposed / "copy.jpg")
+    data = Data(tree, DataConfig(heldout_per_class=1))
+    assert data.classes == data.train.classes == data.val.classes == ("apple", "car", composed)
+    assert [(path.split("/")[0], label) for path, label in zip(data.val.paths, data.val.labels)] == [
+        ("apple", 0), ("apple", 0), ("car", 1), ("car", 1), *[(decomposed, 2)] * 3,
+    ]  # fmt: skip
+    data.write_list(tree / "list.json")
+    again = Data(tree, DataConfig(heldout_per_class=1), listed=tree / "list.json").val
+    assert again.paths == data.val.paths and again.labels.tolist() == data.val.labels.tolist()
+    (text,) = data.warnings
+    assert "1 images of val are in train too" in text
+    run("dataloader.py", "--check", tree)
+    stored = types.SimpleNamespace(path="a.pth", classes=("apple", "car", decomposed), class_names="abc")
+    checkpoint.check_classes(stored, data.classes)
+    (tree / "train" / decomposed).mkdir()
+    both = r"class folders 'a\u0301' and '\xe1' have one name in two forms of Unicode"
+    with pytest.raises(UserError) as error:
+        Data(tree, DataConfig(heldout_per_class=1))
+    assert both in str(error.value)
+    stdout, _ = run("dataloader.py", "--check", tree, code=2)
+    assert both in stdout
+
+
+def test_classes_that_differ_in_capitals(tree):
+    for part in ("train", "val"):
+        (tree / part / "bird").rename(tree / part / "Apple")
+    text = f"{tree}: classes 'Apple' and 'apple' are two: is it one, written in two ways?"
+    assert warnings(tree) == [text]
+    stdout, _ = run("dataloader.py", "--check", tree)
+    assert text in stdout
 
 
 def test_images_in_train_and_val(tree):
@@ -174,6 +212,12 @@ def test_candidates_of_the_first_generation_that_cannot_be_told_apart(results, s
         assert advice == ("train the supernet longer" if "chance" in says else f"what helps, in this order: {ADVICE}")
 
 
+def test_the_noise_of_images_in_groups_is_theirs():
+    """A spread of 4 points is above the binomial noise of 1.5, and below that of groups."""
+    text = first_generation_warning([row | {"acc1_error": 5.0} for row in rows(60, 4)], n_classes=10)
+    assert "1000 images in groups measure each to 5.00 points" in text
+
+
 def halved(correlation, n=50, **changes):
     """Results far above chance and noise, whose scores on two halves of the images have about this correlation."""
     rng = random.Random(1)
@@ -224,6 +268,8 @@ def test_a_search_that_ranks_by_the_loss_is_not_advised_to():
 
 def test_the_report_repeats_the_warnings(tmp_path, undrawn):
     warnings = ["c.pth: step 3 of 9"]
-    fill(tmp_path, settings(generations=1), lambda c: result(c, acc1=10.1, n_images=2000), warnings=warnings)
+    numbers = {"acc1": 10.1, "n_images": 2000, "acc1_error": 7.5}
+    fill(tmp_path, settings(generations=1), lambda c: result(c, **numbers), warnings=warnings)
     page = write_report(tmp_path).read_text()
+    assert "\xb1\xa07.50 standard error by groups of images on 2,000 images" in page
     assert "Warning: c.pth: step 3 of 9</p>" in page and "and chance is 10.00%: train the supernet longer" in page

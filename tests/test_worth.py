@@ -1,4 +1,4 @@
-"""bench/spaces.py, worth.py and lengths.py: what they draw, keep, resume, and conclude from rows that are made up."""
+"""bench/worth.py and lengths.py: what they draw, keep, resume, and conclude from rows that are made up."""
 
 import json
 import math
@@ -28,63 +28,7 @@ def study(tmp_path, monkeypatch):
     for name in map(str, range(10)):
         (tmp_path / "images" / "val" / name).mkdir(parents=True)
         (tmp_path / "images" / "val" / name / "0.png").touch()
-    return spaces.Study(ROOT / "bench" / "varied_fashion.yml", ["--data-dir", str(tmp_path / "images")])
-
-
-def keys(study):
-    """(candidate, seed) of all trainings."""
-    return [(tuple(candidate), seed) for *_, candidate, seed in (task.key for task in study.trainings(study.path))]
-
-
-def test_candidates_are_legal_and_the_first_ten_are_trained_twice(study):
-    tasks = keys(study)
-    limit = study.bounds["flops"][1]
-    assert limit == study.space.quantile("flops", 0.59)
-    assert len(tasks) == len(set(tasks)) == 40 and sum(seed for _, seed in tasks) == 10
-    assert all(study.space.flops(candidate) <= limit for candidate, _ in tasks)
-    assert {c for c, seed in tasks if seed} == set(study.legal(10))
-
-
-def test_what_is_kept_is_not_trained_again_unless_the_settings_change(study, tmp_path):
-    first = next(study.trainings(tmp_path))
-    _, _, candidate, seed = first.key
-    study.keep("training", {"architecture": candidate, "seed": seed, "acc1": 50.0})
-    assert study.done() == [first.key]
-    study.key = study.key | {"settings": study.key["settings"] | {"scratch": {"lr": 0.2}}}
-    assert study.done() == [] and next(study.trainings(tmp_path)).command.folder != first.command.folder
-
-
-def test_supernets_of_other_settings_have_folders_of_their_own(study, tmp_path):
-    settings = [(0, None, None), (1, None, None), (0, 300, None), (0, None, 300), (0, 300, 300)]
-    commands = [study.supernet(seed, tmp_path, steps, heldout).command for seed, steps, heldout in settings]
-    assert len({command.folder for command in commands}) == len(settings)
-    assert commands[3].words[-4:-2] == ["--heldout-per-class", "300"] and "--iterations" not in commands[3].words
-
-
-def test_noise_is_that_of_the_pairs(study, monkeypatch):
-    monkeypatch.setattr(shared, "DRAWS", 20)
-    for i, (candidate, seed) in enumerate(keys(study)):
-        acc1 = study.space.flops(candidate) + (2 if seed else 0)  # costs differ by more
-        row = {"architecture": list(candidate), "seed": seed, "acc1": acc1, "cpu_seconds": i}
-        study.keep("training", row)
-    scores = [
-        {"architecture": list(c), "acc1": -study.space.flops(c), "loss": -study.space.flops(c)} for c in study.legal(30)
-    ]
-    study.keep(
-        "supernet", {"seed": 0, "steps": None, "heldout": None, "n_images": 9, "cpu_seconds": 1, "scores": scores}
-    )
-    found = spaces.summary(study)
-    assert found["sd_of_trainings"] == pytest.approx(math.sqrt(2))  # differences of 2: a variance of 2 each
-    assert found["tau_flops"][0] == pytest.approx(1) and found["tau_flops"][1] == pytest.approx(1)
-    (supernet,) = found["supernets"]
-    assert supernet["tau_top1"][0] == pytest.approx(-1) and supernet["tau_loss"][0] == pytest.approx(1)
-    assert found["ratio"] == pytest.approx(found["sd"] / math.sqrt(2))
-
-
-def test_legal_candidates_differ_in_cost_by_more_than_a_factor_of_two(study):
-    """What `varied` is for; those of `small` differ by 1.2."""
-    ranges = spaces.ranges(study, latency=False)
-    assert all(of_all > 2 for of_all, _ in ranges.values())
+    return spaces.Study(ROOT / "bench" / "varied_fashion.yml", ["--data-dir", str(tmp_path / "images")], tmp_path)
 
 
 def test_the_largest_is_the_largest_and_random_ones_are_legal(study):

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import unicodedata
 
 import torch
 
@@ -96,8 +97,26 @@ def check_classes(ckpt, classes):
     if len(ckpt.class_names) != len(classes):
         counts = f"has {len(ckpt.class_names)} classes, the data {len(classes)}"
         raise UserError(f"{ckpt.path}: {counts}; use the same --data-dir")
-    if ckpt.classes is not None and ckpt.classes != tuple(classes):
+    composed = [[unicodedata.normalize("NFC", name) for name in names] for names in (ckpt.classes or (), classes)]
+    if ckpt.classes is not None and composed[0] != composed[1]:
         raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")
+
+
+def check_images(ckpt, images):
+    """Raises UserError if a run that is resumed would train on other images, {part: what identifies them} or None.
+
+    Warns where val is another one, and where the checkpoint, of before, does not tell.
+    """
+    before = ckpt.content.get("images")
+    if images and not isinstance(before, dict):
+        log.warning("warning: %s: does not tell its images: they may be others than now", ckpt.path)
+    elif images:
+        for part, now in images.items():
+            if before.get(part) != now:
+                text = f"{ckpt.path}: {part} had {before.get(part)}; now it has {now}"
+                if part == "train":
+                    raise UserError(f"{text}; use the same images, another --out, or --resume none")
+                log.warning("warning: %s", text)
 
 
 NO_FLAGS = {  # settings of a run that no flag has, in words

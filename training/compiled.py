@@ -26,6 +26,8 @@ class CompiledStep(Step):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "candidates_with_all"):
+            raise UserError(f"compile: {type(self.model).__name__} has no candidates_with_all(), which it needs")
         self.functions = {}  # (structure of a part, shape of its input) -> compiled function
         self.of_part = {}
 

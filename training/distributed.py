@@ -22,9 +22,11 @@ import zlib
 import torch
 import torch.distributed as dist
 
-from utils import POLL_S, Silence, UserError, heartbeats_to, local_world_size, run_script
+from utils import POLL_S, Silence, UserError, heartbeats_to, local_world_size, log, run_script
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of ranks without heartbeats in `together`
+NOTICE_S = 30  # after which waiting for a rank is worth a line
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 LOST_RANK = "another rank of this run ended or hangs; the same command resumes from the last checkpoint"
 
 _store = None  # the key-value store that the ranks share
@@ -33,18 +35,79 @@ _store = None  # the key-value store that the ranks share
 def run(main, parse_args):
     """`utils.run_script` on every rank; prints an error that several ranks raise once.
 
-    `main` must call `join`.
+    `main` must call `join`. Raises UserError where variables of torchrun are incomplete, or a rank does not come.
     """
-    global _store
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        return run_script(main, parse_args)
-    _store, *_ = next(dist.rendezvous("env://"))
+
+    def begin():
+        global _store
+        _store = meet()
+        return parse_args()
 
     def run_rank(parsed):
         main(parsed)
-        dist.destroy_process_group()
+        if _store is not None:
+            dist.destroy_process_group()
 
-    run_script(run_rank, parse_args, lambda line: _store.add(f"printed {line}", 1) == 1)
+    run_script(run_rank, begin, lambda line: _store is None or _store.add(f"printed {line}", 1) == 1)
+
+
+def meet():
+    """The key-value store of the ranks that torchrun has started, once all of them have come; None for a process alone.
+
+    A scheduler may set some of torchrun's variables, and a shell may have some left over.
+    """
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS)}
+    if not (found["RANK"] and found["WORLD_SIZE"]):
+        return None
+    for name in found.keys() - {"MASTER_ADDR"}:
+        if found[name] and not found[name].isdecimal():
+            raise UserError(f"{name} is {found[name]!r}, not a number; start by torchrun, or unset {name}")
+    n = int(found["WORLD_SIZE"])
+    if missing := ", ".join(name for name, value in found.items() if not value):
+        text = f"RANK {found['RANK']} and WORLD_SIZE {n} are set, but not {missing}"
+        if n > 1:
+            how = "start by torchrun, which sets them all, or unset RANK WORLD_SIZE to train with one process"
+            raise UserError(f"{text}: each of the {n} processes would train alone; {how}")
+        log.warning("warning: %s: this process trains alone", text)
+        return None
+    try:
+        return _store_of_all(int(found["RANK"]), n, found["MASTER_ADDR"], int(found["MASTER_PORT"]))
+    except RuntimeError as error:  # of the store
+        address = ":".join(found[name] for name in ADDRESS)
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"process {found['RANK']} of {n} can't meet the others at {address} ({reason})") from None
+
+
+def _store_of_all(rank, n, host, port):
+    """The store at an address, which rank 0 opens where torchrun has not, once `n` ranks have come."""
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    opens = rank == 0 and not by_torchrun
+    store, came, said = None, 1, False
+    start = time.monotonic()
+    while True:
+        # torch prints a page for each time that nobody answers
+        if store is None and (opens or by_torchrun or _answers(host, port)):
+            store = dist.TCPStore(host, port, n, opens, TIMEOUT, wait_for_workers=False, multi_tenant=True)
+            store.add("came", 1)
+        if store is not None and (came := store.add("came", 0)) >= n:
+            return store
+        waited = time.monotonic() - start
+        if waited > TIMEOUT.total_seconds():
+            text = f"{came} of {n} processes came to {host}:{port} in {TIMEOUT.total_seconds() / 60:.0f} minutes"
+            raise UserError(f"{text}; start the others, too")
+        if waited > NOTICE_S and not said:
+            said = True
+            if store is None or store.add("said", 1) == 1:
+                log.warning("waiting for other processes: %d of %d have come to %s:%d", came, n, host, port)
+        time.sleep(min(POLL_S, 0.02 + waited / 10))
+
+
+def _answers(host, port):
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def join(device="auto"):
@@ -193,14 +256,15 @@ def broadcast_from_rank0(tensors):
             _collective(dist.broadcast, tensor, src=0)
 
 
-def average_gradients(parameters):
+def average_gradients(parameters, paths=()):
     """Replaces each gradient of a list of parameters by its mean over ranks, in one all_reduce.
 
-    Raises UserError if ranks have gradients of different parameters: they would be added up wrongly.
+    Raises UserError if ranks have gradients of different parameters, which would be added up wrongly, or of different
+    `paths`: paths that differ in widths alone have gradients of the same parameters.
     """
     if world_size() == 1:
         return
-    trained = zlib.crc32(bytes(p.grad is not None for p in parameters))
+    trained = zlib.crc32(repr(paths).encode(), zlib.crc32(bytes(p.grad is not None for p in parameters)))
     highest, lowest = _all_reduce(torch.tensor([trained, -trained]), dist.ReduceOp.MAX).tolist()
     if highest != -lowest:
         raise UserError("the ranks train different weights: sampler and rule must choose the same paths on all of them")

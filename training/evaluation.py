@@ -52,7 +52,8 @@ def open_evaluation(values, listed=None):
     supernet.to(device, memory_format=torch.channels_last)
 
     def loader(part, augment):
-        return Loader(data.images(part), config, augment, values["seed"], device, images.loader, images.workers)
+        how = images.loader, images.workers, images.cache, images.memory_gb
+        return Loader(data.images(part), config, augment, values["seed"], device, *how)
 
     calibration = calibration_batches(
         loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, values["seed"], images.cache
@@ -81,7 +82,7 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
 
     Returns a dict for each candidate, in order: architecture, acc1 and acc5 in percent, loss (mean cross-entropy in
     nats, None if it is not finite), n_images, seconds (its share); where `validation` tells two halves of its images
-    apart, halves has acc1 and loss of each.
+    apart, halves has acc1 and loss of each; where it knows groups, acc1_error is the standard error of acc1 by these.
     `calibration` and `validation` yield batches (images (N, 3, H, W), labels (N,)), the same at every iteration. With
     `fold`, BN is folded into the convolutions for validation; `amp` "bf16" computes convolutions in bfloat16. The
     supernet is left in eval mode with its own BN statistics. Raises UserError if a candidate is not of its space.
@@ -92,35 +93,56 @@ def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True,
     with torch.inference_mode(), tree.own_statistics():
         update_bn(supernet, tree.forward, calibration, bn)
         sums, n_images, n_second = dict.fromkeys(candidates, 0), 0, 0
-        for (images, labels), second in zip(validation, getattr(validation, "second_halves", itertools.repeat(None))):
+        sizes, groups = getattr(validation, "groups", None) or (torch.empty(0), itertools.repeat(None))
+        halves = getattr(validation, "second_halves", itertools.repeat(None))
+        for (images, labels), second, group in zip(validation, halves, groups):
             if second is None:
                 second = torch.zeros_like(labels, dtype=torch.bool)
             second = second.to(labels.device, non_blocking=True)
+            group = None if group is None else group.to(labels.device, non_blocking=True)
             for candidate, logits in tree.logits(images):
-                sums[candidate] = sums[candidate] + _counts(logits, labels, second)
+                sums[candidate] = sums[candidate] + _counts(logits, labels, second, group, len(sizes))
             n_images += len(labels)
             n_second += second.sum()
-    counts, n_images = _all_reduce_counts(list(sums.values()), n_images, 6)
+    counts, n_images = _all_reduce_counts(list(sums.values()), n_images, 6 + len(sizes))
     n_second = distributed.all_reduce_sum(torch.as_tensor(n_second).cpu()).item()
     counts = dict(zip(sums, counts))
     seconds = round((time.perf_counter() - start) / len(candidates), 3)
-    return [_result(c, counts[c], n_images, n_second, seconds) for c in candidates]
+    return [_result(c, counts[c], n_images, n_second, sizes, seconds) for c in candidates]
 
 
-def _counts(logits, labels, second):
-    """Images correct in top-1 and top-5 and their losses, summed over all and over the `second` half: a tensor (6,)."""
+def _counts(logits, labels, second, group, n_groups):
+    """Images correct in top-1 and top-5 and their losses, summed over all and over the `second` half; then those
+    correct in top-1 by group: a tensor (6 + n_groups,)."""
     hits = _hits(logits, labels)
     each = torch.stack((hits[:, 0].double(), hits.any(1).double(), losses(logits, labels)), 1)
-    return torch.cat((each.sum(0), torch.where(second[:, None], each, 0).sum(0)))
+    sums = torch.cat((each.sum(0), torch.where(second[:, None], each, 0).sum(0)))
+    if group is None:
+        return sums
+    right = torch.bincount(group[hits[:, 0]], minlength=n_groups)  # whole numbers: their order does not matter
+    return torch.cat((sums, right.double()))
 
 
-def _result(candidate, counts, n_images, n_second, seconds):
-    whole, second = counts.split(3)
+def standard_error(hits, sizes):
+    """The standard error, in percent, of the share of hits, from the numbers of hits and of images of groups (G,).
+
+    Images of a group count together, as they are right or wrong together. Source: Liang and Zeger, Longitudinal data
+    analysis using generalized linear models, 1986.
+    """
+    n, g = sizes.sum(), len(sizes)
+    residuals = hits - sizes * (hits.sum() / n)
+    return (100 * (residuals.square().sum() * g / max(1, g - 1)).sqrt() / n).item()
+
+
+def _result(candidate, counts, n_images, n_second, sizes, seconds):
+    whole, second, hits = counts.split((3, 3, len(sizes)))
     acc1, acc5, loss = _means(whole, n_images)
     found = {"architecture": list(candidate), "acc1": acc1, "acc5": acc5, "loss": loss, "n_images": n_images}
     if 0 < n_second < n_images:
         halves = _means(whole - second, n_images - n_second), _means(second, n_second)
         found["halves"] = {"acc1": [acc1 for acc1, _, _ in halves], "loss": [loss for _, _, loss in halves]}
+    if len(sizes):
+        found["acc1_error"] = standard_error(hits, sizes)
     return found | {"seconds": seconds}
 
 

@@ -38,6 +38,8 @@ TOLERANCE = 1e-4  # of logits, absolute
 SAME_TOP1 = 0.999  # of the images of a comparison from the file on
 N_IMAGES, BATCH_SIZE = 20, 7  # of the bundled images: 7, 7 and 6
 WARM_UP, TIMED = 10, 50  # runs of one image
+# Operations of a program are bound to the device on which it was traced; .to(device) moves only its weights.
+MOVED = "cpu; elsewhere move_to_device_pass(torch.export.load(file), device).module(), from torch.export.passes"
 
 
 class Input(nn.Module):
@@ -154,6 +156,7 @@ def torch_file(network, config, whole, values):
     forms = [nn.Sequential(Input(config, form), network) for form in (False, True)]
     program = _program(forms[whole], _example(config, whole), _dimensions(whole))
     file = io.BytesIO()
+    values = values | {"device": MOVED}
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(values, indent=1)})
     network.to(memory_format=torch.channels_last)  # as the latencies of a search are measured
     return file.getvalue(), [network, *forms]

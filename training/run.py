@@ -29,13 +29,14 @@ STATE = {"settings", "step", "optimizer", "scaler", "metrics", "rows"}  # entrie
 def contents_of(space, config, classes, split=None, **more):
     """The `contents` of a run: its SearchSpace, its DataConfig, the names of the classes, the split of the images.
 
+    The space gets the hash of its own operations, which one made by hand has not.
     `config` is None for data of Python that has no DataConfig. Raises UserError if the classes are not names.
     """
     classes = list(classes)
     if not all(isinstance(name, str) for name in classes):
         raise UserError(f"classes {reprlib.repr(classes)} are not names: write them as texts")
     data = config and config.to_dict()
-    return {"space": space.to_dict(), "data": data, "split": split, "classes": classes, **more}
+    return {"space": own.with_hash(space).to_dict(), "data": data, "split": split, "classes": classes, **more}
 
 
 PLAIN = (bool, int, float, str, bytes, tuple, type(None))
@@ -77,7 +78,6 @@ class TrainingRun:
         contents: of every checkpoint; see `contents_of`
         settings: name -> value of those that affect the result: a resumed run must have the same ones. `train` adds
             its own, with the rule, the sampler, and an optimizer or schedule that is not the official one
-        keep: the number of checkpoints that are kept
         log: a function of a step and its metrics (name -> number), called for each line of the log
     """
 
@@ -85,10 +85,10 @@ class TrainingRun:
     kind: str = ""
     contents: dict = dataclasses.field(default_factory=dict)
     settings: dict = dataclasses.field(default_factory=dict)
-    keep: int = 3
     log: typing.Callable | None = None
     given: dict | None = dataclasses.field(default=None, init=False)  # settings, without those that `train` adds
     started: bool = dataclasses.field(default=False, init=False)
+    read_back: bool = dataclasses.field(default=False, init=False)  # whether a sampler's state was found readable
     # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
     lock: typing.Any = dataclasses.field(default=None, init=False)
     content: typing.Any = dataclasses.field(default=None, init=False)
@@ -128,7 +128,7 @@ class TrainingRun:
     def start(self, device, seed, anew=False, warnings=(), images=None, config=None):
         """Locks the folder, starts its log, and logs the `warnings`; with `anew`, an earlier run in it is renamed.
 
-        `config` (name -> value) are the settings for config.yml; `images` is a hash of the images. Raises UserError if
+        `config` (name -> value) are the settings for config.yml; `images` identifies the images. Raises UserError if
         another run holds the lock, or if settings, images or code differ between ranks.
         """
         self.started = True
@@ -212,6 +212,7 @@ class TrainingRun:
         if missing := STATE - content.keys():
             raise UserError(f"{path}: has no {min(missing)} to resume from; use {advice}")
         checkpoint.check_settings(found, self.contents | {"settings": self.settings}, self.folder)
+        checkpoint.check_images(found, self.contents.get("images"))
         known = content | {"space": found.space.to_dict()}
         for name in ("space", "split", "classes", "architecture"):
             if known.get(name) != self.contents.get(name):
@@ -231,9 +232,10 @@ class TrainingRun:
             state = {name: part.state_dict() for name, part in parts.items()}
             values = {"kind": self.kind, "step": number, "metrics": metrics, "rows": rows, "settings": self.settings}
             checkpoint.save(path, **values, **state, **self.contents)
-            if "sampler" in parts:
+            if "sampler" in parts and not self.read_back:
                 weight_files.load_file(path)  # raises now, not when it is resumed, if the state can't be read
-            checkpoint.prune(self.folder, self.keep)
+                self.read_back = True
+            checkpoint.prune(self.folder, step.training.keep)
         return path
 
 

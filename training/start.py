@@ -11,6 +11,7 @@ from training.compiled import prepare_compiler
 from training.evaluation import resolve_device, validation_batches
 from training.run import TrainingRun, contents_of
 from training.step import find_rule
+from utils import log
 
 
 class Start:
@@ -32,8 +33,9 @@ class Start:
 
     def loader(self, part, augment=False):
         """The Loader of a part of the images: "supernet", "search", "train" or "val"."""
-        images = self.data.images(part)
-        return Loader(images, self.config, augment, self.seed, self.device, self.images.loader, self.images.workers)
+        images = self.images
+        how = self.seed, self.device, images.loader, images.workers, images.cache, images.memory_gb
+        return Loader(self.data.images(part), self.config, augment, *how)
 
     def validation(self, part):
         """Validation batches of a part of the images."""
@@ -53,9 +55,11 @@ class Start:
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code
         contents = contents_of(space, self.config, self.data.classes, **contents)
-        run = TrainingRun(self.folder, self.kind, contents, settings, self.training.keep)
+        run = TrainingRun(self.folder, self.kind, contents, settings)
         anew = self.training.resume == "none"
-        run.start(self.device, self.seed, anew, self.data.warnings, self.data.names_hash, self.values)
+        run.start(self.device, self.seed, anew, self.data.warnings, self.data.names, self.values)
+        if distributed.rank() == 0 and (advice := loader.advice()):
+            log.info(advice)
         return run
 
 

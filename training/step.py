@@ -74,6 +74,7 @@ class Step:
         self.number = 0
         self.known = {}  # of Buffers
         self.changed = [Buffers(self.known)]  # what forward passes change: in the step, and since its first micro-batch
+        self.paths = []  # candidates that the step trains, in order
         self.updating = False  # whether the optimizer may have changed weights in an unfinished step
 
     def train_one_step(self, number, images, labels, candidate=None):
@@ -93,6 +94,7 @@ class Step:
         batches = list(zip(images.split(size), labels.split(size)))
         self.optimizer.zero_grad(set_to_none=True)
         self.changed = [Buffers(self.known)]
+        self.paths = []
         losses, others, outputs = [], [], []
         for i, batch in enumerate(batches):
             torch.manual_seed(dropout_seed(self.seed, number, distributed.rank() * len(batches) + i))
@@ -114,7 +116,7 @@ class Step:
             outputs.append(output)
         if len(batches) > 1:
             self.changed.pop().restore()
-        distributed.average_gradients(self.parameters)
+        distributed.average_gradients(self.parameters, self.paths)
         self.updating = True
         begin_momentum(self.optimizer)
         self.scaler.step(self.optimizer)
@@ -133,6 +135,8 @@ class Step:
     def forward(self, candidate, images):
         """Logits (N, classes) of images (N, 3, H, W) through a candidate, or through a stand-alone network (None)."""
         path = self.model.path(candidate)
+        if torch.is_grad_enabled():
+            self.paths.append(candidate)
         for buffers in self.changed:
             buffers.note(path)
         with autocast(self.device, self.training.amp):
@@ -166,9 +170,10 @@ class Buffers:
         new = [part for part in path if part not in self.parts]
         self.parts.update(new)
         for part in new:
-            if part not in self.known:
-                self.known[part] = list(getattr(part, "widest", part).buffers())
-        buffers = [buffer for part in new for buffer in self.known[part]]
+            module = getattr(part, "widest", part)
+            if part not in self.known and isinstance(module, nn.Module):
+                self.known[part] = list(module.buffers())
+        buffers = [buffer for part in new for buffer in self.known.get(part, ())]
         for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
             same = [buffer for buffer in buffers if buffer.dtype == dtype]
             self.before.append((same, torch.cat([buffer.reshape(-1) for buffer in same])))

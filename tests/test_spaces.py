@@ -1,0 +1,211 @@
+"""bench/spaces.py: how well a supernet ranks a space, from made-up results, and by the readme's command."""
+
+import itertools
+import json
+import math
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, forget, make_tree, run
+
+from bench import spaces
+from bench import study as shared
+from images import bundled
+
+RULES = ROOT / "examples" / "rules.py"
+SPACE = """
+space:
+  stem: {channels: 8, stride: 1}
+  stages:
+    - {blocks: 1, channels: 16, stride: 2}
+    - {blocks: 1, channels: 32, stride: 2}
+  last: {channels: 32}
+  operations: [skip_1x1, pointwise_1x1, shufflenet_3x3]
+common:
+  {data-dir: images, input-size: 16, heldout-per-class: 3, bn: average, bn-batches: 2, bn-batch-size: 9, cache: cache}
+supernet: {iterations: 12, batch-size: 6, warmup: 4, sampler: uniform, val-every: 12, save-every: 1}
+scratch: {iterations: 3, batch-size: 6, val-every: 3, bn-pass: 2}
+search: {limit: "flops=100%"}
+"""
+
+
+@pytest.fixture
+def settings(tmp_path):
+    make_tree(tmp_path / "images", 6, 2)
+    (tmp_path / "two.yml").write_text(SPACE)
+    return tmp_path / "two.yml"
+
+
+@pytest.fixture
+def study(settings, monkeypatch):
+    """A study of 6 of 9 candidates, two of them trained twice, and the rules of the examples."""
+    monkeypatch.setattr(shared, "DRAWS", 50)
+    yield spaces.Study(settings, out=settings.parent / "out", own_file=RULES, candidates=6, repeats=2)
+    forget()
+
+
+def train_all(study, seconds=10):
+    """Results of all trainings: top-1 falls by 5 from one candidate to the next, a second seed has 2 more."""
+    for *_, candidate, seed in (task.key for task in study.trainings()):
+        acc1 = 2 * seed - 5 * study.candidates.index(tuple(candidate))
+        study.keep("training", {"architecture": candidate, "seed": seed, "acc1": acc1, "cpu_seconds": seconds})
+
+
+def score_all(study, rule, seed, value, steps=12, seconds=25):
+    """Results of a supernet: `value` of each candidate is its top-1, and its loss."""
+    scores = [{"architecture": list(c), "acc1": value(c), "loss": value(c)} for c in study.candidates
+              if spaces.trains(rule, study.space, c)]  # fmt: skip
+    study.keep("supernet", {"rule": rule, "seed": seed, "steps": steps, "cpu_seconds": seconds, "scores": scores})
+
+
+def table(page):
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows[2:]}
+
+
+def keys(tasks):
+    return [task.key for task in tasks]
+
+
+def test_candidates_are_legal_and_the_first_ones_are_trained_twice(tmp_path):
+    bundled.unpack(ROOT / "data" / "fashion-mnist")
+    study = spaces.Study(ROOT / "bench" / "varied_fashion.yml", out=tmp_path)
+    tasks = [(tuple(candidate), seed) for *_, candidate, seed in keys(study.trainings())]
+    limit = study.bounds["flops"][1]
+    assert limit == study.space.quantile("flops", 0.59)
+    assert len(tasks) == len(set(tasks)) == 40 and sum(seed for _, seed in tasks) == 10
+    assert all(study.space.flops(candidate) <= limit for candidate, _ in tasks)
+    assert {c for c, seed in tasks if seed} == set(study.legal(10))
+    # what is committed is known, and the candidates of `varied` differ in cost; those of `small` by 1.2
+    assert len(study.done()) == 40 + len(study.scored()) >= 43
+    costs = [[cost(c) for c in study.legal(200)] for cost in (study.space.flops, study.space.params)]
+    assert all(max(found) / min(found) > 2 for found in costs)
+
+
+def test_what_is_kept_is_not_done_again_unless_the_settings_change(study):
+    (first, *_), (supernet, *_) = study.trainings(), study.supernets(["spos"], 1, 12)
+    study.keep("training", {"architecture": first.key[2], "seed": 0, "acc1": 50.0})
+    score_all(study, "spos", 0, study.space.flops)
+    assert study.done() == [first.key, supernet.key]
+    study.candidates = study.legal(7)  # of one of them, the supernet has no score
+    assert study.done() == [first.key]
+    study.key = study.key | {"settings": study.key["settings"] | {"scratch": {"lr": 0.2}}}
+    assert study.done() == [] and next(study.trainings()).command.folder != first.command.folder
+
+
+def test_rules_share_the_cost_of_the_papers_steps(study):
+    shared.write(study.folder() / "costs.json", {"fair": 3.0, "half-0": 0.8, "half-1": 1.2})
+    tasks = study.supernets(["spos", "fair", "half-0+half-1"], 2, 24)
+    assert [task.key[2:] for task in tasks[:4]] == [
+        [0, "spos", 24],
+        [0, "fair", 8],
+        [0, "half-0", 15],
+        [0, "half-1", 10],
+    ]
+    assert len({task.command.folder for task in tasks}) == len(tasks) == 8
+    words = tasks[1].command.words
+    assert [words[words.index(flag) + 1] for flag in ("--rule", "--iterations", "--warmup")] == ["fair", "8", "3"]
+    halves = [{c for c in itertools.product(range(3), repeat=2) if spaces.trains(half, study.space, c)}
+              for half in ("half-0", "half-1")]  # fmt: skip
+    assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 9
+
+
+def test_the_page(study):
+    shared.write(study.folder() / "costs.json", {"fair": 3.0, "half-0": 1.0, "half-1": 1.0})
+    train_all(study)
+    place = study.candidates.index
+    for seed in (0, 1):
+        score_all(study, "spos", seed, lambda c: -place(c))
+    score_all(study, "fair", 0, lambda c: -place(c), steps=4)
+    score_all(study, "fair", 1, place, steps=4)
+    for half in ("half-0", "half-1"):
+        score_all(study, half, 0, place, steps=6)
+    page = spaces.page(study, ["spos", "fair", "half-0+half-1"], ["top-1", "loss"], 2, 12)
+    true = [-25, -20, -15, -10, -4, 1]  # the best two were trained twice
+    # two trainings of one that differ by 2 have a variance of 2
+    assert "6 candidates, 2 of them trained more than once, 10 CPU-seconds" in page and "of one 1.41" in page
+    rows = table(page)
+    assert rows["spos, top-1"][0] == "1.00 (1.00 to 1.00)" and rows["spos, top-1"][2:4] == ["1.00, 1.00", ""]
+    assert rows["spos, loss"][0].startswith("-1.00") and rows["spos, top-1"][1].startswith("0.00")
+    worst = f"{true[-1] - true[0]:.2f}"
+    assert rows["half-0+half-1, top-1"][0].startswith("-1.00") and rows["half-0+half-1, top-1"][1].startswith(worst)
+    assert rows["half-0+half-1, top-1"][3].startswith("-2.00 (") and rows["half-0+half-1, top-1"][5:] == ["6 + 6", "50"]
+    assert rows["fair, top-1"][2:4] == ["1.00, -1.00", "none"]  # the seeds differ
+    assert rows["a random candidate"][1].startswith(f"{true[-1] - sum(true) / 6:.2f}")
+    best_of_two = sum(max(pair) for pair in itertools.combinations(true, 2)) / math.comb(6, 2)
+    assert rows["random search: the best of 2, trained alone"][1].startswith(f"{true[-1] - best_of_two:.2f}")
+
+
+def test_a_page_of_little(study):
+    assert "nothing to compare yet" in spaces.page(study, ["spos"], ["loss"], 2, 12)
+    train_all(study)
+    assert "FLOPs" in spaces.page(study, ["spos"], ["loss"], 2, 12)
+
+
+def test_a_gain_is_none_where_the_interval_holds_zero(monkeypatch):
+    monkeypatch.setattr(shared, "DRAWS", 100)
+    true, other = list(range(20)), [i + 3 * (i % 2) for i in range(20)]
+    assert spaces.gain([true], [other], true).startswith("+0.") and spaces.gain([true], [true], true) == "none"
+    almost = [*true[:18], 19, 18]
+    assert spaces.gain([true], [almost], true) == "none"  # many draws have one of the two only
+
+
+def test_truths_that_are_known():
+    macro = spaces.macro.full_space()
+    rows = spaces.read_truth(spaces.macro.TRUTH, macro)
+    assert len(rows) == 3 * 3969 and {len(row["architecture"]) for row in rows} == {8}
+    of = spaces.Study(ROOT / "demo.yml", truth=shared.RESULTS / "demo_truth.json")
+    assert len(of.candidates) == 60 and len(of.truth()) == 80 and list(of.trainings()) == []
+    assert set(of.candidates) == set(shared.random_legal(of.space, of.bounds, 60))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--candidates 4 --rules none", "--rule none: is none of spos"),
+        (f"--candidates 4 --own {RULES} --rules half-0", "--rules half-0: does not train all candidates"),
+        ("--candidates 10", "10 candidates are asked for, but within the limits there are about 9"),
+        ("--truth two.yml", "two.yml"),
+        ("--colour red", "unrecognized arguments: --colour red"),
+    ],
+)
+def test_what_can_not_be_is_a_line(settings, words, text, monkeypatch):
+    monkeypatch.chdir(settings.parent)
+    _, err = run("bench.spaces", settings, words, "--out", settings.parent / "out", code=2)
+    assert text in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_readmes_command_is_interrupted_and_resumed(settings):
+    """On a space of two blocks; what it writes is below --out."""
+    (line,) = re.findall(r"^python (-m bench\.spaces .*)$", (ROOT / "readme.md").read_text(), re.M)
+    words = [sys.executable, *shlex.split(line.replace("demo.yml", str(settings)))]
+    words += ["--candidates", "3", "--repeats", "1", "--seeds", "1", "--out", settings.parent / "out"]
+    git = ["git", "status", "--porcelain", "bench"]
+    before = subprocess.run(git, cwd=ROOT, capture_output=True, check=True).stdout
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in first.stdout:
+        if "kept" in line:
+            break
+    time.sleep(1)
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate()
+    assert first.returncode == 130 and "the same command does the rest" in err
+    (results,) = settings.parent.glob("out/two-*/results.jsonl")
+    kept = results.read_text()
+    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert results.read_text().startswith(kept) and kept
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    tasks = [(row["kind"], row["seed"], row.get("rule"), str(row.get("architecture"))) for row in rows]
+    assert len(tasks) == len(set(tasks)) and sum(row["kind"] == "training" for row in rows) == 4
+    page = results.with_name("report.md").read_text()
+    assert again.stdout.endswith(f"{page}\n{results.with_name('report.md')}\n")
+    assert {"spos, top-1", "fair, loss", "sandwich, loss", "half-0+half-1, loss", "FLOPs"} <= {
+        name.partition("-fold")[0].rpartition(",")[0] if "-fold" in name else name for name in table(page)
+    }
+    assert subprocess.run(git, cwd=ROOT, capture_output=True, check=True).stdout == before

@@ -32,7 +32,7 @@ class SearchResults:
 
     `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first; `legal` those
     of them that meet the limits after all that was measured (all of them where none does). `largest` is the result of
-    the largest legal candidate, which is none of these; None where it is not known.
+    the largest legal candidate, which need not be one of these; None where it is not known.
     """
 
     def __init__(self, out):
@@ -108,7 +108,8 @@ class SearchResults:
         if found["acc1"] is None:
             return f"{name}: could not be evaluated, {found['error']}"
         if ms := self.measured_text(found):
-            name += f", {ms} ms measured" + ("" if found.get("holds", True) else ", beyond the limit")
+            holds = found.get("holds", tuple(found["architecture"]) not in self.limits.banned)
+            name += f", {ms} ms measured" + ("" if holds else ", beyond the limit")
         return f"{name}: top-1 {found['acc1']:.2f}%, {difference_text(found, self.winner, 'the best')}"
 
     @property

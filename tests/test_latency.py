@@ -469,7 +469,8 @@ def test_a_search_for_another_device_goes_on_when_its_best_are_measured_there(wo
     write_json(folder / "results.json", results | {"ns": results["ns"] | slow})
     _, stderr = run("search.py", *words, "--resume")
     largest = candidates[-1]
-    assert f"the largest legal candidate, {list(largest)}: measured {1.38 * true_ns(largest) / 1e6:.3f} ms" in stderr
+    ms = milliseconds(1.38 * true_ns(largest) / 1e6)
+    assert f"the largest legal candidate, {list(largest)}: measured {ms} ms" in stderr
     assert "none holds: 1 more generations" in stderr and "device/004 has " in stderr
     phone(tmp_path / "device" / "004")
     _, stderr = run("search.py", *words, "--resume")

@@ -202,7 +202,7 @@ def _plane(search, cost, circled, **drawn):
     margin = 0.03 * (max(costs) - min(costs)) or 1
     axes.set_xlim(min(costs) - margin, max(costs) + margin)
     axes.margins(y=0.09)
-    axes.legend(loc="upper left", ncols=3, bbox_to_anchor=(0, 1.1), borderaxespad=0)
+    axes.legend(loc="upper left", ncols=4, bbox_to_anchor=(0, 1.1), borderaxespad=0)
     bar = figure.colorbar(points, label="generation", pad=0.015, aspect=30)
     bar.locator = MaxNLocator(integer=True, min_n_ticks=1)
     bar.outline.set_visible(False)

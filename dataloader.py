@@ -48,7 +48,7 @@ def resolve_backend(backend):
     """The backend of --loader: "dali", "torchvision", "memory" or "synthetic". Raises UserError without DALI."""
     installed = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
     if backend == "dali" and not installed:
-        raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave the flag out")
+        raise UserError("--loader dali: DALI is not installed; pip install -r requirements.txt, or leave it out")
     if backend == "auto":
         return "dali" if installed else "torchvision"
     return backend
@@ -488,7 +488,7 @@ class _Labels:
 
 
 def from_tensors(images, labels, augment=None, device="cpu"):
-    """A loader of images (N, 3, H, W) and labels (N,) that are in memory, on any device.
+    """A loader of images (N, channels, H, W) and labels (N,) that are in memory, on any device.
 
     `augment(images, samples)` returns the batch as it is trained on, for samples (n, 2) of epoch and index: an array.
     """

@@ -56,7 +56,8 @@ class EvolutionWithFlops(Tuner):
       are only counted, and results have GRACE_S seconds to arrive.
     - NNI ignores an exception in a tuner, and the search would hang: it is written to the state file, which search.py
       reads.
-    Candidates that no trial reported are sent again, each in a trial of its own, and then count as failed.
+    Candidates that no trial reported are sent again, each in a trial of its own, and then count as failed; those of a
+    trial that says what was wrong, such as a missing file, never do.
     """
 
     # NNI creates a tuner and an assessor in one process and tells neither about the other: KeepResults finds it here.
@@ -71,6 +72,7 @@ class EvolutionWithFlops(Tuner):
         self.ids = collections.deque()  # NNI's requests for parameters that wait
         self.chunks = collections.deque()  # lists of candidates to send
         self.times_sent = collections.Counter()  # how often each candidate was sent
+        self.sent_again = set()  # candidates of trials that could not evaluate, for a reason that is not theirs
         self.sent, self.ended = 0, 0  # trials
         self.fruitless = 0  # trials in a row that ended without a result
         EvolutionWithFlops.current = self
@@ -86,7 +88,10 @@ class EvolutionWithFlops(Tuner):
         return []
 
     def receive_trial_result(self, parameter_id, parameters, value, **kwargs):
-        self.keep(value["trial"], value["results"])  # as trial.report has sent them
+        if "error" in value:  # as trial.errors_reported has sent it
+            self._send_again(value["candidates"], value["error"])
+        else:
+            self.keep(value["trial"], value["results"])  # as trial.report has sent them
 
     def trial_end(self, parameter_id, success, **kwargs):
         self._count_end()
@@ -106,6 +111,19 @@ class EvolutionWithFlops(Tuner):
         note_heartbeat(heartbeat_file(self.record.out, trial_id))
         if results:
             self.keep(trial_id, results)
+
+    @_stops_search_on_error
+    def _send_again(self, candidates, error):
+        """Sends what a trial could not evaluate, for a reason that is not theirs, once more: another machine may have
+        the file that is missing. The second time, that ends the search, which can be resumed.
+        """
+        left = [c for c in map(tuple, candidates) if c not in self.record.results]
+        if self.sent_again.intersection(left):
+            raise UserError(error)
+        self.sent_again.update(left)
+        self.times_sent.subtract(left)
+        self.chunks.append(left)
+        self._send()
 
     @_stops_search_on_error
     def _queue(self, ids, callback):

@@ -49,7 +49,7 @@ class Trainable(typing.Protocol):
 class _ShuffleNet(nn.Module):
     """Stem, `features` (made by the subclass), last convolution, pooling, dropout and classifier.
 
-    (N, 3, H, W) -> (N, classes).
+    (N, image_channels of the space, H, W) -> (N, classes).
     """
 
     def __init__(self, space, affine, features):
@@ -199,7 +199,7 @@ def read(path, architecture=None, space=None):
         ckpt.architecture = given or ckpt.space.load_architecture(HERE / "architecture_final.json")
     elif given not in (None, ckpt.architecture):
         contradiction = f"--architecture {architecture} contradicts {path}, which is of {list(ckpt.architecture)}"
-        raise UserError(f"{contradiction}; leave the flag out")
+        raise UserError(f"{contradiction}; leave it out")
     with torch.device("meta"):
         model = ShuffleNetV2(ckpt.architecture, space=ckpt.space)
     weight_files.load_weights(model, ckpt.weights, path)

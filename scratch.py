@@ -6,7 +6,7 @@
     python scratch.py --eval --checkpoint FILE                 measures a retrained network, ours, official, or exported
     python scratch.py --export FILE.pt2                        exports it by torch.export, or as ONNX (FILE.onnx)
     python scratch.py --export FILE.onnx --with-preprocessing  the same, for whole images of any size
-    python scratch.py --predict IMAGE...                       prints the classes of image files
+    python scratch.py --predict IMAGE...                       prints the classes of image files, or all in a folder
     python scratch.py --predict IMAGE... --checkpoint FILE.onnx   by an exported file
 
 Reads all of DIR/train, and DIR/val for the numbers reported. Writes OUT/checkpoints/scratch/: checkpoint-STEP.pth,
@@ -30,7 +30,8 @@ import network
 from dataloader import Loader
 from images.dataset import Data, evaluation_plan, prepare, scan, training_plan
 from network import ShuffleNetV2
-from settings.command_line import Parser
+from settings.command_line import Parser, setting_in
+from settings.fields import difference, flag
 from settings.subjects import RUNTIMES, DataConfig, Images, Retraining, Run, Space, Training, Weights
 from space import own
 from space.custom import make_space, searched
@@ -38,7 +39,7 @@ from training import checkpoint, distributed
 from training.evaluation import accuracy, recalibrate_bn, resolve_device, validation_batches
 from training.export import export
 from training.loop import train
-from training.program import OF_A_PROGRAM, image_files, is_program, open_program, predict
+from training.program import image_files, is_program, open_program, predict
 from training.start import Start, folder_of, given_config
 
 ACCURACIES = ("acc1", "acc5", "n_images")
@@ -80,7 +81,12 @@ def open_network(args, folder):
     model, ckpt = network.read(path, args.architecture, space)
     if model.config is None:
         raise utils.UserError(f"{path}: {network.NOT_KNOWN}")
-    return model, ckpt, DataConfig.resolve(DataConfig.given(vars(args)), ckpt.data, ckpt.path)
+    return model, ckpt, DataConfig.resolve(given_pixels(args), ckpt.data, ckpt.path)
+
+
+def given_pixels(args):
+    """The given settings (name -> value) that decide which pixels a network is evaluated on."""
+    return {name: value for name, value in DataConfig.given(vars(args)).items() if name in DataConfig.EVALUATES}
 
 
 def space_of(args, input_size, n_classes):
@@ -119,8 +125,7 @@ def program_of(args):
     if args.device == "cuda":
         raise utils.UserError(f"--device cuda: {args.checkpoint} is a program, which runs on the CPU here")
     program = open_program(args.checkpoint)
-    given = {k: v for k, v in DataConfig.given(vars(args)).items() if k in OF_A_PROGRAM}
-    DataConfig.resolve(given, program.config, args.checkpoint)
+    DataConfig.resolve(given_pixels(args), program.config, args.checkpoint)
     return program
 
 
@@ -161,7 +166,7 @@ def predict_images(args, folder):
         model.to(device, memory_format=torch.channels_last).eval()
         loader = Loader(files, config, False, 0, device, images.loader, images.workers)
         batches = loader.batches(evaluation_plan(len(files), images.eval_batch_size))
-    for path, classes in predict(args.predict, ckpt.class_names, model, batches):
+    for path, classes in predict(files.paths, ckpt.class_names, model, batches):
         print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in classes), flush=True)
 
 
@@ -173,27 +178,58 @@ def summary(model, measured):
 
 
 def data_config(args, search):
-    """The DataConfig of the flags, or that of the search which found the architecture. Raises UserError."""
+    """(the DataConfig to train with, lines on how it differs from that of the search which found the architecture).
+
+    What decides the pixels of evaluation is the search's, or a UserError; how images are varied in training may differ.
+    """
     if not search:
-        return given_config(vars(args))
+        return given_config(vars(args)), []
     try:
         stored = DataConfig.from_dict(search["data"])
     except (KeyError, TypeError):
         raise utils.UserError(f"{search['state']}: not the state of a search") from None
-    return DataConfig.resolve(DataConfig.given(vars(args)), stored, search["state"])
+    config = DataConfig.resolve(given_pixels(args), stored, search["state"])
+    config = DataConfig.resolve(config.to_dict() | DataConfig.given(vars(args)))
+    changes = difference((DataConfig,), stored.to_dict(), config.to_dict())
+    return config, [f"other than in the search: {flag(name)} {change}" for name, change in changes.items()]
+
+
+def image_changes(args, search, data):
+    """Lines on how the images differ from those of the search. Raises UserError if their classes do."""
+    if search["space"].n_classes != len(data.classes):
+        counts = f"searched for {search['space'].n_classes} classes, the data has {len(data.classes)}"
+        raise utils.UserError(f"{args.architecture}: {counts}; use the same --data-dir")
+    path = search["state"].with_name("images.json")
+    if not path.exists():
+        return []
+    listed = utils.read_json(path)
+    if checkpoint.composed(listed["classes"]) != checkpoint.composed(data.classes):
+        changes = checkpoint.class_changes(listed["classes"], data.classes)
+        raise utils.UserError(f"{args.architecture}: searched for other classes: those of the data are {changes}")
+    if listed["train"]["paths"] == list(data.train.paths):
+        return []
+    counts = {part: listed[part]["per_class"] for part in ("train", "val")}
+    changes = checkpoint.count_changes(counts, data.counts, data.classes) or "they have other names"
+    return [f"other images than in the search: {changes}"]
+
+
+def no_architecture(args):
+    """A line that says that the published architecture is not one of the space, and which file to name."""
+    best = pathlib.Path(args.out, "checkpoints", "best.json")
+    what = f"name that of the search, {best}" if best.exists() else f"no search has written {best}"
+    return f"--architecture: the published one is not of this space: {what}"
 
 
 def chosen(args, search, config, data):
     """(the SearchSpace, the candidate in it) of --architecture. Raises UserError if search or data contradict it."""
-    if search and search["space"].n_classes != len(data.classes):
-        counts = f"searched for {search['space'].n_classes} classes, the data has {len(data.classes)}"
-        raise utils.UserError(f"{args.architecture}: {counts}; use the same --data-dir")
     space = space_of(args, config.input_size, len(data.classes))
     if search and dataclasses.replace(space, architecture=()) != dataclasses.replace(search["space"], architecture=()):
         raise utils.UserError(f"--space contradicts {search['state']}, which has another space; leave it out")
     try:
         return space, space.load_architecture(args.architecture or utils.HERE / "architecture_final.json")
     except utils.UserError as error:
+        if not args.architecture:
+            raise utils.UserError(no_architecture(args)) from None
         if search or args.space:
             raise
         raise utils.UserError(f"{error}; name its search space by --space, if that is another one") from None
@@ -202,12 +238,19 @@ def chosen(args, search, config, data):
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
     own.load(args.own)  # first: the record of a search is read with its hash of own operations
+    given = args.architecture or args.space or checkpoint.newest(folder)  # the published one, of a run of before
+    if not given and setting_in(args.config, "supernet", "space") not in (None, "blocks"):
+        raise utils.UserError(no_architecture(args))
     search = args.architecture and searched(args.architecture)
-    start = Start("scratch", vars(args), data_config(args, search))
+    config, changes = data_config(args, search)
+    start = Start("scratch", vars(args), config)
+    changes += image_changes(args, search, start.data) if search else []
     space, candidate = chosen(args, search, start.config, start.data)
     loader = start.loader("train", augment=True)
     validation = start.validation("val")
     run = start.run(space, loader, architecture=list(candidate), images=start.data.names)
+    for text in changes:
+        utils.log.info(text)
     if args.architecture and not search:
         assumed = f"{space.n_blocks} blocks of {', '.join(space.operations)}, images of {space.input_size} px"
         utils.log.info("%s: no record of a search beside it; assumes %s", args.architecture, assumed)

@@ -36,6 +36,7 @@ from engines.local_engine import search_locally
 from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
 from engines.search_files import (
+    as_own_costs,
     confirmations,
     costs_of,
     images_path,
@@ -54,6 +55,7 @@ from reports.search_results import SearchResults
 from settings.command_line import Parser, command, write_settings
 from settings.fields import flag, names
 from settings.subjects import (
+    COSTS,
     EVOLUTION,
     NNI,
     CostLimits,
@@ -84,7 +86,7 @@ from space.search_space import SearchSpace
 from space.twins import identities
 from training import checkpoint
 from training.distributed import gpu_count
-from training.evaluation import NO_GPU
+from training.evaluation import NO_GPU, calibration_warning
 from utils import (
     Interrupted,
     UserError,
@@ -146,7 +148,7 @@ def refuse_contradictions(parser, args, before):
     """Raises UserError where a flag has no effect beside another one, or contradicts the search that is resumed."""
     if args.strategy != before.get("strategy", args.strategy):
         what = f"--strategy {args.strategy} contradicts the search in {args.out}, which has {before['strategy']}"
-        raise UserError(f"{what}; leave the flag out, or name another --out")
+        raise UserError(f"{what}; leave it out, or name another --out")
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port")
     if args.objectives and args.rank_by != "acc1":
@@ -184,7 +186,21 @@ def started_with(out):
 
 def wants_latency(args):
     """Whether the flags limit latency, or make it an objective."""
-    return any(text.startswith("latency") for text in [*(args.limit or []), *(args.objectives or "").split(",")])
+    return "latency" in named_costs(args)
+
+
+def named_costs(args):
+    """The costs that the flags limit, or make objectives, if these are costs."""
+    return {*(str(text).partition("=")[0] for text in args.limit or ()), *(args.objectives or "").split(",")}
+
+
+def check_own(args):
+    """Raises UserError if the flags name an objective or a strategy that is none, of the project's or of --own."""
+    known = ["acc1", *COSTS, *own.REGISTRIES["cost"]]
+    if unknown := [name for name in (args.objectives or "acc1").split(",") if name not in known]:
+        raise UserError(f"--objectives {args.objectives}: {unknown[0]!r} is none of {', '.join(known)}")
+    if args.strategy not in own.OFFICIAL["searcher"]:
+        own.find("searcher", args.strategy)
 
 
 def default_concurrency(args):
@@ -265,8 +281,10 @@ def check(args, out):
     images = Images.of(vars(args))
     prepare_images(images, args.demo)
     own.load(args.own)
+    check_own(args)
     _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
-    warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet)]))
+    calibration = calibration_warning(Evaluation.of(values), len(data.train) - len(data.heldout))
+    warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet), calibration]))
     space = supernet.space
     costs = official_comparison(SearchSpace())
     if table:
@@ -279,6 +297,7 @@ def check(args, out):
         space = with_latency(space, latency)
         if other := mismatch(latency):
             warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
+    space = own.with_costs(space, named_costs(args))
     check_space_file(out / experiment["searchSpaceFile"], space, tester_command(args, "gen"))
     with open(supernet.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
@@ -292,12 +311,15 @@ def check(args, out):
         **dataclasses.asdict(Evaluation.of(values)),
         "loader": resolve_backend(args.loader),
         "costs": table and [space.choice_flops, space.fixed_flops],
+        **as_own_costs(space.costs.own),
     }
     warnings += idle_limits(space, args.limit or (), args.flops_limit)
     if latency:
         keys = ("device", "runtime", "threads", "batch_size", "torch", "onnxruntime", "spread", "medians",
                 "stem_and_tail")  # fmt: skip
         settings["latency"] = {key: latency[key] for key in keys if key in latency}
+    if args.strategy not in own.OFFICIAL["searcher"]:
+        settings |= {"strategy": args.strategy, "strategy_code": own.hash_of("searcher", args.strategy)}
     if args.objectives:
         settings["objectives"] = args.objectives.split(",")
     if args.rank_by != "acc1":
@@ -316,19 +338,23 @@ def identities_of(args, out, space, settings):
 
     Also None where they differ in a cost that matters, and for a search of before, which evaluated all of them.
     """
-    if args.resume:
-        return read_state(out)["settings"].get("identities")
+    if args.resume and "identities" not in read_state(out)["settings"]:
+        return None
     apply = space.twins.groups and space.twins.cost_the_same(costs_of(settings))
     return identities(space) if apply and args.strategy in ("evolution", "random") else None
 
 
 def prepare(search, args, out):
     """Writes or checks the state file, and starts the log."""
-    start = {"command": shlex.join(["python", *sys.argv]), "versions": circumstances(args.device, args.seed)}
-    start |= {"demo": args.demo, "config": args.config and os.path.abspath(args.config)}
+    bounds = bounds_of(search.settings)
+    share = Limits(search.space, bounds).share()
+    versions = circumstances(args.device, args.seed, own.commits())
+    start = {"command": shlex.join(["python", *sys.argv]), "versions": versions, "demo": args.demo}
+    start |= {"config": args.config and os.path.abspath(args.config), "own": args.own and os.path.abspath(args.own)}
+    start |= {"share": share}  # the report does not know functions of a candidate
     state = prepare_search(out, search.settings, args.resume, search.warnings, start)
     folder = out / "checkpoints" / "search"
-    start_logging(folder, args.device, args.seed)
+    start_logging(folder, args.device, args.seed, own.commits())
     write_settings(folder / "config.yml", "search", vars(args))
     if search.costs:
         log.info(search.costs)
@@ -339,9 +365,8 @@ def prepare(search, args, out):
     if args.loader != "synthetic":
         search.data.write_list(images_path(out))
     log.info("space: %s", offer(search.space, search.settings.get("latency", {"runtime": "torch"})["runtime"]))
-    bounds = bounds_of(search.settings)
-    left = share_text(Limits(search.space, bounds).share())
-    log.info("limits: %s: %s; %d candidates evaluated already", describe(bounds), left, state["evaluated"])
+    limits, left = describe(bounds, search.space.costs.own), share_text(share)
+    log.info("limits: %s: %s; %d candidates evaluated already", limits, left, state["evaluated"])
     if "latency" in search.settings:
         log.info("latencies are those of %s", setting_of(search.settings["latency"]))
 
@@ -398,6 +423,9 @@ def print_best(found):
         "latency_ms": ("ms       ", lambda r: milliseconds(r["latency_ms"])),
         "score": ("loss    ", lambda r: f"{r['loss']:.3f}"),
     }
+    for name, cost in found.space.costs.own.items():
+        head = f"{name} {cost.unit}".strip()
+        columns[name] = f"{head:<9}  ", lambda r, name=name: f"{r[name]:.4g}"
     more = [column for key, column in columns.items() if key in best[0]]
     print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for head, _ in more)}architecture")
     place = best.index(found.winner)
@@ -420,12 +448,12 @@ def report(found, args):
     print_best(found)
     if front := sorted(found.out.glob("checkpoints/front/*.json")):
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
+    print(f"retrain the best:\n  {retrain_command(args)}")
     if found.space.n_widths == 1:
         where = dataclasses.replace(Run.of(vars(args)), out=os.path.join(args.out, "channels"))
         words = ("--space", "channels", "--architecture", best_path(args))
         channels = command("supernet.py", where, args.own, *words)
         print(f"search its channels, with the flags of the supernet's training:\n  {channels}")
-    print(f"retrain the best:\n  {retrain_command(args)}")
 
 
 def retrain_command(args):
@@ -435,7 +463,7 @@ def retrain_command(args):
     """
     known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
     words = ["--architecture", best_path(args)]
-    for name in ("data_dir", "loader", "workers", "cache", "device", "threads", "seed"):
+    for name in ("data_dir", "loader", "workers", "cache", "seed"):
         if getattr(args, name) != getattr(known, name):
             words += [flag(name), str(getattr(args, name))]
     text = command("scratch.py", Run.of(vars(args)), args.own, *words)

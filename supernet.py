@@ -27,7 +27,7 @@ from space.custom import make_space
 from space.limits import offer, shown
 from space.sampler import PathSampler, default_flops_range
 from training import distributed
-from training.evaluation import calibration_batches, evaluate
+from training.evaluation import calibration_batches, calibration_warning, evaluate
 from training.loop import train
 from training.start import Start, given_config
 
@@ -77,6 +77,8 @@ def main(args):
     loader = start.loader("supernet", augment=True)
     calibration = calibration_batches(loader, args.bn_batches, args.bn_batch_size, args.seed, args.cache)
     validation = start.validation("search")
+    if text := calibration_warning(Evaluation.of(vars(args)), len(loader.images)):
+        start.data.warnings.append(text)
     run = start.run(space, loader, split=start.data.split, flops_range=sampler.flops_range)
     if start.data.grouping:
         utils.log.info(start.data.grouping)

@@ -34,7 +34,7 @@ from devices.table import (
 from engines import trial
 from engines.search_files import listed_images
 from images.dataset import prepare
-from settings.command_line import Parser, command, write_settings
+from settings.command_line import Parser, command, setting_in, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
 from space import own, weight_files
 from space.custom import make_space
@@ -67,30 +67,42 @@ def parse_args(argv=None):
     if args.elsewhere:
         args.runtime = "onnxruntime"
     if args.runtime == "onnxruntime" and args.device == "cuda":
-        raise utils.UserError("--device cuda: ONNX Runtime is measured on the CPU; leave the flag out")
+        raise utils.UserError("--device cuda: ONNX Runtime is measured on the CPU; leave it out")
     return args
 
 
 def open_space(args):
-    """The search space of --space, or else of the supernet, or else the paper's.
+    """(the search space of --space, or else of the supernet, or else of its section in the settings file, or the
+    paper's; a line on what does not go together, or None).
 
     A space says nothing of its images: where the supernet has the same one for other images, these count.
     """
     supernet = args.checkpoint or checkpoint.newest(pathlib.Path(args.out) / "checkpoints" / "supernet")
+    in_file = args.space or setting_in(args.config, "supernet", "space")
 
-    def given(*images):
-        return make_space(args.space, args.architecture, args.own, *images, where=f"{args.config}: space")
+    def given(*images, name=args.space):
+        return make_space(name, args.architecture, args.own, *images, where=f"{args.config}: space")
 
-    space = given(args.input_size or 224)
     if not supernet:
-        return space
+        space = given(args.input_size or 224, count_classes(args.data_dir) or 1000, name=in_file)
+        return space, f"no supernet in {args.out}: train it by supernet.py, or name its --out"
+    space = given(args.input_size or 224)
     try:
         found = weight_files.load(supernet, "supernet", space).space
     except utils.UserError:
         if args.space:  # which needs no supernet
-            return space
+            return space, None
         raise
-    return found if not args.space or given(found.input_size, found.n_classes) == found else space
+    same = in_file in (None, "channels") or given(found.input_size, found.n_classes, name=in_file) == found
+    if args.space:
+        return (found if same else space), None
+    other = f"{supernet} has another space than the section supernet of {args.config}, and counts"
+    return found, None if same else other
+
+
+def count_classes(folder):
+    """The number of classes of a tree, 0 where it is not there."""
+    return len([path for path in pathlib.Path(folder, "train").glob("[!.]*") if path.is_dir()])
 
 
 def with_measured_latency(space, path):
@@ -105,23 +117,28 @@ def with_measured_latency(space, path):
 def generate(args):
     """Writes the search space in NNI's form, and prints what its candidates cost."""
     path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
-    space = open_space(args)
+    space, note = open_space(args)
     utils.write_json(path, space.nni_search_space(), indent=1)
     sizes = sorted({len(names) for names in space.block_operations})
     operations = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
     widths = f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
-    print(offer(*with_measured_latency(space, pathlib.Path(args.out) / "latency.json")))
+    tables = own.with_costs(space, own.REGISTRIES["cost"])
+    print(offer(*with_measured_latency(tables, pathlib.Path(args.out) / "latency.json")))
     if line := official_comparison(SearchSpace()):
         print(line)
+    if note:
+        print(note)
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
     print(f"next: {command('search.py', Run.of(vars(args)), args.own, *weights)}")
+    if not setting_in(args.config, "search", "engine"):
+        print("      (with --engine local, without NNI)")
 
 
 def measure(args):
     """Writes the latencies of the search space on this device, or with --elsewhere, on another one."""
     path = pathlib.Path(args.out) / "latency.json"
-    space = open_space(args)
+    space, _ = open_space(args)
     device = resolve_device("cpu" if args.runtime == "onnxruntime" else args.device, args.threads)
     start_logging(args, device)
     if args.elsewhere and results_path(args.elsewhere).exists():
@@ -137,13 +154,15 @@ def measure(args):
     utils.write_json(path, table)
     print(f"{path}: {setting_of(table)}; spread {table['spread']:.1%}")
     print(offer(with_latency(space, table), table["runtime"]))
+    weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
+    print(f"next: {command('search.py', Run.of(vars(args)), args.own, '--limit', 'latency=50%', *weights)}")
     if table["spread"] > 0.05:
         print("warning: the spread is above 5%: measure again when nothing else runs on that machine")
 
 
 def start_logging(args, device):
     folder = pathlib.Path(args.out) / "checkpoints" / "tester"
-    utils.start_logging(folder, device, args.seed)
+    utils.start_logging(folder, device, args.seed, own.commits())
     write_settings(folder / "config.yml", "tester", vars(args))
 
 
@@ -159,7 +178,7 @@ def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     candidates = trial.receive_candidates()
-    with trial.heartbeats():
+    with trial.heartbeats(), trial.errors_reported(candidates):
         trial.take_gpu(args.device)
         supernet, *batches = open_supernet(args, listed_images(args.out))
         trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))

@@ -340,7 +340,8 @@ def read_yaml(path):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # not only YAMLError: a wrong !!timestamp is an AttributeError, !!bool a KeyError
-        raise UserError(f"{path}: not plain YAML ({' '.join(str(error).split())[:160]})") from None
+        text = " ".join(str(error).replace('in "<byte string>", ', "in ").split())
+        raise UserError(f"{path}: not plain YAML ({text[:160]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping")
     return document
@@ -532,19 +533,22 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
-def start_logging(folder, device, seed):
-    """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed."""
+def start_logging(folder, device, seed, commits=""):
+    """Logs to standard error and to `folder`/run.log, beginning with command, versions, commit, device and seed.
+
+    `commits` are those of the user's own files, in words.
+    """
     folder = output_folder(folder)
     end_logging(_ScreenLog, _LogFile)
     show_log()
     _add_handler(_LogFile(folder / "run.log", errors="backslashreplace"))
     log.info("command: %s", shlex.join(sys.argv))
-    log.info("versions: %s", circumstances(device, seed))
+    log.info("versions: %s", circumstances(device, seed, commits))
 
 
-def circumstances(device, seed):
+def circumstances(device, seed, commits=""):
     """What a run needs to be repeated besides its command, as one line."""
-    return f"{versions()}; commit {commit()}; device {device}; seed {seed}"
+    return f"{versions()}; version {version()}, commit {commit()}{commits}; device {device}; seed {seed}"
 
 
 def end_logging(*kinds):
@@ -573,6 +577,13 @@ def versions():
     return ", ".join([f"python {platform.python_version()}", *found])
 
 
+def version():
+    """The project's version, which CITATION.cff has, or "unknown" where that is not beside the code."""
+    path = HERE / "CITATION.cff"
+    found = re.search(r"^version: *(\S+)", path.read_text(), re.M) if path.exists() else None
+    return found[1] if found else "unknown"
+
+
 def code_version():
     """A hash of the code that trains and evaluates, as it is on this machine."""
     digest = hashlib.sha256()
@@ -582,11 +593,11 @@ def code_version():
     return digest.hexdigest()[:12]
 
 
-def commit():
-    """The git commit of the project, or "unknown" outside a checkout."""
+def commit(folder=HERE):
+    """The git commit of a folder, by default the project's, or "unknown" outside a checkout."""
     try:
         result = subprocess.run(
-            ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10
         )
         return result.stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):

@@ -16,7 +16,6 @@ import functools
 import pathlib
 import statistics
 import sys
-import time
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ import supernet as supernet_script
 import utils
 from bench import macro, study
 from bench.study import ROOT, agreement
-from images.dataset import calibration_plan, evaluation_plan, training_plan
+from dataloader import from_tensors
+from images.dataset import calibration_plan, evaluation_plan
 from network import ShuffleNetV2OneShot
 from settings.subjects import DataConfig, Training
 from space import weight_files
@@ -34,8 +34,9 @@ from space.custom import make_space
 from space.sampler import PathSampler
 from training import checkpoint
 from training.evaluation import resolve_device
+from training.loop import train
 from training.run import TrainingRun, contents_of
-from training.step import Step, begin_momentum
+from training.step import single_path
 
 RESULTS = study.RESULTS / "macro_gpu.json"
 IMAGES = 1_024_000  # of a training of half width, as in bench/macro.py
@@ -96,155 +97,116 @@ FULL_WAYS = {
 
 
 def decoded(tree, file):
-    """{"train", "train_labels", "val", "val_labels"} of a class tree: pixels (N, H, W, 3) RGB; `file` keeps them."""
+    """{"train", "train_labels"} of a class tree: pixels (N, H, W, 3) RGB, and labels; `file` keeps them."""
     if not file.exists():
-        arrays = {}
-        for part in ("train", "val"):
-            folders = sorted(path for path in (tree / part).iterdir() if path.is_dir())
-            paths = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
-            arrays[part] = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in paths])
-            arrays[f"{part}_labels"] = np.array([label for _, label in paths])
+        folders = sorted(path for path in (tree / "train").iterdir() if path.is_dir())
+        paths = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+        pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in paths])
+        arrays = {"train": pixels, "train_labels": np.array([label for _, label in paths])}
         with utils.atomic_write(file, "wb") as stream:
             np.savez(stream, **arrays)
     with np.load(file) as arrays:
         return dict(arrays)
 
 
-class ImagesInMemory:
-    """The images of CIFAR-10 on a device; batches are (images (N, 3, H, W) BGR in [0, 255], labels (N,)).
+def shifted(images, samples, seed=0):
+    """Images (N, C, H, W), each cut by PADDING px on each side after a shift of up to as many; half are flipped."""
+    rng = np.random.default_rng([seed, AUGMENT, *samples[0].tolist()])
+    draws = [rng.integers(n, size=len(images)) for n in (2 * PADDING + 1, 2 * PADDING + 1, 2)]
+    top, left, flip = torch.from_numpy(np.stack(draws)).to(images.device, non_blocking=True)
+    rows, window = (torch.arange(n, device=images.device) for n in (len(images), images.shape[-1] - 2 * PADDING))
+    x = torch.where(flip[:, None] == 1, window.flip(0), window) + left[:, None]
+    y = window + top[:, None]
+    return images[rows[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
-    `arrays` are those of `decoded`. The last HELD_OUT images of each class of train are the part "search".
+
+def loaders(arrays, device, seed=0):
+    """The loaders of CIFAR-10 in memory, for the supernet and for its scores: BGR (N, 3, H, W) in [0, 255].
+
+    `arrays` are those of `decoded`; the last HELD_OUT images of each class are for scores, the others are augmented.
     """
-
-    def __init__(self, arrays, device):
-        labels = arrays["train_labels"].astype(np.int64)
-        heldout = np.concatenate([np.flatnonzero(labels == c)[-HELD_OUT:] for c in range(CLASSES)])
-        train = np.setdiff1d(np.arange(len(labels)), heldout)
-        self.train_labels = labels[train]
-        everything = slice(None)
-        parts = {"train": ("train", train), "search": ("train", heldout), "val": ("val", everything)}
-        self.device = device
-        self.pixels = {part: self._pixels(arrays[name][rows]) for part, (name, rows) in parts.items()}
-        self.labels = {part: self._labels(arrays[f"{name}_labels"][rows]) for part, (name, rows) in parts.items()}
-        self.window = torch.arange(self.pixels["val"].shape[1], device=device)
-        self.padded = torch.nn.functional.pad(self.pixels["train"], (0, 0, *4 * [PADDING]))
-
-    def _pixels(self, rgb):
-        return torch.from_numpy(rgb[..., ::-1].copy()).to(self.device)
-
-    def _labels(self, labels):
-        return torch.from_numpy(labels.astype(np.int64)).to(self.device)
-
-    def augmented(self, indices, rng):
-        """Training images, each shifted by up to PADDING px, half of them flipped."""
-        draws = [rng.integers(n, size=len(indices)) for n in (2 * PADDING + 1, 2 * PADDING + 1, 2)]
-        top, left, flip, rows = torch.from_numpy(np.stack([*draws, indices])).to(self.device, non_blocking=True)
-        x = torch.where(flip[:, None] == 1, self.window.flip(0), self.window) + left[:, None]
-        y = self.window + top[:, None]
-        images = self.padded[rows[:, None, None], y[:, :, None], x[:, None, :]]
-        return images.permute(0, 3, 1, 2).float(), self.labels["train"][rows]
-
-    def batches(self, part, every=1):
-        """Each `every`-th image of a part, as it is."""
-        pixels, labels = self.pixels[part][::every], self.labels[part][::every]
-        for samples in evaluation_plan(len(labels), SCORED):
-            rows = torch.from_numpy(samples[:, 1]).to(self.device)
-            yield pixels[rows].permute(0, 3, 1, 2).float(), labels[rows]
-
-    def calibration(self):
-        """Augmented training images, equally many of each class."""
-        for i, samples in enumerate(calibration_plan(self.train_labels, CALIBRATED, SCORED, 0)):
-            yield self.augmented(samples[:, 1], np.random.default_rng([AUGMENT, i]))
+    pixels = torch.from_numpy(arrays["train"][..., ::-1].copy()).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(arrays["train_labels"].astype(np.int64))
+    heldout = torch.cat([(labels == c).nonzero()[-HELD_OUT:, 0] for c in range(CLASSES)])
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[heldout] = False
+    padded = torch.nn.functional.pad(pixels[others], 4 * [PADDING]).to(device)
+    augment = functools.partial(shifted, seed=seed)
+    return (from_tensors(padded, labels[others].to(device), augment, device),
+            from_tensors(pixels[heldout].to(device), labels[heldout].to(device), device=device))  # fmt: skip
 
 
 # --- training -------------------------------------------------------------------------------------------------
 
 
-class Paths:
-    """The candidates of a step, a pure function of seed and step."""
+def sampler_of(way, space, seed):
+    """The candidate of a step, a pure function of seed and step."""
+    uniform = PathSampler(space, seed)
+    networks = macro.some_distinct() if way.distinct else ()
 
-    def __init__(self, way, space, seed):
-        self.way = way
-        self.space = space
-        self.seed = seed
-        self.sampler = PathSampler(space, seed)
+    def candidate(step):
+        rng = np.random.default_rng([seed, PATHS, step])
+        if networks:
+            return tuple(map(int, networks[rng.integers(len(networks))]))
+        found = uniform.candidate(step)
+        return (int(rng.choice(way.first)), *found[1:]) if way.first else found
 
-    @functools.cached_property
-    def networks(self):
-        return macro.some_distinct()
-
-    def of_step(self, step):
-        rng = np.random.default_rng([self.seed, PATHS, step])
-        if self.way.fair:
-            blocks = [range(n) for n in self.space.choices]
-            return list(zip(*rng.permuted(blocks, axis=1).tolist()))
-        if self.way.distinct:
-            return [tuple(map(int, self.networks[rng.integers(len(self.networks))]))]
-        candidate = self.sampler.candidate(step)
-        return [(int(rng.choice(self.way.first)), *candidate[1:]) if self.way.first else candidate]
+    return candidate
 
 
-def train_one_step(step, number, paths, images, labels):
-    """A step of SGD with an equal share of the images for each path; returns the mean loss.
-
-    An operation gets the gradient of its path, what all paths share the mean of their gradients.
-    """
-    for group in step.optimizer.param_groups:
-        group["lr"] = step.learning_rate(number)
-    step.optimizer.zero_grad(set_to_none=True)
-    losses = []
+def strictly_fair(step, candidate, images, labels):
+    """Paths that together have every operation of each block once, each on its share of the images."""
+    rng, outputs = step.rng, []
+    paths = list(zip(*(rng.sample(range(n), n) for n in step.space.choices)))
     for path, *batch in zip(paths, images.chunk(len(paths)), labels.chunk(len(paths))):
-        torch.manual_seed(0)  # of dropout
-        ((loss, _),) = step.rule(step, path, *batch)
-        loss.backward()
-        losses.append(loss.detach())
-    if len(paths) > 1:
-        operations = set(step.model.features.parameters())
-        torch._foreach_div_([p.grad for p in step.model.parameters() if p not in operations], len(paths))
-    begin_momentum(step.optimizer)
-    step.optimizer.step()
-    return torch.stack(losses).mean()
+        ((loss, logits),) = single_path(step, path, *batch)
+        outputs.append(logits.detach())
+        yield loss, torch.cat(outputs)
 
 
-def train(way, seed, folder, data, args):
+def supernet_of(way, space, seed):
+    """The supernet of a way. What all paths of a step share gets the mean of their gradients: no rule can say that."""
+    torch.manual_seed(seed)
+    model = ShuffleNetV2OneShot(space=space)
+    operations = set(model.features.parameters())
+    for parameter in model.parameters():
+        if way.paths > 1 and parameter not in operations:
+            parameter.register_hook(lambda gradient: gradient / way.paths)
+    return model
+
+
+def train_supernet(way, seed, folder, loader, args):
     """Trains a supernet in a folder, or resumes its training."""
     batch_size = way.batch_size * way.paths
     iterations = max(1, int(args.share * way.images) // batch_size)
     settings = argparse.Namespace(data_dir=args.data_dir, width=way.width, iterations=iterations, threads=args.threads)
     words = map(str, macro.write_settings(folder, settings))
     parsed = vars(supernet_script.parse_args([*words, "--seed", str(seed)]))
-    training = Training.of(parsed | {"batch_size": batch_size, "lr": way.lr, "amp": way.amp, "keep": KEEP})
+    parsed |= {"batch_size": batch_size, "lr": way.lr, "amp": way.amp}
+    parsed |= {"save_every": SAVE_EVERY, "keep": KEEP}
     config = DataConfig.resolve(DataConfig.given(parsed))
     space = make_space(parsed["space"], None, parsed["own"], config.input_size, CLASSES)
     contents = contents_of(space, config, map(str, range(CLASSES)))
-    deciding = dataclasses.asdict(way) | {"iterations": iterations, "seed": seed}
-    run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, deciding)
-    run.start(data.device, seed)
-    torch.manual_seed(seed)
-    stepper = Step(ShuffleNetV2OneShot(space=space).train(), training, data.device, seed)
-    paths = Paths(way, space, seed)
-    done, metrics, rows, _ = run.resume(stepper)
-    started = time.perf_counter() - metrics["seconds"]
-    plan = training_plan(len(data.train_labels), batch_size, seed, done, iterations)
-    for step, samples in enumerate(plan, done + 1):
-        batch = data.augmented(samples[:, 1], np.random.default_rng([seed, AUGMENT, step]))
-        loss = train_one_step(stepper, step, paths.of_step(step), *batch)
-        if step == iterations or step % SAVE_EVERY == 0:
-            metrics = {"seconds": round(time.perf_counter() - started, 1), "loss": loss.item()}
-            utils.log.info("step %d of %d: loss %.3f, %.0f s", step, iterations, metrics["loss"], metrics["seconds"])
-            run.save(step, stepper, None, metrics, rows)
+    run = TrainingRun(folder / "checkpoints" / "supernet", "supernet", contents, {"way": repr(way)})
+    rule = strictly_fair if way.fair else "spos"
+    train(supernet_of(way, space, seed), loader, Training.of(parsed), sampler_of(way, space, seed), run=run,
+          device=loader.device, seed=seed, rule=rule)  # fmt: skip
 
 
 # --- scores ---------------------------------------------------------------------------------------------------
 
 
-def score(folder, data, networks):
-    """Writes the scores of networks in the last checkpoint of a folder: mean loss, and top-1 in percent."""
+def score(folder, images, heldout, networks):
+    """Writes the scores of networks in the last checkpoint of a folder: mean loss, and top-1 in percent.
+
+    `images` is the loader that calibrates, `heldout` that of the scores.
+    """
     file = checkpoint.newest(folder / "checkpoints" / "supernet")
     supernet, _ = checkpoint.load_supernet(file, None)
-    supernet.to(data.device, memory_format=torch.channels_last)
-    batches = list(data.calibration()), list(data.batches("search"))
-    rows = {n: [loss, acc1] for n, acc1, loss in macro.measure(supernet, networks, *batches, "average")}
+    supernet.to(heldout.device, memory_format=torch.channels_last)
+    calibration = list(images.batches(calibration_plan(images.images.labels, CALIBRATED, SCORED, 0)))
+    validation = list(heldout.batches(evaluation_plan(len(heldout.images), SCORED)))
+    rows = {n: [loss, acc1] for n, acc1, loss in macro.measure(supernet, networks, calibration, validation, "average")}
     seconds = weight_files.load_file(file)["metrics"]["seconds"]
     utils.write_json(folder / "scores.json", {"seconds": seconds, "scores": rows}, indent=None)
 
@@ -274,10 +236,11 @@ def folder_of(args, name, seed):
 def work(args, name, seed):
     """Trains and scores a supernet of a way; what is done already is skipped."""
     folder = folder_of(args, name, seed)
-    data = ImagesInMemory(decoded(args.data_dir, args.images), resolve_device(args.device, args.threads))
-    train(ways(args)[name], seed, folder, data, args)
+    device = resolve_device(args.device, args.threads)
+    images = loaders(decoded(args.data_dir, args.images), device, seed)
+    train_supernet(ways(args)[name], seed, folder, images[0], args)
     if not (folder / "scores.json").exists():
-        score(folder, data, macro.some_distinct(args.networks))
+        score(folder, *images, macro.some_distinct(args.networks))
 
 
 def ways(args):

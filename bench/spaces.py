@@ -37,7 +37,9 @@ from images import bundled
 from images.dataset import scan, training_plan
 from network import ShuffleNetV2OneShot
 from settings.fields import count
+from space import own
 from space.limits import make_bounds
+from space.own import REGISTRIES
 from training.evaluation import evaluate
 from training.start import Start, given_config
 from training.step import Step, find_rule
@@ -117,10 +119,16 @@ class Study:
         """{(seed, rule, steps): row} of the supernets that have scored all candidates which they train."""
         found = {}
         for row in self.rows("supernet"):
-            wanted = {c for c in self.candidates if trains(row.get("rule", PAPER), self.space, c)}
-            if wanted <= {tuple(score["architecture"]) for score in row["scores"]} and not row.get("heldout"):
-                found[row["seed"], row.get("rule", PAPER), row["steps"] or self.steps] = row
+            rule, scored = row.get("rule", PAPER), {tuple(score["architecture"]) for score in row["scores"]}
+            same = rule in REGISTRIES["rule"] and row.get("code", "") == own.hash_of("rule", rule)
+            if same and not row.get("heldout") and scored.issuperset(self.trained_by(rule)):
+                found[row["seed"], rule, row["steps"] or self.steps] = row
         return found
+
+    def trained_by(self, rule):
+        """The candidates that a rule trains: with a `trains(space, candidate)` of its own, it may leave some out."""
+        trains = getattr(find_rule(rule), "trains", lambda *_: True)
+        return [c for c in self.candidates if trains(self.space, self.space.canonical(c))]
 
     def done(self):
         """The keys of its tasks that have results."""
@@ -147,10 +155,9 @@ class Study:
 
     def supernet(self, seed, out=None, rule=PAPER, steps=None):
         """The Task [study, "supernet", seed, rule, steps]; `steps` are by default those of the file."""
-        words, name = [*self.words, "--seed", seed, *study.ONE_THREAD], str(seed)
+        words, name = [*self.words, "--seed", seed, *study.ONE_THREAD, "--rule", rule], str(seed)
         if rule != PAPER:
-            words += ["--rule", rule]
-            name = f"{rule}-{name}"
+            name = f"{rule}-{own.hash_of('rule', rule)[:8]}-{name}"
         if steps and steps != self.steps:
             warmup = round(self.training.warmup * steps / self.steps)  # the learning rate keeps its course
             words += ["--iterations", steps, "--warmup", warmup, "--val-every", steps]
@@ -166,10 +173,12 @@ class Study:
         seed, rule, steps = key
         args = tester.parse_args([*self.words, "--out", str(task.command.folder), "--threads", "1"])
         model, calibration, validation = tester.open_supernet(args)
-        wanted = [c for c in self.candidates if trains(rule, self.space, c)]
-        measured = evaluate(model, wanted, calibration, validation, args.bn)
-        scores = [{name: m[name] for name in ("architecture", "acc1", "loss")} for m in measured]
-        row = {"seed": seed, "rule": rule, "steps": steps, "n_images": measured[0]["n_images"] if measured else 0}
+        wanted = self.trained_by(rule)
+        forms = map(self.space.canonical, wanted)  # as a search evaluates them
+        measured = evaluate(model, list(forms), calibration, validation, args.bn)
+        scores = [{"architecture": c, "acc1": m["acc1"], "loss": m["loss"]} for c, m in zip(wanted, measured)]
+        row = {"seed": seed, "rule": rule, "code": own.hash_of("rule", rule), "steps": steps,
+               "n_images": measured[0]["n_images"] if measured else 0}  # fmt: skip
         self.keep(kind, row | {"cpu_seconds": task.command.cpu_seconds, "scores": scores})
 
     def supernets(self, rules, seeds, steps):
@@ -186,34 +195,30 @@ class Study:
         """How many steps of the paper's rule cost as much CPU time as one of this rule; measured once."""
         if rule == PAPER:
             return 1.0
-        path = self.folder() / "costs.json"
-        known = study.read(path)
-        if rule not in known:
-            known[rule] = relative_cost([*self.words, *map(str, study.ONE_THREAD)], self.space, rule)
-            self.folder().mkdir(parents=True, exist_ok=True)
-            study.write(path, known)
-        return known[rule]
-
-
-def trains(rule, space, candidate):
-    """Whether a rule trains a candidate: with a `trains(space, candidate)` of its own, it may leave some out."""
-    return getattr(find_rule(rule), "trains", lambda *_: True)(space, candidate)
+        this = {"rule": rule, "code": own.hash_of("rule", rule)}
+        known = [row["cost"] for row in self.rows("cost") if this.items() <= row.items()]
+        if not known:
+            known = [relative_cost([*self.words, *map(str, study.ONE_THREAD)], self.space, rule)]
+            self.keep("cost", this | {"cost": known[0]})
+        return known[0]
 
 
 def relative_cost(words, space, rule):
-    """CPU time of a step of a rule over that of the paper's, medians of steps in turns, with their images."""
+    """CPU time (on a GPU: time) of a step of a rule over that of the paper's: medians of turns, with their images."""
     args = supernet.parse_args(words)
     start = Start("supernet", vars(args), given_config(vars(args)))
     loader = start.loader("supernet", augment=True)
     batches = loader.batches(training_plan(len(loader.images), args.batch_size, 0, 0, 2 * ROUNDS * EACH))
     steps = [Step(ShuffleNetV2OneShot(space=space).train(), start.training, start.device, 0, r) for r in (PAPER, rule)]
+    clock = time.perf_counter if start.device.type == "cuda" else time.process_time
     spent, rng = ([], []), random.Random(0)
     for turn in range(ROUNDS):
         for step, seconds in zip(steps, spent):
-            began = time.process_time()
+            began = clock()
             for i in range(EACH):
                 step.train_one_step(1 + turn * EACH + i, *next(batches), space.random_candidate(rng))
-            seconds.append(time.process_time() - began)
+            study.synchronize(start.device)
+            seconds.append(clock() - began)
     paper, other = (statistics.median(seconds[ROUNDS // 4 :]) for seconds in spent)
     return round(other / paper, 3)
 
@@ -267,7 +272,8 @@ def gain(predictors, others, truth):
     """The paired difference of tau, with its interval; "none" if that holds 0, or if the seeds differ in its sign."""
     mean, low, high = study.agreement(predictors, truth, others)
     signs = {np.sign(study.tau(a, truth) - study.tau(b, truth)) for a, b in zip(predictors, others)}
-    return "none" if low <= 0 <= high or len(signs) > 1 else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    known = (low > 0 or high < 0) and len(signs) == 1
+    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" if known else "none"
 
 
 def noise(accuracies):
@@ -331,13 +337,16 @@ def page(of, rules, scores, seeds, steps):
         name = f"random search: the best of {n}, trained alone"
         rows.append([name, "", study.interval(regret_of_random(true, n)), *4 * [""], f"{n * training:.0f}"])
     between, within, tau = noise(accuracies.values())
+    unknown = " nan: not known." if math.isnan(training + within + tau) else ""
     titles = ("ranked by", "tau", "regret of the pick", "tau by seed", f"gain in tau over {rules[0]}",
               "mean top-1 in the supernet, by seed", "steps", "CPU-seconds")  # fmt: skip
     return f"""{head}
-{len(true)} candidates, {sum(len(found) > 1 for found in accuracies.values())} of them trained more than once, \
-{training:.0f} CPU-seconds each (median): top-1 {statistics.fmean(true):.2f} ({min(true):.2f} to {max(true):.2f}).
-Standard deviation between candidates {between:.2f}, between trainings of one {within:.2f}: ratio \
-{between / within if within else math.nan:.1f}. Two trainings rank them with a tau of {tau:.2f}.
+{len(true)} candidates, {sum(len(found) > 1 for found in accuracies.values())} of them trained more than once: top-1 \
+{statistics.fmean(true):.2f} ({min(true):.2f} to {max(true):.2f}).{unknown}
+
+- CPU-seconds of a training, median: {training:.0f}
+- standard deviation between candidates: {between:.2f}; between trainings of one: {within:.2f}
+- tau of two trainings: {tau:.2f}
 
 {study.table(titles, [cells + [""] * (len(titles) - len(cells)) for cells in rows])}
 
@@ -367,7 +376,7 @@ def main(options):
     of = Study(options.file, options.more, options.out.resolve(), options.own, options.truth, options.candidates,
                options.repeats)  # fmt: skip
     for rule in options.rules:
-        if not all(any(trains(part, of.space, c) for part in rule.split("+")) for c in of.candidates):
+        if {c for part in rule.split("+") for c in of.trained_by(part)} != set(of.candidates):
             raise utils.UserError(f"--rules {rule}: does not train all candidates; join by + those that share them")
     steps = options.steps or of.steps
     with study.interruptible():

@@ -57,7 +57,7 @@ class OnnxRuntime(Runtime):
         if space.n_widths > 1:
             raise UserError(
                 "--runtime onnxruntime: a space with widths has too many choices to be measured in whole networks; "
-                "leave the flag out"
+                "leave it out"
             )
         self.graphs = graphs_of(dataclasses.replace(space, given_costs=None))
         device = torch.device("cpu")

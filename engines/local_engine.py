@@ -11,7 +11,7 @@ from engines.heartbeats import forget_heartbeats, heartbeat_file, note_heartbeat
 from engines.progress import Progress
 from engines.search_files import listed_images
 from engines.search_record import SearchRecord
-from engines.trial import gpu_names, take_gpu
+from engines.trial import gpu_names, reason_of, take_gpu
 from settings.subjects import Evaluation
 from space import own
 from space.splitting import chunks, cut
@@ -96,8 +96,8 @@ class Workers:
                     continue
                 try:
                     yield futures[future], future.result(), None
-                except UserError:
-                    raise
+                except (UserError, OSError) as error:  # no candidate is to blame
+                    raise UserError(reason_of(error)) from None
                 except concurrent.futures.process.BrokenProcessPool:
                     self._end()
                     yield futures[future], [], "a worker process died"

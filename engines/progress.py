@@ -8,7 +8,16 @@ import numpy as np
 from tqdm import tqdm
 
 from engines.generations import Generation, first_generation_warning, reliability_text, score_text
-from engines.search_files import by_score, cost_of, n_generations, read_generations, space_of, state_path
+from engines.search_files import (
+    by_score,
+    children_wanted,
+    cost_of,
+    n_generations,
+    own_costs_of,
+    read_generations,
+    space_of,
+    state_path,
+)
 from space.limits import bounding, bounds_of, shown
 from utils import Pace, UserError, log, read_json
 
@@ -103,7 +112,8 @@ class Progress:
             return "none yet"
         if self.limited is None:
             self.limited = bounding(space_of(settings), bounds_of(settings))
-        costs = [shown(name, cost_of(name, best)) + UNITS[name] for name in self.limited]
+        own = own_costs_of(settings)
+        costs = [shown(name, cost_of(name, best, own), own) + UNITS.get(name, f" {name}") for name in self.limited]
         return f"best {score_text(best)}" + (f" at {', '.join(costs)}" if costs else "")
 
     def _is_complete(self, settings):
@@ -113,7 +123,7 @@ class Progress:
     @staticmethod
     def _children(state):
         """A text where fewer children than wanted were new in the last closed generation, or nothing."""
-        wanted = state["settings"]["mutation"] + state["settings"]["crossover"]
+        wanted = children_wanted(state["settings"])
         new = dict(enumerate(state.get("children", ()), 2)).get(state["generation"], wanted)
         return [f"{new} of {wanted} children were new, random candidates stand for the others"] if new < wanted else []
 

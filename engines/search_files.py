@@ -7,6 +7,7 @@ import pathlib
 
 from settings.fields import difference, flag
 from settings.subjects import FIELDS, SEARCH, DataConfig, is_path
+from space.costs import OwnCost
 from space.limits import bounds_of, describe
 from space.search_space import SearchSpace
 from utils import UserError, atomic_write, read_json
@@ -15,6 +16,7 @@ LARGE = {  # settings of a search whose values nobody reads: (where they come fr
     "space": ("search space", "another one"), "checkpoint": ("--checkpoint", "other weights"),
     "split": ("held-out images", "others"), "costs": ("--flops-table", "other FLOPs"),
     "latency": ("--latency-table", "other latencies"), "counted": ("--own", "other costs"),
+    "own_costs": ("costs of --own", "others"), "strategy_code": ("the searcher of --own", "another one"),
 }  # fmt: skip
 
 
@@ -39,10 +41,28 @@ def unconfirmed(state):
     return "latency" in state["settings"].get("limits", ()) and not (rows and rows[-1]["after"] == state["generation"])
 
 
-def space_of(settings):
+def own_costs_of(settings, function=lambda name: None):
+    """The own costs (name -> OwnCost) of a search; `function(name)` is one that is any function of a candidate."""
+    found = {name: OwnCost(**values) for name, values in settings.get("own_costs", {}).items()}
+    return {name: cost if cost.rows else cost._replace(function=function(name)) for name, cost in found.items()}
+
+
+def as_own_costs(own):
+    """The setting that `own_costs_of` reads, or none."""
+    costs = {name: {k: v for k, v in cost._asdict().items() if k != "function"} for name, cost in own.items()}
+    return {"own_costs": costs} if costs else {}
+
+
+def children_wanted(settings):
+    """How many candidates of each generation but the first are to be new children, or what an own searcher asks for."""
+    return settings["population"] if "strategy" in settings else settings["mutation"] + settings["crossover"]
+
+
+def space_of(settings, function=lambda name: None):
     """The SearchSpace of a search with these settings, with the costs that the search had.
 
-    An operation of one's own is counted by its module, which only search.py has; tables are not read again.
+    An operation of one's own is counted by its module, which only search.py has; tables are not read again. `function`
+    is that of `own_costs_of`.
     """
     space = SearchSpace.from_dict(settings["space"])
     if counted := settings.get("counted"):
@@ -52,18 +72,22 @@ def space_of(settings):
         given |= {"flops": table[0], "stem_flops": table[1], "tail_flops": 0}
     if table := settings.get("latency"):
         given |= {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
+    if own := own_costs_of(settings, function):
+        given["own"] = own
     return space.with_costs(*space.costs._replace(**given)) if given else space
 
 
-def cost_of(name, result):
-    """One of COSTS in a result: multiply-adds, parameters, or predicted ns; a result has those that are limited."""
+def cost_of(name, result, own):
+    """A cost in a result, as SearchSpace.cost has it; a result has those that are limited. `own` are those of Costs."""
+    if name in own:
+        return round(result[name] * own[name].scale) if own[name].rows else result[name]
     return round(result["latency_ms"] * 1e6) if name == "latency" else result[name]
 
 
 def costs_of(settings):
     """The costs that matter in a search with these settings: FLOPs, what it limits, and what it makes low."""
     named = {"flops", *settings.get("limits", ()), *settings.get("objectives", ())}
-    return [name for name in ("flops", "params", "latency") if name in named]
+    return [name for name in ("flops", "params", "latency", *settings.get("own_costs", ())) if name in named]
 
 
 def state_path(out):
@@ -117,7 +141,7 @@ def _by_flags(settings):
         # Records of before have another hash of the same operations, which `from_dict` reads as that of now.
         settings["space"] = SearchSpace.from_dict(settings["space"]).to_dict()
     if settings.keys() & {"limits", "flops_limit"}:
-        settings["limit"] = describe(bounds_of(settings))
+        settings["limit"] = describe(bounds_of(settings), own_costs_of(settings))
     return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}
 
 

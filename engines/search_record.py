@@ -11,7 +11,7 @@ from engines.search_files import (
     by_score,
     confirmations,
     costs_of,
-    read_results,
+    read_generations,
     read_state,
     settings_difference,
     space_of,
@@ -32,15 +32,15 @@ class SearchRecord:
         acc/GGG.jsonl              a line for each candidate of generation GGG: architecture, flops, acc1, acc5, loss,
                                    n_images, seconds, and error where it failed (acc1 null); acc1_error, the standard
                                    error of acc1 by groups, where images have groups; params and latency_ms
-                                   where the search limits them, score where it ranks by another one than accuracy; in
-                                   the order of arrival, and once the generation is closed, by rank
+                                   where the search limits them, own costs by name, score where it ranks by another one
+                                   than accuracy; in the order of arrival, and once the generation is closed, by rank
         checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
         checkpoints/largest.json   the largest legal architecture, which is evaluated last and is no part of the search
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
                                    pid (of the writer), children (of each generation but the first, how many were new),
-                                   starts (command, versions, demo, config, begun, last of each start of the search),
+                                   starts (command, versions, demo, config, own, begun, last of each start),
                                    largest (the result of the largest legal candidate; of_all is false if it is only
                                    that of those evaluated; measured_ms, holds where its latency was measured),
                                    and where latency is limited, confirmations: for each time that the best were
@@ -54,17 +54,19 @@ class SearchRecord:
         self.out = pathlib.Path(out)
         self.lock = _hold_writer_lock(out)
         self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
-        self.space = space_of(self.state["settings"])
+        self.space = _open_space(self.state)
         self.evolution = Evolution.from_settings(self.space, self.state["settings"])
         self.confirmations = list(confirmations(self.state))  # rows that are still to be replayed
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         self.largest = None  # the largest legal candidate while it is to be evaluated, after the last generation
         self.of_all = True  # legal candidates, or only of those evaluated
-        for result in read_results(out, repair=True):
-            candidate = self.space.check(result["architecture"])
-            self.trials[candidate] = result.pop("trial", None)
-            self.results[candidate] = result
+        self.known = []  # the candidates of each generation that are recorded already
+        for results in read_generations(out, repair=True):
+            self.known.append([self.space.check(result["architecture"]) for result in results])
+            for candidate, result in zip(self.known[-1], results):
+                self.trials[candidate] = result.pop("trial", None)
+                self.results[candidate] = result
         self._write_state()
 
     def pending(self):
@@ -73,6 +75,7 @@ class SearchRecord:
         The largest legal candidate comes last, alone.
         """
         while population := self._ask():
+            self._check_replay(population)
             self.state["children"] = self.evolution.children
             if waiting := self.waiting():
                 self._write_state()
@@ -111,6 +114,15 @@ class SearchRecord:
         path = self.out / "checkpoints" / "largest.json"
         write_json(path, self.space.to_architecture(result["architecture"]))
         self._write_state(largest={**result, "of_all": self.of_all})
+
+    def _check_replay(self, population):
+        """Raises UserError if the search, resumed, asks for other candidates than those that are recorded."""
+        generation = self.evolution.generation
+        if generation < len(self.known) and not set(self.known[generation]) <= set(population):
+            strategy = self.state["settings"].get("strategy", "evolution")
+            text = f"--strategy {strategy} asks for other candidates in generation {generation + 1} than before"
+            why = "a searcher draws from its rng alone, and a cost of a candidate is always the same"
+            raise UserError(f"{text}, so the search can't be resumed: {why}")
 
     def _ask(self):
         """The open population; before one is bred, limits become what confirmations made of them at this point."""
@@ -190,8 +202,9 @@ class SearchRecord:
 
     def _costs(self, candidate):
         """The costs of a candidate that belong in its result, by name."""
-        names = costs_of(self.state["settings"])
+        names, own = costs_of(self.state["settings"]), self.space.costs.own
         costs = {name: self.space.cost(name, candidate) for name in names if name != "latency"}
+        costs |= {name: costs[name] / own[name].scale for name in names if name in own}
         return costs | ({"latency_ms": self.space.cost("latency", candidate) / 1e6} if "latency" in names else {})
 
     def _close(self, generation, population):
@@ -238,6 +251,18 @@ class SearchRecord:
         self._write_state(error=error)
 
 
+def _open_space(state):
+    """The SearchSpace of a search, whose own file is read here (NNI's process too) where the search needs it."""
+    settings = state["settings"]
+    if not settings.keys() & {"own_costs", "strategy"}:
+        return space_of(settings)
+    from space import own  # here, because it needs torch, which NNI's tuner does without
+
+    own.load(next((start["own"] for start in reversed(starts(state)) if "own" in start), None))
+    space = space_of(settings)
+    return space_of(settings, lambda name: own.function_of(space, name))
+
+
 def _reward(result):
     return None if result["acc1"] is None else by_score(result)
 
@@ -245,7 +270,7 @@ def _reward(result):
 def prepare_search(out, settings, resume, warnings=(), start=None):
     """Makes `out` ready for a search with these settings, a dict that JSON can hold, and returns its state.
 
-    `start` (command, versions, demo, config) is kept in the state: for the report, and for the commands that are
+    `start` (command, versions, demo, config, own) is kept in the state: for the report, and for the commands that are
     printed when the search is resumed without flags.
 
     A search that is resumed may have more generations than before. Raises UserError if `out` has a search and

@@ -6,7 +6,7 @@ A trial with NNI, step by step:
     EvolutionWithFlops._send                    sends a list of candidates: `parameters`
     tester.py::run_trial                        `receive_candidates`, evaluates them, `report`
     KeepResults.assess_trial                    receives each result as it comes: `intermediate`
-    EvolutionWithFlops.receive_trial_result     receives all of them again: `final`
+    EvolutionWithFlops.receive_trial_result     receives all of them again: `final`; or why there are none: `blameless`
     SearchRecord.add                            writes those that are new
 """
 
@@ -15,13 +15,14 @@ import os
 import pathlib
 import tempfile
 
-from utils import heartbeats_to, private_folder, wait_for_lock
+from utils import UserError, heartbeats_to, private_folder, wait_for_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
 # NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
 # `final` one; between results, intermediate messages without one are heartbeats. A result is a dict with the
 # architecture that was evaluated: NNI may swap the parameters of concurrent trials, so only what a trial reports
-# counts. "default" is the number that NNI's web UI shows.
+# counts. "default" is the number that NNI's web UI shows. A trial that can't evaluate, because of a file or of whatever
+# else no candidate is to blame for, says why in its `final` message instead.
 
 ALIVE_S = 5  # between heartbeats
 
@@ -39,6 +40,11 @@ def intermediate(result=None):
 def final(trial_id, results):
     """The message with all results of a trial."""
     return {"default": max(result["acc1"] for result in results), "trial": trial_id, "results": results}
+
+
+def blameless(candidates, error):
+    """The final message of a trial that could not evaluate its candidates, for a reason that is not theirs: a line."""
+    return {"default": 0.0, "candidates": candidates, "error": error}
 
 
 def read_intermediate(messages):
@@ -74,6 +80,23 @@ def report(results):
         reported.append(result)
         nni.report_intermediate_result(intermediate(result))
     nni.report_final_result(final(nni.get_trial_id(), reported))
+
+
+@contextlib.contextmanager
+def errors_reported(candidates):
+    """In a trial: within the block, errors that no candidate is to blame for are reported to NNI before they end it."""
+    import nni
+
+    try:
+        yield
+    except (UserError, OSError) as error:
+        nni.report_final_result(blameless(candidates, reason_of(error)))
+        raise
+
+
+def reason_of(error):
+    """A line about a UserError or an OSError."""
+    return str(error) if isinstance(error, UserError) else f"{error.filename or 'a file'}: {error.strerror or error}"
 
 
 # --- a GPU for each process ----------------------------------------------------------------------------------

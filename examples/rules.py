@@ -1,5 +1,6 @@
 """Training rules of other papers: supernet.py --own examples/rules.py --rule fair, or train(..., rule="fair")."""
 
+import functools
 import math
 
 from torch.nn.functional import cross_entropy
@@ -31,24 +32,19 @@ def sandwich(step, candidate, images, labels):
         yield cross_entropy(logits, taught), logits
 
 
-class Half:
-    """Few-shot NAS (Zhao et al., arXiv 2006.06863): one of two supernets that share the operations of the first block.
-
-    Each trains as the paper does, and scores the candidates that it trains: those with half 0 or 1 of the operations.
-    """
-
-    def __init__(self, half):
-        self.half = half
-
-    def trains(self, space, candidate):
-        """Whether a candidate is one of this supernet."""
-        return 2 * candidate[0] // space.choices[0] == self.half
-
-    def __call__(self, step, candidate, images, labels):
-        own = [choice for choice in range(step.space.choices[0]) if self.trains(step.space, (choice,))]
-        logits = step.forward((step.rng.choice(own), *candidate[1:]), images)
-        yield step.criterion(logits, labels), logits
+def in_half(space, candidate, half):
+    """Whether the operation of the first block is of the first (0) or the second half (1) of all."""
+    return 2 * candidate[0] // space.choices[0] == half
 
 
-register_rule("half-0")(Half(0))
-register_rule("half-1")(Half(1))
+def few_shot(step, candidate, images, labels, half):
+    """Few-shot NAS (Zhao et al., arXiv 2006.06863): a supernet of the paths whose first operation is of one half."""
+    operations = [choice for choice in range(step.space.choices[0]) if in_half(step.space, (choice,), half)]
+    logits = step.forward((step.rng.choice(operations), *candidate[1:]), images)
+    yield step.criterion(logits, labels), logits
+
+
+for _half in range(2):
+    _rule = functools.partial(few_shot, half=_half)
+    _rule.trains = functools.partial(in_half, half=_half)  # for bench/spaces.py: which candidates it scores
+    register_rule(f"half-{_half}")(_rule)

@@ -378,6 +378,11 @@ class Data:
         return {"group_by": group_by} if group_by else {}
 
     @property
+    def counts(self):
+        """{part: the number of images of each class} of train and val."""
+        return {part: np.bincount(getattr(self, part).labels).tolist() for part in ("train", "val")}
+
+    @property
     def names(self):
         """What identifies the images of each part, in words; their classes are in their names."""
         found = {}

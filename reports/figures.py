@@ -31,7 +31,7 @@ OPERATIONS = {
     "shufflenet_7x7": ("ShuffleNet 7x7", "7", "#0b4f8a", "white", 0.78),
     "xception_3x3": ("Xception 3x3", "X", "#f0a03c", INK, 0.60),
 }  # name: (label, short label, colour, colour of text on it, height of its box)
-OTHERS = ("#7f9f6b", "#c9b26b", "#a487b5", "#8c8c8c", "#5f9ea0", "#b07a6a")  # colours of own operations, in turn
+OTHERS = ("#7f9f6b", "#c9b26b", "#a487b5", "#8c8c8c", "#5f9ea0", "#b07a6a", "#d4a5a5")  # of other operations
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "figures",
@@ -149,6 +149,9 @@ def _axis(search, cost):
     """(label of an axis of a cost, function from a result to its place on it, what a unit of the axis is)."""
     if cost == "latency":
         return f"predicted latency (ms, {search.settings['latency']['runtime']})", lambda r: r["latency_ms"], 1e6
+    if cost in search.own:
+        unit = search.own[cost].unit
+        return f"{cost} ({unit})" if unit else cost, lambda r: r[cost], search.own[cost].scale
     if cost == "flops":
         return "FLOPs (millions of multiply-adds)", lambda r: r["flops"] / 1e6, 1e6
     unit, words = (1e6, "millions") if max(search.cost(cost, r) for r in search.results) >= 1e6 else (1e3, "thousands")
@@ -160,7 +163,7 @@ def _draw_limits(axes, search, cost, unit):
     low, high = search.bounds.get(cost, (None, None))
     limits = [(gid, limit) for gid, limit in (("limit", high), ("lower-limit", low)) if limit is not None]
     for gid, limit in limits:
-        label = f"limit, {shown(cost, limit)}"
+        label = f"limit, {shown(cost, limit, search.own)}"
         axes.axvline(limit / unit, color=LIMIT, linestyle="--", linewidth=1.2, gid=gid, label=label)
     return [limit / unit for _, limit in limits]
 
@@ -332,6 +335,8 @@ def _columns(search, best):
         columns["predicted ms"] = [milliseconds(r["latency_ms"]) for r in best]
     if any(measured := [search.measured_text(r) for r in best]):
         columns["measured ms"] = measured
+    for name, cost in search.own.items():
+        columns[f"{name} {cost.unit}".strip()] = [f"{r[name]:.4g}" for r in best]
     return columns | {"generation": [str(r["generation"]) for r in best]}
 
 

@@ -114,7 +114,7 @@ def _beside_random(search, comparison, best):
 def _main_cost(search, best):
     """The cost of the best that its search limits, as measured, or else as predicted or counted."""
     measured = search.measured_text(best) if search.main_cost == "latency" else ""
-    return f"{measured} ms" if measured else shown(search.main_cost, search.cost(search.main_cost, best))
+    return f"{measured} ms" if measured else shown(search.main_cost, search.cost(search.main_cost, best), search.own)
 
 
 def _costs(search, best):
@@ -126,10 +126,12 @@ def _costs(search, best):
         is_measured = search.measured_text(best)
         first = f"its latency in {search.settings['latency']['runtime']}, {'measured' if is_measured else 'predicted'}"
         words = [first, *([predicted] if is_measured else []), flops, params]
+    elif search.main_cost in search.own:
+        words = [f"its {search.main_cost}", flops, params]
     else:
         words = ["its FLOPs", params] if search.main_cost == "flops" else ["its parameters", flops]
     limits = (
-        f"Limits: {describe(search.bounds)}, {share_text(search.share)}"
+        f"Limits: {describe(search.bounds, search.own)}, {share_text(search.share)}"
         if search.limited
         else "No limit excludes a candidate"
     )
@@ -159,5 +161,7 @@ def _settings(search):
     settings = dict(search.settings)
     if "latency" in settings:
         settings["latency"] = {k: v for k, v in settings["latency"].items() if k != "medians"}
+    if search.own:
+        settings["own_costs"] = {name: cost.unit for name, cost in search.own.items()}
     pairs |= {k: v for k, v in settings.items() if k not in pairs}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in pairs.items()}

@@ -8,6 +8,7 @@ import numpy as np
 
 from engines.generations import Generation, difference_text, first_generation_warning, reliability_text
 from engines.search_files import (
+    children_wanted,
     confirmations,
     cost_of,
     n_generations,
@@ -42,7 +43,9 @@ class SearchResults:
         self.state = read_json(state_path(out))
         try:
             self.settings = self.state["settings"]
-            self.space = space_of(self.settings)
+            # The report has the recorded numbers of a cost that is a function, not the function.
+            self.space = space_of(self.settings, lambda name: lambda candidate: self.recorded[candidate][name])
+            self.own = self.space.costs.own
             self.bounds = bounds_of(self.settings)
             closed = self.state["generation"]
         except (KeyError, TypeError):
@@ -53,8 +56,7 @@ class SearchResults:
             if results
         ]
         self.results = [r for g in self.generations for r in g.results]
-        for result in self.results:
-            self.space.check(result["architecture"])
+        self.recorded = {self.space.check(r["architecture"]): r for r in self.results}
         self.succeeded = ranked(self.results)
         if not self.succeeded:
             if n := len(self.results):
@@ -114,12 +116,13 @@ class SearchResults:
 
     @property
     def main_cost(self):
-        """The cost that the page shows beside accuracy: latency where it is limited, else FLOPs, else parameters."""
-        return next(name for name in ("latency", "flops", "params") if name in self.bounds)
+        """The cost that the page shows beside accuracy: the first of latency, own costs, FLOPs, parameters with a
+        limit."""
+        return next(name for name in ("latency", *self.own, "flops", "params") if name in self.bounds)
 
     def cost(self, name, result):
-        """One of COSTS of a result: multiply-adds, parameters, or predicted ns."""
-        return self.space.cost(name, result["architecture"]) if name == "params" else cost_of(name, result)
+        """A cost of a result, as SearchSpace.cost has it."""
+        return self.space.cost(name, result["architecture"]) if name == "params" else cost_of(name, result, self.own)
 
     @functools.cached_property
     def limited(self):
@@ -129,11 +132,12 @@ class SearchResults:
     @functools.cached_property
     def share(self):
         """The share of all candidates that the limits leave."""
-        return Limits(self.space, self.bounds).share()
+        found = [start["share"] for start in self.starts if "share" in start]
+        return found[-1] if found else Limits(self.space, self.bounds).share()
 
     def new_children(self, generation):
         """How many of the children in a Generation were new, in words; empty where it has none, or it isn't known."""
-        wanted = self.settings["mutation"] + self.settings["crossover"]
+        wanted = children_wanted(self.settings)
         found = dict(enumerate(self.state.get("children", ()), 2))
         return f"{found[generation.number]} of {wanted}" if wanted and generation.number in found else ""
 
@@ -163,7 +167,7 @@ class SearchResults:
         return [*self.state.get("warnings", []), *filter(None, [self.first_warning, none_holds])]
 
     def is_random(self):
-        return not self.settings["mutation"] and not self.settings["crossover"]
+        return not children_wanted(self.settings)
 
     def best_so_far(self):
         """(number of candidates with an accuracy, the best score of them as it is read) after each generation."""
@@ -218,8 +222,9 @@ class RandomSearch:
         source = other or search
         self.other = other
         self.budget = len(search.succeeded)
-        # Below this share of legal candidates, evolution repairs some draws instead of rejecting them.
-        self.uniform = search.share >= 0.02
+        # Below this share of legal candidates, evolution repairs some draws instead of rejecting them; an own searcher
+        # may begin in any way.
+        self.uniform = search.share >= 0.02 and "strategy" not in source.settings
         chosen = [r for r in source.results if source.is_random() or r["generation"] == 1]
         sample = [search.score(r) for r in chosen if r["acc1"] is not None]
         self.size = len(sample)
@@ -254,7 +259,8 @@ def check_comparable(search, other):
     """Raises UserError if `other` is not a random search under the conditions of `search`."""
     if not other.is_random():
         raise UserError(f"--random {other.out}: no random search; make one with search.py --strategy random")
-    if changes := settings_difference(search.settings, other.settings, ignore=(*EVOLUTION, "identities")):
+    ignored = (*EVOLUTION, "identities", "strategy", "strategy_code")
+    if changes := settings_difference(search.settings, other.settings, ignored):
         names = ", ".join(changes)
         raise UserError(f"--random {other.out}: differs from {search.out} in {names}, so accuracies do not compare")
 

@@ -7,6 +7,7 @@ library, and PyYAML to read YAML.
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import os
 import re
@@ -14,7 +15,7 @@ import reprlib
 import shlex
 
 from settings.fields import flag
-from settings.subjects import FIELDS, is_path
+from settings.subjects import FIELDS, Run, is_path
 from utils import HERE, UserError, atomic_write, read_yaml
 
 SCRIPTS = ("supernet", "tester", "search", "scratch")  # each has a section in YAML files
@@ -122,6 +123,14 @@ class Parser(argparse.ArgumentParser):
             values["space"] = document["space"]
         return values
 
+    def _meant(self, name):
+        """Which setting, of this script or of another one, was meant by a wrong name, if one is like it."""
+        known = {text.removeprefix("--") for text in (*self._option_string_actions, *map(flag, FIELDS))}
+        like = difflib.get_close_matches(str(name).replace("_", "-"), sorted(known), 1)
+        if not like:
+            return ""
+        return ", but another command has" if like[0] == name else f": did you mean {like[0]!r}?"
+
     def check_settings(self, path, section, settings):
         """Checks settings from a file (flag without dashes -> value). Returns them as {attribute: value}.
 
@@ -132,7 +141,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in settings.items():
             action = self._option_string_actions.get(f"--{name}")
             if action is None or action.dest == "help" or not FIELDS[action.dest].metadata["in_files"]:
-                raise UserError(f"{path}: {self.section}.py has no setting {reprlib.repr(name)} (section {section!r})")
+                where = f"{path}: {self.section}.py has no setting {reprlib.repr(name)} (section {section!r})"
+                raise UserError(f"{where}{self._meant(name)}")
             if value is False and "off" in (action.choices or ()):  # PyYAML reads `off` as False
                 value = "off"
             words += _words(path, action, name, value)
@@ -186,21 +196,31 @@ def write_settings(path, section, values):
 
 
 def command(script, run, own, *words):
-    """The command line of another script: these words, with the settings file and output folder of a Run, and --own."""
+    """The command line of another script: these words, with the settings file and output folder of a Run, and --own.
+
+    Keeps device and threads, where they don't come from the file.
+    """
     words = ["python", script, *words]
     if run.demo:
         words += ["--demo"]
     elif run.config:
         words += ["--config", run.config]
-    if own != _own_of(run.config):
+    if own != (setting_in(run.config, "common", "own") or setting_in(run.config, "common", "operations")):
         words += ["--own", own]
+    sections = [section for section in _document(run.config).values() if isinstance(section, dict)]
+    for name in ("device", "threads"):
+        if (value := getattr(run, name)) not in [getattr(Run, name), *(section.get(name) for section in sections)]:
+            words += [flag(name), str(value)]
     if run.out != ".":
         words += ["--out", run.out]
     return shlex.join(words)
 
 
-def _own_of(path):
-    """The file of --own that the section `common` of a settings file names, or None."""
-    common = read_yaml(path).get("common", {}) if path else {}
-    named = common.get("own", common.get("operations"))
-    return named and _beside(path, named)
+def setting_in(path, section, name):
+    """The value of a setting in a section of a settings file, as it stands there, but for paths; None without one."""
+    value = _document(path).get(section, {}).get(name)
+    return _beside(path, value) if value and is_path(name, value) else value
+
+
+def _document(path):
+    return read_yaml(path) if path else {}

@@ -18,10 +18,11 @@ RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}  # in which netwo
 
 
 def objectives(text):
-    """An argparse type: acc1 and one or two costs, separated by commas."""
+    """An argparse type: acc1 and one or two costs, which search.py checks, separated by commas."""
     found = text.split(",")
-    if "acc1" not in found or len(found) not in (2, 3) or len(set(found)) < len(found) or {*found} - {"acc1", *COSTS}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not acc1 and one or two of {', '.join(COSTS)}, with commas")
+    if "acc1" not in found or len(found) not in (2, 3) or len(set(found)) < len(found) or not all(found):
+        costs = f"{', '.join(COSTS)} and those of --own"
+        raise argparse.ArgumentTypeError(f"{text!r} is not acc1 and one or two of {costs}, with commas")
     return text
 
 
@@ -98,6 +99,8 @@ class DataConfig(Settings):
         unit="REGEX|CSV", path=True,
     )  # fmt: skip
 
+    EVALUATES: ClassVar[tuple] = ("input_size", "val_resize", "preprocessing", "alpha", "exif")  # decide its pixels
+    TRAINS: ClassVar[tuple] = ("crop_scale", "crop_ratio", "crop_padding", "jitter", "mirror")
     UNWRITTEN: ClassVar[dict] = {"alpha": "dropped", "jfif": False}  # what it means that a file lacks one of these
 
     @classmethod
@@ -124,7 +127,7 @@ class DataConfig(Settings):
                 values[name] = os.path.abspath(value)  # checkpoints keep it; the split knows its content
             elif stored and value != getattr(stored, name):
                 contradiction = f"{flag(name)} {value} contradicts {source}, which has {getattr(stored, name)}"
-                raise UserError(f"{contradiction}; leave the flag out")
+                raise UserError(f"{contradiction}; leave it out, here and in the settings file")
         if not stored:
             values = (cls.UNWRITTEN if source else {}) | values
             values.setdefault("val_resize", round(values.get("input_size", cls.input_size) * 256 / 224))
@@ -247,8 +250,8 @@ class Space(Settings):
         unit="NAME|FILE", path=True, decides=False,
     )  # fmt: skip
     own: str = setting(
-        None, "Python file that registers operations or training rules of your own", unit="FILE", path=True,
-        decides=False, old="operations",
+        None, "Python file that registers operations, training rules, costs or searchers of your own", unit="FILE",
+        path=True, decides=False, old="operations",
     )  # fmt: skip
     architecture: str = setting(
         None, "JSON of an architecture, one-hot or a plain list (default: {default})", unit="FILE", path=True
@@ -291,11 +294,12 @@ class Search(Settings):
     TITLE = "search"
 
     strategy: str = setting(
-        "evolution", "random: as many random candidates, to compare with (evolution)", choices=("evolution", "random")
-    )
+        "evolution", "random: as many random candidates, to compare with; or a searcher of the file of --own "
+        "(evolution)", unit="NAME",
+    )  # fmt: skip
     objectives: str = setting(
         None,
-        "acc1,flops: the front of accuracy and costs (flops, params, latency), instead of the most accurate",
+        "acc1,flops: the front of accuracy and costs (flops, params, latency, own), instead of the most accurate",
         objectives, unit="LIST",
     )  # fmt: skip
     rank_by: str = setting(
@@ -401,8 +405,8 @@ class Retraining(Settings):
         excludes="instead",
     )  # fmt: skip
     predict: tuple = setting(
-        None, "print the classes of image files, by --checkpoint", nargs="+", unit="IMAGE", path=True, decides=False,
-        excludes="instead",
+        None, "print the classes of image files, or of all in a folder, by --checkpoint", nargs="+", unit="IMAGE",
+        path=True, decides=False, excludes="instead",
     )  # fmt: skip
     with_preprocessing: bool = setting(
         None, "export a program that takes whole images of any size, and resizes and crops them, which a limit on "

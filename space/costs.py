@@ -5,16 +5,31 @@ torch is imported only when something is counted: NNI's tuner, which is given th
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from utils import UserError
+
+
+class OwnCost(NamedTuple):
+    """A cost of a user's file (space/own.py): a table of every choice at every block, or any function of a candidate.
+
+    A table has whole numbers, `scale` of them to the unit, so that sums are exact; `rows` are empty for a function,
+    whose numbers are in the unit (scale 1).
+    """
+
+    unit: str
+    scale: float = 1
+    rows: tuple = ()
+    function: Callable | None = None
+    code: str = ""  # the hash of its code
 
 
 class Costs(NamedTuple):
     """Costs of every choice at every block, of the stem, and of the tail (last convolution and classifier).
 
     FLOPs are multiply-adds; `fixed_params` and `fixed_latency` are those of stem and tail together. Latencies, in
-    ns, need a table of the device.
+    ns, need a table of the device. `own` has each OwnCost by name.
     """
 
     flops: tuple
@@ -24,6 +39,7 @@ class Costs(NamedTuple):
     fixed_params: int
     latency: tuple = ()
     fixed_latency: int = 0
+    own: dict = {}  # noqa: RUF012
 
 
 def count_costs(space):

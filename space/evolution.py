@@ -3,6 +3,7 @@
 Source: paper section 3.4 and algorithm 1; official `src/Search/search.py`; docs/fidelity.md has the differences.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -53,9 +54,16 @@ class Evolution:
         canonical: a function that gives the form in which a candidate is asked for, such as SearchSpace.canonical,
             the same form for all that are the same network
 
+    With a `searcher` (space.own.Searcher), populations are what it asks for instead, one candidate at a time. One that
+    is illegal or known is told to it at once; where it asks for too few new ones, random candidates stand in. It is
+    told a population when all of its rewards are known.
+
     `ask()` returns a population, empty after `generations` of them or when nothing legal is left; `tell(rewards)` takes
-    its rewards by candidate, all at once or in parts. Raises UserError if the settings are not valid.
+    its rewards by candidate, all at once or in parts. Raises UserError if the settings are not valid, or if there is no
+    first population because nothing legal is found.
     """
+
+    searcher = None
 
     def __init__(self, choices, limits, search=None, seed=0, objectives=(), canonical=tuple):
         search = search or Search()
@@ -94,7 +102,14 @@ class Evolution:
         objectives = [functools.partial(space.cost, name) for name in costs]
         recorded = settings.get("identities")  # not in searches of before
         canonical = Twins(space, recorded).canonical if recorded else tuple
-        return cls(space.choices, limits, search, settings.get("seed", 0), objectives, canonical)
+        evolution = cls(space.choices, limits, search, settings.get("seed", 0), objectives, canonical)
+        if name := settings.get("strategy"):  # of a user's file
+            from space.own import Searcher  # here, because it needs torch
+
+            sizes = {"select": evolution.select, "mutation": evolution.mutation, "crossover": evolution.crossover}
+            given = _Current(evolution), evolution.rng, dataclasses.replace(search, **sizes)
+            evolution.searcher = Searcher(name, space, *given)
+        return evolution
 
     @property
     def generation(self):
@@ -139,6 +154,8 @@ class Evolution:
         """The open population, a new one once all rewards of the last are told; empty when the search is finished."""
         if not self.population and not self.finished:
             self.population = self._breed() if self.generation < self.generations else []
+            if not self.population and not self.history and self.generations:
+                raise UserError(self._nothing_legal())
             self.finished = not self.population
         return list(self.population)
 
@@ -155,7 +172,28 @@ class Evolution:
             self.rewards.setdefault(candidate, None if failed else reward)
         if self.population and all(c in self.rewards for c in self.population):
             self.history.append(self.population)
+            for candidate in self.population if self.searcher else ():
+                self._tell_searcher(candidate, self.rewards[candidate])
             self.population = []
+
+    def _tell_searcher(self, candidate, reward):
+        self.searcher.tell(candidate, None if reward is None else _values(reward)[0])
+
+    def _asked(self):
+        """Yields what the searcher asks for, and tells it what it may not have, or has had."""
+        for _ in range(RANDOM_TRIES * self.population_size):
+            candidate = self.searcher.ask()
+            if self.limits.excess(candidate):
+                self.searcher.tell(candidate, None)
+            elif candidate in self.rewards:
+                self._tell_searcher(candidate, self.rewards[candidate])
+            yield candidate
+
+    def _nothing_legal(self):
+        drawn = [self.limits.repair(self.random_candidate(), self.rng) for _ in range(RANDOM_TRIES)]
+        nearest = min(drawn, key=self.limits.excess)
+        text = f"no candidate was found within the limits; the nearest of {RANDOM_TRIES} is {list(nearest)}, beyond"
+        return f"{text} them by {self.limits.excess(nearest):.3g}"
 
     def _breed(self):
         """The next population: a step of algorithm 1 of the paper.
@@ -167,7 +205,9 @@ class Evolution:
         Every candidate is new and legal. Steps 2 and 3 end early after TRIES draws for each wanted child.
         """
         population = []
-        if parents := self.parents():
+        if self.searcher:
+            self._add_new(population, self.population_size, self._asked())
+        elif parents := self.parents():
             parent = functools.partial(self.rng.choice, parents)
             mutants = (self.mutate(parent()) for _ in range(TRIES * self.mutation))
             self._add_new(population, self.mutation, mutants)
@@ -220,6 +260,16 @@ class Evolution:
     def cross(self, *parents):
         """Takes each block from one of the parents."""
         return tuple(map(self.rng.choice, zip(*parents)))
+
+
+class _Current:
+    """The limits of an evolution as they are at the time, for a searcher that keeps them."""
+
+    def __init__(self, evolution):
+        self.evolution = evolution
+
+    def __getattr__(self, name):
+        return getattr(self.evolution.limits, name)
 
 
 def _values(reward):

@@ -1,6 +1,6 @@
 """Limits on the costs of a candidate: which candidates meet them, how others are repaired, which limits can be met.
 
-    bounds    {cost: (low, high)} of costs in settings.subjects.COSTS; None stands for no bound
+    bounds    {cost: (low, high)} of costs in settings.subjects.COSTS, or of a user's; None stands for no bound
     excess    by how much a candidate exceeds the limits, in standard deviations of uniform candidates; 0: it is legal
 
 The official search has one limit, on FLOPs.
@@ -18,7 +18,9 @@ from utils import UserError
 
 SOLVE_S = 10  # s in which the solver ends
 LISTABLE = 1_000_000  # candidates
+STEPS = 1000  # of a repair at most: where all that meet the limits are banned, it would walk among them for ever
 KICKS = 3  # times that a stuck repair redraws some blocks
+SEARCHES = 10  # random candidates that are repaired before limits on a function of a candidate are refused
 # The limit in the paper's space, and the share of its candidates that meet it, which is the limit in other spaces.
 OFFICIAL_LIMIT = "330M", "59%"
 EXAMPLES = "flops=330M, params=80k, latency=8ms, flops=290M:330M, flops=59%"
@@ -33,8 +35,9 @@ def read_limits(space, texts):
     bounds = {}
     for text in texts:
         name, _, value = str(text).partition("=")
-        if name not in COSTS or not value:
-            raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}")
+        if not value or name not in (*COSTS, *space.costs.own):
+            own = f"; costs of --own: {', '.join(space.costs.own) or 'none of that name'}" if value else ""
+            raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}{own}")
         if name == "latency" and not space.costs.latency:
             raise UserError("--limit latency: no table of latencies")
         ends = value.split(":")
@@ -70,11 +73,14 @@ def as_settings(bounds):
     """The settings that `bounds_of` reads."""
     if bounds.keys() == {"flops"} and bounds["flops"][0] is None:
         return {"flops_limit": bounds["flops"][1]}
-    return {"limits": {name: list(bounds[name]) for name in COSTS if name in bounds}}
+    names = sorted(bounds, key=(*COSTS, *bounds).index)
+    return {"limits": {name: list(bounds[name]) for name in names}}
 
 
-def shown(name, cost):
-    """A cost with its unit, of four digits: "329.9M", "21.75k", "8.120 ms", "0.0573 ms"."""
+def shown(name, cost, own=None):
+    """A cost with its unit, of four digits: "329.9M", "21.75k", "8.120 ms", "0.0573 ms"; `own` are those of Costs."""
+    if own and name in own:
+        return f"{cost / own[name].scale:.4g} {own[name].unit}".strip()
     if name == "latency":
         return f"{milliseconds(cost / 1e6)} ms"
     value, unit = (cost / 1e6, "M") if cost >= 999_950 else (cost / 1e3, "k")
@@ -86,19 +92,20 @@ def milliseconds(ms):
     return f"{ms:.3f}" if ms >= 1 else f"{ms:#.3g}"
 
 
-def describe(bounds):
-    """The bounds in words: "flops 290.0M to 330.0M, latency up to 8.000 ms"."""
+def describe(bounds, own=None):
+    """The bounds in words: "flops 290.0M to 330.0M, latency up to 8.000 ms"; `own` are the own costs of Costs."""
     words = []
     for name, (low, high) in bounds.items():
-        ends = [shown(name, end) if end is not None else None for end in (low, high)]
+        ends = [shown(name, end, own) if end is not None else None for end in (low, high)]
         between = f"{ends[0]} to {ends[1]}" if all(ends) else f"up to {ends[1]}" if ends[1] else f"from {ends[0]}"
         words.append(f"{name} {between}")
     return ", ".join(words)
 
 
 def known_costs(space):
-    """{cost: (lowest, highest) of any candidate} of the costs that are known in a space: latency needs a table."""
-    return {name: space.cost_range(name) for name in COSTS if name != "latency" or space.costs.latency}
+    """{cost: (lowest, highest) of any candidate} of the costs that have a table in a space: latency may have none."""
+    names = [name for name in COSTS if name != "latency" or space.costs.latency]
+    return {name: space.cost_range(name) for name in [*names, *filter(space.has_table, space.costs.own)]}
 
 
 def offer(space, runtime="torch"):
@@ -108,7 +115,8 @@ def offer(space, runtime="torch"):
     """
     costs = known_costs(space)
     names = {"flops": "FLOPs", "params": "parameters", "latency": f"latency in {runtime}"}
-    words = [f"{names[name]} {shown(name, low)} to {shown(name, high)}" for name, (low, high) in costs.items()]
+    ends = {name: [shown(name, end, space.costs.own) for end in costs[name]] for name in costs}
+    words = [f"{names.get(name, name)} {low} to {high}" for name, (low, high) in ends.items()]
     text = f"all candidates at {space.input_size} px with {space.n_classes} classes: {', '.join(words)}"
     if all(high < LITTLE * low for low, high in costs.values()):
         text += f"; candidates differ by less than a factor of {LITTLE} in all of these, which leaves little to find"
@@ -124,8 +132,8 @@ def idle_limits(space, texts=(), flops_limit=None):
     bounds = read_limits(space, said.values())
     for name in bounds:
         if name not in bounding(space, bounds) and not str(said[name]).endswith("100%"):
-            least, most = space.cost_range(name)
-            found = f"they cost {shown(name, least)} to {shown(name, most)}"
+            least, most = (shown(name, end, space.costs.own) for end in space.cost_range(name))
+            found = f"they cost {least} to {most}"
             lines.append(f"the limit {said[name]} excludes no candidate of this space: {found}")
     return lines
 
@@ -136,10 +144,10 @@ def share_text(share):
 
 
 def bounding(space, bounds):
-    """The names of the bounds that exclude a candidate of a space."""
+    """The names of the bounds that exclude a candidate of a space, or may."""
     found = []
     for name, (low, high) in bounds.items():
-        least, most = space.cost_range(name)
+        least, most = space.cost_range(name) if space.has_table(name) else (-math.inf, math.inf)
         if (low or 0) > least or (high or math.inf) < most:
             found.append(name)
     return found
@@ -193,10 +201,12 @@ class Limits:
         self.bounds = bounds
         self.correction = correction
         self.banned = frozenset(banned)
-        self.costs = [space.cost_rows(name) for name in bounds]
-        factors = [correction if name == "latency" else 1 for name in bounds]
-        self.low = [-math.inf if low is None else low / f for (low, _), f in zip(bounds.values(), factors)]
-        self.high = [math.inf if high is None else high / f for (_, high), f in zip(bounds.values(), factors)]
+        self.tables = [name for name in bounds if space.has_table(name)]
+        self.functions = [name for name in bounds if name not in self.tables]  # any functions of a candidate
+        self.costs = [space.cost_rows(name) for name in self.tables]
+        ends = [(*bounds[name], correction if name == "latency" else 1) for name in self.tables]
+        self.low = [-math.inf if low is None else low / f for low, _, f in ends]
+        self.high = [math.inf if high is None else high / f for _, high, f in ends]
         self.scale = [self._spread(rows) for rows, _ in self.costs]
 
     @staticmethod
@@ -222,7 +232,18 @@ class Limits:
         for (rows, fixed), low, high, scale in zip(self.costs, self.low, self.high, self.scale):
             cost = fixed + sum(row[choice] for row, choice in zip(rows, choices))
             over += max(low - cost, cost - high, 0) / scale
+        for name in self.functions:
+            low, high = self.bounds[name]
+            cost = self.space.cost(name, candidate)
+            if not self.holds(name, cost):
+                over += (low - cost if low is not None and cost < low else cost - high) / self._spreads[name]
         return over or float(tuple(candidate) in self.banned)
+
+    @functools.cached_property
+    def _spreads(self):
+        """The standard deviation of each cost that is a function, of 32 uniform candidates; 1 where these are equal."""
+        drawn = [self.space.random_candidate(random.Random(seed)) for seed in range(32)]
+        return {name: float(np.std([self.space.cost(name, c) for c in drawn])) or 1.0 for name in self.functions}
 
     def holds(self, name, cost):
         """Whether a measured cost meets its limit."""
@@ -232,17 +253,16 @@ class Limits:
     def repair(self, candidate, rng):
         """Changes random entries to values that lower the excess, until the candidate is legal.
 
-        If no single change helps, two blocks are changed together; if that does not help either, some entries are
-        redrawn, up to KICKS times. Returns the last candidate, which may be illegal.
+        If no single change helps, two blocks are changed together (not under a limit on a function of a candidate); if
+        that does not help either, some entries are redrawn, up to KICKS times. Returns the last candidate, which may be
+        illegal.
         """
         kicks = 0
-        while over := self.excess(candidate):
-            moves, totals = self._moves(candidate)
-            better = np.flatnonzero(self._over(totals) < over).tolist()
-            if better:
-                candidate = self._moved(candidate, moves[rng.choice(better)])
-            elif pair := self._pair(candidate, moves, totals, over, rng):
-                candidate = pair
+        for _ in range(STEPS):
+            if not (over := self.excess(candidate)):
+                break
+            if better := self._better(candidate, over, rng):
+                candidate = better
             elif kicks < KICKS:
                 kicks += 1
                 drawn = rng.sample(range(len(candidate)), min(3, len(candidate)))
@@ -253,6 +273,16 @@ class Limits:
             else:
                 break
         return candidate
+
+    def _better(self, candidate, over, rng):
+        """The candidate after a random one of the changes that lower its excess from `over`; None if there is none."""
+        moves, totals = self._moves(candidate)
+        if self.functions:
+            changed = (self._moved(candidate, move) for move in rng.sample(moves, len(moves)))
+            return next((c for c in changed if self.excess(c) < over), None)
+        if better := np.flatnonzero(self._over(totals) < over).tolist():
+            return self._moved(candidate, moves[rng.choice(better)])
+        return self._pair(candidate, moves, totals, over, rng)
 
     @functools.cached_property
     def _tables(self):
@@ -272,11 +302,11 @@ class Limits:
         choices = np.array(self.space.block_choices(changed.T))  # (blocks, changes)
         blocks = np.arange(len(choices))[:, None]
         totals = [fixed + array[blocks, choices].sum(axis=0) for array, (_, fixed) in zip(arrays, self.costs)]
-        return moves, np.array(totals)
+        return moves, np.array(totals).reshape(len(totals), len(moves))
 
     def _over(self, totals):
         """The excess of costs: (costs, ...) -> (...)."""
-        over = 0.0
+        over = np.zeros(totals.shape[1:])
         for total, low, high, scale in zip(totals, self.low, self.high, self.scale):
             over = over + np.maximum(np.maximum(low - total, total - high), 0) / scale
         return over
@@ -285,7 +315,7 @@ class Limits:
         """(excess after every two changes in different blocks: (changes, changes), function from a flat index into
         that array to the changed candidate)."""
         _, block, _ = self._tables
-        current = np.array([self.space.cost(name, candidate) for name in self.bounds])
+        current = np.array([self.space.cost(name, candidate) for name in self.tables])
         pairs = self._over(totals[:, :, None] + totals[:, None, :] - current[:, None, None])
         pairs[block[:, None] >= block[None, :]] = np.inf
 
@@ -305,7 +335,10 @@ class Limits:
         return changed(int(found[rng.randrange(len(found))])) if len(found) else None
 
     def neighbours(self, candidate, rng):
-        """Yields the legal candidates that differ from a legal one in at most two blocks, in random order."""
+        """Yields the legal candidates that differ from a legal one in at most two blocks, in random order.
+
+        Where a function of a candidate is limited, some may be beyond that limit.
+        """
         pairs, changed = self._pairs(candidate, *self._moves(candidate))
         found = np.flatnonzero(pairs == 0).tolist()
         rng.shuffle(found)
@@ -316,21 +349,26 @@ class Limits:
         entry, value = move
         return (*candidate[:entry], value, *candidate[entry + 1 :])
 
-    def share(self, n=2000):
-        """The share of uniform candidates that are legal, estimated from `n` of them."""
+    def share(self, n=None):
+        """The share of uniform candidates that are legal, estimated from `n` of them (2000; 200 where a function of a
+        candidate is limited, which may be slow)."""
         rng = random.Random(0)
+        n = n or (200 if self.functions else 2000)
         return sum(not self.excess(self.space.random_candidate(rng)) for _ in range(n)) / n
 
     # --- what is possible ------------------------------------------------------------------------------------
 
     def check(self):
-        """Raises UserError if no candidate meets all limits; names the tightest one and the nearest possible cost."""
+        """Raises UserError if no candidate meets all limits; names the tightest one and the nearest possible cost.
+
+        Nothing is proved about functions of a candidate: there the nearest one is named that SEARCHES repairs found.
+        """
         rng = random.Random(0)
         candidate = self.repair(self.space.random_candidate(rng), rng)
         if not self.excess(candidate):  # mostly, and in less time than it takes to import SciPy for a proof
             return
         within = Limits(self.space, {}, self.correction)
-        for name in sorted(self.bounds, key=self._tightness):
+        for name in sorted(self.tables, key=self._tightness):
             low, high = self.bounds[name]
             limits = within._with(name, low, high)
             if not (found := limits.optimum()):
@@ -340,6 +378,14 @@ class Limits:
                 nearest = min(filter(None, (candidate, above, below)), key=excess)
                 raise UserError(self._impossible(name, within.bounds, self.space.cost(name, nearest)))
             within, candidate = limits, found
+        if not self.functions:
+            return
+        found = [self.repair(self.space.random_candidate(rng), rng) for _ in range(SEARCHES)]
+        if self.excess(nearest := min([candidate, *found], key=self.excess)):
+            own = self.space.costs.own
+            costs = ", ".join(f"{name} {shown(name, self.space.cost(name, nearest), own)}" for name in self.bounds)
+            text = f"no candidate was found with {describe(self.bounds, own)}; the nearest one has {costs}"
+            raise UserError(f"{text}: {list(nearest)}; change --limit {self.functions[0]}")
 
     def _with(self, name, low, high):
         return Limits(self.space, self.bounds | {name: (low, high)}, self.correction)
@@ -355,15 +401,18 @@ class Limits:
         """The candidate in the bounds of the lowest cost `name`, or of the highest if `sign` is -1; without it any one.
 
         A mixed-integer linear programme with a variable for each choice of each block, solved exactly, or as far as
-        SOLVE_S seconds suffice. Returns None if there is none, or none was found in that time. Ignores `banned`.
+        SOLVE_S seconds suffice. Returns None if there is none, or none was found in that time. Ignores `banned`. Raises
+        UserError under a limit on a function of a candidate.
         """
+        if self.functions:
+            raise UserError(f"--limit {self.functions[0]}: is any function of a candidate, which nothing solves for")
         rows = self.space.cost_rows(name or "flops")[0]
         choices = _solve(rows, sign if name else 0, self.costs, self.low, self.high)
         return choices and self.space.candidate_of(choices)
 
     def _tightness(self, name):
         """How many standard deviations a bound lies from the mean of uniform candidates, on the side it excludes."""
-        i = list(self.bounds).index(name)
+        i = self.tables.index(name)
         rows, fixed = self.costs[i]
         mean = fixed + sum(float(np.mean(row)) for row in rows)
         return max(self.low[i] - mean, mean - self.high[i]) / self.scale[i]
@@ -371,9 +420,10 @@ class Limits:
     def _impossible(self, name, within, nearest):
         """The message of `check`."""
         low, high = self.bounds[name]
-        where = f" with {describe(within)}" if within else ""
+        where = f" with {describe(within, self.space.costs.own)}" if within else ""
         flag = "--flops-limit" if self.bounds.keys() == {"flops"} else f"--limit {name}"
-        text = functools.partial(shown, name) if name == "latency" else str
+        own = self.space.costs.own
+        text = functools.partial(shown, name, own=own) if name == "latency" or name in own else str
         if None not in (low, high):
             between = f"{text(low)} to {text(high)}"
             return f"limit {between}: no candidate{where} costs that, next is {text(nearest)}; change {flag}"

@@ -366,13 +366,19 @@ class SearchSpace:
         return self.cost("params", candidate)
 
     def cost_range(self, name):
-        """The lowest and the highest of one of COSTS of any candidate: exact, since costs are sums over the blocks."""
+        """The lowest and the highest of a cost that `has_table` of any candidate: exact, since it is a sum."""
         rows, fixed = self.cost_rows(name)
         return fixed + sum(map(min, rows)), fixed + sum(map(max, rows))
 
+    def has_table(self, name):
+        """Whether a cost is a sum over the blocks; a user's may be any function of a candidate."""
+        return name not in self.costs.own or bool(self.costs.own[name].rows)
+
     def cost_rows(self, name):
-        """(cost of every choice at every block, cost common to all candidates), whole numbers, of one of COSTS."""
+        """(cost of every choice at every block, cost common to all candidates), whole numbers, of one that has them."""
         costs = self.costs
+        if name in costs.own:
+            return costs.own[name].rows, 0
         return {
             "flops": (costs.flops, self.fixed_flops),
             "params": (costs.params, costs.fixed_params),
@@ -380,7 +386,9 @@ class SearchSpace:
         }[name]
 
     def cost(self, name, candidate):
-        """One of COSTS of a candidate: multiply-adds, parameters, or ns."""
+        """A cost of a candidate: multiply-adds, parameters, ns, or a user's (OwnCost)."""
+        if not self.has_table(name):
+            return self.costs.own[name].function(tuple(candidate))
         rows, fixed = self.cost_rows(name)
         return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
@@ -411,15 +419,19 @@ class SearchSpace:
         return self.cost_value("flops", text, flag)
 
     def cost_value(self, name, text, flag):
-        """A cost of one of COSTS from a text: a number with one of its units, or a quantile of uniform candidates."""
-        what, units = UNITS[name]
-        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([a-zA-Z%]*)", str(text).strip())
+        """A cost from a text: a number with one of its units, or a quantile of uniform candidates."""
+        own = self.costs.own.get(name)
+        what, units = (own.unit or "a number", {"": own.scale, own.unit: own.scale}) if own else UNITS[name]
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)(\D*)", str(text).strip())
         value = float(match[1]) if match else 0
         if not match or match[2] not in (*units, "%") or not 0 < value < 1e15 or (match[2] == "%" and value > 100):
             raise UserError(f"{flag} {reprlib.repr(text)} is neither {what} nor a share of candidates (59%)")
         if match[2] == "%":
+            if not self.has_table(name):
+                raise UserError(f"{flag} {text}: {name} is any function of a candidate, without shares; give a number")
             return self.quantile(name, value / 100)
-        return int(value * units[match[2]])
+        value *= units[match[2]]
+        return int(value) if not own else round(value) if own.rows else value
 
     # --- written form ------------------------------------------------------------------------------------
 
@@ -447,6 +459,8 @@ class SearchSpace:
 
         Raises UserError, naming the entry, if it is not one of this space.
         """
+        if hasattr(architecture, "tolist"):  # an array of NumPy or torch
+            architecture = architecture.tolist()
         if isinstance(architecture, (list, tuple)):
             operations_alone = self.n_widths > 1 and not self.architecture and len(architecture) == self.n_blocks
             return self.check((*architecture, *self._full_widths()) if operations_alone else architecture)

@@ -84,9 +84,10 @@ def parse(content, path, kind, space=None):
             raise TypeError("the split is not made of numbers and names")
         space = SearchSpace.from_dict(content["space"])
         check_operations(space, path)
+        of_files = content["data"] is not None and space.image_channels == 3  # else the images were given in Python
         return Checkpoint(
-            path=str(path), kind=kind, weights=weights, space=space,
-            data=None if content["data"] is None else DataConfig.from_dict(content["data"]), split=split,
+            path=str(path), kind=kind, weights=weights, space=space, split=split,
+            data=DataConfig.from_dict(content["data"]) if of_files else None,
             classes=tuple(classes), architecture=None if architecture is None else space.check(architecture),
             content=content,
         )  # fmt: skip

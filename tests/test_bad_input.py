@@ -98,6 +98,7 @@ def world(tmp_path_factory):
     save("supernet.pth", "supernet", space, names, ShuffleNetV2OneShot(space=space))
     save("two.pth", "supernet", two, ["a", "b"], ShuffleNetV2OneShot(space=two))
     save("names.pth", "supernet", space, ["x", "y", "z"], ShuffleNetV2OneShot(space=space))
+    save("split.pth", "supernet", space, names, ShuffleNetV2OneShot(space=space), split={"seed": 0, "hash": "another"})
     save("newer.pth", "supernet", space, names, ShuffleNetV2OneShot(space=space), version=2)
     save("scratch.pth", "scratch", space, names, ShuffleNetV2(WINNER, space=space))
     save("model.pth", "supernet", space, names, ShuffleNetV2OneShot(space=two))
@@ -137,7 +138,7 @@ CASES = [
         ("newer.pth", "newer.pth: checkpoint version 2"), ("scratch.pth",
         "scratch.pth: a scratch checkpoint, not a supernet one"),
         ("model.pth", "model.pth: entry 'classifier.0.weight' has shape (2, 16), the model needs (3, 16)"),
-        ("none.pth", "none.pth: can't be read"),
+        ("none.pth", "none.pth: can't be read"), ("split.pth", "split.pth: trained on another split of the images"),
     )),
     ("scratch", ("--eval", "--checkpoint", "{}/supernet.pth"), "a supernet checkpoint, not a scratch one"),
     ("scratch", ("--predict", "{}/none.jpg", "--checkpoint", "{}/scratch.pth"), "none.jpg"),
@@ -150,6 +151,8 @@ CASES = [
     ("supernet", ("--batch-size", "4", "--flops-range", "nan", "10M"), "--flops-range 'nan' is neither"),
     ("supernet", ("--crop-scale", "0.9", "0.1"), "--crop-scale 0.9 0.1"),
     ("supernet", ("--val-resize", "31"), "--val-resize 31"),
+    ("search", ("--checkpoint", "{}/split.pth", "--flops-limit", "330"),
+    "split.pth: trained on another split of the images"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--flops-limit=-3M"), "--flops-limit '-3M' is neither"),
     ("search", ("--checkpoint", "{}/supernet.pth", "--population", "5", "--mutation", "6"),
     "6 children by mutation and 0 by crossover: needs 0 to 5"),
@@ -180,11 +183,22 @@ NEWCOMER = [
     ("supernet", "supernet: {lr: 1}\nsupernet: {lr: 2}", "'supernet' is given twice"),
     ("supernet", "supernet: {lr: 1, lr: 2}", "'lr' is given twice"),
     ("supernet", "common: {learning-rate: 1}", "has no setting 'learning-rate' (section 'common')"),
-    ("supernet", "supernet: {population: 3}", "has no setting 'population' (section 'supernet')"),
+    (
+        "supernet",
+        "supernet: {population: 3}",
+        "has no setting 'population' (section 'supernet'), but another command has",
+    ),
+    ("supernet", "common: {warm-up: 3}", "has no setting 'warm-up' (section 'common'): did you mean 'warmup'?"),
+    ("supernet", "common: {jiter: 3}", "has no setting 'jiter' (section 'common'): did you mean 'jitter'?"),
+    ("supernet", "common: {lr: [1", "not plain YAML (while parsing a flow sequence in line 1, column 14"),
     ("supernet", "common: [lr, 1]", "'common' is not a section with settings"),
     ("supernet", "lr: 0.1", "unknown section 'lr'"),
     ("supernet", "supernet: {lr: fast}", "--lr: 'fast' is not a number"),
-    ("supernet", "supernet: {batch_size: 4}", "has no setting 'batch_size'"),
+    (
+        "supernet",
+        "supernet: {batch_size: 4}",
+        "has no setting 'batch_size' (section 'supernet'): did you mean 'batch-size'?",
+    ),
     ("supernet", "supernet: {sampler: uniform, flops-bins: 3}", "--flops-bins has no effect with --sampler uniform"),
     ("supernet", "supernet: {mirror: 3}", "mirror is 3, not true or false"),
     ("supernet", "common: !!python/object/apply:os.system ['touch executed']", "not plain YAML"),

@@ -8,21 +8,25 @@ import pathlib
 import pickle
 import shutil
 import sys
+import types
 
 import pytest
 import torch
-from conftest import ROOT, launch, make_tree, run
+from conftest import CLASSES, ROOT, launch, make_tree, run
 
 import search
 import tester
 from dataloader import Loader
 from engines import local_engine
 from images.dataset import Data, DataConfig, scan, training_plan
-from network import ShuffleNetV2
+from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space import weight_files
+from space.custom import make_space
 from space.limits import offer
 from space.search_space import SearchSpace
 from training import checkpoint
+from training.run import contents_of
+from utils import UserError
 
 SPACE = SearchSpace.for_images(16, 3)
 EVOLUTION = "--population 4 --select 2 --mutation 1 --crossover 1 --generations 1"
@@ -87,8 +91,9 @@ def test_search_leaves_its_artefacts(typed):
     trials = json.loads((out / "id2cand" / "000.json").read_text())
     assert sorted(itertools.chain(*trials.values())) == sorted(r["architecture"] for r in results)
     assert list(SPACE.load_architecture(out / "checkpoints" / "best.json")) == results[0]["architecture"]
-    retrain, choose = stdout.splitlines()[-2:]
+    retrain, choose, channels, _ = stdout.split("retrain the best:\n")[1].splitlines()
     assert "scratch.py --architecture" in retrain and "choose --iterations, --batch-size and --lr" in choose
+    assert "search its channels" in channels
 
 
 def test_the_local_engine_finds_the_same(typed, data, tmp_path, forked, monkeypatch):
@@ -100,7 +105,7 @@ def test_the_local_engine_finds_the_same(typed, data, tmp_path, forked, monkeypa
     supernet = checkpoint.newest(out / "checkpoints" / "supernet")
     words = (*data, CALIBRATION, EVOLUTION, "--engine", "local", "--checkpoint", supernet, "--out", tmp_path)
     stdout, stderr = run("search.py", *words)
-    table, its_table = (text.split("search its channels")[0] for text in (stdout, printed))
+    table, its_table = (text.split("retrain the best")[0] for text in (stdout, printed))
     assert "NNI" not in stderr and table == its_table and "architecture" in table
     theirs, ours = ([r | {"seconds": 0} for r in lines(o / "acc" / "000.jsonl")] for o in (out, tmp_path))
     assert theirs == ours
@@ -128,7 +133,10 @@ def test_a_search_by_the_loss(typed, data, tmp_path, forked):
 def test_a_trial_and_a_test_agree(typed, data):
     """What the search measured for its best candidate is what a user measures."""
     out = typed[0]
-    stdout, _ = run("tester.py", *data, CALIBRATION, "--out", out, "--architecture", out / "checkpoints" / "best.json")
+    words = ("tester.py", *data, CALIBRATION, "--out", out, "--architecture", out / "checkpoints" / "best.json")
+    stdout, stderr = run(*words, "--no-mirror", "--crop-scale", 0.08, 1)
+    assert "warning: --mirror False: the supernet was trained with True, which counts\n" in stderr
+    assert "--crop-scale" not in stderr.split("command: ")[0]
     result = last_json(stdout)
     (same,) = [r for r in lines(out / "acc" / "000.jsonl") if r["architecture"] == result["architecture"]]
     assert {**result, "seconds": 0, "halves": same["halves"]} == {**same, "seconds": 0}
@@ -169,6 +177,12 @@ def test_a_trial_looks_at_its_own_images_alone(typed, data, tmp_path, monkeypatc
     looked_at = {path for _, path in touched if path.startswith(str(tree))}
     assert len(images) == 18 + 9 and looked_at == images
     assert [r["architecture"] for r in reported] == [[0] * 20, [1] * 20]
+    said = []
+    monkeypatch.setattr("nni.report_final_result", said.append)
+    with pytest.raises(UserError):
+        tester.run_trial(types.SimpleNamespace(**vars(args) | {"checkpoint": str(tmp_path / "gone.pth")}))
+    assert f"{tmp_path}/gone.pth: can't be read (No such file" in said[0]["error"]
+    assert said[0]["candidates"] == [[0] * 20, [1] * 20]
 
     trial = {name: value for name, value in vars(args).items() if name != "split"} | {
         "cache": str(tmp_path / "another")
@@ -342,6 +356,24 @@ def test_without_imagenet_one_line_says_so(script, tmp_path):
     assert stdout == "" and len(stderr.splitlines()) == 1
     assert "data/imagenet/train" in stderr and "--demo" in stderr
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "search.lock"]
+
+
+def test_without_a_supernet_the_space_is_that_of_the_settings_file(tree, tmp_path):
+    """Of as many classes as the data has; with another supernet, that counts, and a line says so."""
+    path = tmp_path / "own.yml"
+    path.write_text(f"common: {{data-dir: {tree}, input-size: 32}}\nsupernet: {{space: varied}}")
+    words = ("tester.py", "--mode", "gen", "--config", path, "--out", tmp_path / "out")
+    stdout, _ = run(*words)
+    assert "7 choice blocks of 5 operations" in stdout and " at 32 px with 3 classes" in stdout
+    assert f"no supernet in {tmp_path}/out: train it by supernet.py, or name its --out" in stdout.splitlines()
+    assert "(with --engine local, without NNI)" in stdout
+    space = make_space("small", None, None, 32, 3)
+    model = ShuffleNetV2OneShot(space=space)
+    contents = contents_of(space, DataConfig(32, 36), CLASSES)
+    checkpoint.save(tmp_path / "x.pth", kind="supernet", step=1, model=model.state_dict(), **contents)
+    stdout, _ = run(*words, "--checkpoint", tmp_path / "x.pth")
+    assert "6 choice blocks" in stdout
+    assert f"{tmp_path}/x.pth has another space than the section supernet of {path}, and counts" in stdout
 
 
 def test_in_a_process_of_its_own_an_error_is_one_line_too(tmp_path):

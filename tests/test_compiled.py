@@ -116,7 +116,7 @@ def test_mixed_precision_and_one_network_are_compiled_too():
     for n in (1, 2):
         loss, _ = step.train_one_step(n, images.to(memory_format=torch.channels_last), labels)
     assert loss.isfinite() and graphs() == 4
-    with pytest.raises(UserError, match=r"^--compile: an operation's input has another form .*leave the flag out$"):
+    with pytest.raises(UserError, match=r"^--compile: an operation's input has another form .*leave it out$"):
         step.train_one_step(3, images[:2].to(memory_format=torch.channels_last), labels[:2])
 
 
@@ -136,7 +136,7 @@ def test_what_torch_can_not_compile_is_a_line(monkeypatch):
 
     monkeypatch.setattr(compiled, "BACKEND", backend)
     images, labels = torch.rand(4, 3, 16, 16), torch.arange(4) % 3
-    with pytest.raises(UserError, match=r"^--compile: torch can't compile .*no such kernel.*leave the flag out$"):
+    with pytest.raises(UserError, match=r"^--compile: torch can't compile .*no such kernel.*leave it out$"):
         CompiledStep(supernet(), settings(compile=True)).train_one_step(1, images, labels, (0, 0, 0))
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     with pytest.raises(UserError, match="--compile: operations of several widths"):
@@ -145,8 +145,9 @@ def test_what_torch_can_not_compile_is_a_line(monkeypatch):
 
 
 def test_what_a_machine_lacks_is_a_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"--compile: no C\+\+ compiler"):
+    # not by monkeypatch, after which this setting of torch would be gone
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with no_compiler, pytest.raises(UserError, match=r"--compile: no C\+\+ compiler"):
         prepare_compiler(CPU, tmp_path)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(UserError, match="--compile: torch finds no Triton"):

@@ -18,7 +18,7 @@ from test_search_space import hooked_flops
 import blocks
 from dataloader import from_tensors
 from network import ShuffleNetV2, ShuffleNetV2OneShot
-from settings.subjects import Training
+from settings.subjects import DataConfig, Training
 from space import custom, own
 from space.sampler import PathSampler
 from space.search_space import OPERATIONS, OTHER_OPERATIONS, SearchSpace
@@ -236,6 +236,32 @@ def test_operations_of_a_notebook_are_those_of_a_space_made_by_hand(tmp_path):
         forget()
     with pytest.raises(UserError, match="operation 'identity' is not one of"):
         checkpoint.load_supernet(checkpoint.newest(folder), None)
+
+
+@pytest.mark.parametrize("config", [None, DataConfig(input_size=16)])
+def test_images_of_other_channels_are_for_data_given_in_python(data, tmp_path, config):
+    space = dataclasses.replace(custom.make_space(SKELETON, input_size=16, n_classes=3), image_channels=5)
+    assert SearchSpace.from_dict(space.to_dict()) == space
+    images, candidate = from_tensors(torch.rand(9, 5, 16, 16), torch.arange(9) % 3), (0,) * 6
+    for kind in ("supernet", "scratch"):
+        alone = kind == "scratch"
+        network = ShuffleNetV2(candidate, space=space) if alone else ShuffleNetV2OneShot(space=space)
+        contents = contents_of(space, config, "abc", **({"architecture": list(candidate)} if alone else {}))
+        kept = TrainingRun(tmp_path / "checkpoints" / kind, kind, contents)
+        sampler = None if alone else PathSampler(space)
+        train(network, images, Training(iterations=1, batch_size=9, warmup=0), sampler, run=kept)
+    assert space.flops(candidate) == hooked_flops(network, size=16, channels=5)
+    run("tester.py", "--mode", "gen", "--out", tmp_path)
+    file = tmp_path / "checkpoints/scratch/checkpoint-0000001.pth"
+    one = ("--mode", "test", "--architecture", ROOT / "architecture_final.json")
+    for script, *words in (("search.py",), ("tester.py", *one), ("scratch.py", "--eval", "--checkpoint", file)):
+        _, err = run(script, *data, *words, "--out", tmp_path, code=2)
+        assert "trained on images given in Python" in err and err.count("\n") == 1
+    _, err = run("scratch.py", "--export", tmp_path / "a.pt2", "--checkpoint", file, "--out", tmp_path, code=2)
+    assert "trained on images given in Python" in err and err.count("\n") == 1
+    section = written(tmp_path / "space.yml", {"space": SKELETON | {"image_channels": 5}})
+    with pytest.raises(UserError, match="unknown entry 'image_channels'"):
+        custom.make_space(section)
 
 
 # --- the project's own cheap and large operations -----------------------------------------------------------

@@ -36,6 +36,8 @@ from images.dataset import (
     training_plan,
     validation_geometry,
 )
+from space.weight_files import Checkpoint
+from training.checkpoint import check_classes, check_split
 from utils import Interrupted, UserError
 
 CONFIG = DataConfig(input_size=32, val_resize=37, heldout_per_class=3)
@@ -103,6 +105,31 @@ def test_without_groups_the_split_is_what_it_was(images):
     assert alone.split == expected | {"group_by": "(.*)[.]jpg"}
 
 
+def test_what_has_changed_since_a_supernet_was_trained_is_named(tmp_path):
+    tree = make_tree(tmp_path / "tree", 8, 1)
+    before = Data(tree, CONFIG, tmp_path)
+    ckpt = Checkpoint("x.pth", "supernet", None, {}, split=before.split, classes=before.classes,
+                      content={"counts": before.counts})  # fmt: skip
+    check_split(ckpt, Data(tree, CONFIG, tmp_path))
+    for i in (1, 2):
+        (tree / "train" / "bird" / f"00{i}.jpg").unlink()
+    with pytest.raises(
+        UserError, match=r"another split of the images: numbers of images in train: bird 6 \(was 8\); use"
+    ):
+        check_split(ckpt, Data(tree, CONFIG, tmp_path))
+    with pytest.raises(UserError, match=r"of the images: --heldout-per-class 2 \(was 3\); use the same"):
+        check_split(ckpt, Data(tree, dataclasses.replace(CONFIG, heldout_per_class=2), tmp_path))
+    ckpt.content = {}  # of before
+    with pytest.raises(UserError, match="of the images: images have other names; use"):
+        check_split(ckpt, Data(tree, CONFIG, tmp_path))
+    with pytest.raises(UserError, match="not those of the data: those are without 'car' and with 'cars'; use the same"):
+        check_classes(ckpt, ("apple", "bird", "cars"))
+    with pytest.raises(UserError, match="has 3 classes, the data 2: those are without 'car'; use the same"):
+        check_classes(ckpt, ("apple", "bird"))
+    with pytest.raises(UserError, match="those are in another order"):
+        check_classes(ckpt, ("apple", "car", "bird"))
+
+
 def grouped(folder, sizes, **config):
     """The Data of a tree without images, of groups of these sizes in the classes a, b, ..., and their config."""
     for part in ("train", "val"):
@@ -135,6 +162,13 @@ def test_groups_are_held_out_as_a_whole(tmp_path, unchecked, seed):
     assert not [text for text in data.warnings if "groups" in text]
 
 
+def test_several_parentheses_are_one_group(tmp_path, unchecked):
+    """All of them, also those that match nothing."""
+    data = grouped(tmp_path, [[2] * 5, [2] * 5], group_by=r"(.)/(\d+)_(x)?")
+    pairs = {(path.split("/")[0], path.split("/")[1][:2]) for path in data.train.paths}
+    assert len(set(data.groups)) == len(pairs) == 10 and np.bincount(data.groups).tolist() == [2] * 10
+
+
 def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
     """Which is the same split wherever the file is, and another one with other groups."""
     data = grouped(tmp_path / "tree", [[3] * 10, [3] * 10])
@@ -146,6 +180,10 @@ def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
     assert found[0].split == found[1].split and found[0].split["hash"] == data.split["hash"]
     (tmp_path / "g.csv").write_text("\n".join(["file,group", *lines[1:]]))
     assert Data(tmp_path / "tree", found[0].config).split["group_by"] != found[1].split["group_by"]
+    (tmp_path / "parts.csv").write_text("\n".join([*(f"train/{line}" for line in lines), "val/a/val00_0.jpg,a/00"]))
+    parts = Data(tmp_path / "tree", dataclasses.replace(data.config, group_by=str(tmp_path / "parts.csv")))
+    assert parts.split["hash"] == data.split["hash"]
+    assert [text for text in parts.warnings if "1 groups of images are in train and val" in text]
     stored = found[0].config
     assert DataConfig.resolve({"group_by": str(tmp_path / "moved.csv")}, stored, "x.pth").group_by.endswith("moved.csv")
     with pytest.raises(UserError, match=r"--group-by _ contradicts x\.pth, which has .*g\.csv"):
@@ -257,6 +295,15 @@ def test_config_flags_against_a_checkpoint():
     assert stored == CONFIG and DataConfig.resolve({"input_size": 32}, stored, "x.pth") == CONFIG
     with pytest.raises(UserError, match=r"--preprocessing imagenet contradicts x\.pth, which has spos"):
         DataConfig.resolve({"preprocessing": "imagenet"}, stored, "x.pth")
+
+
+def test_no_workers_are_none(tree, monkeypatch):
+    """The images are decoded in this process."""
+    decoded = []
+    made = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    monkeypatch.setattr(dataloader._TorchvisionImages, "_make", lambda images, samples: decoded.append(samples) or made)
+    loader = Loader(scan(tree / "val"), CONFIG, False, backend="torchvision", workers=0)
+    assert loader.workers == 0 and len(list(loader.decode(evaluation_plan(8, 4)))) == len(decoded) == 2
 
 
 # --- order
@@ -451,6 +498,18 @@ def test_shifts_move_the_crop_of_validation_over_black(tmp_path, backend, kind, 
         monkeypatch.setattr(dataloader, "draw_augmentation", lambda *_, shift=shift: shift)
         moved = first(images, config, True, backend).numpy()
         assert np.array_equal(moved, whole[4 + top : 36 + top, 4 + left : 36 + left])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_image_of_a_batch_has_its_own_shift(tree, backend):
+    """And jitter, and flip: in a batch as alone."""
+    config = dataclasses.replace(CONFIG, crop_padding=4)
+    plan = evaluation_plan(6, 6)
+    assert len({draw_augmentation(config, 0, *sample, 50, 50).shift for sample in plan[0]}) > 3
+    loader = Loader(scan(tree / "train"), config, True, backend=backend, workers=0)
+    ((batch, _),) = loader.decode(plan)
+    alone = torch.cat([images for images, _ in loader.decode([sample[None] for sample in plan[0]])])
+    assert torch.equal(batch, alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

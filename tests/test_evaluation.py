@@ -12,7 +12,15 @@ from conftest import tree_logits
 
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
-from training.evaluation import accuracy, evaluate, evaluate_in_lists, losses, recalibrate_bn, standard_error
+from training.evaluation import (
+    accuracy,
+    evaluate,
+    evaluate_in_lists,
+    losses,
+    recalibrate_bn,
+    resolve_device,
+    standard_error,
+)
 
 SPACE = SearchSpace(
     input_size=16, n_classes=7, stem_stride=1, stage_strides=(2, 2), stage_blocks=(6, 6), stage_channels=(8, 16),
@@ -279,6 +287,15 @@ def test_a_loss_that_is_not_finite_is_none(supernet):
     nothing = torch.full((3, 3, 16, 16), math.nan)
     (result,) = evaluate(supernet, PATHS[:1], batches(2, 8), [(nothing, torch.zeros(3, dtype=torch.long))])
     assert result["loss"] is None
+
+
+def test_threads_are_those_that_are_asked_for():
+    try:
+        assert resolve_device("cpu", 2).type == "cpu" and torch.get_num_threads() == 2
+        resolve_device("cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_accuracy_is_exact_over_ragged_batches():

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -156,6 +157,15 @@ def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained):
         images = torch.from_numpy(rng.integers(0, 256, (2, height, width, 3), np.uint8))
         found = scaled(resample(images, model.config), "imagenet")
         assert torch.equal(found, model.preprocess(images)), (height, width, model.config.val_resize)
+
+
+def test_metadata_are_those_of_the_checkpoint(trained):
+    """Class names in the order of the logits, capitals first; accuracies after the BN pass and before it."""
+    names, metrics = ("Zebra", "apple", "Bird"), {"acc1": 60.0, "acc5": 90.0, "acc1_no_pass": 50.0}
+    ckpt = types.SimpleNamespace(class_names=names, content={"metrics": metrics}, path="a.pth")
+    _, model, config = trained["spos"]
+    values = export.metadata(model, ckpt, config)
+    assert values["classes"] == list(names) and values["metrics"] == metrics
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -100,8 +100,9 @@ def test_a_process_reads_its_share_and_keeps_nothing(images, tmp_path, monkeypat
     "changes",
     [
         {"seed": 1}, {"augment": False}, {"plan": evaluation_plan(N_IMAGES, 8)[:2]},
-        {"config": dataclasses.replace(CONFIG, jitter=0.1)}, {"config": dataclasses.replace(CONFIG,
-        preprocessing="imagenet")},
+        *({"config": dataclasses.replace(CONFIG, **other)} for other in (
+            {"jitter": 0.1}, {"preprocessing": "imagenet"}, {"exif": "apply"}, {"alpha": "black"}, {"crop_padding": 4},
+        )),
     ],
 )  # fmt: skip
 def test_other_settings_are_another_file(images, tmp_path, changes):

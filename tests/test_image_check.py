@@ -97,6 +97,27 @@ def test_check_says_that_all_is_well(tree):
     assert "12 training and 6 validation images of 3 classes" in stdout and stderr == ""
 
 
+def test_check_says_what_the_settings_do_not_suit(tree, tmp_path):
+    """Greyscale images with jitter, images smaller than the input, a white glyph that is seen through to white."""
+    for path in tree.glob("*/*/*.jpg"):
+        with Image.open(path) as image:
+            image.convert("L").save(path)
+    glyph = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    glyph.paste((255, 255, 255, 255), (10, 10, 30, 30))
+    glyph.save(tree / "val" / "car" / "glyph.png")
+    (tmp_path / "own.yml").write_text("common: {input-size: 100, heldout-per-class: 2}")
+    stdout, _ = run("dataloader.py", "--check", tree, "--config", tmp_path / "own.yml")
+    assert f"{tree}/val/car/glyph.png: one colour on the ground of alpha: white\n" in stdout
+    assert "19 of 19 images are greyscale: their saturation can't vary; try jitter: 0\n" in stdout
+    assert "19 of 19 images are smaller than the input: try less than input-size 100\n" in stdout
+    stdout, _ = run("dataloader.py", "--check", tree, "--alpha", "black", "--jitter", 0, "--input-size", 32)
+    assert "one colour" not in stdout and "try" not in stdout
+    _, stderr = run("dataloader.py", "--check", tree, "--heldout-per-class", 4, code=2)
+    assert "4 held-out images per class leave nothing to train on" in stderr
+    _, stderr = run("dataloader.py", "--alpha", "black", code=2)
+    assert "--check: name a folder" in stderr and len(stderr.splitlines()) == 1
+
+
 def test_check_of_no_tree_is_one_line(tmp_path):
     _, stderr = run("dataloader.py", "--check", tmp_path / "none", code=2)
     assert len(stderr.splitlines()) == 1 and "none/train: no such folder" in stderr

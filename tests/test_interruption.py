@@ -18,6 +18,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, run
 
 import dataloader
@@ -199,6 +200,10 @@ def test_a_resumed_search_has_its_settings_without_flags(data, out, tmp_path, fo
     ):
         _, stderr = run("search.py", "--resume", words, "--out", other, code=2)
         assert message in stderr and len(stderr.splitlines()) == 1, stderr
+    content = torch.load(weights)
+    torch.save(content | {"step": 2}, weights)
+    _, stderr = run("search.py", "--resume", "--out", other, code=2)
+    assert "other settings: --checkpoint other weights than then" in stderr and len(stderr.splitlines()) == 1
     missing = tmp_path / "mistyped"
     _, stderr = run("search.py", "--resume", "--out", missing, code=2)
     assert f"--resume: there is no search in {missing}" in stderr and not missing.exists()

@@ -534,6 +534,24 @@ def run_search(out, timed, own, measure, stop_after=10**9):
         record.lock.close()
 
 
+def test_the_best_are_measured_in_the_setting_of_the_table(table, monkeypatch):
+    found = []
+
+    def run_timed(parts, x):
+        found.append((len(x), torch.get_num_threads()))
+        return [1000] * len(parts)
+
+    real = latency.open_runtime
+    monkeypatch.setattr(timing, "run_timed", run_timed)
+    latency.measure_like(table | {"threads": 2, "batch_size": 3}, SPACE, [(0,) * 5])
+    assert set(found) == {(3, 2)} and torch.get_num_threads() == 1
+    opened = []
+    monkeypatch.setattr(latency, "open_runtime", lambda *how: opened.append(how) or real("torch", *how[1:]))
+    for runtime in ("onnxruntime", "torch"):
+        latency.measure_like(table | {"runtime": runtime}, SPACE, [(0,) * 5])
+    assert opened == [("onnxruntime", SPACE, 1, CPU), ("torch", SPACE, 1, CPU)]
+
+
 @pytest.fixture(scope="module")
 def timed(table):
     return latency.with_latency(SPACE, table)
@@ -641,6 +659,12 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     assert "No network has been measured" not in text
     again, _ = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume")
     assert again == stdout and read_json(state_path(tmp_path))["confirmations"] == state["confirmations"]
+    table = read_json(tmp_path / "latency.json")
+    onnx = {"runtime": "onnxruntime", "onnxruntime": onnx_runtime.version() or "1.2.3"}
+    for other in ({"batch_size": 2}, onnx, {"spread": 0.1}):
+        write_json(tmp_path / "latency.json", table | other)
+        _, stderr = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume", code=2)
+        assert "other settings: --latency-table other latencies than then" in stderr, other
 
 
 def test_a_search_needs_no_onnx_runtime_until_its_best_are_measured(

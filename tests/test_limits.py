@@ -79,6 +79,19 @@ def test_the_largest_and_the_smallest_without_limits_and_where_none_is(everythin
         space.smallest("params")
 
 
+def test_candidates_are_repaired_where_stages_offer_other_operations():
+    names = ("shufflenet_3x3", "xception_3x3", "shufflenet_7x7")
+    space = SearchSpace(28, 10, stem_stride=1, **PRESETS["small"], operations=names,
+                        stage_operations=(names[:1], names, names[1:]))  # fmt: skip
+    everything = [*itertools.product(*map(range, space.choices))]
+    assert space.choices == (1, 1, 3, 3, 2, 2)
+    legal = sorted(everything, key=space.flops)[:3]
+    limits, rng = Limits(space, {"flops": (None, space.flops(legal[-1]))}), random.Random(0)
+    found = {limits.repair(space.random_candidate(rng), rng) for _ in range(30)}
+    assert found == {c for c in everything if space.flops(c) <= space.flops(legal[-1])}
+    assert {*limits.neighbours(legal[0], rng)} <= found
+
+
 def meets(costs, bounds):
     """Which of many candidates meet the bounds."""
     ok = np.ones(len(costs["flops"]), bool)
@@ -376,6 +389,14 @@ def test_the_optimum_is_that_of_all_candidates(seed, everything, monkeypatch):
         found = limits.largest()
         assert (found is not None) == legal.any()
         assert not found or (not limits.excess(found) and space.flops(found) >= share * costs["flops"][legal].max())
+
+
+def test_a_measured_cost_holds_between_both_bounds():
+    bounds = {"latency": (10, 20), "flops": (None, 5), "params": (7, None)}
+    limits = Limits(SPACES["small"], bounds)
+    assert [limits.holds("latency", cost) for cost in (9, 10, 20, 21)] == [False, True, True, False]
+    assert [limits.holds("flops", cost) for cost in (0, 5, 6)] == [True, True, False]
+    assert [limits.holds("params", cost) for cost in (6, 7, 99)] == [False, True, True]
 
 
 def test_a_correction_and_banned_candidates_narrow_the_limits(everything):

@@ -79,9 +79,18 @@ def test_gives_the_generations_of_the_evolution(tmp_path, fake, how):
     assert sum(map(len, trials.values())) == 6 and all(name.startswith("001_") for name in trials)
 
 
-def test_only_what_fails_alone_has_failed(tmp_path, fake):
+def test_only_what_fails_alone_has_failed(tmp_path, fake, monkeypatch):
+    """Whose worker died is evaluated three times, and not again for ever."""
+    evaluate, rounds = local_engine.Workers.evaluate, []
+
+    def counted(workers, *how):
+        rounds.append(how)
+        assert len(rounds) <= 3 * SETTINGS["generations"], "candidates are evaluated without end"
+        return evaluate(workers, *how)
+
+    monkeypatch.setattr(local_engine.Workers, "evaluate", counted)
     fake(evaluate_with_faults)
-    results = searched(tmp_path, concurrency=2)
+    results = searched(tmp_path, concurrency=2, trial_timeout=60)
     assert len(results) == 18
     for r in results:
         total = sum(r["architecture"])
@@ -157,10 +166,22 @@ def evaluate_with_a_user_error(trial, candidates):
     raise UserError("--device cuda: no GPU")
 
 
-def test_what_a_user_can_put_right_ends_the_search(tmp_path, fake):
-    fake(evaluate_with_a_user_error)
-    with pytest.raises(UserError, match=r"^--device cuda: no GPU$"):
+def evaluate_without_a_file(trial, candidates):
+    raise FileNotFoundError(2, "No such file or directory", "images.npy")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "line"),
+    [
+        (evaluate_with_a_user_error, "--device cuda: no GPU"),
+        (evaluate_without_a_file, "images.npy: No such file or directory"),
+    ],
+)
+def test_what_a_user_can_put_right_ends_the_search(tmp_path, fake, evaluation, line):
+    fake(evaluation)
+    with pytest.raises(UserError, match=f"^{line}$"):
         searched(tmp_path)
+    assert read_results(tmp_path) == []
 
 
 def test_a_dev_shm_without_room_for_semaphores_is_named(tmp_path, fake, no_semaphores):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 import types
@@ -14,12 +15,13 @@ from conftest import ROOT
 
 from bench import macro_gpu as gpu
 from bench.study import tau
+from images.dataset import evaluation_plan
 from network import ShuffleNetV2OneShot
 from settings.subjects import Training
 from space import own
 from space.custom import _fields
 from space.search_space import SearchSpace
-from training.step import Step
+from training.step import Step, dropout_seed
 
 FAIR = gpu.Way(fair=True)
 
@@ -34,27 +36,25 @@ def space():
 
 
 def make_arrays(per_class, size=8):
-    """As `decoded` returns them: `per_class` images of each class in train, one in val."""
-    rng, arrays = np.random.default_rng(0), {}
-    for part, n in (("train", per_class), ("val", 1)):
-        arrays[part] = rng.integers(1, 256, (10 * n, size, size, 3), np.uint8)
-        arrays[f"{part}_labels"] = np.repeat(np.arange(10), n)
-    return arrays
+    """As `decoded` returns them: `per_class` images of each class."""
+    pixels = np.random.default_rng(0).integers(1, 256, (10 * per_class, size, size, 3), np.uint8)
+    return {"train": pixels, "train_labels": np.repeat(np.arange(10), per_class)}
 
 
 def test_images_in_memory(monkeypatch):
     monkeypatch.setattr(gpu, "HELD_OUT", 3)
     arrays = make_arrays(13)
-    data = gpu.ImagesInMemory(arrays, "cpu")
-    (heldout, labels), *more = data.batches("search")
-    assert not more and torch.bincount(labels).tolist() == [3] * 10
+    loader, scored = gpu.loaders(arrays, "cpu")
+    ((heldout, labels),) = scored.batches(evaluation_plan(len(scored.images), 50))
+    assert torch.bincount(labels).tolist() == [3] * 10
     assert np.array_equal(heldout[0].permute(1, 2, 0).numpy(), arrays["train"][10][..., ::-1])  # BGR
-    indices = np.arange(100)
-    images, labels = data.augmented(indices, np.random.default_rng(0))
+    (samples,) = evaluation_plan(len(loader.images), 100)
+    ((images, labels),) = loader.batches([samples])
     assert images.shape == (100, 3, 8, 8) and torch.bincount(labels).tolist() == [10] * 10
+    of_training = [i for i in range(130) if i % 13 < 10]
     seen = set()
-    for index, image in zip(indices, images):
-        source = np.pad(data.pixels["train"][index].numpy(), ((4, 4), (4, 4), (0, 0)))
+    for index, image in zip(of_training, images):
+        source = np.pad(arrays["train"][index][..., ::-1], ((4, 4), (4, 4), (0, 0)))
         places = [
             (top, left, flip)
             for top in range(9)
@@ -65,47 +65,37 @@ def test_images_in_memory(monkeypatch):
         assert len(places) == 1
         seen |= {*places}
     assert len(seen) > 60
-    again, _ = data.augmented(indices, np.random.default_rng(0))
-    assert torch.equal(again, images)
+    ((again, _),) = loader.batches([samples])
+    ((other, _),) = gpu.loaders(arrays, "cpu", seed=1)[0].batches([samples])
+    assert torch.equal(again, images) and not torch.equal(other, images)
 
 
-def test_fair_paths_have_every_operation_once(space):
-    paths = gpu.Paths(FAIR, space, seed=3)
-    drawn = [paths.of_step(step) for step in range(1, 200)]
-    assert all(sorted(block) == [0, 1, 2] for group in drawn for block in zip(*group))
-    assert paths.of_step(7) == drawn[6] and len({tuple(group) for group in drawn}) > 190
-    counts = np.bincount([group[0][4] for group in drawn])
-    assert counts.min() > 40  # uniform paths
-    assert gpu.Paths(FAIR, space, seed=4).of_step(7) != drawn[6]
-
-
-def test_paths_of_the_other_ways(space):
+def test_the_paths_of_the_ways(space):
     steps = range(1, 400)
-    distinct = gpu.Paths(gpu.Way(distinct=True), space, 0)
-    assert {"".join(map(str, *distinct.of_step(step))) for step in steps} < {*distinct.networks}
-    split = gpu.Paths(gpu.Way(first=(1, 2)), space, 0)
-    uniform = gpu.Paths(gpu.Way(), space, 0)
-    firsts = {split.of_step(step)[0][0] for step in steps}
-    assert firsts == {1, 2} and {uniform.of_step(step)[0][0] for step in steps} == {0, 1, 2}
-    assert all(split.of_step(step)[0][1:] == uniform.of_step(step)[0][1:] for step in steps)
+    distinct = gpu.sampler_of(gpu.Way(distinct=True), space, 0)
+    assert {"".join(map(str, distinct(step))) for step in steps} < {*gpu.macro.some_distinct()}
+    split, uniform = (gpu.sampler_of(way, space, 0) for way in (gpu.Way(first=(1, 2)), gpu.Way()))
+    assert {split(step)[0] for step in steps} == {1, 2} and {uniform(step)[0] for step in steps} == {0, 1, 2}
+    assert all(split(step)[1:] == uniform(step)[1:] for step in steps) and split(7) == split(7)
 
 
-def test_a_fair_step_is_one_update_of_all_paths(space):
-    torch.manual_seed(0)
-    model = ShuffleNetV2OneShot(space=space)
+def test_a_fair_step_is_one_update_of_paths_that_have_every_operation_once(space):
+    model = gpu.supernet_of(FAIR, space, 0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     settings = Training(iterations=4, batch_size=12, lr=0.1, weight_decay=0.0, momentum=0.0)
-    recipe = Step(model.train(), settings, "cpu")
+    step = Step(model.train(), settings, rule=gpu.strictly_fair)
+    paths, forward = [], step.forward
+    step.forward = lambda path, images: paths.append(path) or forward(path, images)
     images, labels = torch.rand(12, 3, 32, 32) * 255, torch.arange(12) % 10
-    paths = gpu.Paths(FAIR, space, 0).of_step(1)
-    gpu.train_one_step(recipe, 1, paths, images, labels)
-    gradients = {name: (before[name] - p) / (0.1 * 3 / 4) for name, p in model.named_parameters()}
+    _, logits = step.train_one_step(1, images, labels, space.random_candidate(random.Random(0)))
+    assert len(logits) == 12 and all(sorted(block) == [0, 1, 2] for block in zip(*paths))
+    gradients = {name: p.grad for name, p in model.named_parameters()}
 
     expected = dict.fromkeys(before, 0)
-    for path, part, answers in zip(paths, images.chunk(3), labels.chunk(3)):
-        alone = ShuffleNetV2OneShot(space=space).train()
+    networks = [ShuffleNetV2OneShot(space=space).train().to(memory_format=torch.channels_last) for _ in paths]
+    torch.manual_seed(dropout_seed(0, 1))
+    for alone, path, part, answers in zip(networks, paths, images.chunk(3), labels.chunk(3)):
         alone.load_state_dict({**model.state_dict(), **before})
-        torch.manual_seed(0)  # of dropout
         torch.nn.functional.cross_entropy(alone(part, path), answers, label_smoothing=0.1).backward()
         for name, p in alone.named_parameters():
             if p.grad is not None:

@@ -61,6 +61,21 @@ def test_what_is_not_read_is_refused_by_name(tmp_path, name):
     assert word in image_check.inspect(tmp_path / name).reason
 
 
+def test_a_folder_stands_for_its_images_of_which_flat_ones_are_named(tmp_path, caplog):
+    for name in ("b.png", "a/c.PNG", "a/notes.txt", "a/.hidden.png", "a.png"):
+        (tmp_path / "icons" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (9, 9), (255, 255, 255, 9 * len(name))).save(tmp_path / "icons" / name, "PNG")
+    Image.new("L", (9, 9), 255).save(tmp_path / "opaque.png")
+    found = image_files([str(tmp_path / "opaque.png"), str(tmp_path / "icons")], CONFIG, Images())
+    names = [str(tmp_path / name) for name in ("opaque.png", "icons/a.png", "icons/a/c.PNG", "icons/b.png")]
+    assert list(found.paths) == [names[0], *sorted(names[1:])]
+    assert [name in caplog.text for name in names] == [False, True, True, True]
+    assert "one colour on the ground of alpha: white" in caplog.text
+    with pytest.raises(UserError, match=r"--predict .*none: no image in this folder"):
+        (tmp_path / "none").mkdir()
+        image_files([str(tmp_path / "none")], CONFIG, Images())
+
+
 @pytest.mark.parametrize(("alpha", "ground"), [("white", 255), ("black", 0), ("dropped", None)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_file_is_read_as_its_picture(files, images, backend, alpha, ground):

@@ -338,6 +338,11 @@ def test_the_figures_have_the_cost_that_is_limited(limited):
     front = [(r["latency_ms"], r["acc1"]) for r in found.front()]
     assert front == sorted(front) == sorted(front, key=lambda p: p[1]) and front[-1][1] == succeeded[0]["acc1"]
     assert found.legal[0] == found.succeeded[3]
+    found.succeeded = [
+        {"acc1": acc1, "flops": flops, "latency_ms": ms}
+        for acc1, flops, ms in ((50, 3, 1.0), (60, 1, 2.0), (55, 2, 3.0))
+    ]
+    assert [r["acc1"] for r in found.front()] == [50, 60]  # by FLOPs, the second would beat all
 
 
 def test_the_best_have_a_complete_legend_and_all_costs(limited):
@@ -399,6 +404,10 @@ def test_the_headline_has_no_interval_below_a_warning_of_noise(tmp_path):
         (note,) = [text for _, text in _tiles(found, RandomSearch(found), found.legal[0]) if "expected best" in text]
         assert bool(found.warnings()) == noisy and ("95% interval" in note) != noisy
         assert ("without an interval, since the spread of random candidates is within the noise" in note) == noisy
+        _, _, low, high = RandomSearch(found).at_budget
+        above, below = (found.legal[0]["acc1"] - end for end in (high, low))  # the nearer end first
+        sides = [f"{abs(x):.2f} {'above' if x >= 0 else 'below'}" for x in (above, below)]
+        assert noisy or f"95% interval {' to '.join(sides)}" in note
 
 
 def test_costs_are_those_of_the_flops_table(tmp_path):

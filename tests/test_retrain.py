@@ -1,13 +1,14 @@
 """What an architecture knows that a search wrote: space, sizes and data settings, in the record beside it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import run
 
 from engines.search_record import prepare_search
-from images.dataset import DataConfig
+from images.dataset import Data, DataConfig
 from space.custom import PRESETS
 from space.limits import make_bounds
 from space.search_space import SearchSpace
@@ -44,7 +45,6 @@ def test_retraining_takes_space_and_data_settings_from_the_record(best, tree, tm
     ("flags", "message"),
     [
         ("--input-size 64", "--input-size 64 contradicts"),
-        ("--jitter 0.4", "--jitter 0.4 contradicts"),
         ("--space small", "--space contradicts"),
         ("--data-dir {}/two", "searched for 3 classes, the data has 2; use the same --data-dir"),
     ],
@@ -58,6 +58,47 @@ def test_a_contradiction_is_one_line(best, tree, tmp_path, flags, message):
     _, stderr = run("scratch.py", *words(tree, *flags), "--architecture", best, "--out", tmp_path, code=2)
     assert message in stderr and len(stderr.splitlines()) == 1
     assert not (tmp_path / "checkpoints" / "scratch").exists()
+
+
+def test_what_only_trains_and_images_may_be_others_with_a_line(best, tree, tmp_path):
+    """Class names may not: which are others is said. Beside the record there is the list of the search's images."""
+    Data(tree, CONFIG).write_list(best.with_name("search") / "images.json")
+    flags = (
+        "--warmup",
+        1,
+        "--jitter",
+        0.3,
+        "--no-mirror",
+        "--heldout-per-class",
+        3,
+        "--architecture",
+        best,
+        "--out",
+        tmp_path / "one",
+    )
+    _, stderr = run("scratch.py", *words(tree, *flags))
+    for text in ("--jitter 0.3 (was 0.0)", "--mirror False (was True)", "--heldout-per-class 3 (was 2)"):
+        assert f"other than in the search: {text}\n" in stderr
+    assert "other images" not in stderr
+    assert "warning: --warmup 1 of 1 --iterations: the learning rate never reaches --lr 0.5\n" in stderr
+    other = shutil.copytree(tree, tmp_path / "other")
+    (other / "train" / "bird" / "000.jpg").unlink()
+    _, stderr = run("scratch.py", *words(other), "--architecture", best, "--out", tmp_path / "two")
+    assert "other images than in the search: numbers of images in train: bird 11 (was 12)\n" in stderr
+    for part in ("train", "val"):
+        (other / part / "bird").rename(other / part / "birds")
+    _, stderr = run("scratch.py", *words(other), "--architecture", best, "--out", tmp_path / "three", code=2)
+    assert "searched for other classes: those of the data are without 'bird' and with 'birds'\n" in stderr
+
+
+@pytest.mark.parametrize("section", ["supernet: {space: varied}", "scratch: {space: varied}"])
+def test_without_an_architecture_the_best_of_the_search_is_named(best, tree, tmp_path, section):
+    path = tmp_path / "own.yml"
+    path.write_text(section)
+    _, stderr = run("scratch.py", *words(tree), "--config", path, "--out", tmp_path, code=2)
+    assert f"--architecture: the published one is not of this space: name that of the search, {best}\n" in stderr
+    _, stderr = run("scratch.py", *words(tree), "--config", path, "--out", tmp_path / "none", code=2)
+    assert "no search has written" in stderr and len(stderr.splitlines()) == 1
 
 
 def test_a_damaged_record_is_one_line(best, tree, tmp_path):

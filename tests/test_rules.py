@@ -103,6 +103,20 @@ def test_a_sandwich_teaches_by_the_largest():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_two_supernets_share_the_operations_of_the_first_block():
+    images, labels = batch()
+    for half, expected in enumerate(({0, 1}, {2, 3})):
+        step, paths = Step(supernet(), settings(rule=f"half-{half}")), []
+        forward = step.forward
+        step.forward = lambda path, images: paths.append(path) or forward(path, images)  # noqa: B023
+        candidates = [SPACE.uniform_candidate(number % 4) for number in range(1, 13)]
+        for number, candidate in enumerate(candidates, 1):
+            step.train_one_step(number, images, labels, candidate)
+        assert {path[0] for path in paths} == expected and [path[1:] for path in paths] == [c[1:] for c in candidates]
+        trains = own.REGISTRIES["rule"][f"half-{half}"].trains
+        assert {c for c in range(4) if trains(SPACE, (c, 0))} == expected
+
+
 @pytest.mark.parametrize("rule", ["fair", "sandwich"])
 def test_micro_batches_keep_the_statistics_of_the_first_and_average_the_gradients(rule):
     """In double precision, with dropout off: the gradients are the mean of those of the micro-batches alone."""
@@ -382,9 +396,59 @@ def test_each_kind_has_a_hash_of_the_code_it_uses(tmp_path):
     for old, new, kind in (("SCALE = 1.0", "SCALE = 2.0", "rule"), ("EXPANSION = 2", "EXPANSION = 3", "operation"),
                            ("return n * EX", "return n + EX", "operation")):  # fmt: skip
         assert hashes(path, (OPERATION + RULE).replace(old, new))[kind] != before[kind]
+    more = hashes(path, OPERATION + RULE + COST)
+    assert more["rule"] == before["rule"] and more["operation"] == before["operation"]
+    edited = hashes(path, OPERATION + RULE + COST.replace("7", "8"))
+    assert edited["cost"] != more["cost"] and edited["searcher"] == more["searcher"]
+    assert hashes(path, OPERATION + RULE + COST.replace("pass", "..."))["cost"] == more["cost"]
     both = hashes(path, OPERATION + RULE + "\nprint()\n")
     assert both["rule"] != before["rule"] and both["operation"] != before["operation"]
     assert hashes(path, OPERATION + RULE + '\n"""Text."""\n# a comment\n') == before
+
+
+ELSEWHERE = """
+import functools
+from space.own import register_rule
+
+try:
+    from math import pi as half, tau as ANGLE
+    AREA = 1
+except ImportError:
+    ANGLE = AREA = 0
+
+
+def turned(angle, *given):
+    yield angle, half
+
+
+OTHER = register_rule("turned")(functools.partial(turned, 7))
+"""
+
+
+def test_a_hash_sees_what_a_call_registers_and_what_a_try_binds(tmp_path):
+    path = tmp_path / "own.py"
+    before = hashes(path, OPERATION + ELSEWHERE)
+    for old, new in (("turned, 7", "turned, 8"), ("pi as half", "e as half")):
+        found = hashes(path, OPERATION + ELSEWHERE.replace(old, new))
+        assert found["rule"] != before["rule"] and found["operation"] == before["operation"]
+
+
+COST = """
+import functools
+from space.own import register_cost, register_searcher
+
+
+def energy(scale, space):
+    return [[scale * flops for flops in row] for row in space.costs.flops]
+
+
+register_cost("energy", "mJ")(functools.partial(energy, 7))
+
+
+@register_searcher("mine")
+class Mine:
+    pass
+"""
 
 
 def test_a_hash_of_before_is_that_of_the_whole_file(tmp_path):

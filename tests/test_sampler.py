@@ -89,7 +89,7 @@ def test_without_a_range_paths_are_uniform():
 
 @pytest.mark.parametrize("flops_range", [None, RANGE])
 def test_a_path_is_a_pure_function_of_seed_and_step(flops_range):
-    steps = [0, 1, 5, 1023, 1024, 1025, 5000, 149_999]
+    steps = [0, 1, 5, 1023, 1024, 1025, 5000, *(1 + 2**n for n in (12, 14, 16, 17, 20)), 149_999]  # with no period
     expected = [PathSampler(SPACE, 7, flops_range).candidate(step) for step in steps]
     assert all(type(path) is tuple and all(type(choice) is int for choice in path) for path in expected)
     paths = PathSampler(SPACE, 7, flops_range)

@@ -15,6 +15,7 @@ from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
 from engines import progress
+from engines.generations import Generation
 from engines.progress import Progress
 from engines.search_files import read_generations, state_path
 from engines.search_record import SearchRecord
@@ -121,6 +122,13 @@ def test_a_log_has_a_line_after_the_first_candidate_and_one_a_generation_but_no_
     )
     words = f"best {best['acc1']:.2f}% (loss {best['loss']:.3f}) at {shown('flops', best['flops'])} FLOPs; "
     assert words in lines[-1]
+
+
+def test_the_best_of_a_generation_is_that_of_the_score():
+    by_loss = [{"acc1": 90.0, "acc5": 99.0, "loss": 2.0, "score": -2.0}, {"acc1": 80.0, "acc5": 98.0, "loss": 1.0}]
+    by_loss[1]["score"] = -1.0
+    assert Generation(1, by_loss, True).best["acc1"] == 80
+    assert Generation(1, [{**r, "score": r["acc1"]} for r in by_loss], True).best["acc1"] == 90
 
 
 @pytest.mark.parametrize(

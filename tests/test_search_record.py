@@ -236,6 +236,22 @@ def test_damaged_results_are_named(tmp_path):
         read_results(tmp_path)
 
 
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyError), utils.atomic_write(path) as file:
+        file.write("half")
+        file.flush()
+        assert path.read_text() == "old"
+        raise KeyError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with utils.atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
 def test_lock_is_held_by_one(tmp_path):
     with hold_lock(tmp_path / "a.lock"):
         with pytest.raises(UserError, match="another run is using"):

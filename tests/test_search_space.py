@@ -62,7 +62,7 @@ def test_published_flops():
     assert SPACE.params(WINNER) == 3_558_464
 
 
-def hooked_flops(model, *path, size):
+def hooked_flops(model, *path, size, channels=3):
     """Multiply-adds that forward hooks count from weights and outputs, for one image."""
     count = []
 
@@ -74,7 +74,7 @@ def hooked_flops(model, *path, size):
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), *path)
+        model.eval()(torch.zeros(1, channels, size, size, device=next(model.parameters()).device), *path)
     for handle in handles:
         handle.remove()
     return sum(count)
@@ -148,6 +148,15 @@ def test_quantiles_against_all_candidates():
         exact = costs[max(round(share * len(costs) + 0.499) - 1, 0)]
         assert abs(TINY.quantile("flops", share) - exact) <= grid_error + 1, share
     assert TINY.quantile("flops", 0) == costs[0]
+
+
+def test_a_share_that_is_met_exactly_is_that_of_its_cost():
+    """One block of four operations: half of all candidates are at or under the second."""
+    one = SearchSpace(32, 10, 1, (1,), (1,), (16,), 8, 32)
+    costs = sorted(one.flops((i,)) for i in range(4))
+    assert len(set(costs)) == 4
+    step = (costs[-1] - costs[0]) / 8000
+    assert [one.quantile("flops", share) for share in (0.25, 0.5, 0.75)] == pytest.approx(costs[:3], abs=step)
 
 
 @pytest.mark.parametrize("text, flops", [
@@ -309,6 +318,7 @@ def test_shufflenets_units_refuse_channels_that_they_can_not_split(channels, mes
 def test_whatever_is_an_index_is_one(kind):
     found = SPACE.check([kind(choice) for choice in WINNER])
     assert found == WINNER and all(type(choice) is int for choice in found)
+    assert SPACE.from_architecture(np.array(WINNER)) == SPACE.from_architecture(torch.tensor(WINNER)) == WINNER
     with pytest.raises(UserError, match=r"block 20 chooses .*4.*, not 0 to 3"):
         SPACE.check([kind(0)] * 19 + [kind(4)])
     with pytest.raises(UserError, match=r"block 1 chooses .*1\.0"):

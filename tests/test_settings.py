@@ -11,9 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from settings.command_line import SCRIPTS, write_settings  # noqa: E402
+from settings.command_line import SCRIPTS, command, setting_in, write_settings  # noqa: E402
 from settings.fields import difference, setting  # noqa: E402
-from settings.subjects import FIELDS, SEARCH, SUBJECTS, DataConfig, Training, deciding  # noqa: E402
+from settings.subjects import FIELDS, SEARCH, SUBJECTS, DataConfig, Run, Training, deciding  # noqa: E402
 from utils import UserError  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
@@ -72,6 +72,21 @@ def page():
 
 def test_the_page_of_settings_is_that_of_the_parsers():
     assert PAGE.read_text() == page()
+
+
+def test_the_next_command_keeps_what_was_typed(tmp_path):
+    path = tmp_path / "own.yml"
+    path.write_text("search: {threads: 2}\nsupernet: {space: own/space.yml}\ncommon: {own: ops.py}")
+    run = Run(config=str(path), out="o")
+    line = f"python tester.py --mode gen --config {path}"
+    own = str(tmp_path / "ops.py")
+    found = dataclasses.replace(run, threads=2)
+    assert command("tester.py", found, own, "--mode", "gen") == f"{line} --out o"
+    typed = dataclasses.replace(run, threads=1, device="cpu")
+    assert command("tester.py", typed, own, "--mode", "gen") == f"{line} --device cpu --threads 1 --out o"
+    assert command("tester.py", run, "x.py", "--mode", "gen") == f"{line} --own x.py --out o"
+    assert setting_in(path, "supernet", "space") == str(tmp_path / "own/space.yml")
+    assert setting_in(path, "scratch", "space") is None is setting_in(None, "supernet", "space")
 
 
 def test_fields_of_one_name_are_alike():

@@ -316,10 +316,13 @@ def test_a_checkpoint_that_lacks_what_training_needs_is_a_line(tmp_path):
 
 def test_a_run_on_other_images_is_refused(tmp_path):
     supernet_run(tmp_path, settings(iterations=2))
-    for key, value in (("classes", ["a", "b", "d"]), ("split", {"seed": 1})):
+    for key, value, says in (
+        ("classes", ["a", "b", "d"], "now without 'c' and with 'd'"),
+        ("split", {"seed": 1}, r"--split-seed 1 \(was None\)"),
+    ):
         run = training_run(tmp_path, settings(iterations=2))
         run.contents[key] = value
-        with pytest.raises(UserError, match=f"trained with another {key}; .*--resume none"):
+        with pytest.raises(UserError, match=f"trained with another {key}: {says}; .*--resume none"):
             train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=2), PathSampler(SPACE, 0), run=run)
 
 
@@ -826,6 +829,23 @@ def test_nohup_stays_in_force():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_a_checkpoint_is_written_neither_stops_that_nor_is_forgotten(tmp_path, monkeypatch):
+    save, sent = torch.save, []
+
+    def slowly(content, file):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        save(content, file)
+
+    monkeypatch.setattr(training.checkpoint.torch, "save", slowly)
+    args = settings(iterations=6, save_every=2)
+    with pytest.raises(SystemExit) as stopped:
+        supernet_run(tmp_path, args)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000002.pth"]
+    assert_resumes(tmp_path, args, 4)
 
 
 def test_keep_bounds_the_checkpoints(tmp_path):

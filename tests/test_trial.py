@@ -1,5 +1,6 @@
 """Each process gets a device of its own, waits while there is none, and frees it however it ends. No GPU is needed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import types
 import pytest
 
 import search
+import tester
 import utils
 from engines import local_engine, trial
 from training import distributed
@@ -194,6 +196,47 @@ def test_a_trial_reports_each_result_as_it_comes_and_lives_meanwhile(monkeypatch
     *messages, (_, final) = nni.messages
     assert len(messages) == 4 and trial.read_intermediate(messages) == final["results"]
     assert [r["architecture"] for r in final["results"]] == candidates
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "supernet.pth"), "supernet.pth: No such file or directory"),
+        (UserError("a.jpg: an empty file"), "a.jpg: an empty file"),
+        (RuntimeError("out of memory"), None),  # for which a candidate may be to blame
+    ],
+)
+def test_a_trial_says_why_it_can_not_evaluate(monkeypatch, error, line):
+    nni = FakeNNI()
+    monkeypatch.setitem(sys.modules, "nni", nni)
+    with pytest.raises(type(error)), trial.errors_reported([[2]]):
+        raise error
+    assert [m["error"] for _, m in nni.messages] == [line] * bool(line)
+    assert [m["candidates"] for _, m in nni.messages] == [[[2]]] * bool(line)
+
+
+def test_both_engines_evaluate_as_the_search_says(monkeypatch):
+    """BN statistics and precision reach the evaluation, with the supernet and the batches that were opened."""
+    found = []
+    args = search.parse_args(["--bn", "average", "--eval-amp", "bf16", "--device", "cpu", "--out", "nowhere"])
+    settings = search.trial_settings(args, args.out, "net.pth")
+
+    def evaluated(*how, **more):
+        found.append((how, more))
+        return []
+
+    monkeypatch.setitem(sys.modules, "nni", FakeNNI(trial.parameters([(1,)], 4)))
+    monkeypatch.setattr("utils.end_with_parent", lambda: None)
+    monkeypatch.setattr(trial, "report", list)
+    for name in ("tester.open_evaluation", "training.evaluation.open_evaluation"):
+        monkeypatch.setattr(name, lambda *_: ("net", "calibration", "validation"))
+    monkeypatch.setattr("tester.prepare", lambda *_: None)
+    monkeypatch.setattr("tester.evaluate_in_lists", evaluated)
+    monkeypatch.setattr("training.evaluation.evaluate", evaluated)
+    tester.run_trial(types.SimpleNamespace(**settings))
+    local_engine._evaluate(json.dumps(settings), [[1]])
+    local_engine._opened.cache_clear()
+    assert found == [(("net", [[1]], "calibration", "validation", "average"), {"amp": "bf16"})] * 2
 
 
 def test_signs_of_life_are_passed_on_now_and_then(monkeypatch):

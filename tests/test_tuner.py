@@ -43,9 +43,12 @@ class FakeNNI:
             KeepResults().assess_trial(reported or "id", list(map(trial.intermediate, results)))
         return results
 
-    def step(self, dies_after=None, end_first=False):
+    def step(self, dies_after=None, end_first=False, error=None):
         """Runs the first trial that was sent and ends it."""
         id_, parameters = self.sent.popleft()
+        if error:
+            self.tuner.receive_trial_result(id_, parameters, trial.blameless(parameters["candidates"], error))
+            dies_after = 0
         if dies_after is not None:
             self.evaluate(parameters, dies_after)
             self.tuner.trial_end(id_, False)
@@ -216,6 +219,26 @@ def test_candidates_that_another_trial_has_evaluated_meanwhile_are_not_sent(tmp_
     nni.tuner.trial_end(0, True)
     nni.ask(1)
     assert tuple(nni.sent[0][1]["candidates"][0]) not in nni.evaluated
+
+
+def test_a_file_that_a_trial_can_not_read_is_no_fault_of_its_candidates(tmp_path, short_grace):
+    """They are tried once more, as by another machine; then the search ends, and evaluates them when it is resumed."""
+    gone = "supernet.pth: No such file or directory"
+    nni = FakeNNI(tmp_path)
+    for _ in range(2):
+        nni.step(error=gone)
+    assert nni.state["error"] is None and len(nni.sent) == 2 and read_results(tmp_path) == []
+    nni.step()  # on a machine that has the file
+    nni.step(dies_after=0)
+    time.sleep(0.2)
+    assert all(r["acc1"] is not None for r in read_results(tmp_path))  # one trial alone has died
+    nni.step(error=gone)
+    assert nni.state["error"] == gone
+    nni.tuner.record.lock.close()
+    resumed = FakeNNI(tmp_path, resume=True)
+    resumed.run()
+    assert all(r["acc1"] is not None for r in read_results(tmp_path))
+    assert set(nni.evaluated + resumed.evaluated) == set(itertools.chain(*plain()))
 
 
 def test_trials_that_all_fail_end_the_search(tmp_path, short_grace):

@@ -16,7 +16,9 @@ from PIL import Image
 from engines.generations import first_generation_warning, reliability
 from images.dataset import Data, DataConfig
 from reports.page import write_report
+from settings.subjects import Evaluation
 from training import checkpoint
+from training.evaluation import calibration_warning
 from utils import UserError
 
 
@@ -184,6 +186,13 @@ def test_a_supernet_whose_training_has_not_ended(step, warns):
     text = checkpoint.unfinished(ckpt)
     assert (text == "c.pth: step 3 of 150000: its training has not ended") == warns and (text is None) != warns
     assert checkpoint.unfinished(types.SimpleNamespace(path="c.pth", content=None)) is None  # an official file
+
+
+def test_more_calibration_images_than_there_are():
+    text = calibration_warning(Evaluation(bn_batches=100), 8305)
+    assert text == ("--bn-batches 100 of 128 are 12,800 images, more than the 8,305 that the supernet trains on: 64 "
+                    "batches will do")  # fmt: skip
+    assert calibration_warning(Evaluation(bn_batches=64), 8305) is None
 
 
 def rows(mean, sd, n_images=1000, n=50):

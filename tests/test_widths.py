@@ -10,7 +10,9 @@ from conftest import ROOT, tree_logits
 from torch.nn.functional import cross_entropy
 
 import network
+import supernet
 from network import ShuffleNetV2, ShuffleNetV2OneShot
+from settings.subjects import Sampling
 from space.custom import WIDTHS
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
@@ -191,6 +193,13 @@ def test_the_warm_up_widens_downwards_and_meets_no_bins():
     flops = [PAPERS.flops(c) for c in later]
     bins = collections.Counter((f - 290_000_000) // 10_000_000 for f in flops)
     assert min(flops) >= 290_000_000 and max(flops) <= 360_000_000 and max(bins.values()) < 2 * min(bins.values())
+
+
+def test_by_default_a_quarter_of_all_steps_widen():
+    for iterations, steps in ((80, 20), (83, 20), (150_000, 37_500)):
+        assert supernet.make_sampler(Sampling(sampler="uniform"), SMALL, 0, iterations).width_warmup == steps
+    narrow = [supernet.make_sampler(Sampling(), SearchSpace(), 0, 80).width_warmup]
+    assert narrow == [0]
 
 
 def test_joint_candidates_are_spread_as_counted():

@@ -61,16 +61,23 @@ def load_supernet(path, out, space=None):
 def open_supernet(path, out, images, given, listed=None):
     """(supernet, its Checkpoint, DataConfig, Data): the supernet of `load_supernet`, and the images that go with it.
 
-    `images` is an Images; `given` (name -> value) are settings of a DataConfig, which must equal the checkpoint's;
-    `listed` is as for Data. Raises UserError if checkpoint, settings and images don't match.
+    `images` is an Images; `given` (name -> value) are settings of a DataConfig, which must equal the checkpoint's, but
+    for those that only train, of which a warning says that they are ignored. `listed` is as for Data. Raises UserError
+    if checkpoint, settings and images don't match.
     """
     model, ckpt = load_supernet(path, out, SearchSpace.for_images(given.get("input_size", 224)))
     if ckpt.content is not None and ckpt.data is None:
         raise UserError(f"{ckpt.path}: trained on images given in Python: evaluate it there, by training.evaluation")
-    config = DataConfig.resolve(given, ckpt.data, ckpt.path)
+    others = {name: value for name, value in given.items() if ckpt.data and name in DataConfig.TRAINS}
+    config = DataConfig.resolve({k: v for k, v in given.items() if k not in others}, ckpt.data, ckpt.path)
     data = Data.of(images, config, listed)
+    for name, value in others.items():
+        if (tuple(value) if isinstance(value, list) else value) != getattr(config, name):
+            data.warnings.append(
+                f"{flag(name)} {value}: the supernet was trained with {getattr(config, name)}, which counts"
+            )
     check_classes(ckpt, data.classes)
-    check_split(ckpt, data.split)
+    check_split(ckpt, data)
     return model, ckpt, config, data
 
 
@@ -83,23 +90,65 @@ def unfinished(ckpt):
     return None
 
 
-def check_split(ckpt, split):
+def check_split(ckpt, data):
     """Raises UserError if the supernet was trained on another split, and so perhaps on images held out now."""
     if ckpt.split is None:
         log.warning("%s carries no split: the search images were probably seen in training", ckpt.path)
-    elif ckpt.split != split:
-        where = f"{ckpt.path}: trained on another split of the images ({ckpt.split}, here {split})"
-        raise UserError(f"{where}; use the same --data-dir")
+    elif ckpt.split != data.split:
+        what = split_changes(ckpt.split, data.split, ckpt.content.get("counts"), data.counts, data.classes)
+        raise UserError(f"{ckpt.path}: trained on another split of the images: {what}; use the same, or train it anew")
+
+
+def changes_of(name, before, now):
+    """How an entry of the contents of two checkpoints differs, ": what", where words can tell."""
+    if name == "classes":
+        return f": now {class_changes(before['classes'], now['classes'])}"
+    if name == "split":
+        counts = before.get("counts"), now.get("counts")
+        return f": {split_changes(before['split'], now['split'], *counts, now['classes'])}"
+    return ""
+
+
+def split_changes(before, now, counts_before, counts, classes):
+    """What differs between two splits in words: their settings, or else the numbers of images, where both are known."""
+    flags = {"seed": "--split-seed", "heldout_per_class": "--heldout-per-class", "group_by": "--group-by"}
+    pairs = [(name, (before or {}).get(key), (now or {}).get(key)) for key, name in flags.items()]
+    changes = [f"{name} {new} (was {old})" for name, old, new in pairs if old != new]
+    return ", ".join(changes) or count_changes(counts_before, counts, classes) or "images have other names"
+
+
+def count_changes(before, now, classes):
+    """How numbers of images, {part: one for each class}, differ, in words; empty where they don't, or aren't known."""
+    changes = []
+    for part in ("train", "val"):
+        pairs = list(zip(classes, (before or {}).get(part, ()), (now or {}).get(part, ())))
+        if found := [f"{name} {new} (was {old})" for name, old, new in pairs if old != new]:
+            changes.append(f"{part}: {', '.join(found[:8])}{', ...' * (len(found) > 8)}")
+    return "numbers of images in " + "; ".join(changes) if changes else ""
+
+
+def composed(names):
+    """Names in one form of Unicode, NFC: two forms look alike."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def class_changes(before, now):
+    """How names of classes differ, in words."""
+    before, now = composed(before), composed(now)
+    found = {"without": sorted(set(before) - set(now)), "with": sorted(set(now) - set(before))}
+    words = [f"{what} {', '.join(map(repr, names[:8]))}{', ...' * (len(names) > 8)}" for what, names in found.items()
+             if names]  # fmt: skip
+    return " and ".join(words) or "in another order"
 
 
 def check_classes(ckpt, classes):
     """Raises UserError if the data's classes are not those of a Checkpoint or a Program."""
+    changes = f"those are {class_changes(ckpt.class_names, classes)}" if ckpt.classes else "the file has no names"
     if len(ckpt.class_names) != len(classes):
         counts = f"has {len(ckpt.class_names)} classes, the data {len(classes)}"
-        raise UserError(f"{ckpt.path}: {counts}; use the same --data-dir")
-    composed = [[unicodedata.normalize("NFC", name) for name in names] for names in (ckpt.classes or (), classes)]
-    if ckpt.classes is not None and composed[0] != composed[1]:
-        raise UserError(f"{ckpt.path}: its class names are not those of the data; use the same --data-dir")
+        raise UserError(f"{ckpt.path}: {counts}: {changes}; use the same --data-dir")
+    if ckpt.classes is not None and composed(ckpt.classes) != composed(classes):
+        raise UserError(f"{ckpt.path}: its class names are not those of the data: {changes}; use the same --data-dir")
 
 
 def check_images(ckpt, images):

@@ -15,7 +15,7 @@ from training.step import Buffers, Step
 from utils import UserError, duration, heartbeat, log, private_folder
 
 BACKEND = "inductor"  # of torch.compile
-NO_WIDTHS = "--compile: operations of several widths can't be compiled; leave the flag out"
+NO_WIDTHS = "--compile: operations of several widths can't be compiled; leave it out"
 
 
 class CompiledStep(Step):
@@ -87,7 +87,7 @@ def torch_compiler(stance):
             text = f"torch can't compile an operation ({' '.join(cause)[:300]})"
         else:
             raise
-        raise UserError(f"--compile: {text}; leave the flag out") from None
+        raise UserError(f"--compile: {text}; leave it out") from None
 
 
 def prepare_compiler(device, cache, n_widths=1):
@@ -102,7 +102,7 @@ def prepare_compiler(device, cache, n_widths=1):
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise UserError("--compile: torch finds no Triton that compiles for this GPU; leave the flag out")
+            raise UserError("--compile: torch finds no Triton that compiles for this GPU; leave it out")
     else:
         from torch._inductor import cpp_builder
 
@@ -110,6 +110,6 @@ def prepare_compiler(device, cache, n_widths=1):
             cpp_builder.get_cpp_compiler()
         except RuntimeError:
             raise UserError(
-                "--compile: no C++ compiler, neither g++ nor that of CXX; install one, or leave the flag out"
+                "--compile: no C++ compiler, neither g++ nor that of CXX; install one, or leave it out"
             ) from None
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_folder(pathlib.Path(cache) / f"compiled-{getpass.getuser()}"))

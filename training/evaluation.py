@@ -20,7 +20,7 @@ from training import checkpoint, distributed
 from training.prefix_tree import PrefixTree
 from utils import UserError
 
-NO_GPU = "--device cuda: no GPU that torch can use; leave the flag out or say cpu"
+NO_GPU = "--device cuda: no GPU that torch can use; leave it out or say cpu"
 
 
 def calibration_batches(loader, batches=200, batch_size=128, seed=0, cache=None):
@@ -29,6 +29,19 @@ def calibration_batches(loader, batches=200, batch_size=128, seed=0, cache=None)
     `loader` is a Loader of the training images that augments.
     """
     return FixedBatches(loader, calibration_plan(loader.images.labels, batches, batch_size, seed), cache)
+
+
+def calibration_warning(evaluation, n_images):
+    """A line that says that the batches of an Evaluation are more than the images that the supernet trains on, or None.
+
+    Then some count more than others.
+    """
+    n = evaluation.bn_batches * evaluation.bn_batch_size
+    if n <= n_images:
+        return None
+    batches = f"--bn-batches {evaluation.bn_batches} of {evaluation.bn_batch_size} are {n:,} images"
+    enough = max(1, n_images // evaluation.bn_batch_size)
+    return f"{batches}, more than the {n_images:,} that the supernet trains on: {enough} batches will do"
 
 
 def validation_batches(loader, batch_size=200, cache=None):

@@ -15,14 +15,13 @@ from collections.abc import Callable
 import torch
 
 from dataloader import Loader, read_image
-from images.dataset import ImageSet, evaluation_plan
+from images.dataset import EXTENSIONS, ImageSet, evaluation_plan
 from images.image_check import inspect
 from settings.subjects import DataConfig
 from utils import UserError, log
 
 SUFFIXES = {".pt2": "torch", ".onnx": "onnxruntime", ".ort": "onnxruntime"}  # and what runs such a file, in RUNTIMES
 FORMS = ("without preprocessing", "with preprocessing")
-OF_A_PROGRAM = ("input_size", "val_resize", "preprocessing", "alpha", "exif")  # of a DataConfig, what a file has in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +112,30 @@ def runs(session):
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
+def _files_in(folder):
+    """The image files in a folder and those below it, in order. Raises UserError if there are none."""
+    found = sorted(str(path) for path in pathlib.Path(folder).rglob("[!.]*") if path.suffix.lower() in EXTENSIONS)
+    if not found:
+        raise UserError(f"--predict {folder}: no image in this folder")
+    return found
+
+
 def image_files(paths, config, settings):
-    """The ImageSet of image files, without labels, to be predicted as an Images says.
+    """The ImageSet of image files, or of all in folders, without labels, to be predicted as an Images says.
 
     Raises UserError that names the file, before anything is computed, where one is not an image.
     """
     if settings.loader == "synthetic":
-        raise UserError("--loader synthetic: reads no files; leave the flag out with --predict")
+        raise UserError("--loader synthetic: reads no files; leave it out with --predict")
+    paths = [file for path in paths for file in (_files_in(path) if os.path.isdir(path) else [path])]
     for path in paths:
-        found = inspect(path, settings.max_pixels)
+        found = inspect(path, settings.max_pixels, config)
         if found.reason:
             raise UserError(f"--predict {path}: {found.reason}")
         if found.turned and config.exif == "ignored":
             log.warning("warning: %s: has an EXIF orientation, which is ignored, as in training", path)
+        if found.flat:
+            log.warning("warning: %s: one colour on the ground of alpha: %s, as in training", path, config.alpha)
     return ImageSet("", tuple(paths), torch.zeros(len(paths), dtype=torch.int64).numpy(), ())
 
 

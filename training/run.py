@@ -150,7 +150,7 @@ class TrainingRun:
             names = map(self._beside, itertools.count(1))
             aside = next(name for name in names if not name.exists())
             self.folder.rename(aside)
-        start_logging(self.folder, device, seed)
+        start_logging(self.folder, device, seed, own.commits())
         self.content = self._newest()
         write_settings(self.folder / "config.yml", self.kind, config)
         if aside:
@@ -214,9 +214,10 @@ class TrainingRun:
         checkpoint.check_settings(found, self.contents | {"settings": self.settings}, self.folder)
         checkpoint.check_images(found, self.contents.get("images"))
         known = content | {"space": found.space.to_dict()}
-        for name in ("space", "split", "classes", "architecture"):
+        for name in ("space", "classes", "split", "architecture"):
             if known.get(name) != self.contents.get(name):
-                raise UserError(f"{path}: was trained with another {name}; use that, {advice}")
+                what = f"{name}{checkpoint.changes_of(name, known, self.contents)}"
+                raise UserError(f"{path}: was trained with another {what}; use that, {advice}")
 
     def save(self, number, step, sampler, metrics, rows, validation_due=False):
         """Writes a checkpoint of step `number`, removes the oldest, and returns its path; None without a folder."""

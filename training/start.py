@@ -10,7 +10,6 @@ from training import distributed
 from training.compiled import prepare_compiler
 from training.evaluation import resolve_device, validation_batches
 from training.run import TrainingRun, contents_of
-from training.step import find_rule
 from utils import log
 
 
@@ -51,10 +50,12 @@ class Start:
         if self.training.compile:
             prepare_compiler(self.device, self.images.cache, space.n_widths)
         settings = deciding(self.values) | {"loader": loader.backend}
-        find_rule(self.training.rule)
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code
-        contents = contents_of(space, self.config, self.data.classes, **contents)
+        if self.training.warmup >= self.training.iterations:
+            steps = f"--warmup {self.training.warmup} of {self.training.iterations} --iterations"
+            self.data.warnings.append(f"{steps}: the learning rate never reaches --lr {self.training.lr}")
+        contents = contents_of(space, self.config, self.data.classes, counts=self.data.counts, **contents)
         run = TrainingRun(self.folder, self.kind, contents, settings)
         anew = self.training.resume == "none"
         run.start(self.device, self.seed, anew, self.data.warnings, self.data.names, self.values)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from network import autocast
-from space.own import REGISTRIES, register_rule
+from space.own import REGISTRIES, find, register_rule
 from training import distributed
 from utils import UserError
 
@@ -189,12 +189,7 @@ class Buffers:
 
 def find_rule(rule):
     """A rule, given as such or by its name. Raises UserError if no rule has the name."""
-    if callable(rule):
-        return rule
-    known = REGISTRIES["rule"]
-    if rule not in known:
-        raise UserError(f"--rule {rule}: is none of {', '.join(known)}; name its file by --own")
-    return known[rule]
+    return rule if callable(rule) else find("rule", rule)
 
 
 def name_of(rule):

@@ -117,7 +117,8 @@ class EvolutionWithFlops(Tuner):
         """Sends what a trial could not evaluate, for a reason that is not theirs, once more: another machine may have
         the file that is missing. The second time, that ends the search, which can be resumed.
         """
-        left = [c for c in map(tuple, candidates) if c not in self.record.results]
+        waiting = self.record.waiting()
+        left = [c for c in map(tuple, candidates) if c in waiting]
         if self.sent_again.intersection(left):
             raise UserError(error)
         self.sent_again.update(left)

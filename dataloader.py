@@ -14,6 +14,7 @@ Source: official `src/Supernet/train.py` (transforms).
 import utils  # first, so that Ctrl-C while torch is imported prints one line
 
 # isort: split
+import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
@@ -120,10 +121,22 @@ class Loader:
         if not self.augment:  # each image once, and cached as it is
             yield from self._torchvision(plan)
             return
-        for samples in plan:
-            sizes = self._in_memory.sizes[samples[:, 1]].tolist()
+        memory = self._in_memory  # here: at exit, Ctrl-C would wait for a thread that decodes
+        # Of one GPU: that of this thread, which is not that of another.
+        device = torch.empty(0, device=self.device).device
+
+        def made(samples):
+            sizes = memory.sizes[samples[:, 1]].tolist()
             drawn = [draw_augmentation(self.config, self.seed, *s, *size) for s, size in zip(samples.tolist(), sizes)]
-            yield augmented(self._in_memory, samples[:, 1], drawn, self.config, self.device), samples
+            return augmented(memory, samples[:, 1], drawn, self.config, device), samples
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # makes the next batch while this one is used
+            ahead = None
+            for samples in itertools.chain(plan, [None]):
+                batch = ahead
+                ahead = None if samples is None else pool.submit(made, samples)
+                if batch:
+                    yield batch.result()
 
     @functools.cached_property
     def _in_memory(self):

@@ -6,6 +6,7 @@
     python search.py --engine local            without NNI
     python search.py --objectives acc1,flops   the front of accuracy and FLOPs
     python search.py --strategy random         the baseline: as many random candidates
+    python search.py --own FILE --strategy NAME    a searcher of your own; --own has your costs, too
     python search.py --limit flops=330M --limit params=3.5M    under several limits
     python search.py --limit latency=8ms       within 8 ms on this device, which tester.py --mode latency has measured
     python search.py --resume                  resumes a search that was interrupted in any way, with its settings

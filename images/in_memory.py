@@ -105,7 +105,12 @@ class InMemory:
 
     def runs(self, starts, length):
         """`length` pixels behind each other from each of `starts` (n, H), in bytes: (n, H, 3 * length)."""
-        return self.pixels.unfold(0, 3 * length, 1)[torch.from_numpy(starts).to(self.pixels.device)]
+        return self.pixels.unfold(0, 3 * length, 1)[_sent(starts, self.pixels.device)]
+
+
+def _sent(array, device):
+    """An array or a tensor on the device, which is not waited for."""
+    return torch.as_tensor(array).to(device, non_blocking=True)
 
 
 def _name(images, config, decoder):
@@ -128,19 +133,19 @@ def augmented(memory, rows, drawn, config, device):
         images = _resized_crops(memory, rows, np.array([a.window for a in drawn]), flips, config.input_size, device)
     if not config.jitter:
         return images
-    factors = torch.tensor([(a.brightness, a.contrast, a.saturation) for a in drawn], device=device)
-    return jittered(images, *factors.T)
+    factors = np.float32([(a.brightness, a.contrast, a.saturation) for a in drawn])
+    return jittered(images, *_sent(factors, device).T)
 
 
 def _shifted(memory, rows, shifts, flips, config, device):
     n, size, border = len(rows), config.input_size, config.crop_padding
     side = size + 2 * border
-    whole = memory.runs(memory.starts[rows, None], size * size).view(n, size, size, 3).to(device)
+    whole = _sent(memory.runs(memory.starts[rows, None], size * size), device).view(n, size, size, 3)
     padded = F.pad(whole, (0, 0, border, border, border, border)).flatten()
     lines = np.arange(n)[:, None] * side + shifts[:, :1] + border + np.arange(size)
-    starts = torch.from_numpy(3 * (lines * side + shifts[:, 1:] + border)).to(device)
+    starts = _sent(3 * (lines * side + shifts[:, 1:] + border), device)
     images = padded.unfold(0, 3 * size, 1)[starts].view(n, size, size, 3)
-    flipped = torch.from_numpy(flips.nonzero()[0]).to(device)
+    flipped = _sent(flips.nonzero()[0], device)
     images[flipped] = images[flipped].flip(2)
     return images
 
@@ -154,7 +159,7 @@ def _resized_crops(memory, rows, windows, flips, size, device):
     top, left, heights, widths = windows.T
     lines = top[:, None] + np.arange(height).clip(max=heights[:, None] - 1)
     starts = memory.starts[rows, None] + 3 * (lines * memory.sizes[rows, 1:] + left[:, None])
-    images = memory.runs(starts, width).to(device).view(n, height, width, 3)
+    images = _sent(memory.runs(starts, width), device).view(n, height, width, 3)
     # Each side becomes `size` pixels and is rounded, the columns first.
     of_columns = _weights(np.where(flips, -widths, widths), width, size, device)
     images = torch.bmm(of_columns, images.transpose(1, 2).double().flatten(2)).add_(0.5).floor_()  # (n, S, H * 3)
@@ -176,7 +181,7 @@ def _weights(lengths, longest, size, device):
     distance = (pixels - (places + 0.5) * scale + 0.5) * (1 / np.maximum(scale, 1))
     weights = np.maximum(1 - np.abs(distance), 0) * (pixels < np.abs(lengths))
     weights = np.floor(weights / weights.sum(axis=2, keepdims=True) * 2**22 + 0.5) / 2**22
-    return torch.from_numpy(weights).to(device)[torch.from_numpy(which).to(device)]
+    return _sent(weights, device)[_sent(which, device)]
 
 
 def jittered(images, brightness, contrast, saturation):

@@ -148,7 +148,9 @@ def load(path):
             REGISTRIES[kind].update(before[kind])
             raise UserError(f"--own {path}: {taken[0]!r} is the name of an official {kind}")
     if not any(new.values()):
-        raise UserError(f"--own {path}: registers nothing; decorate a class or function with blocks.register(name)")
+        others = ", ".join(name for name in REGISTERS if name != "register")
+        how = f"blocks.register(name), or with {others} of space.own"
+        raise UserError(f"--own {path}: registers nothing; decorate a class or function with {how}")
     digests = {}
     text = source.decode("utf-8-sig", errors="replace")
     for kind, found in new.items():

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, coloured_image, run
 from picture_files import accepted
 from PIL import Image
+from test_fake_gpu import NoSynchronisation
 from torchvision.transforms.v2 import functional as F
 
 import dataloader
@@ -63,9 +64,8 @@ def loaded(images, config, backend, plan=None, cache=None, seed=3, **how):
 def columns_first(image, top, left, height, width, size, *_):
     """A resized crop by two steps of Pillow, in the order of `--loader memory`."""
     cropped = F.crop(image, top, left, height, width)
-    return cropped.resize((size[1], height), Image.Resampling.BILINEAR).resize(
-        (size[1], size[0]), Image.Resampling.BILINEAR
-    )
+    bilinear = Image.Resampling.BILINEAR
+    return cropped.resize((size[1], height), bilinear).resize((size[1], size[0]), bilinear)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -230,6 +230,19 @@ def test_the_commands_take_it(tree, tmp_path):
     log = (tmp_path / "b" / folder / "run.log").read_text()
     assert log.count("--loader memory would load these images faster") == 1
     assert "would load" not in (tmp_path / "a" / folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("fits", [True, False])
+def test_no_batch_waits_for_a_gpu(images, name, fits):
+    """Here a device without values: what needs them, or a copy that is waited for, is an error."""
+    loader = Loader(images, SETTINGS[name], True, backend="memory")
+    memory, sizes = loader._in_memory, loader._in_memory.sizes
+    drawn = [draw_augmentation(loader.config, 0, 0, i, *sizes[i].tolist()) for i in range(9)]
+    memory.pixels = memory.pixels.to("meta") if fits else memory.pixels
+    with NoSynchronisation():
+        batch = in_memory.augmented(memory, np.arange(9), drawn, loader.config, torch.device("meta"))
+    assert batch.shape == (9, 32, 32, 3) and batch.dtype == torch.uint8
 
 
 @pytest.mark.gpu

@@ -59,16 +59,19 @@ def test_groups_of_one_class_or_of_all_stay_together(photos, group_by, across):
 
 
 def test_another_run_adds_what_is_new_and_moves_nothing(photos, capsys):
-    before = sort("--group-by", "/(.*?)_")
+    """Of the new groups of a class, as many go to val as it lacks then."""
+    before = sort("--group-by", "(.*/.*?)_")
     old = min(before["val"]).split("_")[0]
-    new = {f"{old}_new.jpg", "mugs/thing99_view0.jpg"}
+    new = {f"{old}_new.jpg", *(f"mugs/new{i // 5}_view{i % 5}.jpg" for i in range(50))}
     for name in (*new, "mugs/.DS_Store", ".DS_Store", "mugs/notes.txt"):
         (photos / name).write_text(name)
     gone = min(before["train"])
     (photos / gone).unlink()
-    after = sort("--group-by", "/(.*?)_")
-    assert after["train"] | after["val"] == before["train"] | before["val"] | new
-    assert before["val"] <= after["val"] and before["train"] <= after["train"] and f"{old}_new.jpg" in after["val"]
+    after = sort("--group-by", "(.*/.*?)_")
+    assert before["val"] <= after["val"] and before["train"] <= after["train"]
+    added = {part: after[part] - before[part] for part in after}
+    assert not added["train"] & added["val"] and added["train"] | added["val"] == new
+    assert f"{old}_new.jpg" in added["val"] and len(added["val"]) == 11
     printed = capsys.readouterr().out
     assert f"sorted/train/{gone}: its photograph is gone\n" in printed and "1 files are ignored" in printed
     with pytest.raises(UserError, match="its group is in train and val, as sorted before"):

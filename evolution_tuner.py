@@ -117,7 +117,8 @@ class EvolutionWithFlops(Tuner):
         """Sends what a trial could not evaluate, for a reason that is not theirs, once more: another machine may have
         the file that is missing. The second time, that ends the search, which can be resumed.
         """
-        left = [c for c in map(tuple, candidates) if c not in self.record.results]
+        waiting = self.record.waiting()
+        left = [c for c in map(tuple, candidates) if c in waiting]
         if self.sent_again.intersection(left):
             raise UserError(error)
         self.sent_again.update(left)
@@ -137,7 +138,7 @@ class EvolutionWithFlops(Tuner):
         self.fruitless += 1
         if self.fruitless > self.concurrency + 8:
             raise UserError(f"{self.fruitless} trials in a row ended without a result")
-        if self.ended == self.sent and self._missing():
+        if self.ended == self.sent and self.record.waiting():
             timer = threading.Timer(GRACE_S, self._retry, [self.sent])
             timer.daemon = True
             timer.start()
@@ -145,7 +146,7 @@ class EvolutionWithFlops(Tuner):
     @_stops_search_on_error
     def _retry(self, sent):
         """Sends or fails the candidates that no trial reported, unless more than `sent` trials were sent or will be."""
-        missing = self._missing()
+        missing = self.record.waiting()
         if self.sent > sent or any(c in missing for chunk in self.chunks for c in chunk):
             return
         any_succeeded = any(result["acc1"] is not None for result in self.record.results.values())
@@ -156,12 +157,8 @@ class EvolutionWithFlops(Tuner):
                 self.chunks.append([candidate])  # on its own: if it crashes its trial, no other is lost
         self._plan_and_send()
 
-    def _missing(self):
-        """The candidates of the open generation without a result."""
-        return [c for c in self.record.evolution.population if c not in self.record.results]
-
     def _plan_and_send(self):
-        if not self._missing():
+        if not self.record.waiting():
             self._plan()
         self._send()
 
@@ -174,7 +171,8 @@ class EvolutionWithFlops(Tuner):
     def _send(self):
         """Answers queued requests with planned chunks."""
         while self.ids and self.chunks:
-            if chunk := [c for c in self.chunks.popleft() if c not in self.record.results]:
+            waiting = self.record.waiting()
+            if chunk := [c for c in self.chunks.popleft() if c in waiting]:
                 self.times_sent.update(chunk)
                 self.sent += 1
                 self.callback(self.ids.popleft(), trial.parameters(chunk, self.sent + len(self.chunks)))

@@ -16,9 +16,9 @@
 Reads OUT/checkpoints/supernet (newest) or --checkpoint, OUT/nni_auto_gen_search_space.json, latency.json of OUT or of
 the supernet's OUT, and the NNI experiment, config_search.yml or --experiment. Writes OUT/checkpoints/GGG_III.json (the
 architecture of rank III of generation GGG), OUT/acc/GGG.jsonl (a line for each candidate), OUT/id2cand/GGG.json (trial
-id -> what it evaluated), OUT/checkpoints/best.json, OUT/report.html and OUT/figures/; state, logs and NNI's own files
-in OUT/checkpoints/search/.
-Prints the ten best, and the command that retrains the winner.
+id -> what it evaluated), OUT/checkpoints/best.json and largest.json, OUT/report.html and OUT/figures/; state, logs and
+NNI's own files in OUT/checkpoints/search/.
+Prints the ten best, the largest legal candidate, which is evaluated last, and the command that retrains the winner.
 Source: paper section 3.4; official `src/Search/search.py`.
 """
 
@@ -41,6 +41,7 @@ from engines.search_files import (
     confirmations,
     costs_of,
     images_path,
+    n_generations,
     read_generations,
     read_state,
     starts,
@@ -396,6 +397,7 @@ def run(search, args, out):
         again = shlex.join(["python", "search.py", *words, "--resume"])
         state = read_json(state_path(out))
         lost = args.population - sum(map(len, read_generations(out, skip=state["generation"])))
+        lost = max(1, min(lost, n_generations(state) * args.population - state["evaluated"]))  # one is the largest
         text = "stopped by %s: %d candidates are kept, at most %d that were being evaluated start anew; resume with: %s"
         log.warning(text, signal.Signals(error.args[0]).name, state["evaluated"], lost, again)
         sys.exit(128 + error.args[0])
@@ -437,6 +439,8 @@ def print_best(found):
         print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
     if place:
         print(f"the best that holds, measured: rank {place + 1}")
+    if found.largest_text:
+        print(found.largest_text)
 
 
 def report(found, args):

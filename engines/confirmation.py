@@ -11,19 +11,20 @@ from utils import log
 def confirm(out, table):
     """Measures the ten best of the search in `out`, whose generations are complete, as whole networks on this device.
 
-    The record of the search then has a winner, or more generations to run under a corrected limit. Those of a table of
-    another device are written for it, with the largest legal candidate, which is logged alone, and read back once they
-    are measured; until then, returns False.
+    With them the largest legal candidate, which decides nothing. The record of the search then has a winner, or more
+    generations to run under a corrected limit. Those of a table of another device are written for it, and read back
+    once they are measured; until then, returns False.
     """
     record = SearchRecord(out)
     record.pending()  # replays the search
     evolution, space = record.evolution, record.space
     best = (evolution.front() if evolution.objectives else evolution.legal_ranked())[:10]
-    folder, more = None, []
+    folder = None
+    known = record.state.get("largest")
+    largest = space.check(known["architecture"]) if known else evolution.limits.largest()
+    more = [largest] if largest and largest not in best else []
     if table.get("elsewhere"):
         folder = out / "device" / f"{evolution.generation:03}"
-        largest = None if evolution.limits.functions else evolution.limits.optimum("flops", -1)
-        more = [c for c in [largest] if c and c not in best]
         if not results_path(folder).exists():
             n, size = write_like(table, space, [*best, *more], folder)
             text = "warning: the winner's latency is not checked: %s has %d networks, %.1f MB, for %s; "
@@ -34,7 +35,9 @@ def confirm(out, table):
     log.info("measuring the %d best candidates as whole networks in %s", len(best), RUNTIMES[table["runtime"]])
     measured, scale = measure_like(table, space, [*best, *more], folder)
     for candidate, ns in zip(more, measured[len(best) :]):
-        log.info("the largest legal candidate, %s: measured %.3f ms", list(candidate), ns / 1e6)
+        log.info("the largest legal candidate, %s: measured %s ms", list(candidate), milliseconds(ns / 1e6))
+        if known:
+            known |= {"measured_ms": ns / 1e6, "holds": evolution.limits.holds("latency", ns)}
     if abs(scale - 1) > 0.05:
         text = "this device takes %.2f times as long as when the table was measured: latencies are scaled to that time"
         log.warning(text, 1 / scale)

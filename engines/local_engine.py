@@ -58,7 +58,7 @@ def search_locally(out, trial, concurrency=1, candidates_per_trial=None, trial_t
                     elif error:
                         log.warning("%d candidates will be evaluated again: %s", len(candidates), error)
                     progress.read()
-                lists = [[c] for c in waiting if c not in record.results]
+                lists = [[c] for c in record.waiting()]
         progress.read()
 
 

@@ -35,11 +35,14 @@ class SearchRecord:
                                    where the search limits them, own costs by name, score where it ranks by another one
                                    than accuracy; in the order of arrival, and once the generation is closed, by rank
         checkpoints/GGG_III.json   the architecture of rank III in generation GGG, one-hot; best.json: the best of all
+        checkpoints/largest.json   the largest legal architecture, which is evaluated last and is no part of the search
         checkpoints/front/         with objectives, the architectures of the front, NNN.json, the most accurate first
         id2cand/GGG.json           trial id -> the architectures that this trial was the first to report
         checkpoints/search/state.json   settings, generation (number of closed ones), evaluated, best, done, error,
                                    pid (of the writer), children (of each generation but the first, how many were new),
                                    starts (command, versions, demo, config, own, begun, last of each start),
+                                   largest (the result of the largest legal candidate; of_all is false if it is only
+                                   that of those evaluated; measured_ms, holds where its latency was measured),
                                    and where latency is limited, confirmations: for each time that the best were
                                    measured as whole networks, what was found and what followed
 
@@ -56,6 +59,8 @@ class SearchRecord:
         self.confirmations = list(confirmations(self.state))  # rows that are still to be replayed
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
+        self.largest = None  # the largest legal candidate while it is to be evaluated, after the last generation
+        self.of_all = True  # legal candidates, or only of those evaluated
         self.known = []  # the candidates of each generation that are recorded already
         for results in read_generations(out, repair=True):
             self.known.append([self.space.check(result["architecture"]) for result in results])
@@ -65,17 +70,50 @@ class SearchRecord:
         self._write_state()
 
     def pending(self):
-        """The candidates to evaluate now, none when the search is done. Closes the generations that are complete."""
+        """The candidates to evaluate now, none when the search is done. Closes the generations that are complete.
+
+        The largest legal candidate comes last, alone.
+        """
         while population := self._ask():
             self._check_replay(population)
             self.state["children"] = self.evolution.children
-            if waiting := [c for c in population if c not in self.results]:
+            if waiting := self.waiting():
                 self._write_state()
                 return waiting
             self.evolution.tell({c: _reward(self.results[c]) for c in population})
             self._close(self.evolution.generation - 1, population)
-        self._write_state(done=True)
-        return []
+        self._find_largest()
+        if not self.largest:
+            self._write_state(done=True)
+        return self.waiting()
+
+    def waiting(self):
+        """The candidates that are asked for and have no result yet."""
+        return [c for c in [*self.evolution.population, *filter(None, [self.largest])] if c not in self.results]
+
+    def _find_largest(self):
+        """Asks for the legal candidate of the most FLOPs, unless its result is known.
+
+        Where no solver finds it, it is the largest legal one of those evaluated.
+        """
+        known = self.state.get("largest")
+        found = self.evolution.limits.largest()
+        self.of_all = found is not None
+        if not found:
+            found = max(self.evolution.legal_ranked(), key=self.space.flops, default=None)
+        found = found and tuple(self.evolution.canonical(found))
+        if not found or (known and known["architecture"] == list(found)):
+            self.largest = None
+        elif found in self.results:
+            self._keep_largest(self.results[found])
+        else:
+            self.largest = found
+
+    def _keep_largest(self, result):
+        self.largest = None
+        path = self.out / "checkpoints" / "largest.json"
+        write_json(path, self.space.to_architecture(result["architecture"]))
+        self._write_state(largest={**result, "of_all": self.of_all})
 
     def _check_replay(self, population):
         """Raises UserError if the search, resumed, asks for other candidates than those that are recorded."""
@@ -146,9 +184,12 @@ class SearchRecord:
         return self._append(candidate, {**numbers, "error": error}, trial)
 
     def _append(self, candidate, numbers, trial):
-        if candidate not in self.evolution.population or candidate in self.results:
+        if candidate not in self.waiting():
             return False
         result = {"architecture": list(candidate), **self._costs(candidate), **numbers}
+        if candidate == self.largest:
+            self._keep_largest(result)
+            return True
         path = self.out / "acc" / f"{self.evolution.generation:03}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "a") as file:

@@ -193,16 +193,19 @@ def _plane(search, cost, circled, **drawn):
     if beyond := [r for r in search.succeeded if search.is_beyond(r)]:
         text = "beyond the limit, after measurements"
         scatter(beyond, 3 * size, "none", marker="s", edgecolors=LIMIT, linewidths=1, gid="beyond", label=text)
+    largest = [r for r in [search.largest] if r and r["acc1"] is not None]
+    if largest:
+        scatter(largest, 3 * size, "none", marker="D", edgecolors=RANDOM, gid="largest", label="the largest legal one")
     if failed := [{**r, "acc1": 0.02} for r in search.results if r["acc1"] is None]:
         edge = axes.get_xaxis_transform()
         text = "failed (no accuracy)"
         scatter(failed, 22, LIMIT, marker="x", linewidths=1.1, gid="failed", label=text, transform=edge)
     axes.set(xlabel=label, ylabel="top-1 in the supernet (%)")
-    costs = [place(r) for r in search.results] + limits
+    costs = [place(r) for r in [*search.results, *largest]] + limits
     margin = 0.03 * (max(costs) - min(costs)) or 1
     axes.set_xlim(min(costs) - margin, max(costs) + margin)
     axes.margins(y=0.09)
-    axes.legend(loc="upper left", ncols=3, bbox_to_anchor=(0, 1.1), borderaxespad=0)
+    axes.legend(loc="upper left", ncols=4, bbox_to_anchor=(0, 1.1), borderaxespad=0)
     bar = figure.colorbar(points, label="generation", pad=0.015, aspect=30)
     bar.locator = MaxNLocator(integer=True, min_n_ticks=1)
     bar.outline.set_visible(False)

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from engines.generations import Generation, first_generation_warning, reliability_text
+from engines.generations import Generation, difference_text, first_generation_warning, reliability_text
 from engines.search_files import (
     children_wanted,
     confirmations,
@@ -20,7 +20,7 @@ from engines.search_files import (
     state_path,
 )
 from space.evolution import EVOLUTION
-from space.limits import Limits, bounding, bounds_of, milliseconds
+from space.limits import Limits, bounding, bounds_of, milliseconds, shown
 from utils import UserError, read_json
 
 FEWEST = 8  # accuracies, to estimate a spread from
@@ -32,7 +32,8 @@ class SearchResults:
     """The results so far of the search in a folder. Raises UserError if there is no search or no accuracy yet.
 
     `results` are those in acc/, each with its generation; `succeeded` those with an accuracy, best first; `legal` those
-    of them that meet the limits after all that was measured (all of them where none does).
+    of them that meet the limits after all that was measured (all of them where none does). `largest` is the result of
+    the largest legal candidate, which need not be one of these; None where it is not known.
     """
 
     def __init__(self, out):
@@ -71,6 +72,9 @@ class SearchResults:
         self.winner = self.legal[0]
         self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations
                             for m in row["measured"]}  # fmt: skip
+        self.largest = self.state.get("largest")
+        if self.largest and "measured_ms" in self.largest:
+            self.measured_ms[tuple(self.largest["architecture"])] = self.largest["measured_ms"]
 
     def score(self, result):
         """The number in a result by which it is ranked, the higher the better: top-1 in percent, or minus the loss."""
@@ -92,6 +96,23 @@ class SearchResults:
         """The latency of a candidate as measured, in ms; empty where it was not."""
         ms = self.measured_ms.get(tuple(result["architecture"]))
         return "" if ms is None else milliseconds(ms)
+
+    @property
+    def largest_text(self):
+        """What the largest legal candidate is beside the winner, in words; None where it is not known."""
+        found = self.largest
+        if not found:
+            return None
+        name = "the largest legal candidate" + ("" if found["of_all"] else " of those evaluated")
+        if found["architecture"] == self.winner["architecture"]:
+            return f"the best is {name}"
+        name += f", {shown('flops', found['flops'])} FLOPs"
+        if found["acc1"] is None:
+            return f"{name}: could not be evaluated, {found['error']}"
+        if ms := self.measured_text(found):
+            holds = found.get("holds", tuple(found["architecture"]) not in self.limits.banned)
+            name += f", {ms} ms measured" + ("" if holds else ", beyond the limit")
+        return f"{name}: top-1 {found['acc1']:.2f}%, {difference_text(found, self.winner, 'the best')}"
 
     @property
     def main_cost(self):

@@ -17,6 +17,7 @@ from settings.subjects import COSTS
 from utils import UserError
 
 SOLVE_S = 10  # s in which the solver ends
+LISTABLE = 1_000_000  # candidates
 STEPS = 1000  # of a repair at most: where all that meet the limits are banned, it would walk among them for ever
 KICKS = 3  # times that a stuck repair redraws some blocks
 SEARCHES = 10  # random candidates that are repaired before limits on a function of a candidate are refused
@@ -150,6 +151,43 @@ def bounding(space, bounds):
         if (low or 0) > least or (high or math.inf) < most:
             found.append(name)
     return found
+
+
+def _solve(aims, sign, costs, low, high, gap=0):
+    """The choices of `Limits.optimum`, to a share `gap`: `sign` times the sum of `aims` is to be low."""
+    from scipy.optimize import LinearConstraint, milp  # here, because it takes half a second
+    from scipy.sparse import csr_array
+
+    sizes = [len(row) for row in aims]
+    n = sum(sizes)
+    blocks = csr_array((np.ones(n), (np.repeat(np.arange(len(sizes)), sizes), np.arange(n))))
+    constraints = [LinearConstraint(blocks, 1, 1)]  # one choice each
+    for (rows, fixed), least, most in zip(costs, low, high):
+        # Costs are whole numbers: half a unit more excludes the same candidates, whatever the solver rounds.
+        ends = np.ceil(least) - fixed - 0.5, np.floor(most) - fixed + 0.5
+        constraints.append(LinearConstraint(np.concatenate(rows), *ends))
+    options = {"mip_rel_gap": gap, "time_limit": SOLVE_S}
+    found = milp(sign * np.concatenate(aims), integrality=1, constraints=constraints, options=options).x
+    if found is None:
+        return None
+    return [int(block.argmax()) for block in np.split(found, np.cumsum(sizes)[:-1])]
+
+
+@functools.lru_cache(maxsize=8)
+def _largest(costs, low, high):
+    """The choices of `Limits.largest`; FLOPs are the first of `costs`, then come those that are limited.
+
+    Kept, since a search that resumes at its end asks again. The costs of few candidates are listed in milliseconds,
+    where the solver takes longer to load.
+    """
+    (rows, _), *limited = costs
+    sizes = [len(row) for row in rows]
+    if math.prod(sizes) > LISTABLE or len(sizes) > 30:  # NumPy's most dimensions
+        return _solve(rows, -1, limited, low, high, gap=1e-4)
+    flops, *totals = (functools.reduce(np.add.outer, map(np.array, rows), np.array(fixed)) for rows, fixed in costs)
+    for total, least, most in zip(totals, low, high):
+        flops = np.where((least <= total) & (total <= most), flops, -1)
+    return [int(i) for i in np.unravel_index(flops.argmax(), sizes)]
 
 
 class Limits:
@@ -352,6 +390,13 @@ class Limits:
     def _with(self, name, low, high):
         return Limits(self.space, self.bounds | {name: (low, high)}, self.correction)
 
+    def largest(self):
+        """The legal candidate of the most FLOPs, to 0.01%, since more takes long; None where none is found."""
+        tables = ((tuple(map(tuple, rows)), fixed) for rows, fixed in [self.space.cost_rows("flops"), *self.costs])
+        choices = _largest(tuple(tables), tuple(self.low), tuple(self.high))
+        found = choices and self.space.candidate_of(choices)
+        return None if not found or self.excess(found) else found
+
     def optimum(self, name=None, sign=1):
         """The candidate in the bounds of the lowest cost `name`, or of the highest if `sign` is -1; without it any one.
 
@@ -361,23 +406,9 @@ class Limits:
         """
         if self.functions:
             raise UserError(f"--limit {self.functions[0]}: is any function of a candidate, which nothing solves for")
-        from scipy.optimize import LinearConstraint, milp  # here, because it takes half a second
-        from scipy.sparse import csr_array
-
-        sizes = [len(row) for row in self.space.choice_flops]
-        n = sum(sizes)
-        blocks = csr_array((np.ones(n), (np.repeat(np.arange(len(sizes)), sizes), np.arange(n))))
-        constraints = [LinearConstraint(blocks, 1, 1)]  # one choice each
-        for (rows, fixed), low, high in zip(self.costs, self.low, self.high):
-            # Costs are whole numbers: half a unit more excludes the same candidates, whatever the solver rounds.
-            ends = np.ceil(low) - fixed - 0.5, np.floor(high) - fixed + 0.5
-            constraints.append(LinearConstraint(np.concatenate(rows), *ends))
-        aims = sign * np.concatenate(self.space.cost_rows(name)[0]) if name else np.zeros(n)
-        options = {"mip_rel_gap": 0, "time_limit": SOLVE_S}
-        found = milp(aims, integrality=1, constraints=constraints, options=options).x
-        if found is None:
-            return None
-        return self.space.candidate_of(int(block.argmax()) for block in np.split(found, np.cumsum(sizes)[:-1]))
+        rows = self.space.cost_rows(name or "flops")[0]
+        choices = _solve(rows, sign if name else 0, self.costs, self.low, self.high)
+        return choices and self.space.candidate_of(choices)
 
     def _tightness(self, name):
         """How many standard deviations a bound lies from the mean of uniform candidates, on the side it excludes."""

@@ -469,7 +469,8 @@ def test_a_search_for_another_device_goes_on_when_its_best_are_measured_there(wo
     write_json(folder / "results.json", results | {"ns": results["ns"] | slow})
     _, stderr = run("search.py", *words, "--resume")
     largest = candidates[-1]
-    assert f"the largest legal candidate, {list(largest)}: measured {1.38 * true_ns(largest) / 1e6:.3f} ms" in stderr
+    ms = milliseconds(1.38 * true_ns(largest) / 1e6)
+    assert f"the largest legal candidate, {list(largest)}: measured {ms} ms" in stderr
     assert "none holds: 1 more generations" in stderr and "device/004 has " in stderr
     phone(tmp_path / "device" / "004")
     _, stderr = run("search.py", *words, "--resume")
@@ -649,6 +650,9 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     assert true_ns(best) <= timed.quantile("latency", 0.5) * 1.001
     assert state["best"]["latency_ms"] == pytest.approx(true_ns(best) / 1e6, rel=1e-3)
     assert state["best"]["params"] == SPACE.params(best) and "params" in stdout.splitlines()[1]
+    largest = state["largest"]
+    measured = largest.get("measured_ms") or SearchResults(tmp_path).measured_ms[tuple(largest["architecture"])]
+    assert measured == pytest.approx(true_ns(largest["architecture"]) / 1e6, rel=1e-3)
     found = SearchResults(tmp_path)
     text = page.page(found, RandomSearch(found), FIGURES)
     assert "measured ms" in text and "latency in torch, measured;" in text
@@ -704,6 +708,7 @@ def test_a_limit_without_effect_and_candidates_beyond_one(world, pretended, tmp_
     assert stderr.count("excludes no candidate") == 1 and ", latency in onnxruntime 0.0" in stderr
     marks = [line.endswith("  beyond the limit") for line in stdout.splitlines()[2:12]]
     assert marks == [i not in (3, 5) for i in range(10)] and "the best that holds, measured: rank 4\n" in stdout
+    assert re.search(r"\nthe largest legal candidate, .* ms measured, beyond the limit: top-1 ", stdout)
     found = SearchResults(tmp_path)
     text = page.page(found, RandomSearch(found), FIGURES)
     assert text.count('<td class="beyond">no</td>') == 8 and text.count("<td>yes</td>") == 2

@@ -13,6 +13,7 @@ from space.custom import PRESETS
 from space.evolution import Evolution
 from space.limits import (
     Limits,
+    _largest,
     as_settings,
     bounds_of,
     describe,
@@ -365,7 +366,7 @@ def test_impossible_together_names_the_tightest_and_what_the_others_leave(name, 
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_optimum_is_that_of_all_candidates(seed, everything):
+def test_the_optimum_is_that_of_all_candidates(seed, everything, monkeypatch):
     """Under bounds at, or next to, what some candidate costs, which are met exactly or not at all."""
     space, (candidates, costs) = SPACES["small"], everything
     rng = random.Random(seed)
@@ -382,6 +383,12 @@ def test_the_optimum_is_that_of_all_candidates(seed, everything):
             assert (found is not None) == legal.any()
             assert found is None or not limits.excess(found)
             assert None in (found, name) or space.cost(name, found) == best(costs[name][legal])
+    for listable, share in ((len(candidates), 1), (0, 0.9999)):
+        monkeypatch.setattr("space.limits.LISTABLE", listable)
+        _largest.cache_clear()
+        found = limits.largest()
+        assert (found is not None) == legal.any()
+        assert not found or (not limits.excess(found) and space.flops(found) >= share * costs["flops"][legal].max())
 
 
 def test_a_measured_cost_holds_between_both_bounds():

@@ -1,6 +1,7 @@
 """The report of a search, on synthetic ones: numbers, figures, the page, and the page in a real browser."""
 
 import base64
+import html
 import itertools
 import json
 import math
@@ -367,10 +368,36 @@ def test_the_best_have_a_complete_legend_and_all_costs(limited):
     assert "Predicted from a table of torch 2.0 on Cray-1,\n2 threads" in page
 
 
+def test_the_largest_stands_beside_the_winner(tmp_path):
+    out = make(tmp_path / "noise", measured=lambda c: (50 + c[0] / 10, 99.0))
+    found = SearchResults(write_report(out).parent)
+    largest, best = found.largest, found.winner
+    points = best["acc1"] - largest["acc1"]
+    error = math.hypot(*((r["acc1"] * (100 - r["acc1"]) / 500) ** 0.5 for r in (largest, best)))
+    text = f"{points:.2f} points below the best, standard error {error:.2f}: they can't be told apart"
+    page = (out / "report.html").read_text()
+    assert points > 0 and found.largest_text.endswith(text) and html.escape(text[:40]) in page
+    assert f"<td>largest</td><td>{largest['acc1']:.2f}</td>" in page and marks(out, "plane")["largest"]
+    assert all(r["architecture"] != largest["architecture"] and r["flops"] <= largest["flops"] for r in found.legal)
+
+    def text_of(name, **changes):
+        return SearchResults(make(tmp_path / name, **changes)).largest_text
+
+    largest = tuple(largest["architecture"])
+    text = text_of("better", measured=lambda c: (90 if c == largest else accuracy(c), 99.0))
+    assert re.search(r": top-1 90.00%, \d\d.\d\d points above the best, standard error \d.\d\d$", text)
+    assert text_of("failed", fails=lambda c: c == largest).endswith("FLOPs: could not be evaluated, out of memory")
+    state = json.loads(state_path(out).read_text())
+    for largest, text in ((best, "the best is the largest legal candidate of those evaluated"), (None, None)):
+        state["largest"] = largest and {**largest, "of_all": False}
+        state_path(out).write_text(json.dumps(state))
+        assert SearchResults(out).largest_text == text
+
+
 def test_the_headline_has_no_interval_below_a_warning_of_noise(tmp_path):
     """Accuracies of the first generation within their noise: an interval from their spread would deny the warning."""
     for spread, noisy in ((0.1, True), (9, False)):
-        values = iter([(random.Random(i).gauss(60, spread), 99.0) for i in range(24)])
+        values = iter([(random.Random(i).gauss(60, spread), 99.0) for i in range(25)])  # the largest, too
         changes = {"fails": lambda c: False, "measured": lambda c, values=values: next(values), "generations": 2}
         out = make(tmp_path / str(spread), **changes)
         found = SearchResults(out)

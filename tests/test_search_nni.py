@@ -190,11 +190,11 @@ def test_search_runs_on_the_loopback_interface_and_ends_by_itself(tmp_path, prox
         assert not [p for p in running if p.is_running()]
     assert "Web portal" not in (tmp_path / "log").read_text()  # NNI keeps quiet
     check_outcome(tmp_path)
-    assert len(evaluated(tmp_path)) == 8
+    assert len(evaluated(tmp_path)) == 9  # with the largest
     (experiment,) = (tmp_path / "checkpoints/search/nni").glob("????????")
     assert (
-        len(list(experiment.glob("environments/*/trials/*"))) == 6
-    )  # two a generation, and two for those of the one that died
+        len(list(experiment.glob("environments/*/trials/*"))) == 7
+    )  # two a generation, two for those of the one that died, and one for the largest
 
 
 @pytest.mark.slow
@@ -213,7 +213,8 @@ def test_interrupted_search_leaves_nothing_running_and_resumes(tmp_path):
     with hosted(tmp_path, resume=True) as (process, _):
         assert process.wait(180) == 0, (tmp_path / "log").read_text()
     check_outcome(tmp_path)
-    assert sorted(before + evaluated(tmp_path)) == sorted(c for p in expected().history for c in p)
+    largest = tuple(read_json(state_path(tmp_path))["largest"]["architecture"])
+    assert sorted(before + evaluated(tmp_path)) == sorted([largest, *(c for p in expected().history for c in p)])
 
 
 @pytest.mark.slow
@@ -443,11 +444,8 @@ def test_costs_of_a_table_reach_the_tuner_and_the_files(tmp_path, monkeypatch):
     prepare_search(tmp_path, settings, resume=False)
     nni_engine.search_with_nni(tmp_path, ["trial"], nni_engine.read_experiment(HERE / "config_search.yml"))
     tuner = EvolutionWithFlops(**json.loads(json.dumps(caught["tuner"]["classArgs"])))
-    while population := tuner.record.evolution.ask():
-        tuner.keep(
-            "id",
-            [result(c, acc1=float(c[0])) for c in population],
-        )
+    while waiting := tuner.record.waiting():
+        tuner.keep("id", [result(c, acc1=float(c[0])) for c in waiting])
     assert tuner.record.state["done"] and len(read_results(tmp_path)) == 8
     for found in read_results(tmp_path):
         flops = 1000 + sum(row[choice] for row, choice in zip(costs[0], found["architecture"]))
@@ -538,6 +536,7 @@ def test_report_has_the_ten_best_and_the_next_command(tmp_path, capsys):
     args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
     limits = Limits(SPACE, {"flops": (None, 10**9)}, banned=[(1,) * 20])
     found = types.SimpleNamespace(succeeded=results, n_failed=1, winner=results[0], space=SPACE, out=tmp_path,
+                                  largest_text="the largest",
                                   is_beyond=lambda result: limits.excess(result["architecture"]))  # fmt: skip
     search.report(found, args)
     lines = capsys.readouterr().out.splitlines()
@@ -553,3 +552,4 @@ def test_report_has_the_ten_best_and_the_next_command(tmp_path, capsys):
     search.report(found, args)
     lines = capsys.readouterr().out.splitlines()
     assert lines[12].split()[:2] == ["13", "2.00"] and lines[13] == "the best that holds, measured: rank 13"
+    assert lines[14] == "the largest"

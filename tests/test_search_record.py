@@ -6,6 +6,7 @@ import json
 import math
 import os
 
+import made_search
 import pytest
 from made_search import SPACE, result, reward, settings
 
@@ -13,6 +14,7 @@ import utils
 from engines.search_files import ranked, read_generations, read_results, state_path
 from engines.search_record import SearchRecord, prepare_search
 from space.evolution import Evolution
+from space.limits import Limits, bounds_of
 from utils import UserError, hold_lock, read_json
 
 SETTINGS = settings(seed=5)
@@ -40,12 +42,12 @@ def artefacts(out):
 
 
 def test_record_leaves_the_artefacts(tmp_path):
-    assert fill(tmp_path) == 12
+    assert fill(tmp_path) == 13  # with the largest
     files = artefacts(tmp_path)
     numbered = [f"{g:03}" for g in range(3)]
     assert files.keys() == {
         *(f"acc/{g}.jsonl" for g in numbered), *(f"id2cand/{g}.json" for g in numbered), "checkpoints/best.json",
-        *(f"checkpoints/{g}_{i:03}.json" for g in numbered for i in range(4)),
+        "checkpoints/largest.json", *(f"checkpoints/{g}_{i:03}.json" for g in numbered for i in range(4)),
     }  # fmt: skip
     results = [json.loads(line) for line in files["acc/001.jsonl"].splitlines()]
     evaluated = [r for r in results if r["acc1"] is not None]
@@ -89,11 +91,49 @@ def test_a_search_may_rank_by_the_loss(tmp_path):
     while population := evolution.ask():
         told += population
         evolution.tell({c: -reward(c) if sum(c) % 5 else None for c in population})
-    assert asked == told
+    assert asked == [*told, Limits(SPACE, bounds_of(settings)).largest()]
 
     searching.lock.close()
     with pytest.raises(UserError, match=r"other settings: --rank-by acc1 \(was loss\)"):
         prepare_search(tmp_path, SETTINGS, resume=True)
+
+
+def test_the_largest_legal_candidate_is_evaluated_last_and_changes_nothing(tmp_path, monkeypatch):
+    def ran(name, **changes):
+        record = made_search.fill(tmp_path / name, SETTINGS | changes)
+        record.lock.close()
+        found = record.state["largest"]
+        assert SPACE.load_architecture(tmp_path / name / "checkpoints" / "largest.json") == tuple(found["architecture"])
+        return found, [tuple(r["architecture"]) for r in read_results(tmp_path / name)]
+
+    whole = Limits(SPACE, bounds_of(SETTINGS)).largest()
+    found, evaluated = ran("whole")
+    assert found == {**evaluated_alone(whole), "of_all": True} and whole not in evaluated
+    assert ran("whole", generations=4)[0] == found  # is not evaluated again
+    with monkeypatch.context() as patch:  # where nothing finds it
+        patch.setattr(Limits, "largest", lambda limits: None)
+        found, same = ran("of those evaluated")
+    largest = max(evaluated, key=SPACE.flops)
+    assert same == evaluated and found == {**evaluated_alone(largest), "of_all": False}
+    with monkeypatch.context() as patch:  # where the search has evaluated it
+        patch.setattr(Limits, "largest", lambda limits: evaluated[1])
+        patch.setattr(SearchRecord, "add", forbidden_twice(SearchRecord.add))
+        assert ran("known")[0] == {**evaluated_alone(evaluated[1]), "of_all": True}
+
+
+def evaluated_alone(candidate):
+    return {"flops": SPACE.flops(candidate), "loss": None, **result(candidate)}
+
+
+def forbidden_twice(add):
+    seen = set()
+
+    def once(record, found, trial=None):
+        assert tuple(found["architecture"]) not in seen
+        seen.add(tuple(found["architecture"]))
+        return add(record, found, trial)
+
+    return once
 
 
 def test_files_do_not_depend_on_the_order_of_arrival(tmp_path):
@@ -104,13 +144,13 @@ def test_files_do_not_depend_on_the_order_of_arrival(tmp_path):
 
 def test_search_that_stops_anywhere_resumes_to_the_same_end(tmp_path):
     fill(tmp_path / "undisturbed")
-    for n in range(13):
+    for n in range(14):
         assert fill(tmp_path / str(n), stop_after=n) == n
         if n in (1, 6):  # died while writing, and again one result later
             path = sorted((tmp_path / str(n) / "acc").glob("*"))[-1]
             path.write_text(path.read_text() + '{"architecture": [1, 2')
             assert fill(tmp_path / str(n), stop_after=1) == 1
-        assert fill(tmp_path / str(n)) == 12 - n - (n in (1, 6))
+        assert fill(tmp_path / str(n)) == 13 - n - (n in (1, 6))
         assert artefacts(tmp_path / str(n)) == artefacts(tmp_path / "undisturbed")
 
 

@@ -83,6 +83,11 @@ def test_a_function_of_a_candidate_is_a_limit_beside_others():
         evolution.tell({c: 50.0 + sum(c) for c in population})
     assert set(evolution.rewards) == legal and {len(set(c)) for c in evolution.front()} <= {1, 2}
     assert limits.share(256) == pytest.approx(len(legal) / 256, abs=0.08)
+    largest = max(legal, key=space.flops)  # is known where that of the tables alone is legal, too
+    assert (
+        limits.largest() in (None, largest)
+        and Limits(space, make_bounds(space, ["kinds=4"])).largest() == space.largest()
+    )
     with pytest.raises(UserError, match=r"--limit kinds 59%: kinds is any function of a candidate, .* give a number"):
         make_bounds(space, ["kinds=59%"])
     with pytest.raises(UserError, match="--limit kinds: is any function of a candidate, which nothing solves for"):

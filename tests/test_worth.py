@@ -1,16 +1,23 @@
-"""bench/worth.py: what it draws, keeps, resumes, and concludes from rows that are made up."""
+"""bench/worth.py and lengths.py: what they draw, keep, resume, and conclude from rows that are made up."""
 
 import json
 import math
+import pathlib
 import sys
 
+import make_letters
+import matplotlib
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
-from bench import spaces, worth
+from bench import lengths, spaces, worth
 from bench import study as shared
 from engines.search_files import state_path
+from images.dataset import Data
+from settings.subjects import DataConfig
 
 
 @pytest.fixture
@@ -176,3 +183,33 @@ def test_what_matters_most_is_first(study, tmp_path):
     typical = ["retraining", 0, "", list(worth.random_legal(study, "59%"))[2], 3]
     known = missing([row for row in made_up(study) if row["key"][1:] != typical])
     assert typical not in found and known.index(typical) < known.index(["supernet", 2])
+
+
+def test_a_comparison_is_judged_by_what_its_pick_is_worth():
+    """Held-out top-1 follows val from half of the steps on; before, it is the opposite; one training is missing."""
+    names = ["winner", "largest", *(f"random {i}" for i in range(1, 7))]
+    rows = [
+        {"set": name, "seed": seed, "who": who, "steps": steps, "val": 10 * i + steps / 100, "heldout": sign * i}
+        for name, seed in (("bundled", 0), ("bundled", 1), ("letters", 0))
+        for i, who in enumerate(names)
+        for steps, sign in ((50, -1), (100, -1), (200, 1), (400, 1))
+    ]
+    found = lengths.summary([*rows[:-1], {"set": "letters", "who": "winner"}])
+    assert found.keys() == {"bundled"} and found["bundled"]["seeds"] == 2 and found["bundled"]["tau of two seeds"] == 1
+    shares = found["bundled"]["shares"]
+    assert [shares[n]["tau"] for n in ("8", "4", "2", "1")] == [-1, -1, 1, 1]
+    assert [shares[n]["regret"] for n in ("8", "4", "2", "1")] == [70, 70, 0, 0]
+    assert shares["4"]["chosen"] == 1 and shares["4"]["alone: random 1"] == 24
+
+
+def test_letters_are_drawn_from_fonts(tmp_path):
+    fonts = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf")
+    make_letters.main(["--fonts", str(fonts), "--out", str(tmp_path / "letters")])
+    data = Data(tmp_path / "letters", DataConfig(28, 28, heldout_per_class=2, group_by="(.*)_"))
+    assert data.classes == tuple(make_letters.LETTERS) and len(data.val) >= 16 * 2
+    families = [{pathlib.Path(path).name.partition("_")[0] for path in part.paths} for part in (data.train, data.val)]
+    assert {"dejavusans", "dejavuserif"} <= families[0] | families[1] and not families[0] & families[1]
+    names = [path.rpartition("_")[0] for path in data.images("supernet").paths]
+    assert not set(names) & {path.rpartition("_")[0] for path in data.images("search").paths}
+    pixels = {np.asarray(Image.open(path)).tobytes() for path in (tmp_path / "letters" / "train").rglob("dejavusans_*")}
+    assert len(pixels) > 16

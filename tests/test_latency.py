@@ -144,7 +144,7 @@ def test_the_real_clock_measures_and_the_command_writes_its_file(tmp_path, monke
             assert second == first + 2
             patch.delattr(timing.time, name)
     monkeypatch.setattr(timing, "run_timed", clock[0])
-    monkeypatch.setattr(tester, "open_space", lambda args: SPACE)
+    monkeypatch.setattr(tester, "open_space", lambda args: (SPACE, None))
     words = ("--mode", "latency", "--latency-batch-size", 2, "--threads", 1, "--device", "cpu", "--out", tmp_path)
     stdout, _ = run("tester.py", *words)
     found = read_json(tmp_path / "latency.json")
@@ -387,7 +387,7 @@ def test_graphs_that_are_put_together_are_those_of_networks(space):
 @needs_onnx
 def test_onnx_runtime_measures_and_the_command_writes_its_file(tmp_path, monkeypatch, clock):
     monkeypatch.setattr(timing, "run_timed", clock[0])
-    monkeypatch.setattr(tester, "open_space", lambda args: SPACE)
+    monkeypatch.setattr(tester, "open_space", lambda args: (SPACE, None))
     words = ("--mode", "latency", "--runtime", "onnxruntime", "--threads", 1, "--out", tmp_path)
     stdout, _ = run("tester.py", *words)
     found = latency.read_table(tmp_path / "latency.json", SPACE)
@@ -421,7 +421,7 @@ def phone(pretended, monkeypatch):
 
 def test_a_table_of_another_device_is_that_of_a_measurement_here(clock, phone, tmp_path, monkeypatch):
     """The same networks at the same speed give the same table."""
-    monkeypatch.setattr(tester, "open_space", lambda args: SPACE)
+    monkeypatch.setattr(tester, "open_space", lambda args: (SPACE, None))
     words = ("--mode latency --threads 1 --elsewhere", tmp_path / "phone", "--out", tmp_path)
     stdout, _ = run("tester.py", *words)
     assert re.search(r"phone: \d+ networks, 3\.0 MB; on the device, run python on_device\.py in it\nnext: ", stdout)

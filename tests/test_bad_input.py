@@ -207,7 +207,7 @@ NEWCOMER = [
     ("supernet --width-warmup 9 --batch-size 4", None, "--width-warmup 9: this search space has no widths"),
     ("supernet --architecture best.json", None, "--architecture has no effect with a --space other than channels"),
     ("supernet --space channels", None, "--space channels: needs --architecture FILE"),
-    ("supernet --space tiny", None, "--space tiny: neither blocks, joint, channels, small, varied, mobile nor a YAML file"),
+    ("supernet --space tiny", None, "tiny: neither blocks, joint, channels, small, varied, mobile nor a YAML file"),
     ("supernet --operations none.py", None, "--own none.py: No such file"),
     (
         "supernet --heldout-per-class 4",

@@ -464,7 +464,7 @@ def retrain_command(args):
     """
     known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
     words = ["--architecture", best_path(args)]
-    for name in ("data_dir", "loader", "workers", "cache", "seed"):
+    for name in ("data_dir", "loader", "memory_gb", "workers", "cache", "seed"):
         if getattr(args, name) != getattr(known, name):
             words += [flag(name), str(getattr(args, name))]
     text = command("scratch.py", Run.of(vars(args)), args.own, *words)

@@ -183,8 +183,8 @@ class Study:
 
     def supernets(self, rules, seeds, steps):
         """The Tasks of all supernets, seed by seed."""
-        parts = {part: n for rule in rules for part, n in self.share(rule, steps).items()}
-        return [self.supernet(seed, rule=part, steps=n) for seed in range(seeds) for part, n in parts.items()]
+        parts = dict.fromkeys(part for rule in rules for part in self.share(rule, steps).items())
+        return [self.supernet(seed, rule=part, steps=n) for seed in range(seeds) for part, n in parts]
 
     def share(self, rule, steps):
         """{part: its steps} of a rule whose parts share the CPU-seconds of `steps` of the paper's rule."""
@@ -226,7 +226,7 @@ def relative_cost(words, space, rule):
 def read_truth(path, space):
     """The rows {"architecture", "acc1"} of a file of accuracies; of networks that the demo's trained longest."""
     if pathlib.Path(path).name == macro.TRUTH.name:
-        published = macro.load_truth()
+        published = macro.load_truth(path)
         found = [(network, acc1) for network in macro.some_distinct() for acc1 in published[network]["test_acc"]]
         rows = [{"architecture": [*map(int, network)], "acc1": acc1} for network, acc1 in found]
     else:
@@ -300,8 +300,9 @@ def rows_of_rules(of, rules, scores, seeds, steps, networks, true):
         top1 = ", ".join(f"{statistics.fmean(one[c]['acc1'] for c in networks):.1f}" for one in found.values())
         for score in scores:
             values = {seed: [SCORES[score](one[c]) for c in networks] for seed, one in found.items()}
-            before = first.setdefault(score, values)
-            pairs = [(values[seed], before[seed]) for seed in values.keys() & before.keys()]
+            if rule == rules[0]:
+                first[score] = values
+            pairs = [(values[seed], before) for seed, before in first.get(score, {}).items() if seed in values]
             more = gain(*zip(*pairs), true) if pairs and rule != rules[0] else ""
             cells = more, top1, " + ".join(map(str, share.values())), f"{costs[-1]:.0f}"
             rows.append(row(f"{rule}, {score}", [*values.values()], true, *cells))

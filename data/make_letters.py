@@ -71,6 +71,8 @@ def main(argv=None):
         chosen = [found for path in (paths[0], paths[-1])[: min(FACES, len(paths))] if (found := letters(path))]
         if chosen:
             drawn[family] = chosen
+    if not drawn:
+        parser.error(f"--fonts {options.fonts}: has no fonts with these letters")
     order = sorted(drawn, key=lambda family: hashlib.sha256(family.encode()).digest())
     for i, family in enumerate(order):
         for number, found in enumerate(drawn[family]):

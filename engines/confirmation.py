@@ -16,12 +16,12 @@ def confirm(out, table):
     once they are measured; until then, returns False.
     """
     record = SearchRecord(out)
+    known = record.state.get("largest")  # not of searches of before, which asked another device for the optimum
     record.pending()  # replays the search
     evolution, space = record.evolution, record.space
     best = (evolution.front() if evolution.objectives else evolution.legal_ranked())[:10]
     folder = None
-    known = record.state.get("largest")
-    largest = space.check(known["architecture"]) if known else evolution.limits.largest()
+    largest = space.check(known["architecture"]) if known else evolution.limits.optimum("flops", -1)
     more = [largest] if largest and largest not in best else []
     if table.get("elsewhere"):
         folder = out / "device" / f"{evolution.generation:03}"

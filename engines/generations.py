@@ -58,7 +58,7 @@ def difference_text(result, other, name):
     points = result["acc1"] - other["acc1"]
     error = math.hypot(*(standard_error(r)[0] for r in (result, other)))
     side = "above" if points >= 0 else "below"
-    apart = "" if abs(points) >= 2 * error else ": they can't be told apart"
+    apart = "" if abs(points) > 2 * error else ": they can't be told apart"
     return f"{abs(points):.2f} points {side} {name}, standard error {error:.2f}{apart}"
 
 

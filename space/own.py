@@ -29,7 +29,7 @@ from utils import HERE, UserError, commit
 REGISTRIES = {"operation": blocks.OPERATIONS, "rule": {}, "cost": {}, "searcher": {}}  # kind -> {name: what it has}
 # Names that a file must not take: for costs, also those of other numbers in the results of a search.
 RESULTS = ("architecture", "acc1", "acc1_error", "acc5", "loss", "n_images", "seconds", "halves", "score", "error",
-           "trial", "generation", "latency_ms")  # fmt: skip
+           "trial", "generation", "latency_ms", "measured_ms", "holds", "of_all")  # fmt: skip
 OFFICIAL = {"operation": OPERATIONS, "rule": ("spos",), "cost": COSTS + RESULTS, "searcher": ("evolution", "random")}
 FLAGS = {"rule": "--rule", "cost": "--limit", "searcher": "--strategy"}
 REGISTERS = {"register": "operation", "register_rule": "rule", "register_cost": "cost", "register_searcher": "searcher"}
@@ -133,20 +133,13 @@ def load(path):
         return
     before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
     try:
-        spec = importlib.util.spec_from_file_location("own", path)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:
+        with in_one_line(f"--own {path}"):
+            new = _execute(path, before)
+    except UserError:
         for kind, registry in REGISTRIES.items():
             registry.clear()
             registry.update(before[kind])
-        raise UserError(f"--own {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    new = {kind: {name: found for name, found in registry.items()
-                  if before[kind].get(name) is not found and not (name in OFFICIAL[kind] and _is_projects(found))}
-           for kind, registry in REGISTRIES.items()}  # fmt: skip
-    for kind, found in new.items():
-        if taken := sorted(found.keys() & set(OFFICIAL[kind])):
-            REGISTRIES[kind].update(before[kind])
-            raise UserError(f"--own {path}: {taken[0]!r} is the name of an official {kind}")
+        raise
     if not any(new.values()):
         others = ", ".join(name for name in REGISTERS if name != "register")
         how = f"blocks.register(name), or with {others} of space.own"
@@ -160,6 +153,19 @@ def load(path):
             search_space.SAME_OPERATIONS |= {whole[:16]: digest, _hash(text, found.values()): digest}
     hashes.update(digests)
     loaded[whole] = new, digests, path
+
+
+def _execute(path, before):
+    """{kind: {name: what a file registers}}; `before`, the same of before. Raises UserError for an official name."""
+    spec = importlib.util.spec_from_file_location("own", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    new = {kind: {name: found for name, found in registry.items()
+                  if before[kind].get(name) is not found and not (name in OFFICIAL[kind] and _is_projects(found))}
+           for kind, registry in REGISTRIES.items()}  # fmt: skip
+    for kind, found in new.items():
+        if taken := sorted(found.keys() & set(OFFICIAL[kind])):
+            raise UserError(f"{taken[0]!r} is the name of an official {kind}")
+    return new
 
 
 def _hash(source, found, kind=None):

@@ -467,7 +467,12 @@ def test_a_search_for_another_device_goes_on_when_its_best_are_measured_there(wo
     results = read_json(folder / "results.json")
     slow = {elsewhere.name_of(c): [1.38 * true_ns(c)] for c in candidates[4:]}  # in relation to the references
     write_json(folder / "results.json", results | {"ns": results["ns"] | slow})
-    _, stderr = run("search.py", *words, "--resume")
+    state = read_json(state_path(tmp_path))
+    write_json(state_path(tmp_path), {name: value for name, value in state.items() if name != "largest"})  # of before
+    with monkeypatch.context() as patch:
+        patch.setattr(Limits, "largest", lambda limits: tuple(state["best"]["architecture"]))
+        patch.setattr(Limits, "optimum", lambda *_: candidates[-1])
+        _, stderr = run("search.py", *words, "--resume")
     largest = candidates[-1]
     ms = milliseconds(1.38 * true_ns(largest) / 1e6)
     assert f"the largest legal candidate, {list(largest)}: measured {ms} ms" in stderr

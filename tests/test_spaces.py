@@ -156,6 +156,9 @@ def test_a_page_of_little(study):
     assert "nothing to compare yet" in spaces.page(study, ["spos"], ["loss"], 2, 12)
     train_all(study)
     assert "FLOPs" in spaces.page(study, ["spos"], ["loss"], 2, 12)
+    keep_costs(study, fair=3.0)
+    score_all(study, "fair", 0, study.candidates.index, steps=4)
+    assert table(spaces.page(study, ["spos", "fair"], ["loss"], 2, 12))["fair, loss"][3] == ""  # no gain over itself
 
 
 def test_a_gain_is_none_where_the_interval_holds_zero(monkeypatch):

@@ -202,7 +202,10 @@ def test_a_comparison_is_judged_by_what_its_pick_is_worth():
     assert shares["4"]["chosen"] == 1 and shares["4"]["alone: random 1"] == 24
 
 
-def test_letters_are_drawn_from_fonts(tmp_path):
+def test_letters_are_drawn_from_fonts(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_letters.main(["--fonts", str(tmp_path)])
+    assert f"--fonts {tmp_path}: has no fonts" in capsys.readouterr().err
     fonts = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf")
     make_letters.main(["--fonts", str(fonts), "--out", str(tmp_path / "letters")])
     data = Data(tmp_path / "letters", DataConfig(28, 28, heldout_per_class=2, group_by="(.*)_"))

@@ -34,6 +34,7 @@ OFFICIAL = {"operation": OPERATIONS, "rule": ("spos",), "cost": COSTS + RESULTS,
 FLAGS = {"rule": "--rule", "cost": "--limit", "searcher": "--strategy"}
 REGISTERS = {"register": "operation", "register_rule": "rule", "register_cost": "cost", "register_searcher": "searcher"}
 hashes = {}  # (kind, name) -> hash of the code that the kind uses, of what a file has registered
+SAME_RULES = {}  # hash of rules, in checkpoints of before -> the hash that is used now
 loaded = {}  # SHA-256 of a file -> ({kind: {name: what it has registered}}, the hashes of these, its path)
 
 
@@ -151,6 +152,8 @@ def load(path):
         digests.update({(kind, name): digest for name in found})
         if kind == "operation" and found:  # checkpoints of before have the hash of the whole file, or that of then
             search_space.SAME_OPERATIONS |= {whole[:16]: digest, _hash(text, found.values()): digest}
+        if kind == "rule" and found:
+            SAME_RULES[_hash(text, found.values())] = digest
     hashes.update(digests)
     loaded[whole] = new, digests, path
 

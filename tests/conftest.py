@@ -39,7 +39,7 @@ utils.UserError.of_commands = True  # messages name flags
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-REGISTERED = (*own.REGISTRIES.values(), own.hashes, own.loaded, search_space.SAME_OPERATIONS)
+REGISTERED = (*own.REGISTRIES.values(), own.hashes, own.loaded, own.SAME_RULES, search_space.SAME_OPERATIONS)
 AT_START = [known.copy() for known in REGISTERED]
 
 

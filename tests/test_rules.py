@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from network import ShuffleNetV2, ShuffleNetV2OneShot
 from space import own, search_space
 from space.sampler import PathSampler
 from space.weight_files import load
-from training.checkpoint import newest
+from training.checkpoint import check_settings, newest
 from training.loop import train
 from training.run import TrainingRun, contents_of, described
 from training.step import Step, single_path
@@ -431,6 +432,14 @@ def test_a_hash_sees_what_a_call_registers_and_what_a_try_binds(tmp_path):
     for old, new in (("turned, 7", "turned, 8"), ("pi as half", "e as half")):
         found = hashes(path, OPERATION + ELSEWHERE.replace(old, new))
         assert found["rule"] != before["rule"] and found["operation"] == before["operation"]
+
+
+def test_a_run_of_before_resumes_whose_rule_had_another_hash(tmp_path):
+    text = OPERATION + ELSEWHERE
+    now = {"settings": {"rule_code": hashes(tmp_path / "own.py", text)["rule"]}, "data": None}
+    then = now | {"settings": {"rule_code": own._hash(text, [own.find("rule", "turned")])}}
+    assert then != now
+    check_settings(types.SimpleNamespace(content=then), now, tmp_path)
 
 
 COST = """

@@ -10,6 +10,7 @@ from images.dataset import Data
 from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
 from settings.subjects import SUBJECTS, DataConfig
+from space.own import SAME_RULES
 from space.search_space import SearchSpace
 from space.weight_files import CHECKPOINT_VERSION, load, load_weights
 from utils import UserError, atomic_write, log
@@ -182,6 +183,8 @@ def check_settings(ckpt, content, folder):
 
     def known(content):
         given = {name: value for name, value in content["settings"].items() if value is not None}
+        if code := given.get("rule_code"):
+            given["rule_code"] = SAME_RULES.get(code, code)
         return (DataConfig.from_dict(content["data"]).to_dict() if content["data"] else {}) | given
 
     before = ckpt.content["settings"]

@@ -102,7 +102,7 @@ class SearchSpace:
     architecture: tuple = ()
     classifier_bias: bool = False
     operations_hash: str = ""
-    given_costs: Costs | None = None
+    given_costs: Costs | None = dataclasses.field(default=None, hash=False)  # own costs are a dict
     stage_operations: tuple = ()
     image_channels: int = 3
 

@@ -49,6 +49,7 @@ def everything():
 
 def test_a_table_is_a_cost_as_flops_are():
     space = with_costs("energy")
+    assert hash(space) == hash(SPACE)
     energy = {c: sum(4.6e-9 * f[i] + 640e-9 * p[i] for f, p, i in zip(space.costs.flops, space.costs.params, c))
               for c in everything()}  # fmt: skip
     scale = space.costs.own["energy"].scale

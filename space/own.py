@@ -56,7 +56,7 @@ class Cost(NamedTuple):
 
 
 def register_cost(name, unit=""):
-    """A decorator that registers a cost of candidates, which are to have little of it, by name.
+    """A decorator that registers a cost of candidates by name; less of it is better.
 
     A function of a SearchSpace, `cost(space)`, returns a table in the unit: for every block the costs of its choices,
     those of `space.block_operations` (with widths, each at every width). The cost of a candidate is their sum.
@@ -311,7 +311,8 @@ def _own_cost(space, name, cost):
     expected = [len(row) for row in space.choice_flops]
     if [len(row) for row in table] != expected or not all(0 <= n < math.inf for row in table for n in row):
         what = f"rows of {expected} numbers from 0, the choices of each block"
-        raise UserError(f"--own: cost {name!r} returns no table with {what}; of a candidate: {name}(space, candidate)")
+        advice = f"a function of a candidate is {name}(space, candidate)"
+        raise UserError(f"--own: cost {name!r} returns no table with {what}; {advice}")
     highest = sum(map(max, table))
     scale = 10.0 ** (9 - math.ceil(math.log10(highest))) if highest else 1.0  # nine digits, so that sums are exact
     return OwnCost(cost.unit, scale, tuple(tuple(round(n * scale) for n in row) for row in table), code=code)

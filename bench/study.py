@@ -6,7 +6,6 @@ A study writes each result as soon as it exists, and skips what it finds there: 
 import argparse
 import concurrent.futures
 import contextlib
-import itertools
 import json
 import os
 import pathlib
@@ -108,7 +107,7 @@ def random_legal(space, bounds, n, seed=0):
 
 def largest_legal(space, most):
     """The candidate of the most FLOPs, up to `most`; of equals, the one that comes first."""
-    return max((c for c in itertools.product(*map(range, space.choices)) if space.flops(c) <= most), key=space.flops)
+    return Limits(space, {"flops": (None, most)}).largest()
 
 
 # --- processes ------------------------------------------------------------------------------------------------

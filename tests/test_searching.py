@@ -69,7 +69,7 @@ def test_a_table_is_a_cost_as_flops_are():
     assert describe(bounds, space.costs.own) == f"energy up to {ranked[100]:.4g} mJ"
     assert len(idle_limits(space, ["energy=9mJ"])) == 1 and not idle_limits(space, ["energy=50%"])
     with pytest.raises(UserError, match=rf"limit 1e-05 mJ is below the lowest .*, {ranked[0]:.4g} mJ; raise --limit"):
-        Limits(space, make_bounds(space, ["energy=0.00001"])).check()
+        Limits(space, make_bounds(space, ["energy=1e-05mJ"])).check()  # as costs are shown
 
 
 def test_a_function_of_a_candidate_is_a_limit_beside_others():

@@ -248,7 +248,7 @@ def retrain(args, folder):
     space, candidate = chosen(args, search, start.config, start.data)
     loader = start.loader("train", augment=True)
     validation = start.validation("val")
-    run = start.run(space, loader, architecture=list(candidate), images=start.data.names)
+    run = start.run(space, loader, architecture=list(candidate))
     for text in changes:
         utils.log.info(text)
     if args.architecture and not search:

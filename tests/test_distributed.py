@@ -407,8 +407,8 @@ def _started_with(rank, folder, change):
     own |= {"workers": 1, "keep": 3} | (change if rank else {})
     training.run.code_version = lambda: own["code"]
     decide = deciding({name: own[name] for name in ("lr", "workers", "keep")})
-    contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"]}
-    TrainingRun(folder, "supernet", contents, decide).start(torch.device("cpu"), 0, images=own["images"])
+    contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"], "images": own["images"]}
+    TrainingRun(folder, "supernet", contents, decide).start(torch.device("cpu"), 0)
 
 
 @pytest.mark.parametrize(

@@ -446,13 +446,13 @@ def kill(number):
 
 
 def fail():
-    raise UserError("no batch")
+    raise ValueError("no batch")  # of a data set in Python, say
 
 
 @pytest.mark.parametrize("at, ends", [(4, signal.SIGTERM), (4, signal.SIGINT), (4, None), (1, signal.SIGTERM)])
 def test_what_ends_the_wait_for_a_batch_leaves_the_last_step_saved(tmp_path, caplog, at, ends):
     """A signal, or an error of the loader."""
-    how, error = (lambda: kill(ends), SystemExit) if ends else (fail, UserError)
+    how, error = (lambda: kill(ends), SystemExit) if ends else (fail, ValueError)
     caplog.set_level("INFO", "spos")
     with pytest.raises(error):
         supernet_run(tmp_path, settings(iterations=5), images=Ending(at, how))
@@ -462,7 +462,7 @@ def test_what_ends_the_wait_for_a_batch_leaves_the_last_step_saved(tmp_path, cap
 
 
 def test_a_validation_that_fails_leaves_its_step_saved(tmp_path):
-    with pytest.raises(UserError, match="no batch"):
+    with pytest.raises(ValueError, match="no batch"):
         supernet_run(tmp_path, settings(iterations=4, val_every=2), validate=lambda step: fail())
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000002.pth"]
     supernet_run(tmp_path, settings(iterations=4, val_every=2))
@@ -777,7 +777,9 @@ def test_an_error_in_the_update_or_in_saving_is_the_one_that_is_seen(tmp_path, m
     monkeypatch.setattr(training.checkpoint, "save", lambda *_, **__: (_ for _ in ()).throw(UserError("disk full")))
     with pytest.raises(ValueError, match="first"):
         fails(tmp_path / "save", "forward", ValueError("the first error"))
-    assert "nothing is saved: disk full" in caplog.text
+    with pytest.raises(ValueError, match="no batch"):
+        supernet_run(tmp_path / "wait", settings(iterations=5), images=Ending(4, fail))
+    assert caplog.text.count("nothing is saved: disk full") == 2
 
 
 @pytest.mark.parametrize(

@@ -491,8 +491,6 @@ class Given:
 
 
 class _Labels:
-    halves = None  # no halves of these images are told apart
-
     def __init__(self, labels):
         self.labels = labels
 

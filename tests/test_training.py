@@ -445,8 +445,8 @@ def kill(number):
     time.sleep(0)  # the handler runs
 
 
-def fail():
-    raise ValueError("no batch")  # of a data set in Python, say
+def fail(error=None):
+    raise error or ValueError("no batch")  # of a data set in Python, say
 
 
 @pytest.mark.parametrize("at, ends", [(4, signal.SIGTERM), (4, signal.SIGINT), (4, None), (1, signal.SIGTERM)])
@@ -758,12 +758,21 @@ def fails(folder, when, error, **changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4])
-def test_an_error_before_the_update_loses_no_step(tmp_path, monkeypatch, micro_batch):
+@pytest.mark.parametrize(
+    ("micro_batch", "function"),
+    [(None, None), (4, None), (None, "Step.learning_rate"), (None, "PathSampler.candidate")],
+)
+def test_an_error_before_the_update_loses_no_step(tmp_path, monkeypatch, micro_batch, function):
+    """In the forward pass, or in a function that is asked before."""
     monkeypatch.setattr(training.run, "described", lambda thing: "")  # as the paper's rule, with which it resumes
     changes = {"iterations": 6, "micro_batch": micro_batch}
-    with pytest.raises(ValueError, match="of the program"):
-        fails(tmp_path / "failed", "forward", ValueError("of the program"), **changes)
+    error = ValueError("of the program")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="of the program"):
+        if function:
+            owner, name = function.split(".")
+            known = getattr(globals()[owner], name)
+            patch.setattr(globals()[owner], name, lambda own, step: fail(error) if step == 4 else known(own, step))
+        fails(tmp_path / "failed", "forward", error, **changes)
     assert [path.name for path in checkpoints(tmp_path / "failed")] == ["checkpoint-0000003.pth"]
     for name in ("failed", "whole"):
         supernet_run(tmp_path / name, settings(**changes), validate=None)

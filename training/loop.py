@@ -91,8 +91,8 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
         closing.enter_context(state)
         state.finish_validation()
         for number, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
-            candidate = state.candidate_at(number)
             with state.saved_on_error():
+                candidate = state.candidate_at(number)
                 loss, logits = step.train_one_step(number, images, labels, candidate)
             state.after(number, candidate, loss, logits, labels)
     return state.metrics

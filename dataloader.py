@@ -146,8 +146,7 @@ class Loader:
             image = _decode(os.path.join(images.root, images.paths[index]), config)
             return _resized(image, config) if config.crop_padding else np.asarray(image)
 
-        decoder = Loader(images, config, False, backend="memory").decoder
-        return InMemory(images, config, decoder, read, self.device, self.cache, self.memory_gb)
+        return InMemory(images, config, self.decoder, read, self.device, self.cache, self.memory_gb)
 
     def advice(self):
         """A line where the images are small, would fit in memory, and are not there; or None."""
@@ -491,8 +490,6 @@ class Given:
 
 
 class _Labels:
-    halves = None  # no halves of these images are told apart
-
     def __init__(self, labels):
         self.labels = labels
 

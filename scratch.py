@@ -238,7 +238,8 @@ def chosen(args, search, config, data):
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
     own.load(args.own)  # first: the record of a search is read with its hash of own operations
-    given = args.architecture or args.space or checkpoint.newest(folder)  # the published one, of a run of before
+    known = distributed.on_rank0(lambda: checkpoint.newest(folder))  # of the published one, as it was started before
+    given = args.architecture or args.space or known
     if not given and setting_in(args.config, "supernet", "space") not in (None, "blocks"):
         raise utils.UserError(no_architecture(args))
     search = args.architecture and searched(args.architecture)
@@ -248,7 +249,7 @@ def retrain(args, folder):
     space, candidate = chosen(args, search, start.config, start.data)
     loader = start.loader("train", augment=True)
     validation = start.validation("val")
-    run = start.run(space, loader, architecture=list(candidate), images=start.data.names)
+    run = start.run(space, loader, architecture=list(candidate))
     for text in changes:
         utils.log.info(text)
     if args.architecture and not search:

@@ -44,7 +44,7 @@ class FixedBatches:
     @property
     def second_halves(self):
         """For each batch of an iteration, which of its images are in the second half (N,); None where none is told."""
-        halves = self.loader.images.halves
+        halves = getattr(self.loader.images, "halves", None)
         own = self.plan[self.rank :: self.world_size]
         return [None if halves is None else torch.from_numpy(halves[samples[:, 1]] == 1) for samples in own]
 

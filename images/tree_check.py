@@ -53,18 +53,20 @@ def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, given=
         raise UserError(f"{folder}: {counts} of {len(paths)} images, {len(problems)} wrong folders; {way}")
     image_check.remember(folder, before, found.counts, cache)
     sizes = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
-    print(f"{folder}: {sizes}, {counts}; recorded", *_unsuited(found, config, given, len(paths)), sep="\n", flush=True)
+    unsuited = _unsuited(found, config, given, train, len(paths))
+    print(f"{folder}: {sizes}, {counts}; recorded", *unsuited, sep="\n", flush=True)
     if group_by or "heldout_per_class" in given:
         numbers = number_groups(train, group_by, "train")
         heldout = draw_heldout(train, config, numbers)
     if group_by:
-        lines = grouping_warnings(train, group_by)
-        print(*lines, describe(train, numbers, heldout, config.heldout_per_class, len(groups)), sep="\n")
+        print(describe(train, numbers, heldout, config.heldout_per_class, len(groups)))
 
 
-def _unsuited(found, config, given, n):
+def _unsuited(found, config, given, train, n):
     """Lines on what settings don't suit: those of ImageNet, where the images are others."""
     if found.grey > n / 2 and config.jitter:
         yield f"{found.grey} of {n} images are greyscale: their saturation can't vary; try jitter: 0"
     if found.small > n / 2 and "input_size" in given:
         yield f"{found.small} of {n} images are smaller than the input: try less than input-size {config.input_size}"
+    if config.group_by:
+        yield from grouping_warnings(train, config.group_by)

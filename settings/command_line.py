@@ -129,7 +129,7 @@ class Parser(argparse.ArgumentParser):
         like = difflib.get_close_matches(str(name).replace("_", "-"), sorted(known), 1)
         if not like:
             return ""
-        return ", but another command has" if like[0] == name else f": did you mean {like[0]!r}?"
+        return ", but another command has it" if like[0] == name else f": did you mean {like[0]!r}?"
 
     def check_settings(self, path, section, settings):
         """Checks settings from a file (flag without dashes -> value). Returns them as {attribute: value}.

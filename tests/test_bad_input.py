@@ -186,7 +186,7 @@ NEWCOMER = [
     (
         "supernet",
         "supernet: {population: 3}",
-        "has no setting 'population' (section 'supernet'), but another command has",
+        "has no setting 'population' (section 'supernet'), but another command has it",
     ),
     ("supernet", "common: {warm-up: 3}", "has no setting 'warm-up' (section 'common'): did you mean 'warmup'?"),
     ("supernet", "common: {jiter: 3}", "has no setting 'jiter' (section 'common'): did you mean 'jitter'?"),

@@ -277,6 +277,8 @@ def test_a_check_names_the_groups_that_train_and_val_share(tree, tmp_path):
     assert len(re.findall("is in train and val", stdout)) == 21
     assert "groups: 36 of the 36 images of train, 9 held out with 9 images; 21 in train and val" in stdout
     assert "36 groups of 36 images: each is on its own" in stdout
+    stdout, _ = run("dataloader.py", "--check", tree, "--group-by", "jpg", "--cache", tmp_path, code=2)
+    assert "all 36 images of train are in one group" in stdout
     data = Data(tree, dataclasses.replace(CONFIG, group_by="(.*)[.]"), tmp_path)
     assert any("21 groups of images are in train and val" in text for text in data.warnings)
 

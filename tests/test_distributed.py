@@ -330,6 +330,14 @@ def test_a_rank_that_does_not_come_is_waited_for_aloud(variables, capsys, caplog
     assert error.count("\n") == 1 and f"1 of 3 processes came to 127.0.0.1:{port} in 0 minutes" in error
 
 
+def test_processes_that_torchrun_restarts_find_a_store_without_what_was_left(monkeypatch):
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for count in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert distributed._store_of_all(0, 1, server.host, server.port).add("came", 0) == 1
+
+
 def test_a_batch_that_can_not_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr("training.distributed.world_size", lambda: 8)
     assert per_rank_batch_size(1024) == 128 and per_rank_batch_size(16) == 2
@@ -407,8 +415,8 @@ def _started_with(rank, folder, change):
     own |= {"workers": 1, "keep": 3} | (change if rank else {})
     training.run.code_version = lambda: own["code"]
     decide = deciding({name: own[name] for name in ("lr", "workers", "keep")})
-    contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"]}
-    TrainingRun(folder, "supernet", contents, decide).start(torch.device("cpu"), 0, images=own["images"])
+    contents = {"space": SPACE.to_dict(), "split": own["split"], "classes": own["classes"], "images": own["images"]}
+    TrainingRun(folder, "supernet", contents, decide).start(torch.device("cpu"), 0)
 
 
 @pytest.mark.parametrize(

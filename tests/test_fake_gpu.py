@@ -89,10 +89,12 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("fold", [True, False])
 def test_candidates_are_evaluated_on_the_device_without_waiting_for_it(fake_gpu, counted, fold):
     supernet, validation = ShuffleNetV2OneShot(space=SPACE), Halved(batches(3))
-    validation.second_halves = [torch.arange(len(labels), device="cpu") > 1 for _, labels in validation]
+    numbers = [torch.arange(len(labels), device="cpu") for _, labels in validation]
+    validation.second_halves = [n > 1 for n in numbers]
+    validation.groups = torch.full((3,), 4, device="cpu"), [n % 3 for n in numbers]
     with NoSynchronisation(), pytest.raises(Evaluated):
         evaluation.evaluate(supernet, PATHS, batches(2), validation, fold=fold)
-    assert [(c.device.type, c.shape) for c in counted] == [("cuda", (6,))] * 3
+    assert [(c.device.type, c.shape) for c in counted] == [("cuda", (9,))] * 3
 
 
 def test_a_network_is_evaluated_on_the_device_without_waiting_for_it(fake_gpu, counted):

@@ -227,6 +227,7 @@ def test_the_commands_take_it(tree, tmp_path):
     paths = tmp_path / "straight.pth", *(tmp_path / out / folder / "checkpoint-0000004.pth" for out in "ab")
     models = [torch.load(path, weights_only=True)["model"] for path in paths]
     assert all(torch.equal(models[0][name], model[name]) for model in models[1:] for name in model)
+    run("supernet.py", words, "--loader torchvision", "--out", tmp_path / "b")  # not said again: it has a loader
     log = (tmp_path / "b" / folder / "run.log").read_text()
     assert log.count("--loader memory would load these images faster") == 1
     assert "would load" not in (tmp_path / "a" / folder / "run.log").read_text()

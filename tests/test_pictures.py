@@ -62,7 +62,7 @@ def test_what_is_not_read_is_refused_by_name(tmp_path, name):
 
 
 def test_a_folder_stands_for_its_images_of_which_flat_ones_are_named(tmp_path, caplog):
-    for name in ("b.png", "a/c.PNG", "a/notes.txt", "a/.hidden.png", "a.png"):
+    for name in ("b.png", "a/c.PNG", "a/notes.txt", "a/.hidden.png", ".thumbnails/a.png", "a.png"):
         (tmp_path / "icons" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGBA", (9, 9), (255, 255, 255, 9 * len(name))).save(tmp_path / "icons" / name, "PNG")
     Image.new("L", (9, 9), 255).save(tmp_path / "opaque.png")

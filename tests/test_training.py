@@ -39,7 +39,8 @@ SPACE = SearchSpace(  # tensors of whole vectors of 16 floats, so that a written
     stem_channels=16, last_channels=32,
 )  # fmt: skip
 FULL = SearchSpace(input_size=32, n_classes=3, stem_stride=1)
-CONTENTS = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"]}
+CONTENTS = {"space": SPACE.to_dict(), "data": {}, "split": None, "classes": ["a", "b", "c"],
+            "images": {"train": "9 images"}}  # fmt: skip
 
 
 class Images:
@@ -317,12 +318,13 @@ def test_a_checkpoint_that_lacks_what_training_needs_is_a_line(tmp_path):
 def test_a_run_on_other_images_is_refused(tmp_path):
     supernet_run(tmp_path, settings(iterations=2))
     for key, value, says in (
-        ("classes", ["a", "b", "d"], "now without 'c' and with 'd'"),
-        ("split", {"seed": 1}, r"--split-seed 1 \(was None\)"),
+        ("classes", ["a", "b", "d"], "trained with other classes: now without 'c' and with 'd'; "),
+        ("split", {"seed": 1}, r"trained with another split: --split-seed 1 \(was None\); "),
+        ("images", {"train": "8 images"}, "train had 9 images; now it has 8 images; "),
     ):
         run = training_run(tmp_path, settings(iterations=2))
         run.contents[key] = value
-        with pytest.raises(UserError, match=f"trained with another {key}: {says}; .*--resume none"):
+        with pytest.raises(UserError, match=f"{says}.*--resume none"):
             train(ShuffleNetV2OneShot(space=SPACE), Images(), settings(iterations=2), PathSampler(SPACE, 0), run=run)
 
 
@@ -443,14 +445,14 @@ def kill(number):
     time.sleep(0)  # the handler runs
 
 
-def fail():
-    raise UserError("no batch")
+def fail(error=None):
+    raise error or ValueError("no batch")  # of a data set in Python, say
 
 
 @pytest.mark.parametrize("at, ends", [(4, signal.SIGTERM), (4, signal.SIGINT), (4, None), (1, signal.SIGTERM)])
 def test_what_ends_the_wait_for_a_batch_leaves_the_last_step_saved(tmp_path, caplog, at, ends):
     """A signal, or an error of the loader."""
-    how, error = (lambda: kill(ends), SystemExit) if ends else (fail, UserError)
+    how, error = (lambda: kill(ends), SystemExit) if ends else (fail, ValueError)
     caplog.set_level("INFO", "spos")
     with pytest.raises(error):
         supernet_run(tmp_path, settings(iterations=5), images=Ending(at, how))
@@ -460,7 +462,7 @@ def test_what_ends_the_wait_for_a_batch_leaves_the_last_step_saved(tmp_path, cap
 
 
 def test_a_validation_that_fails_leaves_its_step_saved(tmp_path):
-    with pytest.raises(UserError, match="no batch"):
+    with pytest.raises(ValueError, match="no batch"):
         supernet_run(tmp_path, settings(iterations=4, val_every=2), validate=lambda step: fail())
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-0000002.pth"]
     supernet_run(tmp_path, settings(iterations=4, val_every=2))
@@ -756,12 +758,21 @@ def fails(folder, when, error, **changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4])
-def test_an_error_before_the_update_loses_no_step(tmp_path, monkeypatch, micro_batch):
+@pytest.mark.parametrize(
+    ("micro_batch", "function"),
+    [(None, None), (4, None), (None, "Step.learning_rate"), (None, "PathSampler.candidate")],
+)
+def test_an_error_before_the_update_loses_no_step(tmp_path, monkeypatch, micro_batch, function):
+    """In the forward pass, or in a function that is asked before."""
     monkeypatch.setattr(training.run, "described", lambda thing: "")  # as the paper's rule, with which it resumes
     changes = {"iterations": 6, "micro_batch": micro_batch}
-    with pytest.raises(ValueError, match="of the program"):
-        fails(tmp_path / "failed", "forward", ValueError("of the program"), **changes)
+    error = ValueError("of the program")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="of the program"):
+        if function:
+            owner, name = function.split(".")
+            known = getattr(globals()[owner], name)
+            patch.setattr(globals()[owner], name, lambda own, step: fail(error) if step == 4 else known(own, step))
+        fails(tmp_path / "failed", "forward", error, **changes)
     assert [path.name for path in checkpoints(tmp_path / "failed")] == ["checkpoint-0000003.pth"]
     for name in ("failed", "whole"):
         supernet_run(tmp_path / name, settings(**changes), validate=None)
@@ -775,7 +786,9 @@ def test_an_error_in_the_update_or_in_saving_is_the_one_that_is_seen(tmp_path, m
     monkeypatch.setattr(training.checkpoint, "save", lambda *_, **__: (_ for _ in ()).throw(UserError("disk full")))
     with pytest.raises(ValueError, match="first"):
         fails(tmp_path / "save", "forward", ValueError("the first error"))
-    assert "nothing is saved: disk full" in caplog.text
+    with pytest.raises(ValueError, match="no batch"):
+        supernet_run(tmp_path / "wait", settings(iterations=5), images=Ending(4, fail))
+    assert caplog.text.count("nothing is saved: disk full") == 2
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def open_supernet(path, out, images, given, listed=None):
     for name, value in others.items():
         if (tuple(value) if isinstance(value, list) else value) != getattr(config, name):
             data.warnings.append(
-                f"{flag(name)} {value}: the supernet was trained with {getattr(config, name)}, which counts"
+                f"{flag(name)} {value}: the supernet was trained with {getattr(config, name)}, which is used"
             )
     check_classes(ckpt, data.classes)
     check_split(ckpt, data)

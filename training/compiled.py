@@ -48,13 +48,13 @@ class CompiledStep(Step):
 
     def _compile(self, images, labels):
         start = time.perf_counter()
-        self.changed = [Buffers(self.known)]
         with torch_compiler("default"):
             for candidate in self.model.candidates_with_all():
                 torch.manual_seed(0)
                 loss = self.criterion(self.forward(candidate, images), labels)
                 self.scaler.scale(loss).backward()
-        self.changed.pop().restore()
+        self.changed[0].restore()
+        self.changed = [Buffers(self.known)]
         n, graphs = len(self.of_part), len(self.functions)
         took = duration(time.perf_counter() - start)
         log.info("compiled stem, operations and last convolution, %d modules as %d graphs, in %s", n, graphs, took)

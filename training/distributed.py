@@ -88,6 +88,8 @@ def _store_of_all(rank, n, host, port):
         # torch prints a page for each time that nobody answers
         if store is None and (opens or by_torchrun or _answers(host, port)):
             store = dist.TCPStore(host, port, n, opens, TIMEOUT, wait_for_workers=False, multi_tenant=True)
+            # torchrun's store outlives the processes that it restarts, and has what those have left there
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             store.add("came", 1)
         if store is not None and (came := store.add("came", 0)) >= n:
             return store

@@ -132,8 +132,8 @@ def _counts(logits, labels, second, group, n_groups):
     sums = torch.cat((each.sum(0), torch.where(second[:, None], each, 0).sum(0)))
     if group is None:
         return sums
-    right = torch.bincount(group[hits[:, 0]], minlength=n_groups)  # whole numbers: their order does not matter
-    return torch.cat((sums, right.double()))
+    right = sums.new_zeros(n_groups).index_add_(0, group, each[:, 0])  # whole numbers: their order does not matter
+    return torch.cat((sums, right))
 
 
 def standard_error(hits, sizes):

@@ -42,7 +42,6 @@ LOG_EVERY = 50  # steps
 # is slow.
 PLAN_AFTER = {"cpu": (1, 5), "cuda": (LOG_EVERY // 2, LOG_EVERY)}  # device: untimed steps, steps
 SAME_SIGNAL_S = 0.2  # signals within this time count as one: `timeout` sends its own to the process and to its group
-ERRORS = UserError, OSError  # of images and of worker processes
 
 
 def train(model, loader, training, sampler=None, validate=None, run=None, **how):
@@ -92,8 +91,8 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
         closing.enter_context(state)
         state.finish_validation()
         for number, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
-            candidate = state.candidate_at(number)
             with state.saved_on_error():
+                candidate = state.candidate_at(number)
                 loss, logits = step.train_one_step(number, images, labels, candidate)
             state.after(number, candidate, loss, logits, labels)
     return state.metrics
@@ -135,7 +134,7 @@ class _State:
         except Interrupted as error:
             saved = self.save(self.meter.number) if self.meter.number > self.done else newest(self.run.folder)
             self.interruption.end(saved, *error.args)
-        except ERRORS:
+        except Exception:
             self.keep(self.meter.number)
             raise
 
@@ -150,10 +149,7 @@ class _State:
             yield
         except Exception as error:
             if self.step.undo():
-                try:
-                    self.keep(self.meter.number)
-                except Exception as failure:  # must not hide the first error
-                    log.warning("warning: nothing is saved: %s", failure)
+                self.keep(self.meter.number)
             if out_of_memory(error):
                 raise UserError(self.memory_advice()) from None
             raise
@@ -205,7 +201,7 @@ class _State:
         except Interrupted as error:
             self.interruption.lost = f"; the validation, {duration(meter.pauses[-1])} so far, is done again"
             return error.args[0]
-        except ERRORS:
+        except Exception:
             self.keep(step, validation_due=True)
             raise
         finally:
@@ -223,7 +219,10 @@ class _State:
     def keep(self, step, validation_due=False):
         """Saves a finished step before an error ends the run; not if other ranks may be in another collective."""
         if self.run.folder and step > self.done and distributed.world_size() == 1:
-            log.info("saved %s; the same command resumes from there", self.save(step, validation_due))
+            try:
+                log.info("saved %s; the same command resumes from there", self.save(step, validation_due))
+            except Exception as failure:  # must not hide the first error
+                log.warning("warning: nothing is saved: %s", failure)
 
 
 def _log_plan(step, folder, meter, validate):

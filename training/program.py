@@ -113,8 +113,9 @@ def runs(session):
 
 
 def _files_in(folder):
-    """The image files in a folder and those below it, in order. Raises UserError if there are none."""
-    found = sorted(str(path) for path in pathlib.Path(folder).rglob("[!.]*") if path.suffix.lower() in EXTENSIONS)
+    """The image files in a folder and those below it, but hidden ones, in order. Raises UserError if there are none."""
+    named = (path for path in pathlib.Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS)
+    found = sorted(str(p) for p in named if not any(n.startswith(".") for n in p.relative_to(folder).parts))
     if not found:
         raise UserError(f"--predict {folder}: no image in this folder")
     return found

@@ -125,22 +125,23 @@ class TrainingRun:
         self.lock = None
         self.started = False
 
-    def start(self, device, seed, anew=False, warnings=(), images=None, config=None):
+    def start(self, device, seed, anew=False, warnings=(), config=None):
         """Locks the folder, starts its log, and logs the `warnings`; with `anew`, an earlier run in it is renamed.
 
-        `config` (name -> value) are the settings for config.yml; `images` identifies the images. Raises UserError if
-        another run holds the lock, or if settings, images or code differ between ranks.
+        `config` (name -> value) are the settings for config.yml. Raises UserError if another run holds the lock, or if
+        settings, contents or code differ between ranks.
         """
         self.started = True
-        distributed.check_same(self._identity(images))
+        distributed.check_same(self._identity())
         distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
 
-    def _identity(self, images):
+    def _identity(self):
         """What must be the same on all ranks, by its name in error messages."""
         if distributed.world_size() == 1:
             return {}
         flags = {flag(name): value for name, value in self.settings.items()}
-        return {**flags, **self.contents, "images": images, "code of version": code_version()}
+        contents = {name: value for name, value in self.contents.items() if name != "counts"}  # long, and in `images`
+        return {**flags, **contents, "code of version": code_version()}
 
     def _start(self, device, seed, anew, warnings, config):
         output_folder(self.folder.parent)
@@ -212,12 +213,13 @@ class TrainingRun:
         if missing := STATE - content.keys():
             raise UserError(f"{path}: has no {min(missing)} to resume from; use {advice}")
         checkpoint.check_settings(found, self.contents | {"settings": self.settings}, self.folder)
-        checkpoint.check_images(found, self.contents.get("images"))
         known = content | {"space": found.space.to_dict()}
         for name in ("space", "classes", "split", "architecture"):
             if known.get(name) != self.contents.get(name):
-                what = f"{name}{checkpoint.changes_of(name, known, self.contents)}"
-                raise UserError(f"{path}: was trained with another {what}; use that, {advice}")
+                other = "other classes" if name == "classes" else f"another {name}"
+                changes = checkpoint.changes_of(name, known, self.contents)
+                raise UserError(f"{path}: was trained with {other}{changes}; use the same, {advice}")
+        checkpoint.check_images(found, self.contents.get("images"))
 
     def save(self, number, step, sampler, metrics, rows, validation_due=False):
         """Writes a checkpoint of step `number`, removes the oldest, and returns its path; None without a folder."""

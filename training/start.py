@@ -55,11 +55,13 @@ class Start:
         if self.training.warmup >= self.training.iterations:
             steps = f"--warmup {self.training.warmup} of {self.training.iterations} --iterations"
             self.data.warnings.append(f"{steps}: the learning rate never reaches --lr {self.training.lr}")
-        contents = contents_of(space, self.config, self.data.classes, counts=self.data.counts, **contents)
+        contents |= {"counts": self.data.counts, "images": self.data.names}
+        contents = contents_of(space, self.config, self.data.classes, **contents)
         run = TrainingRun(self.folder, self.kind, contents, settings)
         anew = self.training.resume == "none"
-        run.start(self.device, self.seed, anew, self.data.warnings, self.data.names, self.values)
-        if distributed.rank() == 0 and (advice := loader.advice()):
+        run.start(self.device, self.seed, anew, self.data.warnings, self.values)
+        # A resumed run keeps its loader.
+        if distributed.rank() == 0 and not run.content and (advice := loader.advice()):
             log.info(advice)
         return run
 

@@ -93,7 +93,6 @@ class Step:
         size = self.training.micro_batch or len(images)
         batches = list(zip(images.split(size), labels.split(size)))
         self.optimizer.zero_grad(set_to_none=True)
-        self.changed = [Buffers(self.known)]
         self.paths = []
         losses, others, outputs = [], [], []
         for i, batch in enumerate(batches):
@@ -122,6 +121,7 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.updating = False
+        self.changed = [Buffers(self.known)]  # here: what fails before the next step changes a buffer undoes nothing
         total = torch.stack(losses).sum()
         if others:  # a loss that is not finite shows, whichever path it is of
             total = total + 0 * torch.stack(others).sum()

@@ -135,7 +135,7 @@ def load(path):
     before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
     try:
         with in_one_line(f"--own {path}"):
-            new = _execute(path, before)
+            new = _execute(path, source, before)
     except UserError:
         for kind, registry in REGISTRIES.items():
             registry.clear()
@@ -158,10 +158,11 @@ def load(path):
     loaded[whole] = new, digests, path
 
 
-def _execute(path, before):
+def _execute(path, source, before):
     """{kind: {name: what a file registers}}; `before`, the same of before. Raises UserError for an official name."""
-    spec = importlib.util.spec_from_file_location("own", path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("own", path))
+    # Not by the module's loader: its bytecode cache takes a file that was edited within a second for the one of before.
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     new = {kind: {name: found for name, found in registry.items()
                   if before[kind].get(name) is not found and not (name in OFFICIAL[kind] and _is_projects(found))}
            for kind, registry in REGISTRIES.items()}  # fmt: skip

@@ -95,7 +95,7 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
         report(f"{folder / name}: a link to what does not exist")
     forms = {}  # a name typed on Linux, and as macOS packs it, are two file names that look alike
     for name in classes:
-        if (other := forms.setdefault(_composed(name), name)) != name:
+        if (other := forms.setdefault(composed(name), name)) != name:
             both = f"class folders {other!a} and {name!a}"
             report(f"{folder}: {both} have one name in two forms of Unicode; merge them")
     if not classes:
@@ -117,14 +117,15 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     return ImageSet(str(folder), tuple(paths), np.array(labels, np.int64), tuple(classes))
 
 
-def _composed(name):
+def composed(name):
+    """A name in one form of Unicode, NFC: two forms look alike."""
     return unicodedata.normalize("NFC", name)
 
 
 def with_classes_of(train, val):
     """`val` with train's names and labels of the classes, where names differ in the form of Unicode alone."""
-    known = {_composed(name): name for name in train.classes}
-    names = [known.get(_composed(name), name) for name in val.classes]
+    known = {composed(name): name for name in train.classes}
+    names = [known.get(composed(name), name) for name in val.classes]
     if names == [*val.classes] or len(set(names)) < len(names):
         return val
     classes = sorted(names)
@@ -137,7 +138,7 @@ def alike_classes(folder, images):
     """A line about the first two classes whose names differ in capitals alone, if there are any; a list."""
     known = {}
     for name in images.classes:
-        if (other := known.setdefault(_composed(name).casefold(), name)) != name:
+        if (other := known.setdefault(composed(name).casefold(), name)) != name:
             return [f"{folder}: classes {other!r} and {name!r} are two: is it one, written in two ways?"]
     return []
 

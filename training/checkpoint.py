@@ -2,11 +2,10 @@
 
 import pathlib
 import re
-import unicodedata
 
 import torch
 
-from images.dataset import Data
+from images.dataset import Data, composed
 from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
 from settings.subjects import SUBJECTS, DataConfig
@@ -128,14 +127,9 @@ def count_changes(before, now, classes):
     return "numbers of images in " + "; ".join(changes) if changes else ""
 
 
-def composed(names):
-    """Names in one form of Unicode, NFC: two forms look alike."""
-    return [unicodedata.normalize("NFC", name) for name in names]
-
-
 def class_changes(before, now):
     """How names of classes differ, in words."""
-    before, now = composed(before), composed(now)
+    before, now = [*map(composed, before)], [*map(composed, now)]
     found = {"without": sorted(set(before) - set(now)), "with": sorted(set(now) - set(before))}
     words = [f"{what} {', '.join(map(repr, names[:8]))}{', ...' * (len(names) > 8)}" for what, names in found.items()
              if names]  # fmt: skip
@@ -148,7 +142,7 @@ def check_classes(ckpt, classes):
     if len(ckpt.class_names) != len(classes):
         counts = f"has {len(ckpt.class_names)} classes, the data {len(classes)}"
         raise UserError(f"{ckpt.path}: {counts}: {changes}; use the same --data-dir")
-    if ckpt.classes is not None and composed(ckpt.classes) != composed(classes):
+    if ckpt.classes is not None and [*map(composed, ckpt.classes)] != [*map(composed, classes)]:
         raise UserError(f"{ckpt.path}: its class names are not those of the data: {changes}; use the same --data-dir")
 
 

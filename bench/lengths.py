@@ -1,8 +1,9 @@
 """How long a comparison of networks must be: do they keep their order from a share of the steps to all of them?
 
     python data/make_letters.py
-    python -m bench.lengths                      an hour on one core; the same command resumes
-    python -m bench.lengths --report             the numbers of docs/experiments.md
+    python -m bench.lengths                      half an hour on one core; the same command resumes
+    python -m bench.lengths --steps 1600         two hours more, in which whole trainings are four times as long
+    python -m bench.lengths --report             the numbers of docs/experiments.md; with --steps, of that length
 
 In the space `varied`, on the bundled images and on letters: the winner of a search, the largest legal network and six
 random legal ones are trained for 1/8, 1/4, 1/2 of the steps and all of them, each time with a whole schedule, without
@@ -26,6 +27,7 @@ from bench import study
 from dataloader import from_tensors
 from images.dataset import Data, evaluation_plan, training_plan
 from network import ShuffleNetV2, ShuffleNetV2OneShot
+from settings.fields import count
 from settings.subjects import DataConfig, Training
 from space.custom import make_space
 from space.evolution import Evolution
@@ -39,8 +41,7 @@ SETS = {  # folder below data/, and how its images are split and augmented
     "bundled": ("fashion-mnist", DataConfig(28, 28, heldout_per_class=100)),
     "letters": ("letters", DataConfig(28, 28, heldout_per_class=60, mirror=False, group_by="(.*)_")),
 }
-STEPS = 400  # of 64 images
-SHARES = (8, 4, 2, 1)  # the steps are divided by these
+SHARES = (8, 4, 2, 1)  # --steps, each of 64 images, is divided by these
 ORDER = (("bundled", 0), ("letters", 0), ("letters", 1), ("bundled", 1))  # set and seed
 RANDOM = 6  # candidates
 BN_PASS = 30  # batches
@@ -152,11 +153,11 @@ def run(options, rows):
     for name, seed in ORDER:
         images = opened[name] = opened.get(name) or Images(name, options.data_dir)
         for (who, candidate), share in itertools.product(candidates(images, rows, keep).items(), SHARES):
-            key = {"set": name, "seed": seed, "who": who, "steps": STEPS // share}
+            key = {"set": name, "seed": seed, "who": who, "steps": options.steps // share}
             if any(key.items() <= row.items() for row in rows):
                 continue
             start = time.process_time()
-            numbers = images.trained(candidate, STEPS // share, seed)
+            numbers = images.trained(candidate, key["steps"], seed)
             seconds = round(time.process_time() - start, 1)
             keep({**key, "architecture": list(candidate), **numbers, "cpu_seconds": seconds})
 
@@ -164,8 +165,8 @@ def run(options, rows):
 # --- report ---------------------------------------------------------------------------------------------------
 
 
-def summary(rows):
-    """{set: what the trainings of SHARES say}, means over the seeds that are complete.
+def summary(rows, steps):
+    """{set: what the trainings of SHARES of the steps say}, means over the seeds that are complete.
 
     tau: of held-out top-1 after a share of the steps with top-1 on val after all of them. regret: how far the network
     that has the best held-out top-1 is below the best on val, after all steps, in points. chosen: top-1 on val where
@@ -173,10 +174,10 @@ def summary(rows):
     each after four times the length, which costs the same.
     """
     found = {}
-    for name, seeds in complete(rows).items():
+    for name, seeds in complete(rows, steps).items():
         by_share = {share: [] for share in SHARES}
         for seed, share in itertools.product(seeds.values(), SHARES):
-            truth, heldout = ({who: lengths[STEPS // n][part] for who, lengths in seed.items()}
+            truth, heldout = ({who: lengths[steps // n][part] for who, lengths in seed.items()}
                               for n, part in ((1, "val"), (share, "heldout")))  # fmt: skip
             pick = max(heldout, key=heldout.get)
             row = {
@@ -185,36 +186,37 @@ def summary(rows):
             }
             if share >= 4:
                 three = ("winner", "largest", "random 1")
-                row["chosen"] = seed[max(three, key=heldout.get)][STEPS // share]["val"]
-                row |= {f"alone: {who}": seed[who][4 * STEPS // share]["val"] for who in three}
+                row["chosen"] = seed[max(three, key=heldout.get)][steps // share]["val"]
+                row |= {f"alone: {who}": seed[who][4 * steps // share]["val"] for who in three}
             by_share[share].append(row)
         means = {n: {key: statistics.fmean(r[key] for r in some) for key in some[0]} for n, some in by_share.items()}
-        truths = [[lengths[STEPS]["val"] for lengths in seed.values()] for seed in seeds.values()]
+        truths = [[lengths[steps]["val"] for lengths in seed.values()] for seed in seeds.values()]
         found[name] = {"seeds": len(seeds), "shares": means, "val": [statistics.fmean(t) for t in zip(*truths)]}
         if len(truths) > 1:
             found[name]["tau of two seeds"] = study.tau(*truths[:2])
     return study.rounded(found)
 
 
-def complete(rows):
-    """{set: {seed: {who: {steps: row}}}} of the seeds of which all trainings are known."""
+def complete(rows, steps):
+    """{set: {seed: {who: {steps: row}}}} of the seeds of which all trainings of SHARES of the steps are known."""
     found = {}
     for row in rows:
         if "seed" in row:
             seed = found.setdefault(row["set"], {}).setdefault(row["seed"], {})
             seed.setdefault(row["who"], {})[row["steps"]] = row
-    steps = {STEPS // share for share in SHARES}
+    wanted = {steps // share for share in SHARES}
     return {
         name: whole
         for name, seeds in found.items()
         if (whole := {n: seed for n, seed in seeds.items()
-                      if len(seed) == RANDOM + 2 and all(steps <= lengths.keys() for lengths in seed.values())})
+                      if len(seed) == RANDOM + 2 and all(wanted <= lengths.keys() for lengths in seed.values())})
     }  # fmt: skip
 
 
 def parse_args(argv=None):
     defaults = {"--data-dir": study.ROOT / "data", "--results": RESULTS}
     parser = study.parser(__doc__, defaults)
+    parser.add_argument("--steps", type=count(8), default=400, metavar="N", help="of a whole training (default: 400)")
     parser.add_argument("--report", action="store_true", help="print the numbers")
     return parser.parse_args(argv)
 
@@ -223,7 +225,7 @@ def main(options):
     torch.set_num_threads(1)
     rows = study.read(options.results).get("rows", [])
     if options.report:
-        print(json.dumps(summary(rows), indent=1))
+        print(json.dumps(summary(rows, options.steps), indent=1))
     else:
         run(options, rows)
 

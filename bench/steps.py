@@ -281,7 +281,7 @@ def draw_images(folder):
     rng = np.random.default_rng(0)
     for i in range(N_IMAGES):
         path = pathlib.Path(folder, f"c{i % 10}", f"{i}.png")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         channels = [Image.open(file).convert("L").resize((PX, PX)) for file in rng.choice(files, 3)]
         Image.merge("RGB", channels).save(path)
 
@@ -292,7 +292,7 @@ class Measured:
     def __init__(self, folder):
         torch.set_num_threads(1)
         self.images = scan(folder)
-        self.cache = f"{folder}/cache"
+        self.cache = f"{folder}/../cache"
         self.rng = random.Random(0)
 
     @functools.cache  # noqa: B019
@@ -331,21 +331,21 @@ def main(options):
     rows = {row: [] for row in (*LOADING, *STEPS, *BOTH)}
     context = multiprocessing.get_context("spawn")  # which sets malloc's options, if at all, before torch is imported
     with tempfile.TemporaryDirectory() as folder:
-        draw_images(folder)
+        draw_images(f"{folder}/images")
         asks = {}
-        for kept in KEPT:
-            os.environ["SPOS_KEEP_MEMORY"] = str(int(kept))
-            asks[kept], answers = context.Pipe()
-            context.Process(target=serve, args=(folder, answers), daemon=True).start()
+        for of in dict.fromkeys((kept, space) for kept, space, _, _ in rows):  # large tensors change malloc's ways
+            os.environ["SPOS_KEEP_MEMORY"] = str(int(of[0]))
+            asks[of], answers = context.Pipe()
+            context.Process(target=serve, args=(f"{folder}/images", answers), daemon=True).start()
         for number in range(options.rounds + 1):  # the first is a warm-up
             for kept, space, loader, how in rows:
                 repeats = max(1, options.images // (SPACES[space][1] if space else BATCH_SIZE))
-                asks[kept].send((space, loader, how, max(1, repeats // 8) if space == "blocks" else repeats))
-                found = asks[kept].recv()
+                asks[kept, space].send((space, loader, how, max(1, repeats // 8) if space == "blocks" else repeats))
+                found = asks[kept, space].recv()
                 rows[kept, space, loader, how] += [found] * bool(number)
         for ask in asks.values():
             ask.send(None)
-        peaks = {KEPT[kept]: round(ask.recv()) for kept, ask in asks.items()}
+        peaks = {f"{KEPT[kept]}, {space}": round(ask.recv()) for (kept, space), ask in asks.items() if space}
     medians = {row: statistics.median(found) for row, found in rows.items()}
     for (kept, *of), us in medians.items():
         print(study.line([*(x or "" for x in of), KEPT[kept], f"{us:.0f}"]))

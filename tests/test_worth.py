@@ -194,7 +194,9 @@ def test_a_comparison_is_judged_by_what_its_pick_is_worth():
         for i, who in enumerate(names)
         for steps, sign in ((50, -1), (100, -1), (200, 1), (400, 1))
     ]
-    found = lengths.summary([*rows[:-1], {"set": "letters", "who": "winner"}])
+    rows = [*rows[:-1], {"set": "letters", "who": "winner"}]
+    assert not lengths.summary(rows, 1600)
+    found = lengths.summary(rows, 400)
     assert found.keys() == {"bundled"} and found["bundled"]["seeds"] == 2 and found["bundled"]["tau of two seeds"] == 1
     shares = found["bundled"]["shares"]
     assert [shares[n]["tau"] for n in ("8", "4", "2", "1")] == [-1, -1, 1, 1]

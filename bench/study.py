@@ -34,10 +34,9 @@ FLAGS = {  # that several studies have: their type, and what they mean
     "--jobs": (count(), "processes at a time"),
     "--threads": (count(), "of each process"),
     "--seconds": (float, "end what has not ended by then; the same command resumes"),
-    "--steps": (int, "to measure"),
-    "--iterations": (int, "of each supernet"),
-    "--seeds": (int, "of each kind"),
-    "--networks": (int, "to score (default: all)"),
+    "--iterations": (count(), "of each supernet"),
+    "--seeds": (count(), "of each kind"),
+    "--networks": (count(), "to score (default: all)"),
 }
 
 

@@ -183,7 +183,7 @@ def generation(space, population):
     table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
     half = population // 2
     settings = {"population": population, "select": max(2, population // 5), "mutation": half, "crossover": half}
-    settings |= {"mutation_prob": 0.1, "generations": 10, "seed": 0, "flops_limit": space.flops_value("59%")}
+    settings |= {"mutation_prob": 0.1, "generations": 10, "seed": 0, "flops_limit": space.cost_value("flops", "59%")}
     evolution = Evolution.from_settings(space, settings)
     for _ in range(9):
         evolution.tell({c: sum(row[choice] for row, choice in zip(table, c)) for c in evolution.ask()})

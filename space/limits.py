@@ -58,8 +58,8 @@ def make_bounds(space, texts=(), flops_limit=None):
     if flops_limit is not None:
         if "flops" in bounds:
             raise UserError("--flops-limit and --limit flops: leave one of them out")
-        bounds["flops"] = None, space.flops_value(flops_limit, "--flops-limit")
-    return bounds or {"flops": (None, space.flops_value(official if space.is_papers else share))}
+        bounds["flops"] = None, space.cost_value("flops", flops_limit, "--flops-limit")
+    return bounds or {"flops": (None, space.cost_value("flops", official if space.is_papers else share))}
 
 
 def bounds_of(settings):

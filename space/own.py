@@ -297,7 +297,7 @@ def check_operations(space, where):
 def with_costs(space, names):
     """The space with the costs of these names, of those that are registered. Raises UserError if one can't be used."""
     own = {name: _own_cost(space, name, cost) for name, cost in REGISTRIES["cost"].items() if name in names}
-    return space.with_costs(*space.costs._replace(own=own)) if own else space
+    return space.with_costs(own=own) if own else space
 
 
 def _own_cost(space, name, cost):
@@ -309,7 +309,7 @@ def _own_cost(space, name, cost):
         if taken == 2:
             return OwnCost(cost.unit, function=function_of(space, name), code=code)
         table = [[float(number) for number in row] for row in cost.func(space)]
-    expected = [len(row) for row in space.choice_flops]
+    expected = [len(row) for row in space.costs.flops]
     if [len(row) for row in table] != expected or not all(0 <= n < math.inf for row in table for n in row):
         what = f"rows of {expected} numbers from 0, the choices of each block"
         advice = f"a function of a candidate is {name}(space, candidate)"

@@ -97,11 +97,12 @@ class PathSampler:
 
     def _binned(self, rng, n_batches):
         """Batches of uniform candidates (BATCH, entries) and their bins (BATCH,); -1 and n_bins are outside."""
-        costs = [np.array(row) for row in self.space.choice_flops]
+        rows, fixed = self.space.cost_rows("flops")
+        costs = [np.array(row) for row in rows]
         for _ in range(n_batches):
             candidates = self._candidates(rng, BATCH)
             choices = self.space.block_choices(candidates.T.astype(np.intp))
-            flops = self.space.fixed_flops + sum(row[choice] for row, choice in zip(costs, choices))
+            flops = fixed + sum(row[choice] for row, choice in zip(costs, choices))
             bins = np.searchsorted(self.edges, flops, side="right") - 1
             bins[flops == self.edges[-1]] -= 1
             yield candidates, bins

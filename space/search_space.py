@@ -283,7 +283,7 @@ class SearchSpace:
 
     def _extreme(self, sign, texts):
         if not texts:
-            return self.candidate_of([min(range(len(row)), key=lambda i: sign * row[i]) for row in self.choice_flops])
+            return self.candidate_of([min(range(len(row)), key=lambda i: sign * row[i]) for row in self.costs.flops])
         limits = Limits(self, read_limits(self, texts))
         limits.check()
         if not (found := limits.optimum("flops", sign)):
@@ -343,19 +343,9 @@ class SearchSpace:
         """The Costs of every choice, counted from its module unless they were given."""
         return self.given_costs or count_costs(self)
 
-    def with_costs(self, *costs):
-        """This space with given costs, the fields of a Costs, instead of counted ones."""
-        return dataclasses.replace(self, given_costs=Costs(*costs))
-
-    @property
-    def choice_flops(self):
-        """Multiply-adds of every choice at every block: n_blocks tuples of ints."""
-        return self.costs.flops
-
-    @property
-    def fixed_flops(self):
-        """Multiply-adds that all candidates have in common: stem, last convolution and classifier."""
-        return self.costs.stem_flops + self.costs.tail_flops
+    def with_costs(self, **changed):
+        """This space with some fields of its Costs replaced."""
+        return dataclasses.replace(self, given_costs=self.costs._replace(**changed))
 
     def flops(self, candidate):
         """Multiply-adds of one image through the candidate."""
@@ -380,7 +370,7 @@ class SearchSpace:
         if name in costs.own:
             return costs.own[name].rows, 0
         return {
-            "flops": (costs.flops, self.fixed_flops),
+            "flops": (costs.flops, costs.stem_flops + costs.tail_flops),
             "params": (costs.params, costs.fixed_params),
             "latency": (costs.latency, costs.fixed_latency),
         }[name]
@@ -414,12 +404,9 @@ class SearchSpace:
         costs, below = self._distribution(name)
         return int(costs[bisect.bisect_left(below, share)])
 
-    def flops_value(self, text, flag="FLOPs"):
-        """Multiply-adds from a number ("330000000", "330M", "700k") or a quantile of uniform candidates ("59%")."""
-        return self.cost_value("flops", text, flag)
-
-    def cost_value(self, name, text, flag):
-        """A cost from a text: a number with one of its units, or a quantile of uniform candidates."""
+    def cost_value(self, name, text, flag="cost"):
+        """A cost from a text: a number with one of its units ("330M", "8ms"), or a quantile of uniform candidates
+        ("59%"); `flag` is named in errors."""
         own = self.costs.own.get(name)
         what, units = (own.unit or "a number", {"": own.scale, own.unit: own.scale}) if own else UNITS[name]
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)(\D*)", str(text).strip())

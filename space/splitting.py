@@ -54,7 +54,7 @@ def _marginal_costs(space, candidates, element=ELEMENT):
         element * (shape.in_channels * shape.in_size**2 + shape.out_channels * shape.out_size**2)
         for shape in space.blocks
     ]
-    rows = [[flops + n for flops in row] for row, n in zip(space.choice_flops, more_of_block, strict=True)]
+    rows = [[flops + n for flops in row] for row, n in zip(space.costs.flops, more_of_block, strict=True)]
     costs = []
     before = None
     for candidate in sorted(set(candidates), key=space.block_choices):

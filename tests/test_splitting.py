@@ -28,8 +28,8 @@ def test_one_candidate_costs_what_it_costs():
 def test_every_prefix_is_counted_once():
     candidates = generation(20)
     prefixes = {c[:k] for c in candidates for k in range(1, 21)}
-    leaves = len(set(candidates)) * (SPACE.fixed_flops - SPACE.costs.stem_flops)
-    expected = SPACE.costs.stem_flops + leaves + sum(SPACE.choice_flops[len(p) - 1][p[-1]] for p in prefixes)
+    leaves = len(set(candidates)) * SPACE.costs.tail_flops
+    expected = SPACE.costs.stem_flops + leaves + sum(SPACE.costs.flops[len(p) - 1][p[-1]] for p in prefixes)
     assert tree_flops(SPACE, candidates) == expected < 0.9 * sum(map(SPACE.flops, set(candidates)))
 
 
@@ -79,5 +79,5 @@ def test_a_cost_counts_what_blocks_read_and_write():
     elements = sum(s.in_channels * s.in_size**2 + s.out_channels * s.out_size**2 for s in SPACE.blocks)
     a, b = (0,) * 20, (0,) + (1,) * 19
     assert tree_cost(SPACE, [a]) == SPACE.flops(a) + 60 * elements
-    shared = SPACE.costs.stem_flops + SPACE.choice_flops[0][0] + 60 * (16 * 112**2 + 64 * 56**2)
+    shared = SPACE.costs.stem_flops + SPACE.costs.flops[0][0] + 60 * (16 * 112**2 + 64 * 56**2)
     assert tree_cost(SPACE, [a, b]) == SPACE.flops(a) + SPACE.flops(b) + 2 * 60 * elements - shared

@@ -63,11 +63,11 @@ def test_twins_are_equal_when_they_stand_alone():
 
 
 def test_a_cost_that_differs_between_twins_is_known():
-    space = SPACE.with_costs(*SPACE.costs._replace(latency=SPACE.costs.flops))
+    space = SPACE.with_costs(latency=SPACE.costs.flops)
     assert space.twins.cost_the_same(["flops", "params", "latency"])
     row = list(space.costs.flops)
     row[3] = tuple(cost + 1 for cost in row[3])
-    uneven = SPACE.with_costs(*SPACE.costs._replace(latency=tuple(row)))
+    uneven = SPACE.with_costs(latency=tuple(row))
     assert uneven.twins.cost_the_same(["flops", "params"]) and not uneven.twins.cost_the_same(["flops", "latency"])
 
 
@@ -108,6 +108,6 @@ def test_the_presets_have_the_twins_of_their_skips():
 
 
 def test_an_evolution_in_python_takes_the_form_of_the_space():
-    limits = Limits(SPACE, {"flops": (None, SPACE.flops_value("100%"))})
+    limits = Limits(SPACE, {"flops": (None, SPACE.cost_value("flops", "100%"))})
     population = Evolution(SPACE.choices, limits, canonical=SPACE.canonical).ask()
     assert len({*population}) == 50 and all(SPACE.canonical(c) == c for c in population)

@@ -91,6 +91,17 @@ class UserError(Exception):
         return re.sub(r"(\.py [^;,)]*)|--([a-z][a-z0-9-]*)", lambda m: m[1] or m[2].replace("-", "_"), text)
 
 
+@contextlib.contextmanager
+def in_one_line(what):
+    """An exception in the block, which runs a user's code, becomes a UserError that begins with `what`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
 INTERRUPTED = "interrupted; what it has written is kept, and the same command does the rest"
 
 

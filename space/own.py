@@ -6,7 +6,6 @@ search does.
 """
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from settings.subjects import COSTS
 from space import search_space
 from space.costs import OwnCost, check_fit
 from space.search_space import OPERATIONS
-from utils import HERE, UserError, commit
+from utils import HERE, UserError, commit, in_one_line
 
 REGISTRIES = {"operation": blocks.OPERATIONS, "rule": {}, "cost": {}, "searcher": {}}  # kind -> {name: what it has}
 # Names that a file must not take: for costs, also those of other numbers in the results of a search.
@@ -40,12 +39,12 @@ loaded = {}  # SHA-256 of a file -> ({kind: {name: what it has registered}}, the
 
 def register_rule(name):
     """A decorator that registers a training rule, a generator function (see training.step.Step), by name."""
+    return functools.partial(_register, "rule", name)
 
-    def registered(rule):
-        REGISTRIES["rule"][name] = rule
-        return rule
 
-    return registered
+def _register(kind, name, found):
+    REGISTRIES[kind][name] = found
+    return found
 
 
 class Cost(NamedTuple):
@@ -80,12 +79,7 @@ def register_searcher(name):
     reward)` takes the top-1 of one in percent, or minus its loss, or None where it is illegal or failed. A generation
     is asked for before it is told; see space.evolution.Evolution.
     """
-
-    def registered(searcher):
-        REGISTRIES["searcher"][name] = searcher
-        return searcher
-
-    return registered
+    return functools.partial(_register, "searcher", name)
 
 
 def find(kind, name):
@@ -95,17 +89,6 @@ def find(kind, name):
         names = dict.fromkeys((*(OFFICIAL[kind] if kind == "searcher" else ()), *known))
         raise UserError(f"{FLAGS.get(kind, kind)} {name}: is none of {', '.join(names)}; name its file by --own")
     return known[name]
-
-
-@contextlib.contextmanager
-def in_one_line(what):
-    """An exception in the block, which runs a user's code, becomes a UserError that begins with `what`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-    except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
 
 def commits():
@@ -126,12 +109,16 @@ def load(path):
     except OSError as error:
         raise UserError(f"--own {path}: {error.strerror}") from None
     whole = hashlib.sha256(source).hexdigest()
-    if whole in loaded:
-        new, digests, _ = loaded[whole]
-        for kind, found in new.items():
-            REGISTRIES[kind].update(found)
-        hashes.update(digests)
-        return
+    if whole not in loaded:
+        loaded[whole] = *_first(path, source, whole), path
+    new, digests, _ = loaded[whole]
+    for kind, found in new.items():
+        REGISTRIES[kind].update(found)
+    hashes.update(digests)
+
+
+def _first(path, source, whole):
+    """What a file registers, and its hashes, as in `loaded`; `source` is its content, of SHA-256 `whole`."""
     before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
     try:
         with in_one_line(f"--own {path}"):
@@ -154,8 +141,7 @@ def load(path):
             search_space.SAME_OPERATIONS |= {whole[:16]: digest, _hash(text, found.values()): digest}
         if kind == "rule" and found:
             SAME_RULES[_hash(text, found.values())] = digest
-    hashes.update(digests)
-    loaded[whole] = new, digests, path
+    return new, digests
 
 
 def _execute(path, source, before):

@@ -16,31 +16,30 @@ import utils  # first, so that Ctrl-C while torch is imported prints one line
 # isort: split
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import io
 import itertools
-import math
-import multiprocessing
 import os
 import re
+import typing
 
 import numpy as np
 import torch
 
 from images import pictures
-from images.dataset import draw_augmentation, validation_geometry
+from images.dataset import ImageSet, draw_augmentation, validation_geometry
 from images.in_memory import SMALL_PX, InMemory, augmented, gigabytes
 from images.preprocessing import network_input
 from images.tree_check import check_tree
+from images.workers import Batches, made_by_workers
 from settings.command_line import Parser
 from settings.subjects import DataConfig, Images, Run
 from utils import UserError, cores, local_world_size
 
 MAX_WORKERS = 8  # by default
-AHEAD = 2  # batches that each worker makes ahead
-GUARD = 'put what the program does below  if __name__ == "__main__":  since its worker processes import it'
 SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
 DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an error of DALI
 
@@ -270,16 +269,6 @@ class Loader:
         return f"DALI: {cause}"
 
 
-def _read_file(path):
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if len(data) == 0:
-        raise UserError(f"{path}: an empty file, not an image; remove or replace it")
-    return data
-
-
 def _decode(path, config):
     """The picture in a file that a DataConfig asks for, decoded, in RGB. Raises UserError that names the file."""
     with pictures.named(path), pictures.open_image(path) as image:
@@ -304,87 +293,14 @@ def read_image(path, config):
     return torch.from_numpy(np.array(_decode(path, config)))[None]
 
 
-def made_by_workers(dataset, plan, workers, pin_memory=False):
-    """Yields (what `dataset` makes of a batch, samples), made by worker processes, in the order of the plan.
+@dataclasses.dataclass
+class _Images(Batches):
+    """Makes batches of the images of an ImageSet."""
 
-    `dataset.__getitems__(samples)` returns (what it makes, samples, error or None).
-    """
-    process = multiprocessing.current_process()
-    if getattr(process, "_inheriting", False):  # it imports the program that has started it
-        raise UserError(f"a worker process of images can't start another: {GUARD}")
-    if workers and process.daemon:
-        utils.log.warning("a daemonic process can't have worker processes: images are loaded in it")
-        workers = 0
-    if workers:
-        utils.check_shared_memory(workers)
-    told, tell = multiprocessing.Pipe(duplex=False)
-    batches = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=plan,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=AHEAD if workers else None,
-        worker_init_fn=functools.partial(utils.leave_signals_to_parent, told),
-    )
-    try:
-        for made, samples, error in batches:
-            if error:
-                raise UserError(error)
-            yield made, samples
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Caught " in str(error):  # an error of the data set keeps its text
-            raise
-        what = f"one of {workers} loader processes ended: {str(error).splitlines()[0]}"
-        if multiprocessing.get_start_method() != "fork" and not UserError.of_commands:
-            raise UserError(f"{what}; {GUARD}, or give workers=0") from None
-        memory = " ".join(["too little memory?", utils.shared_memory()]).strip()
-        raise UserError(f"{what} ({memory}); resume with the same command and fewer --workers") from None
-    finally:  # a worker may be in the midst of a batch: DataLoader would wait for each for five seconds, twice
-        tell.send_bytes(b"end")
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _share(made, n, ahead):
-    """Moves the tensors of a batch of `n` images into shared memory, of which `ahead` batches may take a part.
-
-    A queue would do so in a thread, print its error and lose the batch. Raises UserError if there is no room.
-    """
-    tensors = [value for value in (made.values() if isinstance(made, dict) else [made]) if torch.is_tensor(value)]
-    try:
-        for tensor in tensors:
-            tensor.share_memory_()
-    except (RuntimeError, OSError) as error:
-        mib = sum(tensor.nbytes for tensor in tensors) / 2**20
-        why = str(error).splitlines()[0].rsplit(": ", 1)[-1]
-        raise UserError(
-            f"no shared memory for a batch of {n} images ({why}): it takes {mib:.2f} MiB, up to {ahead} wait there, "
-            f"and {utils.shared_memory()}; give fewer --workers (0 needs none), smaller batches, or more memory, "
-            f"as docker run --shm-size {math.ceil(2 * mib * ahead / 1024)}g"
-        ) from None
-
-
-class _Images:
-    """A dataset for worker processes: a batch of a plan -> (what `_make` makes of it, samples, error or None)."""
-
-    def __init__(self, images, config, augment, seed):
-        self.images = images
-        self.config = config
-        self.augment = augment
-        self.seed = seed
-
-    def __getitems__(self, samples):
-        samples = np.asarray(samples)
-        try:
-            made = self._make(samples)
-            if worker := torch.utils.data.get_worker_info():
-                _share(made, len(samples), AHEAD * worker.num_workers)
-            return made, samples, None
-        except UserError as error:  # DataLoader would raise a worker's error as the text of a traceback
-            return None, samples, str(error)
+    images: ImageSet
+    config: DataConfig
+    augment: bool
+    seed: int
 
 
 class _EncodedImages(_Images):
@@ -403,11 +319,12 @@ class _EncodedImages(_Images):
 
     def _row(self, epoch, index):
         path = os.path.join(self.images.root, self.images.paths[index])
-        encoded = _read_file(path)
         size = self.config.input_size
-        with pictures.named(path), pictures.open_image(io.BytesIO(encoded)) as image:
-            if not (dali := pictures.is_for_dali(image, self.config)):
-                image = pictures.rgb(image, self.config)
+        with pictures.named(path):
+            encoded = np.fromfile(path, np.uint8)
+            with pictures.open_image(io.BytesIO(encoded)) as image:
+                if not (dali := pictures.is_for_dali(image, self.config)):
+                    image = pictures.rgb(image, self.config)
         width, height = image.size
         a = draw_augmentation(self.config, self.seed, epoch, index, height, width) if self.augment else None
         window = a.window if a else None
@@ -532,19 +449,19 @@ def from_dataset(dataset, workers=0, augment=None, device="cpu"):
     return Given(make, labels, device)
 
 
-class _Items:
-    """Makes batches of a Dataset's items, in a worker."""
+@dataclasses.dataclass
+class _Items(Batches):
+    """Makes batches of a Dataset's items."""
 
-    def __init__(self, dataset, augment):
-        self.dataset = dataset
-        self.augment = augment
+    dataset: torch.utils.data.Dataset
+    augment: typing.Callable | None
 
-    def __getitems__(self, samples):
+    def _make(self, samples):
         items = []
-        for epoch, index in np.asarray(samples).tolist():
+        for epoch, index in samples.tolist():
             image, label = self.dataset[index]
             items.append((self.augment(image, epoch, index) if self.augment else image, label))
-        return torch.utils.data.default_collate(items), samples, None
+        return torch.utils.data.default_collate(items)
 
 
 # --- python dataloader.py --check DIR ------------------------------------------------------------------------

@@ -46,9 +46,10 @@ from bench import study
 from bench.steps import Variant, Way, floors_ms, random_batch, rates
 from bench.steps import profile as profile_of
 from bench.study import ROOT, memory_mb, seconds
-from dataloader import AHEAD, Loader
+from dataloader import Loader
 from images import bundled
 from images.dataset import DataConfig, scan, training_plan
+from images.workers import AHEAD
 from network import ShuffleNetV2OneShot
 from space.evolution import Evolution
 from space.sampler import PathSampler, default_flops_range

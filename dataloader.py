@@ -1,8 +1,8 @@
 """Loaders: DALI, torchvision, images in memory, synthetic ones, and those given in Python, behind one signature.
 
-Every loader decodes the batches of a plan to uint8 RGB (N, H, W, 3), with plan and augmentation parameters from
-images/dataset.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or RGB
-normalised by ImageNet's mean and standard deviation.
+Every loader decodes the batches of a plan (images/dataset.py) to uint8 RGB (N, H, W, 3), with the parameters of
+images/augmentation.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or
+RGB normalised by ImageNet's mean and standard deviation.
 
     python dataloader.py --check DIR    lists all files of DIR/{train,val}/<class>/ that are unreadable or mislabelled,
                                         and with --config what does not go with its settings, such as groups of
@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from images import pictures
-from images.dataset import ImageSet, draw_augmentation, validation_geometry
+from images.augmentation import SYNTHETIC, draw_augmentation, validation_geometry
+from images.dataset import ImageSet
 from images.in_memory import SMALL_PX, InMemory, augmented, gigabytes
 from images.preprocessing import network_input
 from images.tree_check import check_tree
@@ -40,7 +41,6 @@ from settings.subjects import DataConfig, Images, Run
 from utils import UserError, cores, local_world_size
 
 MAX_WORKERS = 8  # by default
-SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
 DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an error of DALI
 
 

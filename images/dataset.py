@@ -1,10 +1,10 @@
-"""Folders, splits, plans and augmentation parameters: which images, in which order, transformed how; decodes nothing.
+"""Folders, splits and plans: which images, in which order; decodes nothing.
 
 A data set is a tree `DIR/{train,val}/<class>/<image>`. Some images of every class of train are held out: the supernet
 trains on the others, the search validates on the held-out ones, scratch.py trains on all of train, and val serves for
-the reported numbers only (paper section 4). The order of the images and all augmentation parameters are pure
-functions of seed, epoch and image index, so they do not depend on loader, worker, rank or resuming.
-Source: official `src/Supernet/train.py` (transforms), paper section 4.
+the reported numbers only (paper section 4). The order of the images is a pure function of seed and epoch, so it does
+not depend on loader, worker, rank or resuming.
+Source: paper section 4.
 """
 
 import collections
@@ -14,14 +14,13 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import pathlib
-import unicodedata
 
 import numpy as np
 
 from images import bundled, image_check, pictures
+from images.augmentation import CALIBRATE, HOLD_OUT, ORDER
 from images.groups import (
     count_pairs,
     describe,
@@ -32,13 +31,12 @@ from images.groups import (
     shared_groups,
     why_not,
 )
+from images.image_check import composed
 from settings.subjects import DataConfig, Images
 from utils import UserError, heartbeat, log, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes)
 WITHOUT_JFIF = tuple(suffix for suffix in EXTENSIONS if suffix != ".jfif")
-ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
-HOLD_OUT = 4  # another, next to that of dataloader.py
 
 
 # --- folders and splits --------------------------------------------------------------------------------------
@@ -117,11 +115,6 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     return ImageSet(str(folder), tuple(paths), np.array(labels, np.int64), tuple(classes))
 
 
-def composed(name):
-    """A name in one form of Unicode, NFC: two forms look alike."""
-    return unicodedata.normalize("NFC", name)
-
-
 def with_classes_of(train, val):
     """`val` with train's names and labels of the classes, where names differ in the form of Unicode alone."""
     known = {composed(name): name for name in train.classes}
@@ -163,11 +156,11 @@ def tree_paths(train, val):
     return [f"{part}/{path}" for part, images in (("train", train), ("val", val)) for path in images.paths]
 
 
-def synthetic_set(n_classes=1000, images_per_class=100):
-    """An ImageSet without files, for benchmarks without data."""
-    paths = tuple(f"{c:04d}/{i}" for c in range(n_classes) for i in range(images_per_class))
-    classes = tuple(f"{c:04d}" for c in range(n_classes))
-    return ImageSet(None, paths, np.repeat(np.arange(n_classes), images_per_class), classes)
+def synthetic_set():
+    """An ImageSet of 1000 classes without files, for benchmarks without data."""
+    classes = tuple(f"{c:04d}" for c in range(1000))
+    paths = tuple(f"{name}/{i}" for name in classes for i in range(100))
+    return ImageSet(None, paths, np.repeat(np.arange(1000), 100), classes)
 
 
 def stratified_order(labels, seed):
@@ -363,20 +356,16 @@ class Data:
 
     @functools.cached_property
     def split(self):
+        group_by = self.config.group_by
+        if group_by and group_by.endswith(".csv"):  # by its content, not its name
+            group_by = hashlib.sha256(repr(sorted(read_groups(group_by).items())).encode()).hexdigest()[:16]
         names = "\n".join(self.train.paths[i] for i in self.heldout)
         return {
             "seed": self.config.split_seed,
             "heldout_per_class": self.config.heldout_per_class,
             "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
-            **self._grouping(),
+            **({"group_by": group_by} if group_by else {}),
         }
-
-    def _grouping(self):
-        """What identifies --group-by in the split: the regular expression, or a hash of the CSV's content."""
-        group_by = self.config.group_by
-        if group_by and group_by.endswith(".csv"):
-            group_by = hashlib.sha256(repr(sorted(read_groups(group_by).items())).encode()).hexdigest()[:16]
-        return {"group_by": group_by} if group_by else {}
 
     @property
     def counts(self):
@@ -453,72 +442,3 @@ def calibration_plan(labels, batches, batch_size, seed):
     samples = np.stack([np.arange(n) // len(order), indices], axis=1)
     samples = np.random.default_rng([seed, CALIBRATE, 1]).permutation(samples)  # mixes the classes in each batch
     return list(samples.reshape(batches, batch_size, 2))
-
-
-# --- augmentation --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Parameters of one image: crop window in px (top, left, height, width), jitter factors, horizontal flip.
-
-    Without a window, validation's crop is shifted by (rows, columns) of `shift`, in px.
-    """
-
-    window: tuple | None
-    shift: tuple | None = None
-    brightness: float = 1.0
-    contrast: float = 1.0
-    saturation: float = 1.0
-    horizontal_flip: bool = False
-
-
-def draw_augmentation(config, seed, epoch, index, height, width):
-    """The training augmentation of one image: random resized crop or, with crop_padding, a shift; jitter, flip.
-
-    Source: torchvision's RandomResizedCrop, RandomCrop and ColorJitter; the official transforms use the first and the
-    last. The random numbers are our own.
-    """
-    words = [seed, AUGMENT, int(epoch), int(index)]
-    if seed < 2**32:
-        words = np.array(words, np.uint32)  # the same generator, made in two thirds of the time
-    u = np.random.default_rng(words).random(26).tolist()
-    factors = (1 + config.jitter * (2 * v - 1) for v in u[22:25])
-    flip = config.mirror and u[25] < 0.5
-    if padding := config.crop_padding:
-        shift = tuple(int(v * (2 * padding + 1)) - padding for v in u[20:22])
-        return Augmentation(None, shift, *factors, flip)
-    return Augmentation(_resized_crop(config, u, height, width), None, *factors, flip)
-
-
-def _resized_crop(config, u, height, width):
-    """The window (top, left, height, width) of a random resized crop: ten tries, then the centre."""
-    low, high = config.crop_scale
-    ratio_low, ratio_high = (math.log(r) for r in config.crop_ratio)
-    for i in range(10):
-        area = height * width * (low + u[2 * i] * (high - low))
-        ratio = math.exp(ratio_low + u[2 * i + 1] * (ratio_high - ratio_low))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
-    # the largest window of an allowed ratio, from the centre
-    w = min(width, max(1, round(height * math.exp(ratio_high))))
-    h = min(height, max(1, round(width / math.exp(ratio_low))))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def resize_and_crop(sides, resize, crop, arrays=np):
-    """The official validation transform: (the sides to resize to, the corner of the centre crop), in px.
-
-    The shorter side becomes `resize`, the other is rounded by int(x + 0.5); the corner is rounded to even, as in
-    torchvision. `sides` (2,) and `resize` are float64, of NumPy or, with `arrays=torch`, of an exported program. There
-    a number would be multiplied by the reciprocal, which rounds once more.
-    """
-    size = arrays.floor(sides * (resize / sides.min()) + 0.5)
-    return size, arrays.round((size - crop) / 2)
-
-
-def validation_geometry(config, height, width):
-    """`resize_and_crop` of a DataConfig and whole numbers, in whole numbers."""
-    found = resize_and_crop(np.array([height, width], float), np.float64(config.val_resize), config.input_size)
-    return tuple(tuple(map(int, pair)) for pair in found)

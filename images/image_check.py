@@ -124,9 +124,14 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels, config=None):
     return result
 
 
+def composed(name):
+    """A name in one form of Unicode, NFC: two forms look alike."""
+    return unicodedata.normalize("NFC", name)
+
+
 def class_of(path):
-    """The class of a file `<part>/<class>/<file>`, in one form of Unicode."""
-    return unicodedata.normalize("NFC", path.split("/")[1])
+    """The class of a file `<part>/<class>/<file>`."""
+    return composed(path.split("/")[1])
 
 
 def check_images(folder, paths, cache, max_pixels=Images.max_pixels):

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from images import pictures
-from images.dataset import resize_and_crop, validation_geometry
+from images.augmentation import resize_and_crop, validation_geometry
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -22,19 +22,16 @@ from torchvision.transforms.functional import center_crop
 import dataloader
 from dataloader import Loader
 from images import image_check
+from images.augmentation import Augmentation, draw_augmentation, resize_and_crop, validation_geometry
 from images.dataset import (
-    Augmentation,
     Data,
     DataConfig,
     ImageSet,
     calibration_plan,
-    draw_augmentation,
     evaluation_plan,
-    resize_and_crop,
     scan,
     stratified_order,
     training_plan,
-    validation_geometry,
 )
 from space.weight_files import Checkpoint
 from training.checkpoint import check_classes, check_split

@@ -184,7 +184,7 @@ OPERATIONS = {
     "shufflenet_5x5": functools.partial(ShuffleNetBlock, kernel_size=5),
     "shufflenet_7x7": functools.partial(ShuffleNetBlock, kernel_size=7),
     "xception_3x3": ShuffleXceptionBlock,
-    # Not the paper's; the names are those of search_space.OTHER_OPERATIONS.
+    # Not the paper's:
     "skip_1x1": Skip,
     "pointwise_1x1": Pointwise,
     **{

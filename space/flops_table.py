@@ -32,9 +32,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("names a persistent object")
-
 
 def _check_opcodes(data):
     """Raises UnpicklingError unless `data` consists of dicts, strings, numbers and flat tuples of integers.

@@ -44,10 +44,6 @@ UNITS = {  # cost -> (its forms in error messages, unit -> factor)
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
 SAME_OPERATIONS = {}  # hash of the file of own operations, in checkpoints of before -> the hash that is used now
-OTHER_OPERATIONS = (  # the project's, not the paper's
-    "skip_1x1", "pointwise_1x1", "mobilenet_3x3", "mobilenet_5x5", "mobilenet_7x7",
-    "mobilenet_3x3_e6", "mobilenet_5x5_e6", "mobilenet_7x7_e6",
-)  # fmt: skip
 
 
 class BlockShape(NamedTuple):

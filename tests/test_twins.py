@@ -11,10 +11,10 @@ from made_search import fill, settings
 
 import blocks
 from network import ShuffleNetV2
-from space.custom import make_space
+from space.custom import PRESETS, make_space
 from space.evolution import Evolution
 from space.limits import Limits
-from space.search_space import OPERATIONS, OTHER_OPERATIONS, BlockShape, SearchSpace
+from space.search_space import OPERATIONS, BlockShape, SearchSpace
 from space.twins import identities
 from utils import UserError
 
@@ -24,7 +24,9 @@ SPACE = SearchSpace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, *OTHER_OPERATIONS])
+@pytest.mark.parametrize(
+    "name", sorted({*OPERATIONS, *PRESETS["varied"]["operations"], *PRESETS["mobile"]["operations"]})
+)
 def test_an_operation_that_says_so_returns_its_input_and_no_other_does(name):
     for shape in (BlockShape(8, 8, 1, 6), BlockShape(8, 8, 2, 6), BlockShape(8, 12, 1, 6)):
         if shape.stride == 2 and name in OPERATIONS:

@@ -397,21 +397,14 @@ class Given:
 
     @functools.cached_property
     def images(self):
-        return _Labels(np.asarray(self.labels(), np.int64))
+        labels = np.asarray(self.labels(), np.int64)
+        return ImageSet(None, range(len(labels)), labels, ())
 
     def batches(self, plan):
         for images, labels in self.make(plan):
             utils.heartbeat()
             images = images.to(self.device, torch.float32, memory_format=torch.channels_last, non_blocking=True)
             yield images, labels.to(self.device, non_blocking=True)
-
-
-class _Labels:
-    def __init__(self, labels):
-        self.labels = labels
-
-    def __len__(self):
-        return len(self.labels)
 
 
 def from_tensors(images, labels, augment=None, device="cpu"):

@@ -44,7 +44,7 @@ WITHOUT_JFIF = tuple(suffix for suffix in EXTENSIONS if suffix != ".jfif")
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Image files with labels; `paths` are relative to `root`, labels (N,) index `classes`. root None: synthetic."""
+    """Image files with labels; `paths` are relative to `root` (None: no files), labels (N,) index `classes`."""
 
     root: str
     paths: tuple

@@ -207,12 +207,8 @@ class Limits:
         ends = [(*bounds[name], correction if name == "latency" else 1) for name in self.tables]
         self.low = [-math.inf if low is None else low / f for low, _, f in ends]
         self.high = [math.inf if high is None else high / f for _, high, f in ends]
-        self.scale = [self._spread(rows) for rows, _ in self.costs]
-
-    @staticmethod
-    def _spread(rows):
-        """The standard deviation of the cost of uniform candidates; 1 where all cost the same."""
-        return math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0
+        # The standard deviation of each cost of uniform candidates; 1 where all cost the same.
+        self.scale = [math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0 for rows, _ in self.costs]
 
     @classmethod
     def of_search(cls, space, bounds, confirmations):
@@ -288,7 +284,7 @@ class Limits:
     def _tables(self):
         """(all changes of one entry, (entry, value); the block of each; costs of each block's choices as arrays)."""
         moves = [(entry, value) for entry, n in enumerate(self.space.choices) for value in range(n)]
-        blocks = np.array([self.space.entry_blocks[entry] for entry, _ in moves])
+        blocks = np.array([entry % self.space.n_blocks for entry, _ in moves])
         longest = max(self.space.n_choices)
         padded = [[(*row, *[0] * (longest - len(row))) for row in rows] for rows, _ in self.costs]
         return moves, blocks, [np.array(rows, dtype=np.int64) for rows in padded]

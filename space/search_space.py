@@ -191,16 +191,12 @@ class SearchSpace:
     @functools.cached_property
     def blocks(self):
         """A BlockShape for every choice block, in order."""
-        shapes, channels, size = [], self.stem_channels, self.stem_size
+        shapes, channels, size = [], self.stem_channels, -(-self.input_size // self.stem_stride)
         for stride, depth, out in zip(self.stage_strides, self.stage_blocks, self.stage_channels):
             for i in range(depth):
                 shapes.append(BlockShape(channels, out, stride if i == 0 else 1, size))
                 channels, size = out, shapes[-1].out_size
         return tuple(shapes)
-
-    @property
-    def stem_size(self):
-        return -(-self.input_size // self.stem_stride)
 
     @property
     def n_blocks(self):
@@ -238,11 +234,6 @@ class SearchSpace:
     def width_entries(self):
         """The slice of a candidate's entries that are widths."""
         return slice(len(self.choices) - self.n_blocks if self.n_widths > 1 else len(self.choices), None)
-
-    @property
-    def entry_blocks(self):
-        """The block of each entry of a candidate."""
-        return tuple(entry % self.n_blocks for entry in range(len(self.choices)))
 
     def block_choices(self, candidate):
         """The choice of each block, operation * n_widths + width, of a candidate or of columns of many (numpy)."""
@@ -378,11 +369,11 @@ class SearchSpace:
         rows, fixed = self.cost_rows(name)
         return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
-    def _distribution(self, name):
-        """(upper costs, share of uniform candidates at or under each), rising; costs are rounded to a grid.
+    def quantile(self, name, share):
+        """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range.
 
-        Adds the blocks up one by one on a grid of 1/8192 of the range, with an error of about 1e-4 of it: exact
-        enumeration of 4^20 candidates is out of reach and sampling would need a seed.
+        Adds the blocks up one by one on a grid of 1/8192 of the range: exact enumeration of 4^20 candidates is out of
+        reach and sampling would need a seed.
         """
         rows, _ = self.cost_rows(name)
         low, high = self.cost_range(name)
@@ -393,12 +384,8 @@ class SearchSpace:
             # Scaled to stay finite, by a power of two to stay exact where floats can count the candidates.
             counts = np.convolve(counts, cells / 2 ** (len(row) - 1).bit_length())
         below = list(itertools.accumulate(int(n * 2.0**1000) for n in counts))
-        return np.minimum(low + np.arange(len(counts)) * step, high), [n / below[-1] for n in below]
-
-    def quantile(self, name, share):
-        """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
-        costs, below = self._distribution(name)
-        return int(costs[bisect.bisect_left(below, share)])
+        cell = bisect.bisect_left([n / below[-1] for n in below], share)
+        return int(min(low + cell * step, high))
 
     def cost_value(self, name, text, flag="cost"):
         """A cost from a text: a number with one of its units ("330M", "8ms"), or a quantile of uniform candidates

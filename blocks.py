@@ -40,7 +40,7 @@ def channel_shuffle(x):
 
     The official reshape and permute, without a copy: the last block's branches were concatenated, so this mixes them.
     """
-    if x.requires_grad and not torch.compiler.is_compiling():  # which can't keep graphs of it on disk
+    if x.requires_grad and not torch.compiler.is_compiling():  # whose cache on disk can't hold graphs of it
         return _EvenOdd.apply(x)
     return x[:, 0::2], x[:, 1::2]
 

@@ -41,7 +41,7 @@ from settings.subjects import DataConfig, Images, Run
 from utils import UserError, cores, local_world_size
 
 MAX_WORKERS = 8  # by default
-DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an error of DALI
+DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # the cause, in the text of an error of DALI
 
 
 def resolve_backend(backend):
@@ -121,7 +121,7 @@ class Loader:
             yield from self._torchvision(plan)
             return
         memory = self._in_memory  # here: at exit, Ctrl-C would wait for a thread that decodes
-        # Of one GPU: that of this thread, which is not that of another.
+        # "cuda" is the current GPU of a thread; the thread that makes batches has to use this one's.
         device = torch.empty(0, device=self.device).device
 
         def made(samples):

@@ -87,7 +87,7 @@ class Evolution:
         self.canonical = canonical
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
-        self.children = []  # of each population but the first, how many children were new
+        self.children = []  # how many children were new, for each population but the first
         self.population = []  # the open one, empty between generations
         self.rewards = {}  # candidate -> its reward, None if it failed
         self.finished = False
@@ -100,10 +100,10 @@ class Evolution:
         limits.check()
         costs = [name for name in settings.get("objectives", ()) if name != "acc1"]
         objectives = [functools.partial(space.cost, name) for name in costs]
-        recorded = settings.get("identities")  # not in searches of before
+        recorded = settings.get("identities")  # older searches have none
         canonical = Twins(space, recorded).canonical if recorded else tuple
         evolution = cls(space.choices, limits, search, settings.get("seed", 0), objectives, canonical)
-        if name := settings.get("strategy"):  # of a user's file
+        if name := settings.get("strategy"):  # that of a user's file
             from space.own import Searcher  # here, because it needs torch
 
             sizes = {"select": evolution.select, "mutation": evolution.mutation, "crossover": evolution.crossover}

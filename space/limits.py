@@ -18,7 +18,7 @@ from utils import UserError
 
 SOLVE_S = 10  # s in which the solver ends
 LISTABLE = 1_000_000  # candidates
-STEPS = 1000  # of a repair at most: where all that meet the limits are banned, it would walk among them for ever
+STEPS = 1000  # most steps of a repair, which would never end where all that meet the limits are banned
 KICKS = 3  # times that a stuck repair redraws some blocks
 SEARCHES = 10  # random candidates that are repaired before limits on a function of a candidate are refused
 # The limit in the paper's space, and the share of its candidates that meet it, which is the limit in other spaces.

@@ -33,7 +33,7 @@ OFFICIAL = {"operation": OPERATIONS, "rule": ("spos",), "cost": COSTS + RESULTS,
 FLAGS = {"rule": "--rule", "cost": "--limit", "searcher": "--strategy"}
 REGISTERS = {"register": "operation", "register_rule": "rule", "register_cost": "cost", "register_searcher": "searcher"}
 hashes = {}  # (kind, name) -> hash of the code that the kind uses, of what a file has registered
-SAME_RULES = {}  # hash of rules, in checkpoints of before -> the hash that is used now
+SAME_RULES = {}  # hash of rules in older checkpoints -> the hash that is used now
 loaded = {}  # SHA-256 of a file -> ({kind: {name: what it has registered}}, the hashes of these, its path)
 
 
@@ -110,19 +110,19 @@ def load(path):
         raise UserError(f"--own {path}: {error.strerror}") from None
     whole = hashlib.sha256(source).hexdigest()
     if whole not in loaded:
-        loaded[whole] = *_first(path, source, whole), path
+        loaded[whole] = *_execute(path, source, whole), path
     new, digests, _ = loaded[whole]
     for kind, found in new.items():
         REGISTRIES[kind].update(found)
     hashes.update(digests)
 
 
-def _first(path, source, whole):
+def _execute(path, source, whole):
     """What a file registers, and its hashes, as in `loaded`; `source` is its content, of SHA-256 `whole`."""
     before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
     try:
         with in_one_line(f"--own {path}"):
-            new = _execute(path, source, before)
+            new = _newly_registered(path, source, before)
     except UserError:
         for kind, registry in REGISTRIES.items():
             registry.clear()
@@ -137,17 +137,20 @@ def _first(path, source, whole):
     for kind, found in new.items():
         digest = _hash(text, found.values(), kind)
         digests.update({(kind, name): digest for name in found})
-        if kind == "operation" and found:  # checkpoints of before have the hash of the whole file, or that of then
+        if kind == "operation" and found:  # older checkpoints have that of the whole file, or the older hash
             search_space.SAME_OPERATIONS |= {whole[:16]: digest, _hash(text, found.values()): digest}
         if kind == "rule" and found:
             SAME_RULES[_hash(text, found.values())] = digest
     return new, digests
 
 
-def _execute(path, source, before):
-    """{kind: {name: what a file registers}}; `before`, the same of before. Raises UserError for an official name."""
+def _newly_registered(path, source, before):
+    """Executes a file. Returns {kind: {name: what it registers}}; `before` has what was registered before, likewise.
+
+    Raises UserError for an official name.
+    """
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("own", path))
-    # Not by the module's loader: its bytecode cache takes a file that was edited within a second for the one of before.
+    # Not by the module's loader, whose bytecode cache misses an edit within a second.
     exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     new = {kind: {name: found for name, found in registry.items()
                   if before[kind].get(name) is not found and not (name in OFFICIAL[kind] and _is_projects(found))}
@@ -160,7 +163,7 @@ def _execute(path, source, before):
 
 def _hash(source, found, kind=None):
     """A hash of the top-level statements that classes and functions reach by name, of those that bind no name, and of
-    those that register one of the kind; without a kind, the hash of before, which missed the latter."""
+    those that register one of the kind; without a kind, the older hash, which missed the latter."""
     lines = source.replace("\r\n", "\n").split("\n")  # as ast counts them
     bodies, binding, unbound = [], {}, []  # text of a statement; name -> statements that bind it; the others
     statements = ast.parse(source).body
@@ -173,7 +176,7 @@ def _hash(source, found, kind=None):
             binding.setdefault(name, []).append(number)
         is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
         registers = _registers(statement, statements) if kind else set()
-        of_a_search = registers and registers <= {"cost", "searcher"}  # of which no weights and no training are made
+        of_a_search = registers and registers <= {"cost", "searcher"}  # on which no weights depend
         if kind in registers or not (names or is_text or of_a_search):
             unbound.append(number)
     wanted = [getattr(_function(one), "__name__", None) for one in found]

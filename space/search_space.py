@@ -43,7 +43,7 @@ UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "latency": ("milliseconds (8ms) or microseconds (57us)", {"ms": 1e6, "us": 1e3}),
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
-SAME_OPERATIONS = {}  # hash of the file of own operations, in checkpoints of before -> the hash that is used now
+SAME_OPERATIONS = {}  # hash of own operations in older checkpoints -> the hash that is used now
 
 
 class BlockShape(NamedTuple):

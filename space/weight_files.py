@@ -177,7 +177,7 @@ NUMPY = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"), (_no_bytes, "builti
 ]
 
 
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DataParallel, DDP and torch.compile
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # added by DataParallel, DDP and torch.compile
 
 
 def parse_state_dict(content, path):

@@ -33,7 +33,7 @@ from images import pictures
 from images.augmentation import SYNTHETIC, draw_augmentation, validation_geometry
 from images.dataset import ImageSet
 from images.in_memory import SMALL_PX, InMemory, augmented, gigabytes
-from images.preprocessing import network_input
+from images.preprocessing import network_input, resized
 from images.tree_check import check_tree
 from images.workers import Batches, made_by_workers
 from settings.command_line import Parser
@@ -143,7 +143,7 @@ class Loader:
 
         def read(index):
             image = _decode(os.path.join(images.root, images.paths[index]), config)
-            return _resized(image, config) if config.crop_padding else np.asarray(image)
+            return _cropped(image, config) if config.crop_padding else np.asarray(image)
 
         return InMemory(images, config, self.decoder, read, self.device, self.cache, self.memory_gb)
 
@@ -275,17 +275,14 @@ def _decode(path, config):
         return pictures.rgb(image, config)
 
 
-def _resized(image, config, window=None):
+def _cropped(image, config, window=None):
     """A PIL image as uint8 (S, S, 3), S the input size: the window of an augmentation, or as in validation."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    size = config.input_size
     if window:
-        return F.resized_crop(image, *window, [size, size], InterpolationMode.BILINEAR)
-    shape, corner = validation_geometry(config, image.height, image.width)
-    tensor = F.resize(F.pil_to_tensor(image), list(shape), antialias=False)
-    return F.crop(tensor, *corner, size, size).permute(1, 2, 0).numpy()
+        return F.resized_crop(image, *window, [config.input_size] * 2, InterpolationMode.BILINEAR)
+    return resized(F.pil_to_tensor(image), config).permute(1, 2, 0).numpy()
 
 
 def read_image(path, config):
@@ -334,7 +331,7 @@ class _EncodedImages(_Images):
         else:
             shape, corner = validation_geometry(self.config, height, width)
         if not dali:  # a small file, of which the pipeline's crop and resize change nothing
-            encoded = pictures.as_ppm(_resized(image, self.config, window))
+            encoded = pictures.as_ppm(_cropped(image, self.config, window))
             corner = (0, 0)
             shape = (size, size)
         if not window:  # DALI takes the corner as a share of the margin
@@ -363,9 +360,9 @@ class _TorchvisionImages(_Images):
 
         image = _decode(os.path.join(self.images.root, self.images.paths[index]), self.config)
         if not self.augment:
-            return _resized(image, self.config)
+            return _cropped(image, self.config)
         a = draw_augmentation(self.config, self.seed, epoch, index, image.height, image.width)
-        image = _resized(image, self.config, a.window)
+        image = _cropped(image, self.config, a.window)
         if a.shift:
             top, left = a.shift
             size = self.config.input_size

@@ -36,7 +36,6 @@ from settings.subjects import DataConfig, Images
 from utils import UserError, heartbeat, log, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes)
-WITHOUT_JFIF = tuple(suffix for suffix in EXTENSIONS if suffix != ".jfif")
 
 
 # --- folders and splits --------------------------------------------------------------------------------------
@@ -60,11 +59,6 @@ class ImageSet:
         return dataclasses.replace(self, paths=tuple(self.paths[i] for i in indices), labels=self.labels[indices])
 
 
-def suffixes_of(config):
-    """The suffixes of the files that a DataConfig has read."""
-    return EXTENSIONS if config.jfif else WITHOUT_JFIF
-
-
 def check_folder(folder):
     """Raises UserError if there is no such folder."""
     if not pathlib.Path(folder).is_dir():
@@ -80,12 +74,7 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     are ignored, but for hidden ones; if a list `ignored` is given, appends their paths to it.
     """
     folder = pathlib.Path(folder)
-
-    def report(text):
-        if problems is None:
-            raise UserError(text)
-        problems.append(text)
-
+    report = functools.partial(_report, problems)
     check_folder(folder)
     entries = [e for e in os.scandir(folder) if not e.name.startswith(".")]
     classes = sorted(e.name for e in entries if e.is_dir())
@@ -115,7 +104,23 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     return ImageSet(str(folder), tuple(paths), np.array(labels, np.int64), tuple(classes))
 
 
-def with_classes_of(train, val):
+def _report(problems, text):
+    if problems is None:
+        raise UserError(text)
+    problems.append(text)
+
+
+def scan_parts(folder, config, problems=None, ignored=None):
+    """The ImageSets of train and val of a tree, by a DataConfig, with the same classes; otherwise as `scan`."""
+    suffixes = tuple(suffix for suffix in EXTENSIONS if config.jfif or suffix != ".jfif")
+    train, val = (scan(f"{folder}/{part}", problems, suffixes, ignored) for part in ("train", "val"))
+    val = _with_classes_of(train, val)
+    for name in sorted(set(train.classes) ^ set(val.classes)):
+        _report(problems, f"{folder}: class folder {name!r} is in only one of train and val")
+    return train, val
+
+
+def _with_classes_of(train, val):
     """`val` with train's names and labels of the classes, where names differ in the form of Unicode alone."""
     known = {composed(name): name for name in train.classes}
     names = [known.get(composed(name), name) for name in val.classes]
@@ -134,14 +139,6 @@ def alike_classes(folder, images):
         if (other := known.setdefault(composed(name).casefold(), name)) != name:
             return [f"{folder}: classes {other!r} and {name!r} are two: is it one, written in two ways?"]
     return []
-
-
-def unmatched_classes(folder, train, val):
-    """A line for each class folder that is in only one of train and val."""
-    return [
-        f"{folder}: class folder {name!r} is in only one of train and val"
-        for name in sorted(set(train.classes) ^ set(val.classes))
-    ]
 
 
 def ignored_line(folder, ignored):
@@ -257,34 +254,29 @@ class Data:
             return
         if folder is None:
             self.train = self.val = synthetic_set()
-        else:
-            ignored = []
-            suffixes = suffixes_of(self.config)
-            self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
-            if ignored:
-                self.warnings.append(ignored_line(folder, ignored))
-        self.val = with_classes_of(self.train, self.val)
-        for problem in unmatched_classes(folder, self.train, self.val):
-            raise UserError(problem)
+            self.classes = self.train.classes
+            return
+        ignored = []
+        self.train, self.val = scan_parts(folder, self.config, None, ignored)
         self.classes = self.train.classes
+        if ignored:
+            self.warnings.append(ignored_line(folder, ignored))
         self.warnings += alike_classes(folder, self.train)
         if len(self.classes) == 1:
             self.warnings.append(f"{folder}: a single class, {self.classes[0]!r}: every network is right")
-        if folder is not None:
-            counts = image_check.check_images(folder, tree_paths(self.train, self.val), cache, max_pixels)
-            self.copies = counts["copies"]
-            if n := counts["shared"]:
-                self.warnings.append(f"{folder}: {n} images of val are in train too: accuracies on val are too high")
-            if (n := counts["turned"]) and self.config.exif == "ignored":
-                advice = "train with exif: apply (--exif apply) to see them as viewers show them"
-                self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
-            if group_by := self.config.group_by:
-                self.warnings += grouping_warnings(self.train, group_by)
-                shared = shared_groups(group_by, self.train, self.val)
+        counts = image_check.check_images(folder, tree_paths(self.train, self.val), cache, max_pixels)
+        self.copies = counts["copies"]
+        if n := counts["shared"]:
+            self.warnings.append(f"{folder}: {n} images of val are in train too: accuracies on val are too high")
+        if (n := counts["turned"]) and self.config.exif == "ignored":
+            advice = "train with exif: apply (--exif apply) to see them as viewers show them"
+            self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
+        if group_by := self.config.group_by:
+            self.warnings += grouping_warnings(self.train, group_by)
+            if shared := shared_groups(group_by, self.train, self.val):
                 self.n_shared = len(shared)
-                if shared:
-                    text = f"{folder}: {len(shared)} groups of images are in train and val: accuracies on val are too"
-                    self.warnings.append(f"{text} high; {shared[0]}")
+                text = f"{folder}: {len(shared)} groups of images are in train and val: accuracies on val are too"
+                self.warnings.append(f"{text} high; {shared[0]}")
 
     @classmethod
     def of(cls, images, config, listed=None):

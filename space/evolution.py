@@ -19,7 +19,7 @@ from utils import UserError
 
 TRIES = 10  # draws for each wanted child (official)
 RANDOM_TRIES = 100  # draws for each wanted random candidate
-LISTABLE = 10_000  # spaces up to this size are listed where random draws find nothing new
+LISTED = 10_000  # spaces up to this size are listed where random draws find nothing new
 
 
 def official_shares(population, select=None, mutation=None, crossover=None):
@@ -227,7 +227,7 @@ class Evolution:
         draws = (self.limits.repair(self.random_candidate(), self.rng) for _ in range(TRIES * missing))
         self._add_new(population, missing, draws)
         missing = self.population_size - len(population)
-        if missing and math.prod(self.choices) <= LISTABLE:
+        if missing and math.prod(self.choices) <= LISTED:
             everything = dict.fromkeys(map(self.canonical, itertools.product(*map(range, self.choices))))
             left = [c for c in everything if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))

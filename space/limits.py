@@ -35,14 +35,13 @@ def read_limits(space, texts):
     bounds = {}
     for text in texts:
         name, _, value = str(text).partition("=")
-        if not value or name not in (*COSTS, *space.costs.own):
-            own = f"; costs of --own: {', '.join(space.costs.own) or 'none of that name'}" if value else ""
+        known = name in (*COSTS, *space.costs.own)
+        ends = value.split(":")
+        if not known or len(ends) > 2 or not any(ends):
+            own = "" if known or not value else f"; costs of --own: {', '.join(space.costs.own) or 'none of that name'}"
             raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}{own}")
         if name == "latency" and not space.costs.latency:
             raise UserError("--limit latency: no table of latencies")
-        ends = value.split(":")
-        if len(ends) > 2 or not any(ends):
-            raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}")
         flag = f"--limit {name}"
         low, high = (space.cost_value(name, end, flag) if end else None for end in (ends if ends[1:] else ("", value)))
         if None not in (low, high) and low > high:

@@ -392,7 +392,7 @@ class SearchSpace:
         ("59%"); `flag` is named in errors."""
         own = self.costs.own.get(name)
         what, units = (own.unit or "a number", {"": own.scale, own.unit: own.scale}) if own else UNITS[name]
-        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)(\D*)", str(text).strip())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)(\D.*|)", str(text).strip())
         value = float(match[1]) if match else 0
         if not match or match[2] not in (*units, "%") or not 0 < value < 1e15 or (match[2] == "%" and value > 100):
             raise UserError(f"{flag} {reprlib.repr(text)} is neither {what} nor a share of candidates (59%)")

@@ -3,7 +3,6 @@
 Source: paper section 3.4 and algorithm 1; official `src/Search/search.py`; docs/fidelity.md has the differences.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -106,9 +105,7 @@ class Evolution:
         if name := settings.get("strategy"):  # that of a user's file
             from space.own import Searcher  # here, because it needs torch
 
-            sizes = {"select": evolution.select, "mutation": evolution.mutation, "crossover": evolution.crossover}
-            given = _Current(evolution), evolution.rng, dataclasses.replace(search, **sizes)
-            evolution.searcher = Searcher(name, space, *given)
+            evolution.searcher = Searcher(name, space, _Current(evolution), evolution.rng, search)
         return evolution
 
     @property

@@ -161,6 +161,10 @@ def _newly_registered(path, source, before):
     return new
 
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+
 def _hash(source, found, kind=None):
     """A hash of the top-level statements that classes and functions reach by name, of those that bind no name, and of
     those that register one of the kind; without a kind, the older hash, which missed the latter."""
@@ -193,19 +197,18 @@ def _hash(source, found, kind=None):
 
 def _bound(statement):
     """The names that a top-level statement binds."""
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if isinstance(statement, DEFINITIONS):
         return [statement.name]
-    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+    if isinstance(statement, IMPORTS):
         return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
     return [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
 
 
 def _bound_within(statement):
     """The names that definitions and imports bind inside a top-level try, if, with or loop."""
-    if not hasattr(statement, "body") or isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if isinstance(statement, DEFINITIONS + IMPORTS):
         return []
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return [name for node in ast.walk(statement) if isinstance(node, kinds) for name in _bound(node)]
+    return [name for node in ast.walk(statement) if isinstance(node, DEFINITIONS + IMPORTS) for name in _bound(node)]
 
 
 def _registers(statement, statements):

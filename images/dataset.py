@@ -291,8 +291,7 @@ class Data:
 
     def write_list(self, path):
         """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""
-        parts = {part: {"per_class": np.bincount(images.labels).tolist(), "paths": images.paths}
-                 for part, images in (("train", self.train), ("val", self.val))}  # fmt: skip
+        parts = {part: {"per_class": n, "paths": getattr(self, part).paths} for part, n in self.counts.items()}
         held_out = {"heldout": self.heldout.tolist(), "halves": self.halves.tolist(), "split": self.split}
         if self.config.group_by:
             held_out["groups"] = self.groups.tolist()
@@ -351,11 +350,10 @@ class Data:
         group_by = self.config.group_by
         if group_by and group_by.endswith(".csv"):  # by its content, not its name
             group_by = hashlib.sha256(repr(sorted(read_groups(group_by).items())).encode()).hexdigest()[:16]
-        names = "\n".join(self.train.paths[i] for i in self.heldout)
         return {
             "seed": self.config.split_seed,
             "heldout_per_class": self.config.heldout_per_class,
-            "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
+            "hash": _names_hash(self.train.paths[i] for i in self.heldout),
             **({"group_by": group_by} if group_by else {}),
         }
 
@@ -367,11 +365,8 @@ class Data:
     @property
     def names(self):
         """What identifies the images of each part, in words; their classes are in their names."""
-        found = {}
-        for part, images in (("train", self.train), ("val", self.val)):
-            names = "\n".join(images.paths).encode(errors="surrogateescape")
-            found[part] = f"{len(images)} images, of names with hash {hashlib.sha256(names).hexdigest()[:16]}"
-        return found
+        parts = {"train": self.train.paths, "val": self.val.paths}
+        return {p: f"{len(paths)} images, of names with hash {_names_hash(paths)}" for p, paths in parts.items()}
 
     @property
     def grouping(self):
@@ -392,6 +387,10 @@ class Data:
             groups = self.groups[self.heldout] if self.config.group_by else None
             return dataclasses.replace(self.train.take(self.heldout), halves=self.halves, groups=groups)
         return self.train.take(np.setdiff1d(np.arange(len(self.train)), self.heldout))
+
+
+def _names_hash(names):
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 # --- plans ---------------------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ class Loader:
         first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
         if first is None:
             return
+        names = [name for name in first[0] if name != "ends"]  # of the pipeline's inputs
         sent = []  # the samples of the batches in the pipeline, in order
 
         def inputs():
@@ -167,10 +168,10 @@ class Loader:
             for values, samples in itertools.chain([first], batches):
                 sent.append(samples)
                 files = np.split(values["encoded"].numpy(), values["ends"][:-1])
-                yield files, *(values[name] for name in self._dali_inputs[1:])
+                yield files, *(values[name] for name in names[1:])
 
         with contextlib.closing(batches):
-            pipeline = self._dali_pipeline(inputs(), len(first[1]))
+            pipeline = self._dali_pipeline(inputs(), names, len(first[1]))
             pipeline.build()
             while True:
                 try:
@@ -182,20 +183,11 @@ class Loader:
                 samples = sent.pop(0)
                 yield self._dali_tensor(output, len(samples)), samples
 
-    @property
-    def _dali_inputs(self):
-        """The names of the pipeline's inputs, as `_EncodedImages` makes them."""
-        names = ["encoded", "shape", "corner"]
-        if self.augment and self.config.crop_padding:
-            names += ["shift"]
-        if self.augment and self.config.jitter:
-            names += ["brightness", "contrast", "saturation"]
-        if self.augment and self.config.mirror:
-            names += ["horizontal_flip"]
-        return names
+    def _dali_pipeline(self, inputs, names, batch_size):
+        """Decode, resize and crop, and in training shift, color_twist and flip.
 
-    def _dali_pipeline(self, inputs, batch_size):
-        """Decode, resize and crop, and in training shift, color_twist and flip; `inputs` yields those of each batch."""
+        `inputs` yields those of each batch; `names` says which `_EncodedImages` has made.
+        """
         import nvidia.dali
         from nvidia.dali import fn, pipeline_def, types
 
@@ -230,8 +222,8 @@ class Loader:
             return images if horizontal_flip is None else fn.flip(images, horizontal=horizontal_flip)
 
         def operators():
-            outputs = fn.external_source(inputs, num_outputs=len(self._dali_inputs), batch=True)
-            return (training if self.augment else validation)(**dict(zip(self._dali_inputs, outputs)))
+            outputs = fn.external_source(inputs, num_outputs=len(names), batch=True)
+            return (training if self.augment else validation)(**dict(zip(names, outputs)))
 
         return pipeline_def(operators)(
             batch_size=batch_size,
@@ -301,7 +293,7 @@ class _Images(Batches):
 
 
 class _EncodedImages(_Images):
-    """Makes the inputs of DALI: name -> values of the images: their transforms, and their files in one tensor."""
+    """Makes the inputs of DALI, name -> values of the images: their transforms, and their files in one tensor."""
 
     def _make(self, samples):
         columns = {}
@@ -338,15 +330,13 @@ class _EncodedImages(_Images):
             corner = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
         kind = np.int32 if window else np.float32
         row = {"encoded": encoded, "corner": np.array(corner, kind), "shape": np.array(shape, kind)}
-        if not a:
-            return row
-        return row | {
-            "shift": np.array(a.shift or (0, 0), np.int32),
-            "brightness": np.float32(a.brightness),
-            "contrast": np.float32(a.contrast),
-            "saturation": np.float32(a.saturation),
-            "horizontal_flip": np.int32(a.horizontal_flip),
-        }
+        if a and a.shift:
+            row["shift"] = np.array(a.shift, np.int32)
+        if a and self.config.jitter:
+            row |= {name: np.float32(getattr(a, name)) for name in ("brightness", "contrast", "saturation")}
+        if a and self.config.mirror:
+            row["horizontal_flip"] = np.int32(a.horizontal_flip)
+        return row
 
 
 class _TorchvisionImages(_Images):

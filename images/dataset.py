@@ -216,18 +216,18 @@ def _draw_by_class(pairs, config):
     return drawn, None
 
 
-def prepare(images, demo):
+def prepare(settings, demo):
     """Unpacks the bundled images into the folder of an Images if `demo`. Raises UserError if there is no train/."""
     if demo:
-        bundled.unpack(images.data_dir)
-    elif images.loader != "synthetic":
-        check_folder(f"{images.data_dir}/train")
+        bundled.unpack(settings.data_dir)
+    elif settings.loader != "synthetic":
+        check_folder(f"{settings.data_dir}/train")
 
 
-def open_data(images, config, demo=False):
+def open_data(settings, config, demo=False):
     """The Data of an Images, after unpacking the bundled images if `demo`."""
-    prepare(images, demo)
-    return Data.of(images, config)
+    prepare(settings, demo)
+    return Data.of(settings, config)
 
 
 class Data:
@@ -279,10 +279,10 @@ class Data:
                 self.warnings.append(f"{text} high; {shared[0]}")
 
     @classmethod
-    def of(cls, images, config, listed=None):
+    def of(cls, settings, config, listed=None):
         """The Data of an Images."""
-        folder = None if images.loader == "synthetic" else images.data_dir
-        return cls(folder, config, images.cache, listed, images.max_pixels)
+        folder = None if settings.loader == "synthetic" else settings.data_dir
+        return cls(folder, config, settings.cache, listed, settings.max_pixels)
 
     def warn(self):
         """Logs the warnings."""

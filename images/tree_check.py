@@ -3,16 +3,15 @@
 from images import image_check
 from images.dataset import alike_classes, draw_heldout, scan_parts, tree_paths
 from images.groups import describe, grouping_warnings, number_groups, shared_groups
-from settings.subjects import DataConfig, Images
+from settings.subjects import DataConfig
 from utils import UserError
 
 
-def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, given=None):
+def check_tree(folder, cache, accept, max_pixels, given):
     """Prints a line for each problem of a tree. Raises UserError with counts if there are any.
 
     `given` (name -> value) are settings of a DataConfig: what doesn't go with them is printed, too.
     """
-    given = given or {}
     config = DataConfig.resolve(given)
     group_by = config.group_by
     problems = []

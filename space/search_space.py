@@ -34,6 +34,7 @@ from space.twins import Twins, identities
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
+MAX_CHOICES = 256  # operations, and widths: the sampler has a byte for each
 OF_SOME = (  # fields that older files lack
     "widths", "architecture", "classifier_bias", "operations_hash", "stage_operations", "image_channels",
 )  # fmt: skip
@@ -115,6 +116,8 @@ class SearchSpace:
             raise UserError("search space: stage_strides, stage_blocks and stage_channels differ in length")
         if self.n_blocks > MAX_BLOCKS:
             raise UserError(f"search space: {self.n_blocks} blocks, more than {MAX_BLOCKS}")
+        if (n := max(len(self.operations), len(self.widths))) > MAX_CHOICES:
+            raise UserError(f"search space: {n} operations or widths, more than {MAX_CHOICES}")
         if self.stage_operations and len(self.stage_operations) != len(self.stage_blocks):
             n = len(self.stage_operations)
             raise UserError(f"search space: stage_operations has {n} entries for {len(self.stage_blocks)} stages")

@@ -294,6 +294,8 @@ def test_a_space_goes_to_json_and_back():
     ({"stage_operations": "abcd"}, "stage_operations is 'abcd'"), ({"image_channels": 0}, "image_channels is 0"),
     ({"operations": []}, "operations"), ({"operations": "shufflenet_3x3"}, "operations"),
     ({"operations": ["shuffle-net"]}, "operations"),
+    ({"operations": [f"op{i}" for i in range(257)]}, "257 operations or widths, more than 256"),
+    ({"widths": [1 + i / 1000 for i in range(257)]}, "257 operations or widths, more than 256"),
     ({"operations": [["shufflenet_3x3"]]}, "operations"), ({"operations": [{}] * 100_000}, "operations"),
 ])  # fmt: skip
 def test_bad_spaces_are_refused_with_a_line(values, message):

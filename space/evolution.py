@@ -3,6 +3,7 @@
 Source: paper section 3.4 and algorithm 1; official `src/Search/search.py`; docs/fidelity.md has the differences.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -105,6 +106,8 @@ class Evolution:
         if name := settings.get("strategy"):  # that of a user's file
             from space.own import Searcher  # here, because it needs torch
 
+            sizes = {"select": evolution.select, "mutation": evolution.mutation, "crossover": evolution.crossover}
+            search = dataclasses.replace(search, **sizes)  # which a file may leave to the official shares
             evolution.searcher = Searcher(name, space, _Current(evolution), evolution.rng, search)
         return evolution
 

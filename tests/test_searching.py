@@ -223,13 +223,13 @@ OTHER = random.Random()
 @register_searcher("mine")
 class Mine:
     def __init__(self, space, limits, rng, search):
-        self.space = space
+        self.space, self.parents = space, 1 * search.select
     def ask(self):
         return {ask.replace("DRAWS", "self.space")}
     def tell(self, candidate, reward):
         pass
 """)
-    given = settings(SPACE, 8, strategy="mine")
+    given = settings(SPACE, 8, strategy="mine", select=None)
     with pytest.raises(UserError, match=text) as refused:
         for n in (3, 9):
             record = fill(tmp_path / "out", given, stop_after=n, start={"own": str(path)})

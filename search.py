@@ -104,9 +104,6 @@ from utils import (
     start_logging,
 )
 
-# The settings that a trial has too.
-OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "own"]
-
 
 def make_parser():
     parser = Parser(__doc__, "search")
@@ -159,7 +156,7 @@ def refuse_contradictions(parser, args, before):
     if args.strategy == "random":
         typed = [name for name in ("select", "mutation", "crossover", "mutation_prob") if name in parser.typed]
         parser.refuse("--strategy random", *(name.replace("_", "-") for name in typed))
-    if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
+    if "latency" not in named_costs(args) and (args.latency_table or args.foreign_latency_table):
         name = "--latency-table" if args.latency_table else "--foreign-latency-table"
         raise UserError(f"{name} has no effect without a limit on latency: leave it out, or say --limit latency")
 
@@ -183,11 +180,6 @@ def started_with(out):
     found = [state.get("started_with", {}), *starts(state)][-1]  # the former in searches of before there were starts
     path = found.get("config")
     return bool(found.get("demo")), path if path and os.path.exists(path) else None
-
-
-def wants_latency(args):
-    """Whether the flags limit latency, or make it an objective."""
-    return "latency" in named_costs(args)
 
 
 def named_costs(args):
@@ -246,11 +238,12 @@ def find_latency_table(args, out, supernet):
 
 
 def trial_settings(args, out, supernet_path):
-    """The flags of a trial: those of this search, with a share of the cores."""
-    settings = {name: getattr(args, name) for name in OF_A_TRIAL}
+    """The flags of a trial: those that it shares with this search, with a share of the cores."""
+    subjects = (Run, DataConfig, Images, Evaluation)
+    settings = {name: getattr(args, name) for subject in subjects for name in names(subject)}
     share = max(1, cores() // args.concurrency)
     workers = min(MAX_WORKERS, share) if args.workers is None else args.workers
-    settings |= {"threads": args.threads or share, "workers": workers}
+    settings |= {"own": args.own, "threads": args.threads or share, "workers": workers}
     return settings | {"checkpoint": str(supernet_path), "out": str(out)}
 
 
@@ -279,7 +272,7 @@ def check(args, out):
         raise UserError(NO_GPU)  # trials initialise CUDA, this process does not
     table = args.flops_table and read_flops_table(args.flops_table)
     values = vars(args)
-    images = Images.of(vars(args))
+    images = Images.of(values)
     prepare_images(images, args.demo)
     own.load(args.own)
     check_own(args)
@@ -292,7 +285,7 @@ def check(args, out):
         space, differences = with_flops_table(space, table, args.flops_table)
         costs = comparison(differences, args.flops_table)
     latency = None
-    if wants_latency(args):
+    if "latency" in named_costs(args):
         path = find_latency_table(args, out, supernet.path)
         latency = read_table(path, space, args.foreign_latency_table, tester_command(args, "latency"))
         space = with_latency(space, latency)
@@ -354,7 +347,7 @@ def prepare(search, args, out):
     start |= {"config": args.config and os.path.abspath(args.config), "own": args.own and os.path.abspath(args.own)}
     start |= {"share": share}  # the report does not know functions of a candidate
     state = prepare_search(out, search.settings, args.resume, search.warnings, start)
-    folder = out / "checkpoints" / "search"
+    folder = state_path(out).parent
     start_logging(folder, args.device, args.seed, own.commits())
     write_settings(folder / "config.yml", "search", vars(args))
     if search.costs:
@@ -406,13 +399,12 @@ def run(search, args, out):
 def run_engine(search, args, out):
     """Runs the generations that are left on the engine of the flags."""
     trial = trial_settings(args, out, search.supernet)
-    sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
-    sizes["trial_timeout"] = args.trial_timeout
+    how = {name: getattr(args, name) for name in ("concurrency", "candidates_per_trial", "trial_timeout")}
     if args.engine == "local":
-        search_locally(out, trial, **sizes)
+        search_locally(out, trial, **how)
     else:
-        command = trial_command(search.experiment, out, trial)
-        search_with_nni(out, command, search.experiment, host=args.host, port=args.port, **sizes)
+        words = trial_command(search.experiment, out, trial)
+        search_with_nni(out, words, search.experiment, host=args.host, port=args.port, **how)
 
 
 def print_best(found):

@@ -80,7 +80,8 @@ class SearchRecord:
             if waiting := self.waiting():
                 self._write_state()
                 return waiting
-            self.evolution.tell({c: _reward(self.results[c]) for c in population})
+            results = {c: self.results[c] for c in population}
+            self.evolution.tell({c: None if r["acc1"] is None else by_score(r) for c, r in results.items()})
             self._close(self.evolution.generation - 1, population)
         self._find_largest()
         if not self.largest:
@@ -111,8 +112,7 @@ class SearchRecord:
 
     def _keep_largest(self, result):
         self.largest = None
-        path = self.out / "checkpoints" / "largest.json"
-        write_json(path, self.space.to_architecture(result["architecture"]))
+        self._write_architecture("largest.json", result["architecture"])
         self._write_state(largest={**result, "of_all": self.of_all})
 
     def _check_replay(self, population):
@@ -140,12 +140,11 @@ class SearchRecord:
         limits = self.evolution.limits
         settings = self.state["settings"]
         earlier = confirmations(self.state)
-        found = []
-        for candidate, ns in measured.items():
-            predicted = self.space.cost("latency", candidate)
-            holds = limits.holds("latency", ns)
-            found.append({"architecture": list(candidate), "predicted_ms": predicted / 1e6, "measured_ms": ns / 1e6})
-            found[-1]["holds"] = holds
+        found = [
+            {"architecture": list(candidate), "predicted_ms": self.space.cost("latency", candidate) / 1e6,
+             "measured_ms": ns / 1e6, "holds": limits.holds("latency", ns)}
+            for candidate, ns in measured.items()
+        ]  # fmt: skip
         row = {"after": self.evolution.generation, "measured": found, "correction": None, "generations": 0}
         none_holds = bool(found) and not any(m["holds"] for m in found)
         if none_holds and sum(e["correction"] is not None for e in earlier) < MAX_CORRECTIONS:
@@ -154,7 +153,7 @@ class SearchRecord:
         self.evolution.limits = limits.after(row)
         best = self.results[self.evolution.best[0]] if self.evolution.best and not none_holds else None
         if best:
-            write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best["architecture"]))
+            self._write_architecture("best.json", best["architecture"])
         else:
             (self.out / "checkpoints" / "best.json").unlink(missing_ok=True)
         self._write_front()
@@ -180,8 +179,7 @@ class SearchRecord:
 
     def fail(self, candidate, error, trial=None):
         """Records that a candidate has failed for good; returns as `add`."""
-        numbers = dict.fromkeys(MEASURED)
-        return self._append(candidate, {**numbers, "error": error}, trial)
+        return self._append(candidate, {**dict.fromkeys(MEASURED), "error": error}, trial)
 
     def _append(self, candidate, numbers, trial):
         if candidate not in self.waiting():
@@ -223,10 +221,9 @@ class SearchRecord:
         with atomic_write(self.out / "acc" / f"{generation:03}.jsonl") as file:
             file.writelines(json.dumps(self.results[c]) + "\n" for c in candidates)
         for rank, candidate in enumerate(candidates):
-            path = self.out / "checkpoints" / f"{generation:03}_{rank:03}.json"
-            write_json(path, self.space.to_architecture(candidate))
+            self._write_architecture(f"{generation:03}_{rank:03}.json", candidate)
         if best := self.evolution.best:
-            write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best[0]))
+            self._write_architecture("best.json", best[0])
             self.state["best"] = self.results[best[0]]
         self._write_front()
         self.state["generation"] = generation + 1
@@ -234,11 +231,15 @@ class SearchRecord:
 
     def _write_front(self):
         front = self.evolution.front() if self.evolution.objectives else []
-        paths = [self.out / "checkpoints" / "front" / f"{i:03}.json" for i in range(len(front))]
-        for path, candidate in zip(paths, front):
-            write_json(path, self.space.to_architecture(candidate))
-        for path in set((self.out / "checkpoints" / "front").glob("*.json")) - set(paths):
-            path.unlink()
+        names = [f"{i:03}.json" for i in range(len(front))]
+        for name, candidate in zip(names, front):
+            self._write_architecture(f"front/{name}", candidate)
+        for path in (self.out / "checkpoints" / "front").glob("*.json"):
+            if path.name not in names:
+                path.unlink()
+
+    def _write_architecture(self, name, candidate):
+        write_json(self.out / "checkpoints" / name, self.space.to_architecture(candidate))
 
     def _write_state(self, **changes):
         self.state |= {"evaluated": len(self.results), **changes}
@@ -261,10 +262,6 @@ def _open_space(state):
     own.load(next((start["own"] for start in reversed(starts(state)) if "own" in start), None))
     space = space_of(settings)
     return space_of(settings, lambda name: own.function_of(space, name))
-
-
-def _reward(result):
-    return None if result["acc1"] is None else by_score(result)
 
 
 def prepare_search(out, settings, resume, warnings=(), start=None):

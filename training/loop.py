@@ -88,7 +88,7 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
         log.info("%d iterations of %d images, %.1f epochs; %s", training.iterations, training.batch_size, epochs, where)
         ranks = distributed.rank(), distributed.world_size()
         plan = training_plan(len(loader.images), batch_size, step.seed, state.done, training.iterations, *ranks)
-        closing.enter_context(state)
+        state.begin(closing)
         state.finish_validation()
         for number, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
             with state.saved_on_error():
@@ -110,15 +110,12 @@ class _State:
         self.meter = _Meter(step, self.done, self.metrics["seconds"], rows)
         self.interruption = _Interruption()
 
-    def __enter__(self):
+    def begin(self, closing):
+        """Opens the logs and handles signals, until the ExitStack `closing` is closed."""
         kept = self.done - 1 if self.validation_due else self.done
-        self.closing = contextlib.ExitStack()
-        self.journal = self.closing.enter_context(Journal(self.run, self.done, self.step, kept))
+        self.journal = Journal(self.run, self.done, self.step, kept, closing)
         if self.run.folder:
-            self.closing.enter_context(signals(self.interruption.note))
-
-    def __exit__(self, *error):
-        return self.closing.__exit__(*error)
+            closing.enter_context(signals(self.interruption.note))
 
     def finish_validation(self):
         """Does the validation that was still due when the run stopped."""

@@ -1,6 +1,5 @@
 """The folder of a training run: its lock, checkpoints and logs."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -245,34 +244,25 @@ class TrainingRun:
 class Journal:
     """Writes log.jsonl and TensorBoard's files of a run, and shows a progress bar on a terminal or in a notebook.
 
-    On rank 0 only. Removes the lines that a killed run wrote after step `kept`. Without a folder there is only the bar.
+    On rank 0 only, until the ExitStack `closing` is closed. Removes the lines that a killed run wrote after step
+    `kept`. Without a folder there is only the bar.
     """
 
-    def __init__(self, run, done, step, kept):
-        self.folder = run.folder
+    def __init__(self, run, done, step, kept, closing):
         self.report = run.log
-        self.done = done
         self.total = step.training.iterations
         self.space = step.space
-        self.kept = kept
-
-    def __enter__(self):
         shows = distributed.rank() == 0
-        self.writes = shows and self.folder is not None
-        self.closing = contextlib.ExitStack()
+        self.writes = shows and run.folder is not None
         hidden = (False if "ipykernel" in sys.modules else None) if shows else True  # None: unless on a terminal
         shown = {"unit": "step", "dynamic_ncols": True, "disable": hidden}
-        self.progress = self.closing.enter_context(tqdm(total=self.total, initial=self.done, **shown))
+        self.progress = closing.enter_context(tqdm(total=self.total, initial=done, **shown))
         if self.writes:
-            self.board = curves(self.folder / "tensorboard", self.kept + 1)
-            self.closing.callback(self.board.close)
-            path = self.folder / "log.jsonl"
-            _cut(path, self.kept)
-            self.file = self.closing.enter_context(open(path, "a"))
-        return self
-
-    def __exit__(self, *_):
-        self.closing.close()
+            self.board = curves(run.folder / "tensorboard", kept + 1)
+            closing.callback(self.board.close)
+            path = run.folder / "log.jsonl"
+            _cut(path, kept)
+            self.file = closing.enter_context(open(path, "a"))  # noqa: SIM115
 
     def log(self, step, metrics):
         """Logs the metrics of a step as one line."""

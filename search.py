@@ -416,8 +416,7 @@ def print_best(found):
         "latency_ms": ("ms       ", lambda r: milliseconds(r["latency_ms"])),
         "score": ("loss    ", lambda r: f"{r['loss']:.3f}"),
     }
-    for name, cost in found.space.costs.own.items():
-        head = f"{name} {cost.unit}".strip()
+    for name, head in found.own_heads.items():
         columns[name] = f"{head:<9}  ", lambda r, name=name: f"{r[name]:.4g}"
     more = [column for key, column in columns.items() if key in best[0]]
     print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for head, _ in more)}architecture")

@@ -33,7 +33,6 @@ from devices.table import (
 )
 from engines import trial
 from engines.search_files import listed_images
-from images.dataset import prepare
 from settings.command_line import Parser, command, setting_in, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
 from space import own, weight_files
@@ -166,21 +165,13 @@ def start_logging(args, device):
     write_settings(folder / "config.yml", "tester", vars(args))
 
 
-def open_supernet(args, listed=None):
-    """(supernet on the device, calibration batches, validation batches) of the arguments; `listed` as for Data."""
-    if not listed:
-        prepare(Images.of(vars(args)), args.demo)
-    own.load(args.own)
-    return open_evaluation(vars(args), listed)
-
-
 def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     candidates = trial.receive_candidates()
     with trial.heartbeats(), trial.errors_reported(candidates):
         trial.take_gpu(args.device)
-        supernet, *batches = open_supernet(args, listed_images(args.out))
+        supernet, *batches = open_evaluation(vars(args), listed_images(args.out))
         trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))
 
 
@@ -190,7 +181,7 @@ def main(args):
     elif args.mode == "latency":
         measure(args)
     elif args.architecture:
-        supernet, calibration, validation = open_supernet(args)
+        supernet, calibration, validation = open_evaluation(vars(args))
         candidate = supernet.space.load_architecture(args.architecture)
         start_logging(args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)

@@ -40,7 +40,7 @@ from settings.fields import count
 from space import own
 from space.limits import make_bounds
 from space.own import REGISTRIES
-from training.evaluation import evaluate
+from training.evaluation import evaluate, open_evaluation
 from training.start import Start, given_config
 from training.step import Step, find_rule
 
@@ -172,7 +172,7 @@ class Study:
             return self.keep(kind, task.numbers() | {"seed": key[1]})
         seed, rule, steps = key
         args = tester.parse_args([*self.words, "--out", str(task.command.folder), "--threads", "1"])
-        model, calibration, validation = tester.open_supernet(args)
+        model, calibration, validation = open_evaluation(vars(args))
         wanted = self.trained_by(rule)
         forms = map(self.space.canonical, wanted)  # as a search evaluates them
         measured = evaluate(model, list(forms), calibration, validation, args.bn)

@@ -13,7 +13,6 @@ from engines.search_files import listed_images
 from engines.search_record import SearchRecord
 from engines.trial import gpu_names, reason_of, take_gpu
 from settings.subjects import Evaluation
-from space import own
 from space.splitting import chunks, cut
 from utils import (
     POLL_S,
@@ -177,5 +176,4 @@ def _opened(trial):
 
     values = json.loads(trial)
     take_gpu(values["device"])
-    own.load(values["own"])
     return Evaluation.of(values), *open_evaluation(values, listed_images(values["out"]))

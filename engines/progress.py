@@ -12,6 +12,7 @@ from engines.search_files import (
     by_score,
     children_wanted,
     cost_of,
+    is_exhausted,
     n_generations,
     own_costs_of,
     read_generations,
@@ -42,13 +43,8 @@ class Progress:
         self.board = None
         self.limited = None  # the costs whose limits exclude candidates
         self.pace = Pace()
-        self.changed = time.monotonic()
+        self.changed = time.monotonic()  # the time of the last result
         self.reported = -math.inf
-
-    @property
-    def idle_s(self):
-        """Seconds since the last result."""
-        return time.monotonic() - self.changed
 
     def read(self):
         """Shows what is new, and returns the state of the search. Raises UserError if the tuner gave up."""
@@ -56,21 +52,18 @@ class Progress:
         if state["error"]:
             raise UserError(f"the search cannot continue: {state['error']}")
         if (state["evaluated"], state["generation"]) != (self.evaluated, self.n_closed):
-            self._read_generations(state["generation"])
+            closed = [generation for generation in self.generations if generation.closed]
+            opened = enumerate(read_generations(self.out, skip=len(closed)), len(closed) + 1)
+            self.generations = closed + [Generation(n, results, n <= state["generation"]) for n, results in opened]
             self._show(state)
         elif sys.stderr.isatty():
             self.bar.refresh()  # the elapsed time
         if state["done"]:
             self.bar.close()
-            if state["evaluated"] < n_generations(state) * state["settings"]["population"]:
+            if is_exhausted(state):
                 text = "the space is exhausted: no further candidate within the limits is new; the search ends with %d"
                 log.warning(text, state["evaluated"])
         return state
-
-    def _read_generations(self, n_closed):
-        closed = [generation for generation in self.generations if generation.closed]
-        opened = enumerate(read_generations(self.out, skip=len(closed)), len(closed) + 1)
-        self.generations = closed + [Generation(number, results, number <= n_closed) for number, results in opened]
 
     def _show(self, state):
         settings = state["settings"]

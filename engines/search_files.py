@@ -35,6 +35,11 @@ def n_generations(state):
     return state["settings"]["generations"] + sum(row["generations"] for row in confirmations(state))
 
 
+def is_exhausted(state):
+    """Whether a search ended because no further candidate within the limits was new."""
+    return bool(state.get("done")) and state["evaluated"] < n_generations(state) * state["settings"]["population"]
+
+
 def unconfirmed(state):
     """Whether a search whose generations are complete limits latency, and its best candidates are to be measured."""
     rows = confirmations(state)

@@ -335,8 +335,8 @@ def _columns(search, best):
         columns["predicted ms"] = [milliseconds(r["latency_ms"]) for r in best]
     if any(measured := [search.measured_text(r) for r in best]):
         columns["measured ms"] = measured
-    for name, cost in search.own.items():
-        columns[f"{name} {cost.unit}".strip()] = [f"{r[name]:.4g}" for r in best]
+    for name, head in search.own_heads.items():
+        columns[head] = [f"{r[name]:.4g}" for r in best]
     return columns | {"generation": [str(r["generation"]) for r in best]}
 
 

@@ -7,7 +7,7 @@ import pathlib
 import jinja2
 
 from engines.generations import standard_error
-from engines.search_files import n_generations
+from engines.search_files import is_exhausted, n_generations
 from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
 from space.limits import describe, milliseconds, share_text, shown
@@ -63,7 +63,7 @@ def page(search, comparison, svgs):
 
 def _status(search):
     generations = n_generations(search.state)
-    if search.is_exhausted:
+    if is_exhausted(search.state):
         return f"{len(search.generations)} generations, finished: no further candidate within the limits is new"
     if search.state.get("done"):
         return f"{len(search.generations)} generations, finished"

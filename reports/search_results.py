@@ -11,7 +11,6 @@ from engines.search_files import (
     children_wanted,
     confirmations,
     cost_of,
-    n_generations,
     ranked,
     read_generations,
     settings_difference,
@@ -75,6 +74,11 @@ class SearchResults:
         self.largest = self.state.get("largest")
         if self.largest and "measured_ms" in self.largest:
             self.measured_ms[tuple(self.largest["architecture"])] = self.largest["measured_ms"]
+
+    @property
+    def own_heads(self):
+        """{name: name and unit} of the costs of the user's own, for columns."""
+        return {name: f"{name} {cost.unit}".strip() for name, cost in self.own.items()}
 
     def score(self, result):
         """The number in a result by which it is ranked, the higher the better: top-1 in percent, or minus the loss."""
@@ -140,12 +144,6 @@ class SearchResults:
         wanted = children_wanted(self.settings)
         found = dict(enumerate(self.state.get("children", ()), 2))
         return f"{found[generation.number]} of {wanted}" if wanted and generation.number in found else ""
-
-    @property
-    def is_exhausted(self):
-        """Whether the search ended because no further candidate within the limits was new."""
-        asked = n_generations(self.state) * self.settings["population"]
-        return bool(self.state.get("done")) and len(self.results) < asked
 
     @functools.cached_property
     def first_warning(self):

@@ -11,10 +11,11 @@ import time
 import torch
 
 from dataloader import Loader
-from images.dataset import calibration_plan, evaluation_plan
+from images.dataset import calibration_plan, evaluation_plan, prepare
 from images.image_cache import FixedBatches
 from network import batch_norms
 from settings.subjects import DataConfig, Evaluation, Images, Run, Testing
+from space import own
 from space.splitting import cut
 from training import checkpoint, distributed
 from training.prefix_tree import PrefixTree
@@ -57,6 +58,9 @@ def open_evaluation(values, listed=None):
     """
     images = Images.of(values)
     evaluation = Evaluation.of(values)
+    if not listed:
+        prepare(images, values["demo"])
+    own.load(values["own"])
     device = resolve_device(values["device"], values["threads"])
     supernet, _, config, data = checkpoint.open_supernet(
         values["checkpoint"], values["out"], images, DataConfig.given(values), listed
@@ -84,7 +88,7 @@ def load_supernet(path, **settings):
     known = {field.name: field.default for subject in subjects for field in dataclasses.fields(subject)}
     if unknown := sorted(settings.keys() - known.keys()):
         raise UserError(f"load_supernet has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return open_evaluation(known | DataConfig.unset() | {"checkpoint": path} | settings)
+    return open_evaluation(known | DataConfig.unset() | {"checkpoint": path, "own": None} | settings)
 
 
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):

@@ -9,7 +9,6 @@ import pathlib
 import re
 import reprlib
 import sys
-import typing
 
 import torch
 from tqdm.auto import tqdm
@@ -68,7 +67,6 @@ def _plain(value):
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-@dataclasses.dataclass
 class TrainingRun:
     """What a training run keeps in `folder`; without a folder nothing is kept. Only rank 0 writes.
 
@@ -80,30 +78,24 @@ class TrainingRun:
         log: a function of a step and its metrics (name -> number), called for each line of the log
     """
 
-    folder: pathlib.Path | None = None
-    kind: str = ""
-    contents: dict = dataclasses.field(default_factory=dict)
-    settings: dict = dataclasses.field(default_factory=dict)
-    log: typing.Callable | None = None
-    given: dict | None = dataclasses.field(default=None, init=False)  # settings, without those that `train` adds
-    started: bool = dataclasses.field(default=False, init=False)
-    read_back: bool = dataclasses.field(default=False, init=False)  # whether a sampler's state was found readable
-    # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
-    lock: typing.Any = dataclasses.field(default=None, init=False)
-    content: typing.Any = dataclasses.field(default=None, init=False)
-
-    def __post_init__(self):
-        if self.folder is not None:
-            self.folder = pathlib.Path(self.folder)
-        if distributed.world_size() > 1:
-            self.settings = self.settings | {"processes": distributed.world_size()}
+    def __init__(self, folder=None, kind="", contents=None, settings=None, log=None):
+        self.folder = None if folder is None else pathlib.Path(folder)
+        self.kind = kind
+        self.contents = contents or {}
+        processes = {"processes": distributed.world_size()} if distributed.world_size() > 1 else {}
+        self.settings = (settings or {}) | processes
+        self.given = None  # settings, without those that `train` adds
+        self.log = log
+        self.started = False
+        self.read_back = False  # whether a sampler's state was found readable
+        # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
+        self.lock = self.content = None
 
     def start_from_python(self, step, sampler):
         """Starts a run that no command has started, with the settings of a Step and a sampler."""
-        settings = dataclasses.asdict(step.training) | {"seed": step.seed, "rule": name_of(step.rule)}
-        code = (
-            None if step.rule is single_path else own.hashes.get(("rule", name_of(step.rule))) or described(step.rule)
-        )
+        rule = step.rule
+        settings = dataclasses.asdict(step.training) | {"seed": step.seed, "rule": name_of(rule)}
+        code = "" if rule is single_path else own.hashes.get(("rule", name_of(rule))) or described(rule)
         others = {"optimizer": step.make_optimizer, "schedule": step.schedule, "paths": sampler}
         others = {name: described(value) for name, value in others.items() if value not in (None, sgd, linear)}
         if missing := {"space", "data", "split", "classes"} - self.contents.keys():

@@ -37,13 +37,6 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
 
 
-def prune(folder, keep):
-    """Removes all but the newest `keep` checkpoints."""
-    found = checkpoints(folder)
-    for path in found[: max(0, len(found) - keep)]:
-        path.unlink(missing_ok=True)
-
-
 def load_supernet(path, out, space=None):
     """(the supernet, its Checkpoint) from `path`, or if that is None from the newest checkpoint in `out`."""
     if path is None:

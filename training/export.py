@@ -109,7 +109,9 @@ def export(path, model, ckpt, config, with_preprocessing=False, images=None, ops
     else:
         content, timed = onnx_file(network, config, with_preprocessing, values, opset)
     _, run = read(path, content)
-    images = images or _bundled_images()
+    if not images:
+        images = scan(bundled.unpack(HERE / "data" / "fashion-mnist") / "val")
+        images = images.take(stratified_order(images.labels, 0)[:N_IMAGES])
     found = (compare_from_files if with_preprocessing else compare)(run, model, config, images)
     if not found["max_difference"] <= TOLERANCE:
         largest = f"its logits differ from the network's by {found['max_difference']:.2g}, over {TOLERANCE}"
@@ -215,11 +217,6 @@ def _place(module, scopes):
             if first in ("first_conv", "conv_last", "classifier"):
                 return f"{first}/"
     return ""
-
-
-def _bundled_images():
-    images = scan(bundled.unpack(HERE / "data" / "fashion-mnist") / "val")
-    return images.take(stratified_order(images.labels, 0)[:N_IMAGES])
 
 
 def compare(run, model, config, images):

@@ -169,7 +169,7 @@ class _State:
             self.sampler.after_step(step, candidate, distributed.mean(loss))
         self.journal.progress.update()
         if step == self.done + PLAN_AFTER[self.step.device.type][1]:
-            _log_plan(self.step, self.run.folder, self.meter, self.validate)
+            self.log_plan()
         stop = distributed.all_reduce_max(self.interruption.signal)
         closes = step == training.iterations or step % training.val_every == 0
         validation_due = bool(closes and self.validate)
@@ -221,29 +221,28 @@ class _State:
             except Exception as failure:  # must not hide the first error
                 log.warning("warning: nothing is saved: %s", failure)
 
-
-def _log_plan(step, folder, meter, validate):
-    """Logs what the run will take in time, disk and memory, estimated from its first steps."""
-    step_seconds = meter.step_seconds  # on all ranks, because it sums over them
-    if distributed.rank():
-        return
-    training = step.training
-    steps = training.iterations - meter.number
-    size = 2 * sum(t.nbytes for t in step.model.state_dict().values())  # with momentum
-    kept = f" {training.keep} checkpoints of {size / 1e6:.0f} MB;" if folder else ""
-    validations = f", plus {-(-steps // training.val_every)} validations" if validate else ""
-    log.info(
-        "plan: %s for %d more steps of %.3g s%s;%s peak memory so far %.1f GB",
-        duration(steps * step_seconds), steps, step_seconds, validations, kept, _peak_memory(step.device) / 1e9,
-    )  # fmt: skip
-    disk, free = (size * (training.keep + 1), shutil.disk_usage(folder).free) if folder else (0, 0)
-    if disk > free:
-        text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
-        log.warning(text, folder, free / 1e9, disk / 1e9)
-    if step.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
-        advice = "--threads 1" if UserError.of_commands else "torch.set_num_threads(1)"
-        text = "warning: %d threads compute less than one would; other programs run: try %s"
-        log.warning(text, torch.get_num_threads(), advice)
+    def log_plan(self):
+        """Logs what the run will take in time, disk and memory, estimated from its first steps."""
+        step, meter, folder = self.step, self.meter, self.run.folder
+        step_seconds = meter.step_seconds  # on all ranks, because it sums over them
+        if distributed.rank():
+            return
+        training = step.training
+        steps = training.iterations - meter.number
+        size = 2 * sum(t.nbytes for t in step.model.state_dict().values())  # with momentum
+        kept = f" {training.keep} checkpoints of {size / 1e6:.0f} MB;" if folder else ""
+        validations = f", plus {-(-steps // training.val_every)} validations" if self.validate else ""
+        log.info(
+            "plan: %s for %d more steps of %.3g s%s;%s peak memory so far %.1f GB",
+            duration(steps * step_seconds), steps, step_seconds, validations, kept, _peak_memory(step.device) / 1e9,
+        )  # fmt: skip
+        if folder and (disk := size * (training.keep + 1)) > (free := shutil.disk_usage(folder).free):
+            text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
+            log.warning(text, folder, free / 1e9, disk / 1e9)
+        if step.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
+            advice = "--threads 1" if UserError.of_commands else "torch.set_num_threads(1)"
+            text = "warning: %d threads compute less than one would; other programs run: try %s"
+            log.warning(text, torch.get_num_threads(), advice)
 
 
 def out_of_memory(error):

@@ -229,7 +229,8 @@ class TrainingRun:
             if "sampler" in parts and not self.read_back:
                 weight_files.load_file(path)  # raises now, not when it is resumed, if the state can't be read
                 self.read_back = True
-            checkpoint.prune(self.folder, step.training.keep)
+            for old in checkpoint.checkpoints(self.folder)[: -step.training.keep]:
+                old.unlink(missing_ok=True)
         return path
 
 

@@ -38,13 +38,12 @@ from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
 from engines.search_files import (
     as_own_costs,
-    confirmations,
     costs_of,
+    has_search,
     images_path,
     n_generations,
     read_generations,
     read_state,
-    starts,
     state_path,
     unconfirmed,
 )
@@ -163,10 +162,10 @@ def refuse_contradictions(parser, args, before):
 
 def settings_of(parser, given):
     """The settings (attribute -> value) of the search in OUT, as flags; none where there is no search."""
-    state = read_state(given["out"])
     path = state_path(given["out"]).with_name("config.yml")
-    if not (state and path.exists()):
+    if not (has_search(given["out"]) and path.exists()):
         return {}
+    state = read_state(given["out"])
     found = parser.read_settings(path)
     if given["limit"] or given["flops_limit"]:  # then these are all limits, as in a new search
         found = {name: value for name, value in found.items() if name not in ("limit", "flops_limit")}
@@ -177,7 +176,7 @@ def settings_of(parser, given):
 def started_with(out):
     """(demo, config): whether the search in `out` was started with --demo, and its file of settings."""
     state = read_state(out)
-    found = [state.get("started_with", {}), *starts(state)][-1]  # the former in searches of before there were starts
+    found = [state.get("started_with", {}), *state["starts"]][-1]  # the former in searches of before there were starts
     path = found.get("config")
     return bool(found.get("demo")), path if path and os.path.exists(path) else None
 
@@ -374,7 +373,7 @@ def run(search, args, out):
     try:
         with signals(interrupt):
             while True:
-                state = read_json(state_path(out))
+                state = read_state(out)
                 if not state["done"]:
                     run_engine(search, args, out)
                 elif search.latency and unconfirmed(state):
@@ -388,7 +387,7 @@ def run(search, args, out):
     except Interrupted as error:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
         again = shlex.join(["python", "search.py", *words, "--resume"])
-        state = read_json(state_path(out))
+        state = read_state(out)
         lost = args.population - sum(map(len, read_generations(out, skip=state["generation"])))
         lost = max(1, min(lost, n_generations(state) * args.population - state["evaluated"]))  # one is the largest
         text = "stopped by %s: %d candidates are kept, at most %d that were being evaluated start anew; resume with: %s"
@@ -472,7 +471,7 @@ def best_path(args):
 
 def main(args):
     """Checks, prepares, runs and reports the search; returns the best candidate's result."""
-    if args.resume and not read_state(args.out):
+    if args.resume and not has_search(args.out):
         what = f"--resume: there is no search in {args.out}"
         raise UserError(f"{what}; name the --out of one, or leave --resume out to start a search")
     out = output_folder(args.out).resolve()
@@ -480,10 +479,10 @@ def main(args):
         search = check(args, out)
         prepare(search, args, out)
         run(search, args, out)
-        state = read_json(state_path(out))
-        if confirmations(state) and unconfirmed(state):
+        state = read_state(out)
+        if state["confirmations"] and unconfirmed(state):
             return None  # a warning says what it waits for
-        if confirmations(state) and not state["best"]:
+        if state["confirmations"] and not state["best"]:
             page = write_report(out)
             raise UserError(
                 f"none of the best candidates holds the limit on latency when measured: see {page}; raise it"

@@ -108,7 +108,7 @@ def search_with_nni(out, command, experiment, concurrency=1, candidates_per_tria
         concurrency = max(1, concurrency * len(left) // len(machines))
         experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
         before = read_state(out)
-        prepare_search(out, before["settings"], resume=True, warnings=before.get("warnings", ()))
+        prepare_search(out, before["settings"], resume=True, warnings=before["warnings"])
 
 
 def _nni_config(out, command, experiment, concurrency, candidates_per_trial):

@@ -16,11 +16,12 @@ from engines.search_files import (
     n_generations,
     own_costs_of,
     read_generations,
+    read_state,
     space_of,
     state_path,
 )
 from space.limits import bounding, bounds_of, shown
-from utils import Pace, UserError, log, read_json
+from utils import Pace, UserError, log
 
 UNITS = {"flops": " FLOPs", "params": " parameters", "latency": ""}
 LINE_S = 30  # between lines in the log within a generation
@@ -48,7 +49,7 @@ class Progress:
 
     def read(self):
         """Shows what is new, and returns the state of the search. Raises UserError if the tuner gave up."""
-        state = self.state = read_json(state_path(self.out))
+        state = self.state = read_state(self.out)
         if state["error"]:
             raise UserError(f"the search cannot continue: {state['error']}")
         if (state["evaluated"], state["generation"]) != (self.evaluated, self.n_closed):
@@ -117,7 +118,7 @@ class Progress:
     def _children(state):
         """A text where fewer children than wanted were new in the last closed generation, or nothing."""
         wanted = children_wanted(state["settings"])
-        new = dict(enumerate(state.get("children", ()), 2)).get(state["generation"], wanted)
+        new = dict(enumerate(state["children"], 2)).get(state["generation"], wanted)
         return [f"{new} of {wanted} children were new, random candidates stand for the others"] if new < wanted else []
 
     def _judge_first(self, settings):

@@ -9,17 +9,15 @@ import time
 
 from engines.search_files import (
     by_score,
-    confirmations,
     costs_of,
     read_generations,
     read_state,
     settings_difference,
     space_of,
-    starts,
     state_path,
 )
 from space.evolution import Evolution
-from utils import UserError, atomic_write, hold_lock, read_json, write_json
+from utils import UserError, atomic_write, hold_lock, write_json
 
 MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # the numbers of a result that its evaluation gives
 MAX_CORRECTIONS = 3  # so often a search corrects its limit on latency
@@ -53,10 +51,10 @@ class SearchRecord:
     def __init__(self, out):
         self.out = pathlib.Path(out)
         self.lock = _hold_writer_lock(out)
-        self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
+        self.state = {**read_state(out), "error": None, "pid": os.getpid()}
         self.space = _open_space(self.state)
         self.evolution = Evolution.from_settings(self.space, self.state["settings"])
-        self.confirmations = list(confirmations(self.state))  # rows that are still to be replayed
+        self.confirmations = list(self.state["confirmations"])  # rows that are still to be replayed
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         self.largest = None  # the largest legal candidate while it is to be evaluated, after the last generation
@@ -139,7 +137,7 @@ class SearchRecord:
         """
         limits = self.evolution.limits
         settings = self.state["settings"]
-        earlier = confirmations(self.state)
+        earlier = self.state["confirmations"]
         found = [
             {"architecture": list(candidate), "predicted_ms": self.space.cost("latency", candidate) / 1e6,
              "measured_ms": ns / 1e6, "holds": limits.holds("latency", ns)}
@@ -243,7 +241,7 @@ class SearchRecord:
 
     def _write_state(self, **changes):
         self.state |= {"evaluated": len(self.results), **changes}
-        for start in starts(self.state)[-1:]:
+        for start in self.state["starts"][-1:]:
             start["last"] = time.time()
         write_json(state_path(self.out), self.state, indent=1)
 
@@ -259,7 +257,7 @@ def _open_space(state):
         return space_of(settings)
     from space import own  # here, because it needs torch, which NNI's tuner does without
 
-    own.load(next((start["own"] for start in reversed(starts(state)) if "own" in start), None))
+    own.load(next((start["own"] for start in reversed(state["starts"]) if "own" in start), None))
     space = space_of(settings)
     return space_of(settings, lambda name: own.function_of(space, name))
 
@@ -276,11 +274,12 @@ def prepare_search(out, settings, resume, warnings=(), start=None):
     path = state_path(out)
     settings = json.loads(json.dumps(settings))
     state = {"settings": settings, "generation": 0, "evaluated": 0, "best": None, "done": False}
+    state |= {"starts": [], "children": [], "confirmations": []}
     with _hold_writer_lock(out):
         if any((pathlib.Path(out) / "acc").glob("*.jsonl")):
             if not resume:
                 raise UserError(f"--out {out} holds a search already: resume it with --resume, or name another --out")
-            found = read_state(out) or read_json(path)
+            found = read_state(out)
             before, now = found["settings"].get("generations"), settings.get("generations")
             if isinstance(before, int) and isinstance(now, int) and before < now:
                 found["settings"]["generations"] = now
@@ -290,7 +289,7 @@ def prepare_search(out, settings, resume, warnings=(), start=None):
                 advice = "leave the flags out, or name another --out"
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; {advice}")
             state = found
-        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "starts": starts(state)}
+        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings)}
         if start:
             state["starts"] += [{**start, "begun": time.time(), "last": time.time()}]
         write_json(path, state, indent=1)

@@ -118,20 +118,12 @@ def _generations(search, random):
     right.plot(n, best, color=BEST, drawstyle="steps-post")
     if random.measured:
         n = range(1, len(random.measured) + 1)
-        right.plot(
-            n,
-            random.measured,
-            color=RANDOM,
-            linestyle="--",
-            gid="random",
-            label=f"random search (from {random.size} candidates)",
-        )
+        label = f"random search (from {random.size} candidates)"
+        right.plot(n, random.measured, "--", color=RANDOM, gid="random", label=label)
     if random.extrapolated:
         n, values, low, high = zip(*random.extrapolated)
         right.fill_between(n, low, high, color=RANDOM, alpha=0.13, linewidth=0)
-        right.plot(
-            n, values, color=RANDOM, linestyle=":", gid="random-extrapolated", label="extrapolated, not measured"
-        )
+        right.plot(n, values, ":", color=RANDOM, gid="random-extrapolated", label="extrapolated, not measured")
     right.set(xlabel="candidates evaluated", title="(b) Best so far, same budget")
     right.set_xlim(0, len(search.succeeded) * 1.04)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -6,21 +6,20 @@ import pathlib
 
 import numpy as np
 
-from engines.generations import Generation, difference_text, first_generation_warning, reliability_text
+from engines.generations import Generation, difference_text, first_generation_warning
 from engines.search_files import (
     children_wanted,
-    confirmations,
     cost_of,
     ranked,
     read_generations,
+    read_state,
     settings_difference,
     space_of,
-    starts,
     state_path,
 )
 from space.evolution import EVOLUTION
-from space.limits import Limits, bounding, bounds_of, milliseconds, shown
-from utils import UserError, read_json
+from space.limits import Limits, bounds_of, milliseconds, shown
+from utils import UserError
 
 FEWEST = 8  # accuracies, to estimate a spread from
 SKEWED = 1  # skewness from which accuracies count as not normal; 5% of 16 normal draws have more, 0.5% of 50
@@ -37,9 +36,7 @@ class SearchResults:
 
     def __init__(self, out):
         self.out = pathlib.Path(out)
-        if not state_path(out).exists():
-            raise UserError(f"{out}: no search here ({state_path(out)} is missing); name the --out folder of a search")
-        self.state = read_json(state_path(out))
+        self.state = read_state(out)
         try:
             self.settings = self.state["settings"]
             # The report has the recorded numbers of a cost that is a function, not the function.
@@ -64,8 +61,8 @@ class SearchResults:
             raise UserError(f"{out}: no candidate is evaluated yet; run the report again when search.py has some")
         self.by_loss = "score" in self.succeeded[0]
         self.objectives = self.settings.get("objectives", [])
-        self.confirmations = confirmations(self.state)
-        self.starts = starts(self.state)
+        self.confirmations = self.state["confirmations"]
+        self.starts = self.state["starts"]
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
         self.winner = self.legal[0]
@@ -129,11 +126,6 @@ class SearchResults:
         return self.space.cost(name, result["architecture"]) if name == "params" else cost_of(name, result, self.own)
 
     @functools.cached_property
-    def limited(self):
-        """The costs whose limits exclude candidates."""
-        return bounding(self.space, self.bounds)
-
-    @functools.cached_property
     def share(self):
         """The share of all candidates that the limits leave."""
         found = [start["share"] for start in self.starts if "share" in start]
@@ -142,7 +134,7 @@ class SearchResults:
     def new_children(self, generation):
         """How many of the children in a Generation were new, in words; empty where it has none, or it isn't known."""
         wanted = children_wanted(self.settings)
-        found = dict(enumerate(self.state.get("children", ()), 2))
+        found = dict(enumerate(self.state["children"], 2))
         return f"{found[generation.number]} of {wanted}" if wanted and generation.number in found else ""
 
     @functools.cached_property
@@ -150,19 +142,14 @@ class SearchResults:
         """The line that says that the first generation's candidates can't be told apart, or None."""
         return first_generation_warning(self.generations[0].results, self.space.n_classes)
 
-    @functools.cached_property
-    def reliability(self):
-        """The line with the reliability of the first generation, or None."""
-        return reliability_text(self.generations[0].results)
-
     def warnings(self):
         """Reasons to doubt the results, a line each: from the start of the search, and from its first generation."""
-        none_holds = None
+        found = [*self.state["warnings"], *filter(None, [self.first_warning])]
         if self.confirmations and not self.state["best"]:
-            none_holds = (
+            found.append(
                 "none of the candidates measured holds the limit on latency: raise it, or measure the device again"
             )
-        return [*self.state.get("warnings", []), *filter(None, [self.first_warning, none_holds])]
+        return found
 
     def is_random(self):
         return not children_wanted(self.settings)

@@ -96,8 +96,8 @@ def main():
     usual = statistics.median(reference_ns)
     results = {"device": cpu_name(), "onnxruntime": onnxruntime.__version__, "threads": setup["threads"]}
     results |= {"batch_size": setup["input"][0], "ns": {}}
-    for name, own in ratios.items():
-        results["ns"][name] = [round(statistics.median(half) * usual) for half in (own[::2], own[1::2])]
+    for name, found in ratios.items():
+        results["ns"][name] = [round(statistics.median(half) * usual) for half in (found[::2], found[1::2])]
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     print(f"{folder / 'results.json'}: {len(names)} networks")
 

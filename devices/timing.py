@@ -120,14 +120,14 @@ class Networks:
 
     def round(self):
         runtime = self.runtime
-        for prepared, own in zip(self.prepared, self.ratios):
+        for prepared, ratios in zip(self.prepared, self.ratios):
             run = functools.partial(runtime.ns, prepared())
-            own.append(ratio(run, runtime.run_reference, runtime.WARM_UP, runtime.RUNS))
+            ratios.append(ratio(run, runtime.run_reference, runtime.WARM_UP, runtime.RUNS))
 
     def medians(self):
         """The median latency of each candidate, in ns."""
         usual = self.runtime.usual_ns()
-        return [round(statistics.median(own) * usual) for own in self.ratios]
+        return [round(statistics.median(ratios) * usual) for ratios in self.ratios]
 
 
 class Parts:
@@ -155,13 +155,13 @@ class Parts:
                 reference = runtime.run_reference()
                 first, *found, last = run_timed(parts, runtime.x)
                 self.ends.append((first + last) / reference)
-                for own, choice, ns in zip(self.ratios, choices, found):
-                    own[choice].append(ns / reference)
+                for row, choice, ns in zip(self.ratios, choices, found):
+                    row[choice].append(ns / reference)
 
     def medians(self):
         """(a list for each block of the ns of its choices, the ns of stem and head together)."""
         usual = self.runtime.usual_ns()
-        table = [[round(statistics.median(own) * usual) for own in row] for row in self.ratios]
+        table = [[round(statistics.median(ratios) * usual) for ratios in row] for row in self.ratios]
         return table, round(statistics.median(self.ends) * usual)
 
 

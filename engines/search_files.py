@@ -1,7 +1,6 @@
 """The files of a search, as they are read: to resume it, to report it, and while it runs."""
 
 import contextlib
-import itertools
 import json
 import pathlib
 
@@ -144,11 +143,6 @@ def _by_flags(settings):
     if settings.keys() & {"limits", "flops_limit"}:
         settings["limit"] = describe(bounds_of(settings), own_costs_of(settings))
     return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}
-
-
-def read_results(out, repair=False):
-    """The results of all generations in one list; see `read_generations`."""
-    return list(itertools.chain(*read_generations(out, repair)))
 
 
 def read_generations(out, repair=False, skip=0):

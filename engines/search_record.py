@@ -158,7 +158,7 @@ class SearchRecord:
         self._write_state(confirmations=[*earlier, row], best=best, done=not row["generations"])
         return row
 
-    def add(self, result, trial=None):
+    def add(self, result, trial_id=None):
         """Records a result and returns True; returns False for a candidate that is not pending.
 
         A candidate whose accuracies are not percentages (None or NaN, for example) has failed, and so has one without a
@@ -168,18 +168,18 @@ class SearchRecord:
         numbers = {key: result.get(key) for key in MEASURED}
         numbers |= {key: result[key] for key in ("halves", "acc1_error") if key in result}
         if not all(isinstance(numbers[k], (int, float)) and 0 <= numbers[k] <= 100 for k in ("acc1", "acc5")):
-            return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial)
+            return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial_id)
         if self.state["settings"].get("rank_by") == "loss":
             if numbers["loss"] is None:
-                return self.fail(candidate, "the loss is not a finite number", trial)
+                return self.fail(candidate, "the loss is not a finite number", trial_id)
             numbers["score"] = -numbers["loss"]
-        return self._append(candidate, numbers, trial)
+        return self._append(candidate, numbers, trial_id)
 
-    def fail(self, candidate, error, trial=None):
+    def fail(self, candidate, error, trial_id=None):
         """Records that a candidate has failed for good; returns as `add`."""
-        return self._append(candidate, {**dict.fromkeys(MEASURED), "error": error}, trial)
+        return self._append(candidate, {**dict.fromkeys(MEASURED), "error": error}, trial_id)
 
-    def _append(self, candidate, numbers, trial):
+    def _append(self, candidate, numbers, trial_id):
         if candidate not in self.waiting():
             return False
         result = {"architecture": list(candidate), **self._costs(candidate), **numbers}
@@ -189,10 +189,10 @@ class SearchRecord:
         path = self.out / "acc" / f"{self.evolution.generation:03}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "a") as file:
-            file.write(json.dumps({**result, "trial": trial}) + "\n")
+            file.write(json.dumps({**result, "trial": trial_id}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.results[candidate], self.trials[candidate] = result, trial
+        self.results[candidate], self.trials[candidate] = result, trial_id
         self._write_state()
         return True
 
@@ -211,8 +211,8 @@ class SearchRecord:
         candidates += [c for c in population if c not in candidates]
         trials = collections.defaultdict(list)
         for candidate in candidates:
-            if trial := self.trials.get(candidate):
-                trials[trial].append(list(candidate))
+            if trial_id := self.trials.get(candidate):
+                trials[trial_id].append(list(candidate))
         # A search that was killed while it closed this generation may have lost the trials; then this file is on disk.
         if trials:
             write_json(self.out / "id2cand" / f"{generation:03}.json", trials, sort_keys=True)

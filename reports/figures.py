@@ -97,8 +97,8 @@ def _generations(search, random):
     x = [g.number + _jitter(i) for g in shown for i in range(len(g.succeeded))]
     left.scatter(x, [*itertools.chain(*values)], 9, PALE, linewidths=0, gid="candidates", label="a candidate")
     numbers = [g.number for g in shown]
-    means = [statistics.fmean(own) for own in values]
-    spread = [statistics.pstdev(own) if len(own) < 2 else statistics.stdev(own) for own in values]
+    means = [statistics.fmean(each) for each in values]
+    spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
     left.errorbar(numbers, means, spread, color=MEAN, capsize=3, linestyle="none", label="± 1 standard deviation")
     left.plot(numbers, means, "o-", color=MEAN, markersize=4, gid="mean", label="mean")
     best = [search.as_read(search.score(g.best)) for g in shown]
@@ -206,10 +206,10 @@ def _plane(search, cost, circled, **drawn):
 
 def _look(space, name):
     """How an operation is drawn, as in OPERATIONS; an own one is named by its first letter."""
-    own = [operation for operation in space.operations if operation not in OPERATIONS]
-    if name not in own:
+    others = [operation for operation in space.operations if operation not in OPERATIONS]
+    if name not in others:
         return OPERATIONS[name]
-    return name, name[0].upper(), OTHERS[own.index(name) % len(OTHERS)], INK, 0.60
+    return name, name[0].upper(), OTHERS[others.index(name) % len(OTHERS)], INK, 0.60
 
 
 def _operations(search):

@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 from conftest import run
-from made_search import fill, result, settings
+from made_search import fill, read_results, result, settings
 from test_evolution import AtMost, sizes
 from test_latency import SPACE, clock, table, timed, world  # noqa: F401
 from test_report import marks
 
 import search
-from engines.search_files import read_results, state_path
+from engines.search_files import state_path
 from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.page import write_report

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIGURES, ROOT, run
-from made_search import fill, result, settings
+from made_search import fill, read_results, result, settings
 from test_evolution import reward
 
 import search
@@ -32,7 +32,7 @@ from devices import elsewhere, on_device, onnx_runtime, timing
 from devices import table as latency
 from devices.timing import Networks, Torch
 from engines import local_engine
-from engines.search_files import read_results, state_path
+from engines.search_files import state_path
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
 from reports import page

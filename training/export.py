@@ -261,9 +261,9 @@ def latencies(timed, inputs):
     seconds = [[] for _ in timed]
     with torch.no_grad():
         for _ in range(WARM_UP + TIMED):
-            for run, x, own in zip(timed, inputs, seconds):
+            for run, x, taken in zip(timed, inputs, seconds):
                 start = clock()
                 run(x)
-                own.append(clock() - start)
-    alone, *forms = (round(statistics.median(own[WARM_UP:]) * 1000, 3) for own in seconds)
+                taken.append(clock() - start)
+    alone, *forms = (round(statistics.median(taken[WARM_UP:]) * 1000, 3) for taken in seconds)
     return {"network_ms": alone, "latency_ms": dict(zip(FORMS, forms))}

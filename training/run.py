@@ -123,16 +123,10 @@ class TrainingRun:
         settings, contents or code differ between ranks.
         """
         self.started = True
-        distributed.check_same(self._identity())
-        distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
-
-    def _identity(self):
-        """What must be the same on all ranks, by its name in error messages."""
-        if distributed.world_size() == 1:
-            return {}
         flags = {flag(name): value for name, value in self.settings.items()}
         contents = {name: value for name, value in self.contents.items() if name != "counts"}  # long, and in `images`
-        return {**flags, **contents, "code of version": code_version()}
+        distributed.check_same({**flags, **contents, "code of version": code_version()})
+        distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
 
     def _start(self, device, seed, anew, warnings, config):
         output_folder(self.folder.parent)

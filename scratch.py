@@ -40,7 +40,7 @@ from training.evaluation import accuracy, recalibrate_bn, resolve_device, valida
 from training.export import export
 from training.loop import train
 from training.program import image_files, is_program, open_program, predict
-from training.start import Start, folder_of, given_config
+from training.start import Start
 
 ACCURACIES = ("acc1", "acc5", "n_images")
 
@@ -182,8 +182,6 @@ def data_config(args, search):
 
     What decides the pixels of evaluation is the search's, or a UserError; how images are varied in training may differ.
     """
-    if not search:
-        return given_config(vars(args)), []
     try:
         stored = DataConfig.from_dict(search["data"])
     except (KeyError, TypeError):
@@ -243,7 +241,7 @@ def retrain(args, folder):
     if not given and setting_in(args.config, "supernet", "space") not in (None, "blocks"):
         raise utils.UserError(no_architecture(args))
     search = args.architecture and searched(args.architecture)
-    config, changes = data_config(args, search)
+    config, changes = data_config(args, search) if search else (None, [])
     start = Start("scratch", vars(args), config)
     changes += image_changes(args, search, start.data) if search else []
     space, candidate = chosen(args, search, start.config, start.data)
@@ -287,7 +285,7 @@ def retrain(args, folder):
 
 def main(args):
     distributed.join(args.device)
-    folder = folder_of("scratch", vars(args))
+    folder = pathlib.Path(args.out, "checkpoints", "scratch")
     if args.predict:
         predict_images(args, folder)
     else:

@@ -41,7 +41,7 @@ from space import own
 from space.limits import make_bounds
 from space.own import REGISTRIES
 from training.evaluation import evaluate, open_evaluation
-from training.start import Start, given_config
+from training.start import Start
 from training.step import Step, find_rule
 
 RESULTS = study.RESULTS / "spaces.jsonl"  # of the project's own studies; read, not written
@@ -206,7 +206,7 @@ class Study:
 def relative_cost(words, space, rule):
     """CPU time (on a GPU: time) of a step of a rule over that of the paper's: medians of turns, with their images."""
     args = supernet.parse_args(words)
-    start = Start("supernet", vars(args), given_config(vars(args)))
+    start = Start("supernet", vars(args))
     loader = start.loader("supernet", augment=True)
     batches = loader.batches(training_plan(len(loader.images), args.batch_size, 0, 0, 2 * ROUNDS * EACH))
     steps = [Step(ShuffleNetV2OneShot(space=space).train(), start.training, start.device, 0, r) for r in (PAPER, rule)]

@@ -224,8 +224,7 @@ class SearchRecord:
             self._write_architecture("best.json", best[0])
             self.state["best"] = self.results[best[0]]
         self._write_front()
-        self.state["generation"] = generation + 1
-        self._write_state()
+        self._write_state(generation=generation + 1)
 
     def _write_front(self):
         front = self.evolution.front() if self.evolution.objectives else []

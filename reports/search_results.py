@@ -1,12 +1,12 @@
 """The results of a search in numbers: generations, Pareto front, shares of operations, and random search beside it."""
 
 import functools
-import math
+import itertools
 import pathlib
 
 import numpy as np
 
-from engines.generations import Generation, difference_text, first_generation_warning
+from engines.generations import Generation, beside_best, first_generation_warning
 from engines.search_files import (
     children_wanted,
     cost_of,
@@ -113,7 +113,7 @@ class SearchResults:
         if ms := self.measured_text(found):
             holds = found.get("holds", tuple(found["architecture"]) not in self.limits.banned)
             name += f", {ms} ms measured" + ("" if holds else ", beyond the limit")
-        return f"{name}: top-1 {found['acc1']:.2f}%, {difference_text(found, self.winner, 'the best')}"
+        return f"{name}: top-1 {found['acc1']:.2f}%, {beside_best(found, self.winner)}"
 
     @property
     def main_cost(self):
@@ -156,15 +156,10 @@ class SearchResults:
 
     def best_so_far(self):
         """(number of candidates with an accuracy, the best score of them as it is read) after each generation."""
-        points = []
-        n = 0
-        best = -math.inf
-        for generation in self.generations:
-            if generation.succeeded:
-                n += len(generation.succeeded)
-                best = max(best, self.score(generation.best))
-                points.append((n, self.as_read(best)))
-        return points
+        generations = [g for g in self.generations if g.succeeded]
+        n = itertools.accumulate(len(g.succeeded) for g in generations)
+        best = itertools.accumulate((self.score(g.best) for g in generations), max)
+        return list(zip(n, map(self.as_read, best)))
 
     def front(self):
         """The Pareto front by rising `main_cost`: candidates more accurate than all others of at most their cost."""
@@ -225,8 +220,9 @@ class RandomSearch:
             perfect = 0 if search.by_loss else 100
             self.refuted = not low <= max(sample) <= high or found[-1][1] > perfect
             if not self.refuted:
-                ends = [(n, value, low, min(high, perfect)) for n, value, low, high in found]
-                self.extrapolated = [(n, *map(search.as_read, (value, low, high))) for n, value, low, high in ends]
+                self.extrapolated = [
+                    (n, *map(search.as_read, (value, low, min(high, perfect)))) for n, value, low, high in found
+                ]
 
     @property
     def at_budget(self):

@@ -125,15 +125,30 @@ class _State:
             self.save(self.done)
 
     def waits_for(self, batches):
-        """Yields the batches. If a signal or an error ends the wait for one, saves the last step."""
-        try:
-            yield from self.meter.waits_for(self.interruption.ends_waits_for(batches))
-        except Interrupted as error:
-            saved = self.save(self.meter.number) if self.meter.number > self.done else newest(self.run.folder)
-            self.interruption.end(saved, *error.args)
-        except Exception:
-            self.keep(self.meter.number)
-            raise
+        """Yields the batches, and measures the time spent waiting for them and computing on them.
+
+        If a signal or an error ends the wait for one, saves the last step; several ranks end together, after a step.
+        """
+        meter = self.meter
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                with contextlib.nullcontext() if distributed.world_size() > 1 else self.interruption.raised():
+                    batch = next(batches, None)
+            except Interrupted as error:
+                saved = self.save(meter.number) if meter.number > self.done else newest(self.run.folder)
+                self.interruption.end(saved, *error.args)
+            except Exception:
+                self.keep(meter.number)
+                raise
+            if batch is None:
+                return
+            ready, ready_cpu_s = time.perf_counter(), time.process_time()
+            meter.waited += ready - start
+            yield batch
+            meter.computed_s += time.perf_counter() - ready
+            meter.cpu_s += time.process_time() - ready_cpu_s
 
     def candidate_at(self, step):
         """The candidate that the sampler has for a step; None without a sampler."""
@@ -299,18 +314,6 @@ class _Meter:
         finally:
             self.pauses.append(time.perf_counter() - start)
 
-    def waits_for(self, batches):
-        """Yields the batches, and measures the time spent waiting for them and computing on them."""
-        start = time.perf_counter()
-        for batch in batches:
-            ready = time.perf_counter()
-            ready_cpu_s = time.process_time()
-            self.waited += ready - start
-            yield batch
-            start = time.perf_counter()
-            self.computed_s += start - ready
-            self.cpu_s += time.process_time() - ready_cpu_s
-
     def add(self, candidate, loss, logits, labels):
         if labels.dim() > 1:  # probabilities: right is the most probable class
             labels = labels.argmax(dim=1)
@@ -385,16 +388,6 @@ class _Interruption:
             yield
         finally:
             self.raises = False
-
-    def ends_waits_for(self, batches):
-        """Yields the batches; a signal ends the wait for one. Several ranks end together instead, after a step."""
-        batches = iter(batches)
-        while True:
-            with contextlib.nullcontext() if distributed.world_size() > 1 else self.raised():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
 
     @property
     def signal(self):

@@ -16,18 +16,19 @@ from utils import log
 class Start:
     """The settings `values` (name -> value) of a training command, and what they name: images and device.
 
-    `kind` is "supernet" or "scratch", and the name of the folder in OUT/checkpoints.
+    `kind` is "supernet" or "scratch", and the name of the folder in OUT/checkpoints; `config` is a DataConfig, by
+    default that of the settings.
     """
 
-    def __init__(self, kind, values, config):
+    def __init__(self, kind, values, config=None):
         self.kind = kind
         self.values = values
-        self.config = config  # a DataConfig
+        self.config = config or DataConfig.resolve(DataConfig.given(values))
         self.training = Training.of(values)
         self.images = Images.of(values)
         self.seed = values["seed"]
-        self.folder = folder_of(kind, values)
-        self.data = distributed.local_rank0_first(lambda: open_data(self.images, config, values["demo"]))
+        self.folder = pathlib.Path(values["out"]) / "checkpoints" / kind
+        self.data = distributed.local_rank0_first(lambda: open_data(self.images, self.config, values["demo"]))
         self.device = resolve_device(values["device"], values["threads"])
 
     def loader(self, part, augment=False):
@@ -64,13 +65,3 @@ class Start:
         if distributed.rank() == 0 and not run.content and (advice := loader.advice()):
             log.info(advice)
         return run
-
-
-def folder_of(kind, values):
-    """The folder of the checkpoints of a kind."""
-    return pathlib.Path(values["out"]) / "checkpoints" / kind
-
-
-def given_config(values):
-    """The DataConfig of the flags."""
-    return DataConfig.resolve(DataConfig.given(values))

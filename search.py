@@ -49,7 +49,6 @@ from engines.search_files import (
 )
 from engines.search_record import prepare_search
 from images.dataset import Data
-from images.dataset import prepare as prepare_images
 from reports.page import write_report
 from reports.search_results import SearchResults
 from settings.command_line import Parser, command, write_settings
@@ -271,11 +270,9 @@ def check(args, out):
         raise UserError(NO_GPU)  # trials initialise CUDA, this process does not
     table = args.flops_table and read_flops_table(args.flops_table)
     values = vars(args)
-    images = Images.of(values)
-    prepare_images(images, args.demo)
     own.load(args.own)
     check_own(args)
-    _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
+    _, supernet, config, data = checkpoint.open_supernet(values)
     calibration = calibration_warning(Evaluation.of(values), len(data.train) - len(data.heldout))
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet), calibration]))
     space = supernet.space

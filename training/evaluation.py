@@ -11,11 +11,10 @@ import time
 import torch
 
 from dataloader import Loader
-from images.dataset import calibration_plan, evaluation_plan, prepare
+from images.dataset import calibration_plan, evaluation_plan
 from images.image_cache import FixedBatches
 from network import batch_norms
 from settings.subjects import DataConfig, Evaluation, Images, Run, Testing
-from space import own
 from space.splitting import cut
 from training import checkpoint, distributed
 from training.prefix_tree import PrefixTree
@@ -56,27 +55,22 @@ def open_evaluation(values, listed=None):
 
     `listed` is a file of Data.write_list. Raises UserError if checkpoint, settings and images don't match.
     """
-    images = Images.of(values)
+    image_settings = Images.of(values)
     evaluation = Evaluation.of(values)
-    if not listed:
-        prepare(images, values["demo"])
-    own.load(values["own"])
     device = resolve_device(values["device"], values["threads"])
-    supernet, _, config, data = checkpoint.open_supernet(
-        values["checkpoint"], values["out"], images, DataConfig.given(values), listed
-    )
+    supernet, _, config, data = checkpoint.open_supernet(values, listed)
     data.warn()
     supernet.to(device, memory_format=torch.channels_last)
 
     def loader(part, augment):
-        how = images.loader, images.workers, images.cache, images.memory_gb
+        how = image_settings.loader, image_settings.workers, image_settings.cache, image_settings.memory_gb
         return Loader(data.images(part), config, augment, values["seed"], device, *how)
 
     calibration = calibration_batches(
-        loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, values["seed"], images.cache
+        loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, values["seed"], image_settings.cache
     )
     validation = loader(values.get("split", "search"), False)
-    return supernet, calibration, validation_batches(validation, images.eval_batch_size, images.cache)
+    return supernet, calibration, validation_batches(validation, image_settings.eval_batch_size, image_settings.cache)
 
 
 def load_supernet(path, **settings):

@@ -25,21 +25,21 @@ class Start:
         self.values = values
         self.config = config or DataConfig.resolve(DataConfig.given(values))
         self.training = Training.of(values)
-        self.images = Images.of(values)
+        self.image_settings = Images.of(values)
         self.seed = values["seed"]
         self.folder = pathlib.Path(values["out"]) / "checkpoints" / kind
-        self.data = distributed.local_rank0_first(lambda: open_data(self.images, self.config, values["demo"]))
+        self.data = distributed.local_rank0_first(lambda: open_data(self.image_settings, self.config, values["demo"]))
         self.device = resolve_device(values["device"], values["threads"])
 
     def loader(self, part, augment=False):
         """The Loader of a part of the images: "supernet", "search", "train" or "val"."""
-        images = self.images
-        how = self.seed, self.device, images.loader, images.workers, images.cache, images.memory_gb
+        settings = self.image_settings
+        how = self.seed, self.device, settings.loader, settings.workers, settings.cache, settings.memory_gb
         return Loader(self.data.images(part), self.config, augment, *how)
 
     def validation(self, part):
         """Validation batches of a part of the images."""
-        return validation_batches(self.loader(part), self.images.eval_batch_size, self.images.cache)
+        return validation_batches(self.loader(part), self.image_settings.eval_batch_size, self.image_settings.cache)
 
     def run(self, space, loader, **contents):
         """The TrainingRun in a SearchSpace with a Loader, locked and with its log; `contents` are those of checkpoints.
@@ -49,7 +49,7 @@ class Start:
         check_batch_size(len(loader.images), self.training.batch_size)
         distributed.per_rank_batch_size(self.training.batch_size, self.training.micro_batch)
         if self.training.compile:
-            prepare_compiler(self.device, self.images.cache, space.n_widths)
+            prepare_compiler(self.device, self.image_settings.cache, space.n_widths)
         settings = deciding(self.values) | {"loader": loader.backend}
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code

@@ -40,7 +40,7 @@ def channel_shuffle(x):
 
     The official reshape and permute, without a copy: the last block's branches were concatenated, so this mixes them.
     """
-    if x.requires_grad and not torch.compiler.is_compiling():  # which can't keep graphs of it on disk
+    if x.requires_grad and not torch.compiler.is_compiling():  # whose cache on disk can't hold graphs of it
         return _EvenOdd.apply(x)
     return x[:, 0::2], x[:, 1::2]
 
@@ -184,7 +184,7 @@ OPERATIONS = {
     "shufflenet_5x5": functools.partial(ShuffleNetBlock, kernel_size=5),
     "shufflenet_7x7": functools.partial(ShuffleNetBlock, kernel_size=7),
     "xception_3x3": ShuffleXceptionBlock,
-    # Not the paper's; the names are those of search_space.OTHER_OPERATIONS.
+    # Not the paper's:
     "skip_1x1": Skip,
     "pointwise_1x1": Pointwise,
     **{

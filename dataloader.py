@@ -1,8 +1,8 @@
 """Loaders: DALI, torchvision, images in memory, synthetic ones, and those given in Python, behind one signature.
 
-Every loader decodes the batches of a plan to uint8 RGB (N, H, W, 3), with plan and augmentation parameters from
-images/dataset.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or RGB
-normalised by ImageNet's mean and standard deviation.
+Every loader decodes the batches of a plan (images/dataset.py) to uint8 RGB (N, H, W, 3), with the parameters of
+images/augmentation.py; `finish` turns them into the network's input: float BGR (N, 3, H, W) in [0, 255] (official), or
+RGB normalised by ImageNet's mean and standard deviation.
 
     python dataloader.py --check DIR    lists all files of DIR/{train,val}/<class>/ that are unreadable or mislabelled,
                                         and with --config what does not go with its settings, such as groups of
@@ -16,33 +16,32 @@ import utils  # first, so that Ctrl-C while torch is imported prints one line
 # isort: split
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import io
 import itertools
-import math
-import multiprocessing
 import os
 import re
+import typing
 
 import numpy as np
 import torch
 
 from images import pictures
-from images.dataset import draw_augmentation, validation_geometry
+from images.augmentation import SYNTHETIC, draw_augmentation, validation_geometry
+from images.dataset import ImageSet
 from images.in_memory import SMALL_PX, InMemory, augmented, gigabytes
-from images.preprocessing import network_input
+from images.preprocessing import network_input, resized
 from images.tree_check import check_tree
+from images.workers import Batches, made_by_workers
 from settings.command_line import Parser
 from settings.subjects import DataConfig, Images, Run
 from utils import UserError, cores, local_world_size
 
 MAX_WORKERS = 8  # by default
-AHEAD = 2  # batches that each worker makes ahead
-GUARD = 'put what the program does below  if __name__ == "__main__":  since its worker processes import it'
-SYNTHETIC = 3  # a random stream, next to those of images/dataset.py
-DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # in the text of an error of DALI
+DALI_CAUSE = re.compile(r"\[/\S+:\d+\] ([^\[\n]+)$", re.M)  # the cause, in the text of an error of DALI
 
 
 def resolve_backend(backend):
@@ -122,7 +121,7 @@ class Loader:
             yield from self._torchvision(plan)
             return
         memory = self._in_memory  # here: at exit, Ctrl-C would wait for a thread that decodes
-        # Of one GPU: that of this thread, which is not that of another.
+        # "cuda" is the current GPU of a thread; the thread that makes batches has to use this one's.
         device = torch.empty(0, device=self.device).device
 
         def made(samples):
@@ -144,7 +143,7 @@ class Loader:
 
         def read(index):
             image = _decode(os.path.join(images.root, images.paths[index]), config)
-            return _resized(image, config) if config.crop_padding else np.asarray(image)
+            return _cropped(image, config) if config.crop_padding else np.asarray(image)
 
         return InMemory(images, config, self.decoder, read, self.device, self.cache, self.memory_gb)
 
@@ -161,6 +160,7 @@ class Loader:
         first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
         if first is None:
             return
+        names = [name for name in first[0] if name != "ends"]  # of the pipeline's inputs
         sent = []  # the samples of the batches in the pipeline, in order
 
         def inputs():
@@ -168,10 +168,10 @@ class Loader:
             for values, samples in itertools.chain([first], batches):
                 sent.append(samples)
                 files = np.split(values["encoded"].numpy(), values["ends"][:-1])
-                yield files, *(values[name] for name in self._dali_inputs[1:])
+                yield files, *(values[name] for name in names[1:])
 
         with contextlib.closing(batches):
-            pipeline = self._dali_pipeline(inputs(), len(first[1]))
+            pipeline = self._dali_pipeline(inputs(), names, len(first[1]))
             pipeline.build()
             while True:
                 try:
@@ -183,20 +183,11 @@ class Loader:
                 samples = sent.pop(0)
                 yield self._dali_tensor(output, len(samples)), samples
 
-    @property
-    def _dali_inputs(self):
-        """The names of the pipeline's inputs, as `_EncodedImages` makes them."""
-        names = ["encoded", "shape", "corner"]
-        if self.augment and self.config.crop_padding:
-            names += ["shift"]
-        if self.augment and self.config.jitter:
-            names += ["brightness", "contrast", "saturation"]
-        if self.augment and self.config.mirror:
-            names += ["horizontal_flip"]
-        return names
+    def _dali_pipeline(self, inputs, names, batch_size):
+        """Decode, resize and crop, and in training shift, color_twist and flip.
 
-    def _dali_pipeline(self, inputs, batch_size):
-        """Decode, resize and crop, and in training shift, color_twist and flip; `inputs` yields those of each batch."""
+        `inputs` yields those of each batch; `names` says which `_EncodedImages` has made.
+        """
         import nvidia.dali
         from nvidia.dali import fn, pipeline_def, types
 
@@ -231,8 +222,8 @@ class Loader:
             return images if horizontal_flip is None else fn.flip(images, horizontal=horizontal_flip)
 
         def operators():
-            outputs = fn.external_source(inputs, num_outputs=len(self._dali_inputs), batch=True)
-            return (training if self.augment else validation)(**dict(zip(self._dali_inputs, outputs)))
+            outputs = fn.external_source(inputs, num_outputs=len(names), batch=True)
+            return (training if self.augment else validation)(**dict(zip(names, outputs)))
 
         return pipeline_def(operators)(
             batch_size=batch_size,
@@ -270,33 +261,20 @@ class Loader:
         return f"DALI: {cause}"
 
 
-def _read_file(path):
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if len(data) == 0:
-        raise UserError(f"{path}: an empty file, not an image; remove or replace it")
-    return data
-
-
 def _decode(path, config):
     """The picture in a file that a DataConfig asks for, decoded, in RGB. Raises UserError that names the file."""
     with pictures.named(path), pictures.open_image(path) as image:
         return pictures.rgb(image, config)
 
 
-def _resized(image, config, window=None):
+def _cropped(image, config, window=None):
     """A PIL image as uint8 (S, S, 3), S the input size: the window of an augmentation, or as in validation."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    size = config.input_size
     if window:
-        return F.resized_crop(image, *window, [size, size], InterpolationMode.BILINEAR)
-    shape, corner = validation_geometry(config, image.height, image.width)
-    tensor = F.resize(F.pil_to_tensor(image), list(shape), antialias=False)
-    return F.crop(tensor, *corner, size, size).permute(1, 2, 0).numpy()
+        return F.resized_crop(image, *window, [config.input_size] * 2, InterpolationMode.BILINEAR)
+    return resized(F.pil_to_tensor(image), config).permute(1, 2, 0).numpy()
 
 
 def read_image(path, config):
@@ -304,91 +282,18 @@ def read_image(path, config):
     return torch.from_numpy(np.array(_decode(path, config)))[None]
 
 
-def made_by_workers(dataset, plan, workers, pin_memory=False):
-    """Yields (what `dataset` makes of a batch, samples), made by worker processes, in the order of the plan.
+@dataclasses.dataclass
+class _Images(Batches):
+    """Makes batches of the images of an ImageSet."""
 
-    `dataset.__getitems__(samples)` returns (what it makes, samples, error or None).
-    """
-    process = multiprocessing.current_process()
-    if getattr(process, "_inheriting", False):  # it imports the program that has started it
-        raise UserError(f"a worker process of images can't start another: {GUARD}")
-    if workers and process.daemon:
-        utils.log.warning("a daemonic process can't have worker processes: images are loaded in it")
-        workers = 0
-    if workers:
-        utils.check_shared_memory(workers)
-    told, tell = multiprocessing.Pipe(duplex=False)
-    batches = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=plan,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=AHEAD if workers else None,
-        worker_init_fn=functools.partial(utils.leave_signals_to_parent, told),
-    )
-    try:
-        for made, samples, error in batches:
-            if error:
-                raise UserError(error)
-            yield made, samples
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Caught " in str(error):  # an error of the data set keeps its text
-            raise
-        what = f"one of {workers} loader processes ended: {str(error).splitlines()[0]}"
-        if multiprocessing.get_start_method() != "fork" and not UserError.of_commands:
-            raise UserError(f"{what}; {GUARD}, or give workers=0") from None
-        memory = " ".join(["too little memory?", utils.shared_memory()]).strip()
-        raise UserError(f"{what} ({memory}); resume with the same command and fewer --workers") from None
-    finally:  # a worker may be in the midst of a batch: DataLoader would wait for each for five seconds, twice
-        tell.send_bytes(b"end")
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _share(made, n, ahead):
-    """Moves the tensors of a batch of `n` images into shared memory, of which `ahead` batches may take a part.
-
-    A queue would do so in a thread, print its error and lose the batch. Raises UserError if there is no room.
-    """
-    tensors = [value for value in (made.values() if isinstance(made, dict) else [made]) if torch.is_tensor(value)]
-    try:
-        for tensor in tensors:
-            tensor.share_memory_()
-    except (RuntimeError, OSError) as error:
-        mib = sum(tensor.nbytes for tensor in tensors) / 2**20
-        why = str(error).splitlines()[0].rsplit(": ", 1)[-1]
-        raise UserError(
-            f"no shared memory for a batch of {n} images ({why}): it takes {mib:.2f} MiB, up to {ahead} wait there, "
-            f"and {utils.shared_memory()}; give fewer --workers (0 needs none), smaller batches, or more memory, "
-            f"as docker run --shm-size {math.ceil(2 * mib * ahead / 1024)}g"
-        ) from None
-
-
-class _Images:
-    """A dataset for worker processes: a batch of a plan -> (what `_make` makes of it, samples, error or None)."""
-
-    def __init__(self, images, config, augment, seed):
-        self.images = images
-        self.config = config
-        self.augment = augment
-        self.seed = seed
-
-    def __getitems__(self, samples):
-        samples = np.asarray(samples)
-        try:
-            made = self._make(samples)
-            if worker := torch.utils.data.get_worker_info():
-                _share(made, len(samples), AHEAD * worker.num_workers)
-            return made, samples, None
-        except UserError as error:  # DataLoader would raise a worker's error as the text of a traceback
-            return None, samples, str(error)
+    images: ImageSet
+    config: DataConfig
+    augment: bool
+    seed: int
 
 
 class _EncodedImages(_Images):
-    """Makes the inputs of DALI: name -> values of the images: their transforms, and their files in one tensor."""
+    """Makes the inputs of DALI, name -> values of the images: their transforms, and their files in one tensor."""
 
     def _make(self, samples):
         columns = {}
@@ -403,11 +308,12 @@ class _EncodedImages(_Images):
 
     def _row(self, epoch, index):
         path = os.path.join(self.images.root, self.images.paths[index])
-        encoded = _read_file(path)
         size = self.config.input_size
-        with pictures.named(path), pictures.open_image(io.BytesIO(encoded)) as image:
-            if not (dali := pictures.is_for_dali(image, self.config)):
-                image = pictures.rgb(image, self.config)
+        with pictures.named(path):
+            encoded = np.fromfile(path, np.uint8)
+            with pictures.open_image(io.BytesIO(encoded)) as image:
+                if not (dali := pictures.is_for_dali(image, self.config)):
+                    image = pictures.rgb(image, self.config)
         width, height = image.size
         a = draw_augmentation(self.config, self.seed, epoch, index, height, width) if self.augment else None
         window = a.window if a else None
@@ -417,22 +323,20 @@ class _EncodedImages(_Images):
         else:
             shape, corner = validation_geometry(self.config, height, width)
         if not dali:  # a small file, of which the pipeline's crop and resize change nothing
-            encoded = pictures.as_ppm(_resized(image, self.config, window))
+            encoded = pictures.as_ppm(_cropped(image, self.config, window))
             corner = (0, 0)
             shape = (size, size)
         if not window:  # DALI takes the corner as a share of the margin
             corner = [c / (s - size) if s > size else 0.0 for c, s in zip(corner, shape)]
         kind = np.int32 if window else np.float32
         row = {"encoded": encoded, "corner": np.array(corner, kind), "shape": np.array(shape, kind)}
-        if not a:
-            return row
-        return row | {
-            "shift": np.array(a.shift or (0, 0), np.int32),
-            "brightness": np.float32(a.brightness),
-            "contrast": np.float32(a.contrast),
-            "saturation": np.float32(a.saturation),
-            "horizontal_flip": np.int32(a.horizontal_flip),
-        }
+        if a and a.shift:
+            row["shift"] = np.array(a.shift, np.int32)
+        if a and self.config.jitter:
+            row |= {name: np.float32(getattr(a, name)) for name in ("brightness", "contrast", "saturation")}
+        if a and self.config.mirror:
+            row["horizontal_flip"] = np.int32(a.horizontal_flip)
+        return row
 
 
 class _TorchvisionImages(_Images):
@@ -446,9 +350,9 @@ class _TorchvisionImages(_Images):
 
         image = _decode(os.path.join(self.images.root, self.images.paths[index]), self.config)
         if not self.augment:
-            return _resized(image, self.config)
+            return _cropped(image, self.config)
         a = draw_augmentation(self.config, self.seed, epoch, index, image.height, image.width)
-        image = _resized(image, self.config, a.window)
+        image = _cropped(image, self.config, a.window)
         if a.shift:
             top, left = a.shift
             size = self.config.input_size
@@ -480,21 +384,14 @@ class Given:
 
     @functools.cached_property
     def images(self):
-        return _Labels(np.asarray(self.labels(), np.int64))
+        labels = np.asarray(self.labels(), np.int64)
+        return ImageSet(None, range(len(labels)), labels, ())
 
     def batches(self, plan):
         for images, labels in self.make(plan):
             utils.heartbeat()
             images = images.to(self.device, torch.float32, memory_format=torch.channels_last, non_blocking=True)
             yield images, labels.to(self.device, non_blocking=True)
-
-
-class _Labels:
-    def __init__(self, labels):
-        self.labels = labels
-
-    def __len__(self):
-        return len(self.labels)
 
 
 def from_tensors(images, labels, augment=None, device="cpu"):
@@ -532,19 +429,19 @@ def from_dataset(dataset, workers=0, augment=None, device="cpu"):
     return Given(make, labels, device)
 
 
-class _Items:
-    """Makes batches of a Dataset's items, in a worker."""
+@dataclasses.dataclass
+class _Items(Batches):
+    """Makes batches of a Dataset's items."""
 
-    def __init__(self, dataset, augment):
-        self.dataset = dataset
-        self.augment = augment
+    dataset: torch.utils.data.Dataset
+    augment: typing.Callable | None
 
-    def __getitems__(self, samples):
+    def _make(self, samples):
         items = []
-        for epoch, index in np.asarray(samples).tolist():
+        for epoch, index in samples.tolist():
             image, label = self.dataset[index]
             items.append((self.augment(image, epoch, index) if self.augment else image, label))
-        return torch.utils.data.default_collate(items), samples, None
+        return torch.utils.data.default_collate(items)
 
 
 # --- python dataloader.py --check DIR ------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def check(args, out):
         "split": data.split,
         **dataclasses.asdict(Evaluation.of(values)),
         "loader": resolve_backend(args.loader),
-        "costs": table and [space.choice_flops, space.fixed_flops],
+        "costs": table and list(space.cost_rows("flops")),
         **as_own_costs(space.costs.own),
     }
     warnings += idle_limits(space, args.limit or (), args.flops_limit)

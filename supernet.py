@@ -59,8 +59,8 @@ def make_sampler(sampling, space, seed, iterations):
     flops_range = None
     warmup = sampling.width_warmup
     if sampling.sampler == "flops-uniform":
-        given = sampling.flops_range
-        flops_range = [space.flops_value(v, "--flops-range") for v in given] if given else default_flops_range(space)
+        given = [space.cost_value("flops", text, "--flops-range") for text in sampling.flops_range or ()]
+        flops_range = given or default_flops_range(space)
     if warmup and space.n_widths == 1:
         raise utils.UserError(f"--width-warmup {warmup}: this search space has no widths to choose from")
     warmup = iterations // 4 if warmup is None else warmup

@@ -48,8 +48,8 @@ log = logging.getLogger("spos")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-# A notebook sets it for all that it starts, also for a Python without that backend, where matplotlib could then not be
-# imported. Figures need none.
+# A notebook sets MPLBACKEND for all processes that it starts; a Python without that backend cannot import matplotlib.
+# Figures need none.
 _backend = os.environ.get("MPLBACKEND", "").partition("module://")[2].partition(".")[0]
 if _backend and importlib.util.find_spec(_backend) is None:
     del os.environ["MPLBACKEND"]
@@ -91,10 +91,21 @@ class UserError(Exception):
         return re.sub(r"(\.py [^;,)]*)|--([a-z][a-z0-9-]*)", lambda m: m[1] or m[2].replace("-", "_"), text)
 
 
+@contextlib.contextmanager
+def in_one_line(what):
+    """An exception in the block, which runs a user's code, becomes a UserError that begins with `what`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
 INTERRUPTED = "interrupted; what it has written is kept, and the same command does the rest"
 
 
-# What Slurm sends before a job's time is over, and what a terminal sends that is lost; not on Windows.
+# What Slurm sends before a job's time is over, and a terminal when its connection is lost; Windows has neither.
 WARNINGS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
@@ -200,7 +211,7 @@ def heartbeat():
 
 
 class Silence:
-    """For how long others have given no heartbeat, by the clock of this process, which listens."""
+    """For how long others have given no heartbeat, by the clock of this process."""
 
     def __init__(self):
         self.noticed = {}  # name -> (its mark, when this process saw that first)
@@ -314,7 +325,7 @@ def read_bytes(path, most):
             data = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # as of a null character in the name
+    except ValueError as error:  # such as a null character in the name
         raise UserError(f"{path!r}: {error}") from None
     if len(data) > most:
         raise UserError(f"{path}: over {most} bytes, larger than any such file of this project")
@@ -374,7 +385,7 @@ def atomic_write(path, mode="w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # exFAT, CIFS and WSL permit no other mode, which is no matter
+        with contextlib.suppress(OSError):  # exFAT, CIFS and WSL permit no other mode, which does no harm
             os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
@@ -438,7 +449,7 @@ def try_lock(path):
     return file
 
 
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # of NFS, FUSE and Lustre, by their mounts
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # raised by NFS, FUSE and Lustre
 
 
 @functools.cache
@@ -489,12 +500,12 @@ def duration(seconds):
 
 
 class Pace:
-    """How long something takes, from what was done in the last minutes: speeds change, and a plan does not."""
+    """How long something still takes, from what was done in the last minutes, because speeds change."""
 
     WINDOW_S = 300
 
     def __init__(self):
-        self.marks = []  # (time, what was done by then), the first one of before the window
+        self.marks = []  # (time, what was done by then); the first is from before the window
 
     def to_go(self, done, total):
         """In words, "12.3 min to go"; empty until something was done since the first call."""

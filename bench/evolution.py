@@ -96,11 +96,11 @@ def pareto(points, limit):
 def with_extremes(rewards, pairs=(), noise_sd=0):
     """A table with its best and worst legal candidates, and the best one without the limit."""
     table = {"rewards": rewards, "pairs": list(pairs), "noise_sd": noise_sd}
-    limit = LIMIT - SPACE.fixed_flops
+    limit = LIMIT - SPACE.cost_rows("flops")[1]
     found = {
-        "best": extreme(table, SPACE.choice_flops, limit, 1),
-        "worst": extreme(table, SPACE.choice_flops, limit, -1),
-        "best_without_limit": extreme(table, SPACE.choice_flops, SPACE.cost_range("flops")[1], 1),
+        "best": extreme(table, SPACE.costs.flops, limit, 1),
+        "worst": extreme(table, SPACE.costs.flops, limit, -1),
+        "best_without_limit": extreme(table, SPACE.costs.flops, SPACE.cost_range("flops")[1], 1),
     }
     return table | {
         name: {"architecture": list(c), "flops": SPACE.flops(c), "reward": reward(table, c)}

@@ -46,9 +46,10 @@ from bench import study
 from bench.steps import Variant, Way, floors_ms, random_batch, rates
 from bench.steps import profile as profile_of
 from bench.study import ROOT, memory_mb, seconds
-from dataloader import AHEAD, Loader
+from dataloader import Loader
 from images import bundled
 from images.dataset import DataConfig, scan, training_plan
+from images.workers import AHEAD
 from network import ShuffleNetV2OneShot
 from space.evolution import Evolution
 from space.sampler import PathSampler, default_flops_range
@@ -183,7 +184,7 @@ def generation(space, population):
     table = [[rng.gauss(0, 1) for _ in space.operations] for _ in range(space.n_blocks)]
     half = population // 2
     settings = {"population": population, "select": max(2, population // 5), "mutation": half, "crossover": half}
-    settings |= {"mutation_prob": 0.1, "generations": 10, "seed": 0, "flops_limit": space.flops_value("59%")}
+    settings |= {"mutation_prob": 0.1, "generations": 10, "seed": 0, "flops_limit": space.cost_value("flops", "59%")}
     evolution = Evolution.from_settings(space, settings)
     for _ in range(9):
         evolution.tell({c: sum(row[choice] for row, choice in zip(table, c)) for c in evolution.ask()})

@@ -65,7 +65,7 @@ def random_legal(of, target):
 
 @functools.cache
 def largest_legal(space, target):
-    return study.largest_legal(space, space.flops_value(target))
+    return study.largest_legal(space, space.cost_value("flops", target))
 
 
 # --- torchvision's network ------------------------------------------------------------------------------------

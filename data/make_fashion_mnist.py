@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")  # 0..9
 PARTS = {"train": ("train", 1000), "val": ("t10k", 500)}  # original file, images per class
 JPEG_QUALITY = 95  # mean error 0.9 of 255 grey levels; the archive is smaller than 8 MB
-SHA256 = {  # of the uncompressed contents, because copies of the files are compressed differently
+SHA256 = {  # hashes of the uncompressed contents, because copies of the files are compressed differently
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",

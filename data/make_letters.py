@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = pathlib.Path(__file__).resolve().parent
 LETTERS = "ABDEFGHKMNPQRSTY"
 SIDE, BOX = 28, 22  # px of an image, and of the letter in it
-FACES = 2  # of a family
+FACES = 2  # faces of a family
 NO_LETTERS = ("symbol", "dingbat", "keyboard", "d05", "emoji", "barcode")  # fonts whose letters are something else
 
 

@@ -209,7 +209,7 @@ def read_table(path, space, foreign=False, measure="tester.py --mode latency"):
     if table["runtime"] not in RUNTIMES or not isinstance(table.get(table["runtime"]), str):
         raise no_table
     rows = table["medians"]
-    shape = [len(row) for row in space.choice_flops]
+    shape = [len(row) for row in space.costs.flops]
     numbers = [ns for row in rows for ns in (row if isinstance(row, list) else [None])] + [table["stem_and_tail"]]
     if not all(type(ns) is int and 0 <= ns < 1e12 for ns in numbers) or not 0 <= table["spread"] < math.inf:
         raise no_table
@@ -266,4 +266,4 @@ def cannot_measure(table):
 def with_latency(space, table):
     """The space with the latencies of a table among its costs."""
     rows = tuple(tuple(row) for row in table["medians"])
-    return space.with_costs(*space.costs._replace(latency=rows, fixed_latency=table["stem_and_tail"]))
+    return space.with_costs(latency=rows, fixed_latency=table["stem_and_tail"])

@@ -1,12 +1,13 @@
 """The files of a search, as they are read: to resume it, to report it, and while it runs."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 
 from settings.fields import difference, flag
 from settings.subjects import FIELDS, SEARCH, DataConfig, is_path
-from space.costs import OwnCost
+from space.costs import Costs, OwnCost
 from space.limits import bounds_of, describe
 from space.search_space import SearchSpace
 from utils import UserError, atomic_write, read_json
@@ -60,7 +61,7 @@ def space_of(settings, function=lambda name: None):
     """
     space = SearchSpace.from_dict(settings["space"])
     if counted := settings.get("counted"):
-        space = space.with_costs(*counted)
+        space = dataclasses.replace(space, given_costs=Costs(*counted))
     given = {}
     if table := settings.get("costs"):
         given |= {"flops": table[0], "stem_flops": table[1], "tail_flops": 0}
@@ -68,7 +69,7 @@ def space_of(settings, function=lambda name: None):
         given |= {"latency": table["medians"], "fixed_latency": table["stem_and_tail"]}
     if own := own_costs_of(settings, function):
         given["own"] = own
-    return space.with_costs(*space.costs._replace(**given)) if given else space
+    return space.with_costs(**given) if given else space
 
 
 def cost_of(name, result, own):

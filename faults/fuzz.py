@@ -241,7 +241,7 @@ class FlopsTable:
             "conv1": {(3, 16, 224, 224, 2): space.costs.stem_flops},
             "rest_operation": {(640, 1000, 7, 7, 1): 33136640},
         }
-        for shape, row in zip(space.blocks, space.choice_flops):
+        for shape, row in zip(space.blocks, space.costs.flops):
             channels = shape.in_channels, shape.out_channels, shape.mid_channels()
             key = (*channels, shape.in_size, shape.in_size, shape.stride)
             for operation, flops in zip(space.operations, row):
@@ -340,7 +340,7 @@ class CommandLine:
         if name == "search":
             make_bounds(space, args.limit or (), args.flops_limit)
         if name == "supernet" and args.flops_range:
-            [space.flops_value(v) for v in args.flops_range]
+            [space.cost_value("flops", v) for v in args.flops_range]
 
 
 PARSERS = {

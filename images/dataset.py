@@ -1,10 +1,10 @@
-"""Folders, splits, plans and augmentation parameters: which images, in which order, transformed how; decodes nothing.
+"""Folders, splits and plans: which images, in which order; decodes nothing.
 
 A data set is a tree `DIR/{train,val}/<class>/<image>`. Some images of every class of train are held out: the supernet
 trains on the others, the search validates on the held-out ones, scratch.py trains on all of train, and val serves for
-the reported numbers only (paper section 4). The order of the images and all augmentation parameters are pure
-functions of seed, epoch and image index, so they do not depend on loader, worker, rank or resuming.
-Source: official `src/Supernet/train.py` (transforms), paper section 4.
+the reported numbers only (paper section 4). The order of the images is a pure function of seed and epoch, so it does
+not depend on loader, worker, rank or resuming.
+Source: paper section 4.
 """
 
 import collections
@@ -14,14 +14,13 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import pathlib
-import unicodedata
 
 import numpy as np
 
 from images import bundled, image_check, pictures
+from images.augmentation import CALIBRATE, HOLD_OUT, ORDER
 from images.groups import (
     count_pairs,
     describe,
@@ -32,13 +31,11 @@ from images.groups import (
     shared_groups,
     why_not,
 )
+from images.image_check import composed
 from settings.subjects import DataConfig, Images
 from utils import UserError, heartbeat, log, write_json
 
 EXTENSIONS = tuple(suffix for suffixes in pictures.SUFFIXES.values() for suffix in suffixes)
-WITHOUT_JFIF = tuple(suffix for suffix in EXTENSIONS if suffix != ".jfif")
-ORDER, AUGMENT, CALIBRATE = range(3)  # separate random streams of a seed
-HOLD_OUT = 4  # another, next to that of dataloader.py
 
 
 # --- folders and splits --------------------------------------------------------------------------------------
@@ -46,7 +43,7 @@ HOLD_OUT = 4  # another, next to that of dataloader.py
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Image files with labels; `paths` are relative to `root`, labels (N,) index `classes`. root None: synthetic."""
+    """Image files with labels; `paths` are relative to `root` (None: no files), labels (N,) index `classes`."""
 
     root: str
     paths: tuple
@@ -60,11 +57,6 @@ class ImageSet:
 
     def take(self, indices):
         return dataclasses.replace(self, paths=tuple(self.paths[i] for i in indices), labels=self.labels[indices])
-
-
-def suffixes_of(config):
-    """The suffixes of the files that a DataConfig has read."""
-    return EXTENSIONS if config.jfif else WITHOUT_JFIF
 
 
 def check_folder(folder):
@@ -82,12 +74,7 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     are ignored, but for hidden ones; if a list `ignored` is given, appends their paths to it.
     """
     folder = pathlib.Path(folder)
-
-    def report(text):
-        if problems is None:
-            raise UserError(text)
-        problems.append(text)
-
+    report = functools.partial(_report, problems)
     check_folder(folder)
     entries = [e for e in os.scandir(folder) if not e.name.startswith(".")]
     classes = sorted(e.name for e in entries if e.is_dir())
@@ -117,12 +104,23 @@ def scan(folder, problems=None, suffixes=EXTENSIONS, ignored=None):
     return ImageSet(str(folder), tuple(paths), np.array(labels, np.int64), tuple(classes))
 
 
-def composed(name):
-    """A name in one form of Unicode, NFC: two forms look alike."""
-    return unicodedata.normalize("NFC", name)
+def _report(problems, text):
+    if problems is None:
+        raise UserError(text)
+    problems.append(text)
 
 
-def with_classes_of(train, val):
+def scan_parts(folder, config, problems=None, ignored=None):
+    """The ImageSets of train and val of a tree, by a DataConfig, with the same classes; otherwise as `scan`."""
+    suffixes = tuple(suffix for suffix in EXTENSIONS if config.jfif or suffix != ".jfif")
+    train, val = (scan(f"{folder}/{part}", problems, suffixes, ignored) for part in ("train", "val"))
+    val = _with_classes_of(train, val)
+    for name in sorted(set(train.classes) ^ set(val.classes)):
+        _report(problems, f"{folder}: class folder {name!r} is in only one of train and val")
+    return train, val
+
+
+def _with_classes_of(train, val):
     """`val` with train's names and labels of the classes, where names differ in the form of Unicode alone."""
     known = {composed(name): name for name in train.classes}
     names = [known.get(composed(name), name) for name in val.classes]
@@ -143,14 +141,6 @@ def alike_classes(folder, images):
     return []
 
 
-def unmatched_classes(folder, train, val):
-    """A line for each class folder that is in only one of train and val."""
-    return [
-        f"{folder}: class folder {name!r} is in only one of train and val"
-        for name in sorted(set(train.classes) ^ set(val.classes))
-    ]
-
-
 def ignored_line(folder, ignored):
     """A line that says how many files of which suffixes are ignored."""
     counts = collections.Counter(pathlib.PurePath(path).suffix.lower() or "(no suffix)" for path in ignored)
@@ -163,11 +153,11 @@ def tree_paths(train, val):
     return [f"{part}/{path}" for part, images in (("train", train), ("val", val)) for path in images.paths]
 
 
-def synthetic_set(n_classes=1000, images_per_class=100):
-    """An ImageSet without files, for benchmarks without data."""
-    paths = tuple(f"{c:04d}/{i}" for c in range(n_classes) for i in range(images_per_class))
-    classes = tuple(f"{c:04d}" for c in range(n_classes))
-    return ImageSet(None, paths, np.repeat(np.arange(n_classes), images_per_class), classes)
+def synthetic_set():
+    """An ImageSet of 1000 classes without files, for benchmarks without data."""
+    classes = tuple(f"{c:04d}" for c in range(1000))
+    paths = tuple(f"{name}/{i}" for name in classes for i in range(100))
+    return ImageSet(None, paths, np.repeat(np.arange(1000), 100), classes)
 
 
 def stratified_order(labels, seed):
@@ -226,18 +216,18 @@ def _draw_by_class(pairs, config):
     return drawn, None
 
 
-def prepare(images, demo):
+def prepare(settings, demo):
     """Unpacks the bundled images into the folder of an Images if `demo`. Raises UserError if there is no train/."""
     if demo:
-        bundled.unpack(images.data_dir)
-    elif images.loader != "synthetic":
-        check_folder(f"{images.data_dir}/train")
+        bundled.unpack(settings.data_dir)
+    elif settings.loader != "synthetic":
+        check_folder(f"{settings.data_dir}/train")
 
 
-def open_data(images, config, demo=False):
+def open_data(settings, config, demo=False):
     """The Data of an Images, after unpacking the bundled images if `demo`."""
-    prepare(images, demo)
-    return Data.of(images, config)
+    prepare(settings, demo)
+    return Data.of(settings, config)
 
 
 class Data:
@@ -264,40 +254,35 @@ class Data:
             return
         if folder is None:
             self.train = self.val = synthetic_set()
-        else:
-            ignored = []
-            suffixes = suffixes_of(self.config)
-            self.train, self.val = (scan(f"{folder}/{part}", None, suffixes, ignored) for part in ("train", "val"))
-            if ignored:
-                self.warnings.append(ignored_line(folder, ignored))
-        self.val = with_classes_of(self.train, self.val)
-        for problem in unmatched_classes(folder, self.train, self.val):
-            raise UserError(problem)
+            self.classes = self.train.classes
+            return
+        ignored = []
+        self.train, self.val = scan_parts(folder, self.config, None, ignored)
         self.classes = self.train.classes
+        if ignored:
+            self.warnings.append(ignored_line(folder, ignored))
         self.warnings += alike_classes(folder, self.train)
         if len(self.classes) == 1:
             self.warnings.append(f"{folder}: a single class, {self.classes[0]!r}: every network is right")
-        if folder is not None:
-            counts = image_check.check_images(folder, tree_paths(self.train, self.val), cache, max_pixels)
-            self.copies = counts["copies"]
-            if n := counts["shared"]:
-                self.warnings.append(f"{folder}: {n} images of val are in train too: accuracies on val are too high")
-            if (n := counts["turned"]) and self.config.exif == "ignored":
-                advice = "train with exif: apply (--exif apply) to see them as viewers show them"
-                self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
-            if group_by := self.config.group_by:
-                self.warnings += grouping_warnings(self.train, group_by)
-                shared = shared_groups(group_by, self.train, self.val)
+        counts = image_check.check_images(folder, tree_paths(self.train, self.val), cache, max_pixels)
+        self.copies = counts["copies"]
+        if n := counts["shared"]:
+            self.warnings.append(f"{folder}: {n} images of val are in train too: accuracies on val are too high")
+        if (n := counts["turned"]) and self.config.exif == "ignored":
+            advice = "train with exif: apply (--exif apply) to see them as viewers show them"
+            self.warnings.append(f"{folder}: {n} images have an EXIF orientation, which is ignored; {advice}")
+        if group_by := self.config.group_by:
+            self.warnings += grouping_warnings(self.train, group_by)
+            if shared := shared_groups(group_by, self.train, self.val):
                 self.n_shared = len(shared)
-                if shared:
-                    text = f"{folder}: {len(shared)} groups of images are in train and val: accuracies on val are too"
-                    self.warnings.append(f"{text} high; {shared[0]}")
+                text = f"{folder}: {len(shared)} groups of images are in train and val: accuracies on val are too"
+                self.warnings.append(f"{text} high; {shared[0]}")
 
     @classmethod
-    def of(cls, images, config, listed=None):
+    def of(cls, settings, config, listed=None):
         """The Data of an Images."""
-        folder = None if images.loader == "synthetic" else images.data_dir
-        return cls(folder, config, images.cache, listed, images.max_pixels)
+        folder = None if settings.loader == "synthetic" else settings.data_dir
+        return cls(folder, config, settings.cache, listed, settings.max_pixels)
 
     def warn(self):
         """Logs the warnings."""
@@ -306,8 +291,7 @@ class Data:
 
     def write_list(self, path):
         """Writes the names of all images and the held-out ones, for processes that need not look at the tree again."""
-        parts = {part: {"per_class": np.bincount(images.labels).tolist(), "paths": images.paths}
-                 for part, images in (("train", self.train), ("val", self.val))}  # fmt: skip
+        parts = {part: {"per_class": n, "paths": getattr(self, part).paths} for part, n in self.counts.items()}
         held_out = {"heldout": self.heldout.tolist(), "halves": self.halves.tolist(), "split": self.split}
         if self.config.group_by:
             held_out["groups"] = self.groups.tolist()
@@ -363,20 +347,15 @@ class Data:
 
     @functools.cached_property
     def split(self):
-        names = "\n".join(self.train.paths[i] for i in self.heldout)
+        group_by = self.config.group_by
+        if group_by and group_by.endswith(".csv"):  # by its content, not its name
+            group_by = hashlib.sha256(repr(sorted(read_groups(group_by).items())).encode()).hexdigest()[:16]
         return {
             "seed": self.config.split_seed,
             "heldout_per_class": self.config.heldout_per_class,
-            "hash": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16],
-            **self._grouping(),
+            "hash": _names_hash(self.train.paths[i] for i in self.heldout),
+            **({"group_by": group_by} if group_by else {}),
         }
-
-    def _grouping(self):
-        """What identifies --group-by in the split: the regular expression, or a hash of the CSV's content."""
-        group_by = self.config.group_by
-        if group_by and group_by.endswith(".csv"):
-            group_by = hashlib.sha256(repr(sorted(read_groups(group_by).items())).encode()).hexdigest()[:16]
-        return {"group_by": group_by} if group_by else {}
 
     @property
     def counts(self):
@@ -386,11 +365,8 @@ class Data:
     @property
     def names(self):
         """What identifies the images of each part, in words; their classes are in their names."""
-        found = {}
-        for part, images in (("train", self.train), ("val", self.val)):
-            names = "\n".join(images.paths).encode(errors="surrogateescape")
-            found[part] = f"{len(images)} images, of names with hash {hashlib.sha256(names).hexdigest()[:16]}"
-        return found
+        parts = {"train": self.train.paths, "val": self.val.paths}
+        return {p: f"{len(paths)} images, of names with hash {_names_hash(paths)}" for p, paths in parts.items()}
 
     @property
     def grouping(self):
@@ -411,6 +387,10 @@ class Data:
             groups = self.groups[self.heldout] if self.config.group_by else None
             return dataclasses.replace(self.train.take(self.heldout), halves=self.halves, groups=groups)
         return self.train.take(np.setdiff1d(np.arange(len(self.train)), self.heldout))
+
+
+def _names_hash(names):
+    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 # --- plans ---------------------------------------------------------------------------------------------------
@@ -453,72 +433,3 @@ def calibration_plan(labels, batches, batch_size, seed):
     samples = np.stack([np.arange(n) // len(order), indices], axis=1)
     samples = np.random.default_rng([seed, CALIBRATE, 1]).permutation(samples)  # mixes the classes in each batch
     return list(samples.reshape(batches, batch_size, 2))
-
-
-# --- augmentation --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Parameters of one image: crop window in px (top, left, height, width), jitter factors, horizontal flip.
-
-    Without a window, validation's crop is shifted by (rows, columns) of `shift`, in px.
-    """
-
-    window: tuple | None
-    shift: tuple | None = None
-    brightness: float = 1.0
-    contrast: float = 1.0
-    saturation: float = 1.0
-    horizontal_flip: bool = False
-
-
-def draw_augmentation(config, seed, epoch, index, height, width):
-    """The training augmentation of one image: random resized crop or, with crop_padding, a shift; jitter, flip.
-
-    Source: torchvision's RandomResizedCrop, RandomCrop and ColorJitter; the official transforms use the first and the
-    last. The random numbers are our own.
-    """
-    words = [seed, AUGMENT, int(epoch), int(index)]
-    if seed < 2**32:
-        words = np.array(words, np.uint32)  # the same generator, made in two thirds of the time
-    u = np.random.default_rng(words).random(26).tolist()
-    factors = (1 + config.jitter * (2 * v - 1) for v in u[22:25])
-    flip = config.mirror and u[25] < 0.5
-    if padding := config.crop_padding:
-        shift = tuple(int(v * (2 * padding + 1)) - padding for v in u[20:22])
-        return Augmentation(None, shift, *factors, flip)
-    return Augmentation(_resized_crop(config, u, height, width), None, *factors, flip)
-
-
-def _resized_crop(config, u, height, width):
-    """The window (top, left, height, width) of a random resized crop: ten tries, then the centre."""
-    low, high = config.crop_scale
-    ratio_low, ratio_high = (math.log(r) for r in config.crop_ratio)
-    for i in range(10):
-        area = height * width * (low + u[2 * i] * (high - low))
-        ratio = math.exp(ratio_low + u[2 * i + 1] * (ratio_high - ratio_low))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
-    # the largest window of an allowed ratio, from the centre
-    w = min(width, max(1, round(height * math.exp(ratio_high))))
-    h = min(height, max(1, round(width / math.exp(ratio_low))))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def resize_and_crop(sides, resize, crop, arrays=np):
-    """The official validation transform: (the sides to resize to, the corner of the centre crop), in px.
-
-    The shorter side becomes `resize`, the other is rounded by int(x + 0.5); the corner is rounded to even, as in
-    torchvision. `sides` (2,) and `resize` are float64, of NumPy or, with `arrays=torch`, of an exported program. There
-    a number would be multiplied by the reciprocal, which rounds once more.
-    """
-    size = arrays.floor(sides * (resize / sides.min()) + 0.5)
-    return size, arrays.round((size - crop) / 2)
-
-
-def validation_geometry(config, height, width):
-    """`resize_and_crop` of a DataConfig and whole numbers, in whole numbers."""
-    found = resize_and_crop(np.array([height, width], float), np.float64(config.val_resize), config.input_size)
-    return tuple(tuple(map(int, pair)) for pair in found)

@@ -34,9 +34,10 @@ def read_groups(path):
     named = {}
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            for row in csv.reader(file):
+            reader = csv.reader(file)
+            for row in filter(None, reader):  # a blank line is an empty row
                 if len(row) != 2:
-                    raise UserError(f"{path}: line {len(named) + 1} has {len(row)} columns, not file and group")
+                    raise UserError(f"{path}: line {reader.line_num} has {len(row)} columns, not file and group")
                 name, group = row
                 if named.setdefault(name, group) != group:
                     raise UserError(f"{path}: {name} is in two groups, {named[name]!r} and {group!r}")

@@ -18,7 +18,7 @@ import torch
 
 from utils import UserError, atomic_write, log, wait_for_lock
 
-CACHE_VERSION = 2  # of the files: those of another one have other names, and may be deleted
+CACHE_VERSION = 2  # files of another version have other names, and may be deleted
 
 
 class FixedBatches:

@@ -23,7 +23,7 @@ from settings.subjects import Images
 from utils import UserError, cores, heartbeat, log, read_json, write_json
 
 RECORD = "checked.json"  # in the folder of --cache: {folder: entry} of the trees that passed; see `remember`
-CHECK_VERSION = 2  # of the check: a tree that passed another one is checked again
+CHECK_VERSION = 2  # a tree that passed another version of the check is checked again
 CHUNK = 64  # files a task of a thread
 
 
@@ -124,9 +124,14 @@ def inspect_all(folder, paths, max_pixels=Images.max_pixels, config=None):
     return result
 
 
+def composed(name):
+    """A name in one form of Unicode, NFC: two forms look alike."""
+    return unicodedata.normalize("NFC", name)
+
+
 def class_of(path):
-    """The class of a file `<part>/<class>/<file>`, in one form of Unicode."""
-    return unicodedata.normalize("NFC", path.split("/")[1])
+    """The class of a file `<part>/<class>/<file>`."""
+    return composed(path.split("/")[1])
 
 
 def check_images(folder, paths, cache, max_pixels=Images.max_pixels):
@@ -160,7 +165,7 @@ def fingerprint(folder, paths):
         try:
             status = os.stat(os.path.join(folder, path))
             state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError as error:  # as of a link to nothing; the check of the file names it
+        except OSError as error:  # such as a link to nothing, which the check of the file names
             state = error.strerror
         digest.update(f"{path}\n{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from images import pictures
 from images.image_cache import files_hash, written_once
 from utils import UserError, heartbeat, log
 
-VERSION = 1  # of the files: those of another one have other names, and may be deleted
+VERSION = 1  # files of another version have other names, and may be deleted
 SMALL_PX = 64  # inputs up to this side are loaded faster from memory on a CPU, too (docs/data.md)
 AT_A_TIME = 2**22  # pixels of windows that are resized at a time, which take 24 bytes each
 

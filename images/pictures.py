@@ -14,11 +14,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from utils import UserError
 
-SUFFIXES = {  # of the formats that are read, by Pillow's names; MPO is JPEG with several images
+SUFFIXES = {  # Pillow's names of the formats that are read; MPO is JPEG with several images
     "JPEG": (".jpg", ".jpeg", ".jfif"), "MPO": (".jpg", ".jpeg", ".jfif"), "PNG": (".png",), "BMP": (".bmp",),
     "PPM": (".ppm", ".pgm"), "TIFF": (".tif", ".tiff"), "WEBP": (".webp",),
 }  # fmt: skip
-MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # of 8 bits a channel
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # 8 bits a channel
 # What an orientation of EXIF asks for; 1 asks for nothing. Pillow's exif_transpose raises for damaged EXIF data whose
 # orientation is readable, because it writes all of them back.
 TURNS = {

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from images import pictures
-from images.dataset import resize_and_crop, validation_geometry
+from images.augmentation import resize_and_crop, validation_geometry
 from utils import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,8 +31,6 @@ def preprocess(images, config):
     it was opened, in place of a tensor, is one image: its transparency and orientation are treated as in training, too.
     Raises UserError if the images have another type or shape.
     """
-    from torchvision.transforms.v2 import functional as F
-
     if isinstance(images, Image.Image):
         images = torch.from_numpy(np.array(pictures.rgb(images, config)))[None]
     if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.shape[3:] != (3,):
@@ -41,10 +39,16 @@ def preprocess(images, config):
             found += f" of {images.dtype} {tuple(images.shape)}"
         expected = "a uint8 tensor (N, H, W, 3), RGB from 0 to 255, nor a PIL image"
         raise UserError(f"images are a {found}, not {expected}")
-    shape, corner = validation_geometry(config, *images.shape[1:3])
-    images = F.resize(images.permute(0, 3, 1, 2), list(shape), antialias=False)
-    images = F.crop(images, *corner, config.input_size, config.input_size)
-    return network_input(images.permute(0, 2, 3, 1), config.preprocessing)
+    return scaled(resized(images.permute(0, 3, 1, 2), config), config.preprocessing)
+
+
+def resized(images, config):
+    """uint8 (..., 3, H, W) -> (..., 3, input_size, input_size), resized and cropped as in validation."""
+    from torchvision.transforms.v2 import functional as F
+
+    shape, corner = validation_geometry(config, *images.shape[-2:])
+    images = F.resize(images, list(shape), antialias=False)
+    return F.crop(images, *corner, config.input_size, config.input_size)
 
 
 def resample(images, config):

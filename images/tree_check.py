@@ -1,33 +1,22 @@
 """The check of a tree before anything is trained on it: what `python dataloader.py --check DIR` prints."""
 
 from images import image_check
-from images.dataset import (
-    alike_classes,
-    draw_heldout,
-    scan,
-    suffixes_of,
-    tree_paths,
-    unmatched_classes,
-    with_classes_of,
-)
+from images.dataset import alike_classes, draw_heldout, scan_parts, tree_paths
 from images.groups import describe, grouping_warnings, number_groups, shared_groups
-from settings.subjects import DataConfig, Images
+from settings.subjects import DataConfig
 from utils import UserError
 
 
-def check_tree(folder, cache, accept=False, max_pixels=Images.max_pixels, given=None):
+def check_tree(folder, cache, accept, max_pixels, given):
     """Prints a line for each problem of a tree. Raises UserError with counts if there are any.
 
     `given` (name -> value) are settings of a DataConfig: what doesn't go with them is printed, too.
     """
-    given = given or {}
     config = DataConfig.resolve(given)
     group_by = config.group_by
     problems = []
     ignored = []
-    train, val = (scan(f"{folder}/{part}", problems, suffixes_of(config), ignored) for part in ("train", "val"))
-    val = with_classes_of(train, val)
-    problems += unmatched_classes(folder, train, val)
+    train, val = scan_parts(folder, config, problems, ignored)
     paths = tree_paths(train, val)
     before = image_check.fingerprint(folder, paths)  # a file that changes while it is read is checked again
     found = image_check.inspect_all(folder, paths, max_pixels, config)

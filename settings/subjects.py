@@ -12,9 +12,9 @@ from typing import ClassVar
 from settings.fields import Settings, count, flag, names, real, setting
 from utils import HERE, UserError
 
-COSTS = ("flops", "params", "latency")  # of a candidate: multiply-adds, parameters, ns
+COSTS = ("flops", "params", "latency")  # costs of a candidate: multiply-adds, parameters, ns
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # torch.onnx needs the first two; the third runs the file
-RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}  # in which networks are timed, and in words
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}  # what networks are timed in, and its name in words
 
 
 def objectives(text):

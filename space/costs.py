@@ -3,12 +3,11 @@
 torch is imported only when something is counted: NNI's tuner, which is given the costs, does without it.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from utils import UserError
+from utils import UserError, in_one_line
 
 
 class OwnCost(NamedTuple):
@@ -82,14 +81,9 @@ def _cost(name, operation, shape, width):
     return flops, _count_params(module)
 
 
-@contextlib.contextmanager
 def named(name, shape, width=1.0):
-    """Within the block, whatever an operation raises at a BlockShape is a UserError that names both."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"operation {name!r} fails at {shape}, width {width}: {reason}") from None
+    """A context in which whatever an operation raises at a BlockShape is a UserError that names both."""
+    return in_one_line(f"operation {name!r} fails at {shape}, width {width}")
 
 
 def check_fit(space):

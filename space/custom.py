@@ -92,7 +92,8 @@ def _space_of(path):
     if settings := searched(path):
         space = settings["space"]
         own.check_operations(space, settings["state"])
-        other = {"input_size", "n_classes", "architecture", "operations_hash"}  # of images, of `channels`, computed
+        # Two are of the images, one is of --space channels, and the hash is computed anew.
+        other = {"input_size", "n_classes", "architecture", "operations_hash"}
         fields = (field.name for field in dataclasses.fields(space))
         return {name: getattr(space, name) for name in fields if name not in other}
     architecture = read_json(path)

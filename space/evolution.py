@@ -3,7 +3,6 @@
 Source: paper section 3.4 and algorithm 1; official `src/Search/search.py`; docs/fidelity.md has the differences.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -19,7 +18,7 @@ from utils import UserError
 
 TRIES = 10  # draws for each wanted child (official)
 RANDOM_TRIES = 100  # draws for each wanted random candidate
-LISTABLE = 10_000  # spaces up to this size are listed where random draws find nothing new
+LISTED = 10_000  # spaces up to this size are listed where random draws find nothing new
 
 
 def official_shares(population, select=None, mutation=None, crossover=None):
@@ -87,7 +86,7 @@ class Evolution:
         self.canonical = canonical
         self.rng = random.Random(seed)
         self.history = []  # the closed populations
-        self.children = []  # of each population but the first, how many children were new
+        self.children = []  # how many children were new, for each population but the first
         self.population = []  # the open one, empty between generations
         self.rewards = {}  # candidate -> its reward, None if it failed
         self.finished = False
@@ -100,15 +99,13 @@ class Evolution:
         limits.check()
         costs = [name for name in settings.get("objectives", ()) if name != "acc1"]
         objectives = [functools.partial(space.cost, name) for name in costs]
-        recorded = settings.get("identities")  # not in searches of before
+        recorded = settings.get("identities")  # older searches have none
         canonical = Twins(space, recorded).canonical if recorded else tuple
         evolution = cls(space.choices, limits, search, settings.get("seed", 0), objectives, canonical)
-        if name := settings.get("strategy"):  # of a user's file
+        if name := settings.get("strategy"):  # that of a user's file
             from space.own import Searcher  # here, because it needs torch
 
-            sizes = {"select": evolution.select, "mutation": evolution.mutation, "crossover": evolution.crossover}
-            given = _Current(evolution), evolution.rng, dataclasses.replace(search, **sizes)
-            evolution.searcher = Searcher(name, space, *given)
+            evolution.searcher = Searcher(name, space, _Current(evolution), evolution.rng, search)
         return evolution
 
     @property
@@ -227,7 +224,7 @@ class Evolution:
         draws = (self.limits.repair(self.random_candidate(), self.rng) for _ in range(TRIES * missing))
         self._add_new(population, missing, draws)
         missing = self.population_size - len(population)
-        if missing and math.prod(self.choices) <= LISTABLE:
+        if missing and math.prod(self.choices) <= LISTED:
             everything = dict.fromkeys(map(self.canonical, itertools.product(*map(range, self.choices))))
             left = [c for c in everything if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))

@@ -32,9 +32,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"names {module}.{name}")
 
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("names a persistent object")
-
 
 def _check_opcodes(data):
     """Raises UnpicklingError unless `data` consists of dicts, strings, numbers and flat tuples of integers.
@@ -105,7 +102,7 @@ def with_flops_table(space, table, path="FLOPs table"):
     if space.n_widths > 1:
         raise UserError(f"{path}: has operations of one width, the search space {space.n_widths}; leave the table out")
     rows = []
-    for shape, names, counted in zip(space.blocks, space.block_operations, space.choice_flops):
+    for shape, names, counted in zip(space.blocks, space.block_operations, space.costs.flops):
         mid = shape.mid_channels()
         key = (shape.in_channels, shape.out_channels, mid, shape.in_size, shape.in_size, shape.stride)
         rows.append(tuple(look_up(f"{op}_stride_{shape.stride}", key, n) for op, n in zip(names, counted)))
@@ -115,7 +112,7 @@ def with_flops_table(space, table, path="FLOPs table"):
     tail_key = (last.out_channels, space.n_classes, last.out_size, last.out_size, 1)
     stem = look_up("conv1", stem_key, space.costs.stem_flops)
     tail = look_up("rest_operation", tail_key, space.costs.tail_flops)
-    return space.with_costs(*space.costs._replace(flops=tuple(rows), stem_flops=stem, tail_flops=tail)), differences
+    return space.with_costs(flops=tuple(rows), stem_flops=stem, tail_flops=tail), differences
 
 
 def official_comparison(space):

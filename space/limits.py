@@ -18,7 +18,7 @@ from utils import UserError
 
 SOLVE_S = 10  # s in which the solver ends
 LISTABLE = 1_000_000  # candidates
-STEPS = 1000  # of a repair at most: where all that meet the limits are banned, it would walk among them for ever
+STEPS = 1000  # most steps of a repair, which would never end where all that meet the limits are banned
 KICKS = 3  # times that a stuck repair redraws some blocks
 SEARCHES = 10  # random candidates that are repaired before limits on a function of a candidate are refused
 # The limit in the paper's space, and the share of its candidates that meet it, which is the limit in other spaces.
@@ -35,14 +35,13 @@ def read_limits(space, texts):
     bounds = {}
     for text in texts:
         name, _, value = str(text).partition("=")
-        if not value or name not in (*COSTS, *space.costs.own):
-            own = f"; costs of --own: {', '.join(space.costs.own) or 'none of that name'}" if value else ""
+        known = name in (*COSTS, *space.costs.own)
+        ends = value.split(":")
+        if not known or len(ends) > 2 or not any(ends):
+            own = "" if known or not value else f"; costs of --own: {', '.join(space.costs.own) or 'none of that name'}"
             raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}{own}")
         if name == "latency" and not space.costs.latency:
             raise UserError("--limit latency: no table of latencies")
-        ends = value.split(":")
-        if len(ends) > 2 or not any(ends):
-            raise UserError(f"--limit {reprlib.repr(text)}: not of a form such as {EXAMPLES}")
         flag = f"--limit {name}"
         low, high = (space.cost_value(name, end, flag) if end else None for end in (ends if ends[1:] else ("", value)))
         if None not in (low, high) and low > high:
@@ -58,8 +57,8 @@ def make_bounds(space, texts=(), flops_limit=None):
     if flops_limit is not None:
         if "flops" in bounds:
             raise UserError("--flops-limit and --limit flops: leave one of them out")
-        bounds["flops"] = None, space.flops_value(flops_limit, "--flops-limit")
-    return bounds or {"flops": (None, space.flops_value(official if space.is_papers else share))}
+        bounds["flops"] = None, space.cost_value("flops", flops_limit, "--flops-limit")
+    return bounds or {"flops": (None, space.cost_value("flops", official if space.is_papers else share))}
 
 
 def bounds_of(settings):
@@ -207,12 +206,8 @@ class Limits:
         ends = [(*bounds[name], correction if name == "latency" else 1) for name in self.tables]
         self.low = [-math.inf if low is None else low / f for low, _, f in ends]
         self.high = [math.inf if high is None else high / f for _, high, f in ends]
-        self.scale = [self._spread(rows) for rows, _ in self.costs]
-
-    @staticmethod
-    def _spread(rows):
-        """The standard deviation of the cost of uniform candidates; 1 where all cost the same."""
-        return math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0
+        # The standard deviation of each cost of uniform candidates; 1 where all cost the same.
+        self.scale = [math.sqrt(sum(float(np.var(row)) for row in rows)) or 1.0 for rows, _ in self.costs]
 
     @classmethod
     def of_search(cls, space, bounds, confirmations):
@@ -288,7 +283,7 @@ class Limits:
     def _tables(self):
         """(all changes of one entry, (entry, value); the block of each; costs of each block's choices as arrays)."""
         moves = [(entry, value) for entry, n in enumerate(self.space.choices) for value in range(n)]
-        blocks = np.array([self.space.entry_blocks[entry] for entry, _ in moves])
+        blocks = np.array([entry % self.space.n_blocks for entry, _ in moves])
         longest = max(self.space.n_choices)
         padded = [[(*row, *[0] * (longest - len(row))) for row in rows] for rows, _ in self.costs]
         return moves, blocks, [np.array(rows, dtype=np.int64) for rows in padded]

@@ -6,7 +6,6 @@ search does.
 """
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from settings.subjects import COSTS
 from space import search_space
 from space.costs import OwnCost, check_fit
 from space.search_space import OPERATIONS
-from utils import HERE, UserError, commit
+from utils import HERE, UserError, commit, in_one_line
 
 REGISTRIES = {"operation": blocks.OPERATIONS, "rule": {}, "cost": {}, "searcher": {}}  # kind -> {name: what it has}
 # Names that a file must not take: for costs, also those of other numbers in the results of a search.
@@ -34,18 +33,18 @@ OFFICIAL = {"operation": OPERATIONS, "rule": ("spos",), "cost": COSTS + RESULTS,
 FLAGS = {"rule": "--rule", "cost": "--limit", "searcher": "--strategy"}
 REGISTERS = {"register": "operation", "register_rule": "rule", "register_cost": "cost", "register_searcher": "searcher"}
 hashes = {}  # (kind, name) -> hash of the code that the kind uses, of what a file has registered
-SAME_RULES = {}  # hash of rules, in checkpoints of before -> the hash that is used now
+SAME_RULES = {}  # hash of rules in older checkpoints -> the hash that is used now
 loaded = {}  # SHA-256 of a file -> ({kind: {name: what it has registered}}, the hashes of these, its path)
 
 
 def register_rule(name):
     """A decorator that registers a training rule, a generator function (see training.step.Step), by name."""
+    return functools.partial(_register, "rule", name)
 
-    def registered(rule):
-        REGISTRIES["rule"][name] = rule
-        return rule
 
-    return registered
+def _register(kind, name, found):
+    REGISTRIES[kind][name] = found
+    return found
 
 
 class Cost(NamedTuple):
@@ -80,12 +79,7 @@ def register_searcher(name):
     reward)` takes the top-1 of one in percent, or minus its loss, or None where it is illegal or failed. A generation
     is asked for before it is told; see space.evolution.Evolution.
     """
-
-    def registered(searcher):
-        REGISTRIES["searcher"][name] = searcher
-        return searcher
-
-    return registered
+    return functools.partial(_register, "searcher", name)
 
 
 def find(kind, name):
@@ -95,17 +89,6 @@ def find(kind, name):
         names = dict.fromkeys((*(OFFICIAL[kind] if kind == "searcher" else ()), *known))
         raise UserError(f"{FLAGS.get(kind, kind)} {name}: is none of {', '.join(names)}; name its file by --own")
     return known[name]
-
-
-@contextlib.contextmanager
-def in_one_line(what):
-    """An exception in the block, which runs a user's code, becomes a UserError that begins with `what`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-    except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
 
 def commits():
@@ -126,16 +109,20 @@ def load(path):
     except OSError as error:
         raise UserError(f"--own {path}: {error.strerror}") from None
     whole = hashlib.sha256(source).hexdigest()
-    if whole in loaded:
-        new, digests, _ = loaded[whole]
-        for kind, found in new.items():
-            REGISTRIES[kind].update(found)
-        hashes.update(digests)
-        return
+    if whole not in loaded:
+        loaded[whole] = *_execute(path, source, whole), path
+    new, digests, _ = loaded[whole]
+    for kind, found in new.items():
+        REGISTRIES[kind].update(found)
+    hashes.update(digests)
+
+
+def _execute(path, source, whole):
+    """What a file registers, and its hashes, as in `loaded`; `source` is its content, of SHA-256 `whole`."""
     before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
     try:
         with in_one_line(f"--own {path}"):
-            new = _execute(path, source, before)
+            new = _newly_registered(path, source, before)
     except UserError:
         for kind, registry in REGISTRIES.items():
             registry.clear()
@@ -150,18 +137,20 @@ def load(path):
     for kind, found in new.items():
         digest = _hash(text, found.values(), kind)
         digests.update({(kind, name): digest for name in found})
-        if kind == "operation" and found:  # checkpoints of before have the hash of the whole file, or that of then
+        if kind == "operation" and found:  # older checkpoints have that of the whole file, or the older hash
             search_space.SAME_OPERATIONS |= {whole[:16]: digest, _hash(text, found.values()): digest}
         if kind == "rule" and found:
             SAME_RULES[_hash(text, found.values())] = digest
-    hashes.update(digests)
-    loaded[whole] = new, digests, path
+    return new, digests
 
 
-def _execute(path, source, before):
-    """{kind: {name: what a file registers}}; `before`, the same of before. Raises UserError for an official name."""
+def _newly_registered(path, source, before):
+    """Executes a file. Returns {kind: {name: what it registers}}; `before` has what was registered before, likewise.
+
+    Raises UserError for an official name.
+    """
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("own", path))
-    # Not by the module's loader: its bytecode cache takes a file that was edited within a second for the one of before.
+    # Not by the module's loader, whose bytecode cache misses an edit within a second.
     exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     new = {kind: {name: found for name, found in registry.items()
                   if before[kind].get(name) is not found and not (name in OFFICIAL[kind] and _is_projects(found))}
@@ -172,9 +161,13 @@ def _execute(path, source, before):
     return new
 
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+
 def _hash(source, found, kind=None):
     """A hash of the top-level statements that classes and functions reach by name, of those that bind no name, and of
-    those that register one of the kind; without a kind, the hash of before, which missed the latter."""
+    those that register one of the kind; without a kind, the older hash, which missed the latter."""
     lines = source.replace("\r\n", "\n").split("\n")  # as ast counts them
     bodies, binding, unbound = [], {}, []  # text of a statement; name -> statements that bind it; the others
     statements = ast.parse(source).body
@@ -187,7 +180,7 @@ def _hash(source, found, kind=None):
             binding.setdefault(name, []).append(number)
         is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
         registers = _registers(statement, statements) if kind else set()
-        of_a_search = registers and registers <= {"cost", "searcher"}  # of which no weights and no training are made
+        of_a_search = registers and registers <= {"cost", "searcher"}  # on which no weights depend
         if kind in registers or not (names or is_text or of_a_search):
             unbound.append(number)
     wanted = [getattr(_function(one), "__name__", None) for one in found]
@@ -204,19 +197,18 @@ def _hash(source, found, kind=None):
 
 def _bound(statement):
     """The names that a top-level statement binds."""
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if isinstance(statement, DEFINITIONS):
         return [statement.name]
-    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+    if isinstance(statement, IMPORTS):
         return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
     return [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
 
 
 def _bound_within(statement):
     """The names that definitions and imports bind inside a top-level try, if, with or loop."""
-    if not hasattr(statement, "body") or isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if isinstance(statement, DEFINITIONS + IMPORTS):
         return []
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return [name for node in ast.walk(statement) if isinstance(node, kinds) for name in _bound(node)]
+    return [name for node in ast.walk(statement) if isinstance(node, DEFINITIONS + IMPORTS) for name in _bound(node)]
 
 
 def _registers(statement, statements):
@@ -297,7 +289,7 @@ def check_operations(space, where):
 def with_costs(space, names):
     """The space with the costs of these names, of those that are registered. Raises UserError if one can't be used."""
     own = {name: _own_cost(space, name, cost) for name, cost in REGISTRIES["cost"].items() if name in names}
-    return space.with_costs(*space.costs._replace(own=own)) if own else space
+    return space.with_costs(own=own) if own else space
 
 
 def _own_cost(space, name, cost):
@@ -309,7 +301,7 @@ def _own_cost(space, name, cost):
         if taken == 2:
             return OwnCost(cost.unit, function=function_of(space, name), code=code)
         table = [[float(number) for number in row] for row in cost.func(space)]
-    expected = [len(row) for row in space.choice_flops]
+    expected = [len(row) for row in space.costs.flops]
     if [len(row) for row in table] != expected or not all(0 <= n < math.inf for row in table for n in row):
         what = f"rows of {expected} numbers from 0, the choices of each block"
         advice = f"a function of a candidate is {name}(space, candidate)"

@@ -9,6 +9,8 @@ A path is a pure function of seed and step: resuming needs no state, and all ran
 Source: official `src/Supernet/train.py` (`get_random_cand`, `get_uniform_sample_cand`).
 """
 
+import functools
+
 import numpy as np
 
 from utils import UserError
@@ -39,7 +41,7 @@ class PathSampler:
         self.space = space
         self.seed = seed
         self.width_warmup = width_warmup
-        self._cached = None, None  # a chunk's number and its paths
+        self._paths = functools.lru_cache(maxsize=1)(self._draw)
         self.flops_range = None if flops_range is None else list(flops_range)
         self.edges = None
         if self.flops_range:
@@ -58,11 +60,7 @@ class PathSampler:
         if step < self.width_warmup:
             return self._widest(step)
         chunk, offset = divmod(step, CHUNK)
-        cached, paths = self._cached
-        if cached != chunk:
-            paths = self._draw(np.random.default_rng([self.seed, STREAM, chunk]))
-            self._cached = chunk, paths
-        return tuple(paths[offset].tolist())
+        return tuple(self._paths(chunk)[offset].tolist())
 
     def _widest(self, step):
         """A uniform candidate of the widths that the warm-up allows at a step, the widest first."""
@@ -73,8 +71,9 @@ class PathSampler:
         candidate[self.space.width_entries] = rng.integers(n - allowed, n, self.space.n_blocks)
         return tuple(candidate.tolist())
 
-    def _draw(self, rng):
-        """The paths of a chunk, (CHUNK, entries of a candidate)."""
+    def _draw(self, chunk):
+        """The paths of a chunk, by its number: (CHUNK, entries of a candidate)."""
+        rng = np.random.default_rng([self.seed, STREAM, chunk])
         if self.edges is None:
             return self._candidates(rng, CHUNK)
         n_bins = len(self.edges) - 1
@@ -97,11 +96,12 @@ class PathSampler:
 
     def _binned(self, rng, n_batches):
         """Batches of uniform candidates (BATCH, entries) and their bins (BATCH,); -1 and n_bins are outside."""
-        costs = [np.array(row) for row in self.space.choice_flops]
+        rows, fixed = self.space.cost_rows("flops")
+        costs = [np.array(row) for row in rows]
         for _ in range(n_batches):
             candidates = self._candidates(rng, BATCH)
             choices = self.space.block_choices(candidates.T.astype(np.intp))
-            flops = self.space.fixed_flops + sum(row[choice] for row, choice in zip(costs, choices))
+            flops = fixed + sum(row[choice] for row, choice in zip(costs, choices))
             bins = np.searchsorted(self.edges, flops, side="right") - 1
             bins[flops == self.edges[-1]] -= 1
             yield candidates, bins

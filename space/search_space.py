@@ -34,6 +34,7 @@ from space.twins import Twins, identities
 from utils import UserError, read_json
 
 MAX_BLOCKS = 1000
+MAX_CHOICES = 256  # operations, and widths: the sampler has a byte for each
 OF_SOME = (  # fields that older files lack
     "widths", "architecture", "classifier_bias", "operations_hash", "stage_operations", "image_channels",
 )  # fmt: skip
@@ -43,11 +44,7 @@ UNITS = {  # cost -> (its forms in error messages, unit -> factor)
     "latency": ("milliseconds (8ms) or microseconds (57us)", {"ms": 1e6, "us": 1e3}),
 }
 OPERATIONS = ("shufflenet_3x3", "shufflenet_5x5", "shufflenet_7x7", "xception_3x3")
-SAME_OPERATIONS = {}  # hash of the file of own operations, in checkpoints of before -> the hash that is used now
-OTHER_OPERATIONS = (  # the project's, not the paper's
-    "skip_1x1", "pointwise_1x1", "mobilenet_3x3", "mobilenet_5x5", "mobilenet_7x7",
-    "mobilenet_3x3_e6", "mobilenet_5x5_e6", "mobilenet_7x7_e6",
-)  # fmt: skip
+SAME_OPERATIONS = {}  # hash of own operations in older checkpoints -> the hash that is used now
 
 
 class BlockShape(NamedTuple):
@@ -119,6 +116,8 @@ class SearchSpace:
             raise UserError("search space: stage_strides, stage_blocks and stage_channels differ in length")
         if self.n_blocks > MAX_BLOCKS:
             raise UserError(f"search space: {self.n_blocks} blocks, more than {MAX_BLOCKS}")
+        if (n := max(len(self.operations), len(self.widths))) > MAX_CHOICES:
+            raise UserError(f"search space: {n} operations or widths, more than {MAX_CHOICES}")
         if self.stage_operations and len(self.stage_operations) != len(self.stage_blocks):
             n = len(self.stage_operations)
             raise UserError(f"search space: stage_operations has {n} entries for {len(self.stage_blocks)} stages")
@@ -195,16 +194,12 @@ class SearchSpace:
     @functools.cached_property
     def blocks(self):
         """A BlockShape for every choice block, in order."""
-        shapes, channels, size = [], self.stem_channels, self.stem_size
+        shapes, channels, size = [], self.stem_channels, -(-self.input_size // self.stem_stride)
         for stride, depth, out in zip(self.stage_strides, self.stage_blocks, self.stage_channels):
             for i in range(depth):
                 shapes.append(BlockShape(channels, out, stride if i == 0 else 1, size))
                 channels, size = out, shapes[-1].out_size
         return tuple(shapes)
-
-    @property
-    def stem_size(self):
-        return -(-self.input_size // self.stem_stride)
 
     @property
     def n_blocks(self):
@@ -243,11 +238,6 @@ class SearchSpace:
         """The slice of a candidate's entries that are widths."""
         return slice(len(self.choices) - self.n_blocks if self.n_widths > 1 else len(self.choices), None)
 
-    @property
-    def entry_blocks(self):
-        """The block of each entry of a candidate."""
-        return tuple(entry % self.n_blocks for entry in range(len(self.choices)))
-
     def block_choices(self, candidate):
         """The choice of each block, operation * n_widths + width, of a candidate or of columns of many (numpy)."""
         if self.n_widths == 1:
@@ -283,7 +273,7 @@ class SearchSpace:
 
     def _extreme(self, sign, texts):
         if not texts:
-            return self.candidate_of([min(range(len(row)), key=lambda i: sign * row[i]) for row in self.choice_flops])
+            return self.candidate_of([min(range(len(row)), key=lambda i: sign * row[i]) for row in self.costs.flops])
         limits = Limits(self, read_limits(self, texts))
         limits.check()
         if not (found := limits.optimum("flops", sign)):
@@ -343,19 +333,9 @@ class SearchSpace:
         """The Costs of every choice, counted from its module unless they were given."""
         return self.given_costs or count_costs(self)
 
-    def with_costs(self, *costs):
-        """This space with given costs, the fields of a Costs, instead of counted ones."""
-        return dataclasses.replace(self, given_costs=Costs(*costs))
-
-    @property
-    def choice_flops(self):
-        """Multiply-adds of every choice at every block: n_blocks tuples of ints."""
-        return self.costs.flops
-
-    @property
-    def fixed_flops(self):
-        """Multiply-adds that all candidates have in common: stem, last convolution and classifier."""
-        return self.costs.stem_flops + self.costs.tail_flops
+    def with_costs(self, **changed):
+        """This space with some fields of its Costs replaced."""
+        return dataclasses.replace(self, given_costs=self.costs._replace(**changed))
 
     def flops(self, candidate):
         """Multiply-adds of one image through the candidate."""
@@ -380,7 +360,7 @@ class SearchSpace:
         if name in costs.own:
             return costs.own[name].rows, 0
         return {
-            "flops": (costs.flops, self.fixed_flops),
+            "flops": (costs.flops, costs.stem_flops + costs.tail_flops),
             "params": (costs.params, costs.fixed_params),
             "latency": (costs.latency, costs.fixed_latency),
         }[name]
@@ -392,11 +372,11 @@ class SearchSpace:
         rows, fixed = self.cost_rows(name)
         return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
-    def _distribution(self, name):
-        """(upper costs, share of uniform candidates at or under each), rising; costs are rounded to a grid.
+    def quantile(self, name, share):
+        """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range.
 
-        Adds the blocks up one by one on a grid of 1/8192 of the range, with an error of about 1e-4 of it: exact
-        enumeration of 4^20 candidates is out of reach and sampling would need a seed.
+        Adds the blocks up one by one on a grid of 1/8192 of the range: exact enumeration of 4^20 candidates is out of
+        reach and sampling would need a seed.
         """
         rows, _ = self.cost_rows(name)
         low, high = self.cost_range(name)
@@ -407,22 +387,15 @@ class SearchSpace:
             # Scaled to stay finite, by a power of two to stay exact where floats can count the candidates.
             counts = np.convolve(counts, cells / 2 ** (len(row) - 1).bit_length())
         below = list(itertools.accumulate(int(n * 2.0**1000) for n in counts))
-        return np.minimum(low + np.arange(len(counts)) * step, high), [n / below[-1] for n in below]
+        cell = bisect.bisect_left([n / below[-1] for n in below], share)
+        return int(min(low + cell * step, high))
 
-    def quantile(self, name, share):
-        """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range."""
-        costs, below = self._distribution(name)
-        return int(costs[bisect.bisect_left(below, share)])
-
-    def flops_value(self, text, flag="FLOPs"):
-        """Multiply-adds from a number ("330000000", "330M", "700k") or a quantile of uniform candidates ("59%")."""
-        return self.cost_value("flops", text, flag)
-
-    def cost_value(self, name, text, flag):
-        """A cost from a text: a number with one of its units, or a quantile of uniform candidates."""
+    def cost_value(self, name, text, flag="cost"):
+        """A cost from a text: a number with one of its units ("330M", "8ms"), or a quantile of uniform candidates
+        ("59%"); `flag` is named in errors."""
         own = self.costs.own.get(name)
         what, units = (own.unit or "a number", {"": own.scale, own.unit: own.scale}) if own else UNITS[name]
-        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)(\D*)", str(text).strip())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)(\D.*|)", str(text).strip())
         value = float(match[1]) if match else 0
         if not match or match[2] not in (*units, "%") or not 0 < value < 1e15 or (match[2] == "%" and value > 100):
             raise UserError(f"{flag} {reprlib.repr(text)} is neither {what} nor a share of candidates (59%)")

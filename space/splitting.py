@@ -10,16 +10,6 @@ ELEMENT = 60
 AT_ONCE = 5  # candidates that a worker evaluates as one tree; it loses as many when it is killed
 
 
-def tree_flops(space, candidates):
-    """Multiply-adds of one image through all candidates, each prefix counted once."""
-    return sum(more for _, _, more in _marginal_costs(space, candidates, element=0))
-
-
-def tree_cost(space, candidates):
-    """As `tree_flops`, with the elements that blocks read and write: proportional to the time."""
-    return sum(more for _, _, more in _marginal_costs(space, candidates))
-
-
 def chunks(space, candidates, n, size=None):
     """Lists of candidates for `n` workers: those of `split`, or, if `size` is given, lists of that size."""
     return cut(space, candidates, size) if size else split(space, candidates, n)
@@ -48,13 +38,16 @@ def split(space, candidates, n):
     return _fill(costs, low)
 
 
-def _marginal_costs(space, candidates, element=ELEMENT):
-    """(candidate, its cost, the part of it not shared with the one before), sorted, each candidate once."""
+def _marginal_costs(space, candidates):
+    """(candidate, its cost, the part of it not shared with the one before), sorted, each candidate once.
+
+    Costs are the multiply-adds of one image and the elements that blocks read and write: proportional to the time.
+    """
     more_of_block = [
-        element * (shape.in_channels * shape.in_size**2 + shape.out_channels * shape.out_size**2)
+        ELEMENT * (shape.in_channels * shape.in_size**2 + shape.out_channels * shape.out_size**2)
         for shape in space.blocks
     ]
-    rows = [[flops + n for flops in row] for row, n in zip(space.choice_flops, more_of_block, strict=True)]
+    rows = [[flops + n for flops in row] for row, n in zip(space.costs.flops, more_of_block, strict=True)]
     costs = []
     before = None
     for candidate in sorted(set(candidates), key=space.block_choices):

@@ -177,19 +177,13 @@ NUMPY = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"), (_no_bytes, "builti
 ]
 
 
-def load_and_parse_state_dict(path):
-    """The state dict in an official or our own file, which may lie in "state_dict" or "model"; names lose WRAPPERS.
-
-    Raises UserError as `load_file` does, and if the file has no state dict.
-    """
-    return parse_state_dict(load_file(path), path)
-
-
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of DataParallel, DDP and torch.compile
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # added by DataParallel, DDP and torch.compile
 
 
 def parse_state_dict(content, path):
-    """As `load_and_parse_state_dict`, for the content of a file."""
+    """The state dict in the content of an official or our own file, which may lie in "state_dict" or "model"; names
+    lose WRAPPERS. Raises UserError if there is none.
+    """
     if isinstance(content, dict):
         for key in ("state_dict", "model"):
             if isinstance(content.get(key), dict):

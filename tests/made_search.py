@@ -8,13 +8,13 @@ from engines.search_record import SearchRecord, prepare_search
 from space.search_space import SearchSpace
 
 SPACE = SearchSpace.for_images(28, 10)
-LIMIT = SPACE.flops_value("59%")
+LIMIT = SPACE.cost_value("flops", "59%")
 
 
 def settings(space=SPACE, population=4, **changes):
     """Settings of a small search; unless others are given, half of a population are parents, mutants, crossed ones."""
     kinds = dict.fromkeys(("select", "mutation", "crossover"), population // 2)
-    limit = {} if "limits" in changes else {"flops_limit": space.flops_value("59%")}
+    limit = {} if "limits" in changes else {"flops_limit": space.cost_value("flops", "59%")}
     others = {"mutation_prob": 0.1, "generations": 3, "seed": 0, "space": space.to_dict()}
     return {"population": population, **kinds, **limit, **others, **changes}
 

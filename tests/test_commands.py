@@ -87,7 +87,7 @@ def test_search_leaves_its_artefacts(typed):
     for name, result in zip(["000_000", "000_001", "000_002", "000_003"], results, strict=True):
         stored = SPACE.load_architecture(out / "checkpoints" / f"{name}.json")
         assert list(stored) == result["architecture"]
-        assert result["flops"] == SPACE.flops(stored) <= SPACE.flops_value("59%")
+        assert result["flops"] == SPACE.flops(stored) <= SPACE.cost_value("flops", "59%")
     trials = json.loads((out / "id2cand" / "000.json").read_text())
     assert sorted(itertools.chain(*trials.values())) == sorted(r["architecture"] for r in results)
     assert list(SPACE.load_architecture(out / "checkpoints" / "best.json")) == results[0]["architecture"]
@@ -304,12 +304,12 @@ def test_a_flops_table_is_what_the_search_counts_by(out, data, tmp_path, forked,
     """With costs ten times the analytic ones: in the limit, the results and, for --resume, the settings."""
     monkeypatch.setattr(search, "write_report", lambda out: out)
     table, entries = tmp_path / "table.pkl", {}
-    for shape, row in zip(SPACE.blocks, SPACE.choice_flops):
+    for shape, row in zip(SPACE.blocks, SPACE.costs.flops):
         key = (shape.in_channels, shape.out_channels, shape.mid_channels(), shape.in_size, shape.in_size, shape.stride)
         for operation, flops in zip(SPACE.operations, row):
             entries.setdefault(f"{operation}_stride_{shape.stride}", {})[key] = 10 * flops
     entries["conv1"] = {(3, 16, 16, 16, 1): 10 * SPACE.costs.stem_flops}
-    entries["rest_operation"] = {(640, 3, 1, 1, 1): 10 * (SPACE.fixed_flops - SPACE.costs.stem_flops)}
+    entries["rest_operation"] = {(640, 3, 1, 1, 1): 10 * SPACE.costs.tail_flops}
     run("tester.py", "--mode", "gen", "--out", tmp_path)
     small = "--population 3 --select 1 --mutation 0 --crossover 0 --generations 1 --engine local"
     supernet = checkpoint.newest(out / "checkpoints" / "supernet")

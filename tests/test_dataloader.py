@@ -22,19 +22,16 @@ from torchvision.transforms.functional import center_crop
 import dataloader
 from dataloader import Loader
 from images import image_check
+from images.augmentation import Augmentation, draw_augmentation, resize_and_crop, validation_geometry
 from images.dataset import (
-    Augmentation,
     Data,
     DataConfig,
     ImageSet,
     calibration_plan,
-    draw_augmentation,
     evaluation_plan,
-    resize_and_crop,
     scan,
     stratified_order,
     training_plan,
-    validation_geometry,
 )
 from space.weight_files import Checkpoint
 from training.checkpoint import check_classes, check_split
@@ -213,14 +210,14 @@ def test_a_csv_says_what_belongs_together(tmp_path, unchecked):
             "of a/00_0.jpg, has 3; lower --heldout-per-class, or add",
         ),
         ("none.csv", "--group-by none.csv: No such file or directory"),
-        ("three.csv", "three.csv: line 2 has 3 columns, not file and group"),
+        ("three.csv", "three.csv: line 4 has 3 columns, not file and group"),
         ("two.csv", "two.csv: a/00_0.jpg is in two groups, 'x' and 'y'"),
     ],
 )
 def test_wrong_groups_are_one_line(tmp_path, unchecked, monkeypatch, group_by, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "three.csv").write_text("file,group\na/00_0.jpg,x,y\n")
-    (tmp_path / "two.csv").write_text("file,group\na/00_0.jpg,x\na/00_0.jpg,y\n")
+    (tmp_path / "three.csv").write_text("file,group\nfile,group\n\na/00_0.jpg,x,y\n")
+    (tmp_path / "two.csv").write_text("file,group\n\na/00_0.jpg,x\na/00_0.jpg,y\n")
     with pytest.raises(UserError, match=message) as error:
         _ = grouped(tmp_path / "tree", [[3, 3], [3, 3]], group_by=group_by).heldout
     assert "\n" not in str(error.value)

@@ -16,7 +16,7 @@ from space.search_space import SearchSpace
 from utils import HERE, UserError
 
 SPACE = SearchSpace.for_images(28, 10)
-LIMIT = SPACE.flops_value("59%")
+LIMIT = SPACE.cost_value("flops", "59%")
 
 
 def reward(candidate):
@@ -261,11 +261,12 @@ def test_search_without_nni_or_torch():
         import sys
         sys.modules |= {"nni": None, "torch": None}
         from settings.subjects import Search
+        from space.costs import Costs
         from space.evolution import Evolution
         from space.limits import Limits
         from space.search_space import SearchSpace
-        space = SearchSpace(stage_blocks=(1,), stage_channels=(32,), stage_strides=(2,))
-        space = space.with_costs(((1, 2, 3, 4),), 0, 0, ((1,) * 4,), 0)
+        costs = Costs(((1, 2, 3, 4),), 0, 0, ((1,) * 4,), 0)
+        space = SearchSpace(stage_blocks=(1,), stage_channels=(32,), stage_strides=(2,), given_costs=costs)
         print(sorted(Evolution(space.choices, Limits(space, {"flops": (None, 3)}), Search(population=4)).ask()))
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)

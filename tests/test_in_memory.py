@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as F
 import dataloader
 from dataloader import Loader
 from images import bundled, in_memory
-from images.dataset import DataConfig, ImageSet, draw_augmentation, evaluation_plan, scan, training_plan
+from images.augmentation import draw_augmentation
+from images.dataset import DataConfig, ImageSet, evaluation_plan, scan, training_plan
 from images.image_cache import FixedBatches
 from utils import UserError
 

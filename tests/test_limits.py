@@ -9,6 +9,7 @@ import pytest
 
 import search
 from settings.subjects import COSTS
+from space.costs import Costs
 from space.custom import PRESETS
 from space.evolution import Evolution
 from space.limits import (
@@ -34,8 +35,8 @@ MOST_STEPS = 300_000  # ten times as many as the costliest of the thousand sets 
 def with_latency(space, seed=0):
     """The space with latencies that follow the FLOPs loosely."""
     rng = random.Random(seed)
-    rows = tuple(tuple(int(c * 0.02 * rng.uniform(0.7, 1.3)) + 20_000 for c in row) for row in space.choice_flops)
-    return space.with_costs(*space.costs._replace(latency=rows, fixed_latency=400_000))
+    rows = tuple(tuple(int(c * 0.02 * rng.uniform(0.7, 1.3)) + 20_000 for c in row) for row in space.costs.flops)
+    return space.with_costs(latency=rows, fixed_latency=400_000)
 
 
 SPACES = {
@@ -221,7 +222,7 @@ def test_a_thousand_sets_of_limits(everything):
 
 def test_forms_of_limits():
     space = SPACES["blocks"]
-    share = space.flops_value("59%")
+    share = space.cost_value("flops", "59%")
     found = read_limits(space, ["flops=290M:59%", "params=:3.5M", "latency=8ms", "latency=6.5ms:"])
     assert found == {"flops": (290_000_000, share), "params": (None, 3_500_000), "latency": (6_500_000, None)}
     assert describe(found).startswith("flops 290.0M to 33") and describe(found).endswith("latency from 6.500 ms")
@@ -292,7 +293,7 @@ def test_latencies_below_a_millisecond_have_three_digits_that_count():
     assert [shown("latency", ns) for ns in (12_345_678, 1_000_000, 890_400, 57_300)] == [
         "12.346 ms", "1.000 ms", "0.890 ms", "0.0573 ms"
     ]  # fmt: skip
-    space = SearchSpace().with_costs(*SearchSpace().costs._replace(latency=((1,) * 4,) * 20, fixed_latency=0))
+    space = SearchSpace().with_costs(latency=((1,) * 4,) * 20, fixed_latency=0)
     assert read_limits(space, ["latency=57us"]) == {"latency": (None, 57_000)}
 
 
@@ -309,7 +310,7 @@ def test_a_space_of_like_candidates_says_so():
     """It takes one cost that differs by a factor of 1.5."""
     for low, little in ((201, True), (200, False)):
         for rows in (((low, 300),), ((100, 100),)), (((100, 100),), ((low, 300),)):
-            space = SearchSpace().with_costs(rows[0], 0, 0, rows[1], 0)
+            space = SearchSpace(given_costs=Costs(rows[0], 0, 0, rows[1], 0))
             assert ("; candidates differ by less than a factor of 1.5 in all of these" in offer(space)) == little
 
 

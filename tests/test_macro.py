@@ -50,7 +50,7 @@ def test_networks_that_differ_in_the_place_of_identities_are_one():
 def test_a_search_evaluates_no_twins(space):
     """10 generations of 50, as by search.py, by the published accuracies: without and with what the space knows."""
     settings = {"population": 50, "select": 10, "mutation": 25, "crossover": 25, "generations": 10, "seed": 0}
-    settings |= {"mutation_prob": 0.1, "flops_limit": space.flops_value("59%")}
+    settings |= {"mutation_prob": 0.1, "flops_limit": space.cost_value("flops", "59%")}
     twins = {}
     for known in ({}, {"identities": json.loads(json.dumps(identities(space)))}):
         for kind in ({}, {"mutation": 0, "crossover": 0}):

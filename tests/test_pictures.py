@@ -16,7 +16,8 @@ import dataloader
 from dataloader import Loader
 from engines.search_files import settings_difference
 from images import image_check, pictures
-from images.dataset import Augmentation, DataConfig, ImageSet, evaluation_plan
+from images.augmentation import Augmentation
+from images.dataset import DataConfig, ImageSet, evaluation_plan
 from network import ShuffleNetV2
 from settings.subjects import Images
 from training.program import image_files, predict

@@ -1,6 +1,7 @@
 """The report of a search, on synthetic ones: numbers, figures, the page, and the page in a real browser."""
 
 import base64
+import dataclasses
 import html
 import itertools
 import json
@@ -22,6 +23,7 @@ import report
 from engines.search_files import state_path
 from reports.page import _tiles, write_report
 from reports.search_results import RandomSearch, SearchResults
+from space.costs import Costs
 from space.evolution import Evolution
 from space.limits import milliseconds
 from space.search_space import OPERATIONS, SearchSpace
@@ -47,9 +49,8 @@ def make(
     measured=lambda c: (accuracy(c), 99.0), **changes,
 ):  # fmt: skip
     """A search in `out` as search.py leaves it, or one that ended after so many results; returns `out`."""
-    own = settings(
-        space, **SMALL | {"flops_limit": space.flops_value(limit), "checkpoint": "0" * 64, "bn": "ema"} | changes
-    )
+    limits = {"flops_limit": space.cost_value("flops", limit)}
+    own = settings(space, **SMALL | limits | {"checkpoint": "0" * 64, "bn": "ema"} | changes)
 
     def evaluate(candidate):
         numbers = dict(zip(("acc1", "acc5", "loss"), () if fails(candidate) else measured(candidate)))
@@ -249,7 +250,7 @@ def test_searches_of_all_kinds(tmp_path, changes):
 
 
 def test_a_first_generation_that_failed_is_shown_all_the_same(tmp_path):
-    first = set(Evolution.from_settings(SPACE, SMALL | {"flops_limit": SPACE.flops_value("59%")}).ask())
+    first = set(Evolution.from_settings(SPACE, SMALL | {"flops_limit": SPACE.cost_value("flops", "59%")}).ask())
     out = make(tmp_path, fails=first.__contains__)
     assert "no random candidate has an accuracy" in write_report(out).read_text()
     check_figures(out)
@@ -305,7 +306,7 @@ def limited(tmp_path_factory):
     rng = random.Random(0)
     rows = [[rng.randint(100_000, 300_000) for _ in CHEAP] for _ in range(5)]
     counted = [rows, 1000, 1000, rows, 1000]
-    timed = space.with_costs(*counted, rows, 50_000)
+    timed = dataclasses.replace(space, given_costs=Costs(*counted, rows, 50_000))
     out = tmp_path_factory.mktemp("limited")
     high = timed.quantile("latency", 0.6)
     table = {"device": "Cray-1", "runtime": "torch", "threads": 2, "batch_size": 1, "torch": "2.0", "spread": 0.01,
@@ -412,7 +413,7 @@ def test_the_headline_has_no_interval_below_a_warning_of_noise(tmp_path):
 
 def test_costs_are_those_of_the_flops_table(tmp_path):
     """None is beyond the limit, which is in the numbers of the table."""
-    costs = [[[c // 10 for c in row] for row in SPACE.choice_flops], SPACE.fixed_flops // 10]
+    costs = [[[c // 10 for c in row] for row in SPACE.costs.flops], SPACE.cost_rows("flops")[1] // 10]
     out = make(tmp_path)
     state = json.loads(state_path(out).read_text())
     state["settings"] |= {"costs": costs, "flops_limit": state["settings"]["flops_limit"] // 10 + 10}

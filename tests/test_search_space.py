@@ -55,9 +55,9 @@ TINY = SearchSpace(
 
 
 def test_published_flops():
-    assert [(i, *row) for i, row in enumerate(SPACE.choice_flops, 1)] == PUBLISHED
+    assert [(i, *row) for i, row in enumerate(SPACE.costs.flops, 1)] == PUBLISHED
     assert SPACE.costs.stem_flops == 5_419_008
-    assert SPACE.fixed_flops - SPACE.costs.stem_flops == 33_136_640
+    assert SPACE.costs.tail_flops == 33_136_640
     assert SPACE.flops(WINNER) == 322_918_720
     assert SPACE.params(WINNER) == 3_558_464
 
@@ -166,7 +166,7 @@ def test_a_share_that_is_met_exactly_is_that_of_its_cost():
     ("100%", SPACE.quantile("flops", 1)),
 ])  # fmt: skip
 def test_flops_values(text, flops):
-    assert SPACE.flops_value(text) == flops
+    assert SPACE.cost_value("flops", text) == flops
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_flops_values(text, flops):
     ["", "M", "330MB", "-330M", "330 M", "0", "0%", "101%", "nan", "1e400", "9" * 400, None, [1], "330m", "1,000"],
 )
 def test_bad_flops_values(text):
-    with pytest.raises(UserError, match=r"^FLOPs .* is neither multiply-adds \(330000000, 330M, 700k\) nor a share"):
-        SPACE.flops_value(text)
+    with pytest.raises(UserError, match=r"^cost .* is neither multiply-adds \(330000000, 330M, 700k\) nor a share"):
+        SPACE.cost_value("flops", text)
 
 
 # --- written form --------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_missing_files_are_refused(tmp_path):
 def test_a_space_goes_to_json_and_back():
     for space in (SPACE, TINY, SearchSpace.for_images(28, 10), SearchSpace(operations=OPERATIONS[:2])):
         back = SearchSpace.from_dict(json.loads(json.dumps(space.to_dict())))
-        assert back == space and hash(back) == hash(space) and back.choice_flops == space.choice_flops
+        assert back == space and hash(back) == hash(space) and back.costs.flops == space.costs.flops
 
 
 @pytest.mark.parametrize("values, message", [
@@ -294,6 +294,8 @@ def test_a_space_goes_to_json_and_back():
     ({"stage_operations": "abcd"}, "stage_operations is 'abcd'"), ({"image_channels": 0}, "image_channels is 0"),
     ({"operations": []}, "operations"), ({"operations": "shufflenet_3x3"}, "operations"),
     ({"operations": ["shuffle-net"]}, "operations"),
+    ({"operations": [f"op{i}" for i in range(257)]}, "257 operations or widths, more than 256"),
+    ({"widths": [1 + i / 1000 for i in range(257)]}, "257 operations or widths, more than 256"),
     ({"operations": [["shufflenet_3x3"]]}, "operations"), ({"operations": [{}] * 100_000}, "operations"),
 ])  # fmt: skip
 def test_bad_spaces_are_refused_with_a_line(values, message):

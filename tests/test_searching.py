@@ -20,8 +20,9 @@ from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.search_results import RandomSearch, SearchResults
 from space import own
+from space.costs import OwnCost
 from space.evolution import Evolution
-from space.limits import Limits, as_settings, describe, idle_limits, known_costs, make_bounds, offer
+from space.limits import Limits, as_settings, describe, idle_limits, known_costs, make_bounds, offer, read_limits
 from space.search_space import SearchSpace
 from utils import UserError, read_json
 
@@ -255,6 +256,11 @@ def test_the_programs_of_the_page_run(monkeypatch):
     exec(program, found := {})
     assert reward(found["study"].best_params.values()) > reward((1, 1, 1, 1))
     assert all(not found["limits"].excess(SPACE.check(c)) for c in found["front"])
+
+
+def test_a_unit_may_have_digits():
+    space = SPACE.with_costs(own={"emissions": OwnCost("gCO2", function=lambda candidate: 1.0)})
+    assert read_limits(space, ["emissions=1.5gCO2:2e3gCO2"]) == {"emissions": (1.5, 2000)}
 
 
 # --- as a user types it --------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import random
 import pytest
 
 from bench.gpu import generation as bred
+from space import splitting
 from space.search_space import SearchSpace
-from space.splitting import cut, split, tree_cost, tree_flops
+from space.splitting import cut, split
 
 SPACE = SearchSpace()
 
@@ -19,18 +20,24 @@ def generation(n, seed=0):
     return [tuple(rng.randrange(4) if rng.random() < 0.1 else c for c in rng.choice(parents)) for _ in range(n)]
 
 
-def test_one_candidate_costs_what_it_costs():
+def tree_cost(candidates):
+    return sum(more for _, _, more in splitting._marginal_costs(SPACE, candidates))
+
+
+def test_one_candidate_costs_what_it_costs(monkeypatch):
+    monkeypatch.setattr(splitting, "ELEMENT", 0)
     (candidate,) = generation(1)
-    assert tree_flops(SPACE, [candidate]) == tree_flops(SPACE, [candidate, candidate]) == SPACE.flops(candidate)
-    assert tree_flops(SPACE, []) == 0
+    assert tree_cost([candidate]) == tree_cost([candidate, candidate]) == SPACE.flops(candidate)
+    assert tree_cost([]) == 0
 
 
-def test_every_prefix_is_counted_once():
+def test_every_prefix_is_counted_once(monkeypatch):
+    monkeypatch.setattr(splitting, "ELEMENT", 0)
     candidates = generation(20)
     prefixes = {c[:k] for c in candidates for k in range(1, 21)}
-    leaves = len(set(candidates)) * (SPACE.fixed_flops - SPACE.costs.stem_flops)
-    expected = SPACE.costs.stem_flops + leaves + sum(SPACE.choice_flops[len(p) - 1][p[-1]] for p in prefixes)
-    assert tree_flops(SPACE, candidates) == expected < 0.9 * sum(map(SPACE.flops, set(candidates)))
+    leaves = len(set(candidates)) * SPACE.costs.tail_flops
+    expected = SPACE.costs.stem_flops + leaves + sum(SPACE.costs.flops[len(p) - 1][p[-1]] for p in prefixes)
+    assert tree_cost(candidates) == expected < 0.9 * sum(map(SPACE.flops, set(candidates)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -40,10 +47,9 @@ def test_the_costliest_list_is_as_cheap_as_can_be(n):
     assert list(itertools.chain(*lists)) == candidates and len(lists) <= n
     cuts = itertools.combinations(range(1, len(candidates)), n - 1)
     best = min(
-        max(tree_cost(SPACE, candidates[a:b]) for a, b in itertools.pairwise((0, *cut, len(candidates))))
-        for cut in cuts
+        max(tree_cost(candidates[a:b]) for a, b in itertools.pairwise((0, *cut, len(candidates)))) for cut in cuts
     )
-    assert max(tree_cost(SPACE, part) for part in lists) == best
+    assert max(tree_cost(part) for part in lists) == best
 
 
 def test_more_lists_than_candidates():
@@ -53,7 +59,7 @@ def test_more_lists_than_candidates():
 
 
 def cost(lists):
-    return sum(tree_cost(SPACE, part) for part in lists)
+    return sum(tree_cost(part) for part in lists)
 
 
 @pytest.mark.parametrize("size", [1, 4, 30, 50])
@@ -78,6 +84,6 @@ def test_a_cost_counts_what_blocks_read_and_write():
     """Of one candidate: its FLOPs, and 60 for each element; a shared first block is counted once."""
     elements = sum(s.in_channels * s.in_size**2 + s.out_channels * s.out_size**2 for s in SPACE.blocks)
     a, b = (0,) * 20, (0,) + (1,) * 19
-    assert tree_cost(SPACE, [a]) == SPACE.flops(a) + 60 * elements
-    shared = SPACE.costs.stem_flops + SPACE.choice_flops[0][0] + 60 * (16 * 112**2 + 64 * 56**2)
-    assert tree_cost(SPACE, [a, b]) == SPACE.flops(a) + SPACE.flops(b) + 2 * 60 * elements - shared
+    assert tree_cost([a]) == SPACE.flops(a) + 60 * elements
+    shared = SPACE.costs.stem_flops + SPACE.costs.flops[0][0] + 60 * (16 * 112**2 + 64 * 56**2)
+    assert tree_cost([a, b]) == SPACE.flops(a) + SPACE.flops(b) + 2 * 60 * elements - shared

@@ -11,10 +11,10 @@ from made_search import fill, settings
 
 import blocks
 from network import ShuffleNetV2
-from space.custom import make_space
+from space.custom import PRESETS, make_space
 from space.evolution import Evolution
 from space.limits import Limits
-from space.search_space import OPERATIONS, OTHER_OPERATIONS, BlockShape, SearchSpace
+from space.search_space import OPERATIONS, BlockShape, SearchSpace
 from space.twins import identities
 from utils import UserError
 
@@ -24,7 +24,9 @@ SPACE = SearchSpace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, *OTHER_OPERATIONS])
+@pytest.mark.parametrize(
+    "name", sorted({*OPERATIONS, *PRESETS["varied"]["operations"], *PRESETS["mobile"]["operations"]})
+)
 def test_an_operation_that_says_so_returns_its_input_and_no_other_does(name):
     for shape in (BlockShape(8, 8, 1, 6), BlockShape(8, 8, 2, 6), BlockShape(8, 12, 1, 6)):
         if shape.stride == 2 and name in OPERATIONS:
@@ -63,11 +65,11 @@ def test_twins_are_equal_when_they_stand_alone():
 
 
 def test_a_cost_that_differs_between_twins_is_known():
-    space = SPACE.with_costs(*SPACE.costs._replace(latency=SPACE.costs.flops))
+    space = SPACE.with_costs(latency=SPACE.costs.flops)
     assert space.twins.cost_the_same(["flops", "params", "latency"])
     row = list(space.costs.flops)
     row[3] = tuple(cost + 1 for cost in row[3])
-    uneven = SPACE.with_costs(*SPACE.costs._replace(latency=tuple(row)))
+    uneven = SPACE.with_costs(latency=tuple(row))
     assert uneven.twins.cost_the_same(["flops", "params"]) and not uneven.twins.cost_the_same(["flops", "latency"])
 
 
@@ -108,6 +110,6 @@ def test_the_presets_have_the_twins_of_their_skips():
 
 
 def test_an_evolution_in_python_takes_the_form_of_the_space():
-    limits = Limits(SPACE, {"flops": (None, SPACE.flops_value("100%"))})
+    limits = Limits(SPACE, {"flops": (None, SPACE.cost_value("flops", "100%"))})
     population = Evolution(SPACE.choices, limits, canonical=SPACE.canonical).ask()
     assert len({*population}) == 50 and all(SPACE.canonical(c) == c for c in population)

@@ -17,6 +17,10 @@ from space import weight_files
 from utils import UserError
 
 
+def weights_in(path):
+    return weight_files.parse_state_dict(weight_files.load_file(path), path)
+
+
 def official_file(path, state_dict, **kwargs):
     torch.save({"state_dict": {f"module.{k}": v for k, v in state_dict.items()}}, path, **kwargs)
     return path
@@ -30,7 +34,7 @@ def test_an_official_supernet_file_loads_strictly(tmp_path):
     )
     with torch.device("meta"):
         model = network.ShuffleNetV2OneShot(32, CLASSES)
-    weights = weight_files.load_and_parse_state_dict(path)
+    weights = weights_in(path)
     weight_files.load_weights(model, weights, path)
     for name, tensor in reference.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -43,7 +47,7 @@ def test_an_official_retrained_file_loads_strictly(tmp_path, zipped):
     reference = reference_spos.Network(reference_spos.WINNER, 1000, True).eval()
     path = official_file(tmp_path / "retrained.pth.tar", reference.state_dict(), _use_new_zipfile_serialization=zipped)
     model = network.ShuffleNetV2(reference_spos.WINNER).eval()
-    weight_files.load_weights(model, weight_files.load_and_parse_state_dict(path), path)
+    weight_files.load_weights(model, weights_in(path), path)
     images, _ = image_batches(1, 1, 224)[0]
     with torch.no_grad():
         assert difference(model(images), reference(images)) < 1e-5
@@ -65,7 +69,7 @@ def test_bare_and_wrapped_state_dicts_are_the_same(tmp_path):
         {"state_dict": prefixed, "epoch": 3},
     ):
         torch.save(content, tmp_path / "file")
-        check_same(weight_files.load_and_parse_state_dict(tmp_path / "file"), weights)
+        check_same(weights_in(tmp_path / "file"), weights)
 
 
 def check_same(found, weights):
@@ -108,7 +112,7 @@ def test_a_file_that_would_execute_code_is_refused_and_nothing_runs(tmp_path):
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb(mark)))
     for name in ("zip.pth", "legacy.pth", "pickle.pth"):
         with pytest.raises(UserError, match=f"{name}: not a whole checkpoint of plain tensors"):
-            weight_files.load_and_parse_state_dict(tmp_path / name)
+            weights_in(tmp_path / name)
     assert not mark.exists()
 
 
@@ -196,7 +200,7 @@ def test_types_that_cannot_be_read_are_named_and_the_way_out_works(tmp_path, mon
     assert line.isprintable() and "remove" not in line and ("pathlib.PurePosixPath" in line) == zipped
     monkeypatch.chdir(tmp_path)
     exec(line.split("lines of Python: ")[1], {})
-    check_same(weight_files.load_and_parse_state_dict("weights.pth"), small_weights())
+    check_same(weights_in("weights.pth"), small_weights())
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"state_dict": {}}, {"state_dict": {"x": 1}}, {"epoch": 3},
@@ -206,7 +210,7 @@ torch.zeros(2), None,
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "file")
     with pytest.raises(UserError, match="file: holds no state dict"):
-        weight_files.load_and_parse_state_dict(tmp_path / "file")
+        weights_in(tmp_path / "file")
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
@@ -228,7 +232,7 @@ def test_damaged_files_are_refused(tmp_path, zipped):
             damaged[rng.randrange(2000)] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            weight_files.load_and_parse_state_dict(path)
+            weights_in(path)
         except UserError as error:
             assert str(path) in str(error)
 

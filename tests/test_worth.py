@@ -36,7 +36,7 @@ def test_the_largest_is_the_largest_and_random_ones_are_legal(study):
     for target in worth.TARGETS:
         limits = worth.Limits(space, worth.make_bounds(space, [f"flops={target}"]))
         largest = space.flops(worth.largest_legal(space, target))
-        assert largest <= space.flops_value(target) and largest > 0.99 * space.flops_value(target)
+        assert largest <= space.cost_value("flops", target) and largest > 0.99 * space.cost_value("flops", target)
         drawn = worth.random_legal(study, target)
         assert len(drawn) == 5 and not any(map(limits.excess, drawn.values()))
         assert all(study.legal(30)[int(name.split()[1]) - 1] == candidate for name, candidate in drawn.items())

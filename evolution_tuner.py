@@ -27,12 +27,12 @@ def _stops_search_on_error(method):
     """Decorates a tuner's method to hold its lock; an exception ends the search and is written to its state file."""
 
     @functools.wraps(method)
-    def run(self, *args):
+    def run(self, *args, **kwargs):
         with self.lock:
             if self.record.state["error"]:
                 return
             try:
-                method(self, *args)
+                method(self, *args, **kwargs)
             except Exception as error:
                 log.exception("the search cannot continue")
                 self.record.stop(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
@@ -93,8 +93,16 @@ class EvolutionWithFlops(Tuner):
         else:
             self.keep(value["trial"], value["results"])  # as trial.report has sent them
 
+    @_stops_search_on_error
     def trial_end(self, parameter_id, success, **kwargs):
-        self._count_end()
+        self.ended += 1
+        self.fruitless += 1
+        if self.fruitless > self.concurrency + 8:
+            raise UserError(f"{self.fruitless} trials in a row ended without a result")
+        if self.ended == self.sent and self.record.waiting():
+            timer = threading.Timer(GRACE_S, self._retry, [self.sent])
+            timer.daemon = True
+            timer.start()
 
     # --- what it does ---
 
@@ -131,17 +139,6 @@ class EvolutionWithFlops(Tuner):
         self.callback = callback
         self.ids.extend(ids)
         self._send()
-
-    @_stops_search_on_error
-    def _count_end(self):
-        self.ended += 1
-        self.fruitless += 1
-        if self.fruitless > self.concurrency + 8:
-            raise UserError(f"{self.fruitless} trials in a row ended without a result")
-        if self.ended == self.sent and self.record.waiting():
-            timer = threading.Timer(GRACE_S, self._retry, [self.sent])
-            timer.daemon = True
-            timer.start()
 
     @_stops_search_on_error
     def _retry(self, sent):

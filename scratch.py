@@ -40,7 +40,7 @@ from training.evaluation import accuracy, recalibrate_bn, resolve_device, valida
 from training.export import export
 from training.loop import train
 from training.program import image_files, is_program, open_program, predict
-from training.start import Start, folder_of, given_config
+from training.start import Start
 
 ACCURACIES = ("acc1", "acc5", "n_images")
 
@@ -103,17 +103,17 @@ def val_batches(args, images, config, device):
 
 def evaluate_checkpoint(args, folder):
     """--eval: top-1 and top-5 of a retrained network, or of an exported file, on val."""
-    images = Images.of(vars(args))
-    prepare(images, args.demo)
+    image_settings = Images.of(vars(args))
+    prepare(image_settings, args.demo)
     device = resolve_device(args.device, args.threads)
     program = program_of(args)
     model, ckpt, config = (program.run, program, program.config) if program else open_network(args, folder)
-    data = Data.of(images, config)
+    data = Data.of(image_settings, config)
     data.warn()
     checkpoint.check_classes(ckpt, data.classes)
     if program:
         known = {name: program.values[name] for name in ("architecture", "flops", "params")}
-        return known | dict(zip(ACCURACIES, accuracy(model, program.batches(data.val, images))))
+        return known | dict(zip(ACCURACIES, accuracy(model, program.batches(data.val, image_settings))))
     model.to(device, memory_format=torch.channels_last).eval()
     return summary(model, accuracy(model, val_batches(args, data.val, config, device)))
 
@@ -156,16 +156,16 @@ def export_checkpoint(args, folder):
 def predict_images(args, folder):
     """--predict: a line for each image."""
     device = resolve_device(args.device, args.threads)
-    images = Images.of(vars(args))
+    image_settings = Images.of(vars(args))
     program = program_of(args)
     model, ckpt, config = (program.run, program, program.config) if program else open_network(args, folder)
-    files = image_files(args.predict, config, images)
+    files = image_files(args.predict, config, image_settings)
     if program:
-        batches = program.batches(files, images)
+        batches = program.batches(files, image_settings)
     else:
         model.to(device, memory_format=torch.channels_last).eval()
-        loader = Loader(files, config, False, 0, device, images.loader, images.workers)
-        batches = loader.batches(evaluation_plan(len(files), images.eval_batch_size))
+        loader = Loader(files, config, False, 0, device, image_settings.loader, image_settings.workers)
+        batches = loader.batches(evaluation_plan(len(files), image_settings.eval_batch_size))
     for path, classes in predict(files.paths, ckpt.class_names, model, batches):
         print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in classes), flush=True)
 
@@ -182,8 +182,6 @@ def data_config(args, search):
 
     What decides the pixels of evaluation is the search's, or a UserError; how images are varied in training may differ.
     """
-    if not search:
-        return given_config(vars(args)), []
     try:
         stored = DataConfig.from_dict(search["data"])
     except (KeyError, TypeError):
@@ -243,7 +241,7 @@ def retrain(args, folder):
     if not given and setting_in(args.config, "supernet", "space") not in (None, "blocks"):
         raise utils.UserError(no_architecture(args))
     search = args.architecture and searched(args.architecture)
-    config, changes = data_config(args, search)
+    config, changes = data_config(args, search) if search else (None, [])
     start = Start("scratch", vars(args), config)
     changes += image_changes(args, search, start.data) if search else []
     space, candidate = chosen(args, search, start.config, start.data)
@@ -287,7 +285,7 @@ def retrain(args, folder):
 
 def main(args):
     distributed.join(args.device)
-    folder = folder_of("scratch", vars(args))
+    folder = pathlib.Path(args.out, "checkpoints", "scratch")
     if args.predict:
         predict_images(args, folder)
     else:

@@ -38,19 +38,17 @@ from engines.machines import check_keys
 from engines.nni_engine import check_name, read_experiment, search_with_nni, trial_command
 from engines.search_files import (
     as_own_costs,
-    confirmations,
     costs_of,
+    has_search,
     images_path,
     n_generations,
     read_generations,
     read_state,
-    starts,
     state_path,
     unconfirmed,
 )
 from engines.search_record import prepare_search
 from images.dataset import Data
-from images.dataset import prepare as prepare_images
 from reports.page import write_report
 from reports.search_results import SearchResults
 from settings.command_line import Parser, command, write_settings
@@ -104,9 +102,6 @@ from utils import (
     start_logging,
 )
 
-# The settings that a trial has too.
-OF_A_TRIAL = [*(name for subject in (Run, DataConfig, Images, Evaluation) for name in names(subject)), "own"]
-
 
 def make_parser():
     parser = Parser(__doc__, "search")
@@ -159,17 +154,17 @@ def refuse_contradictions(parser, args, before):
     if args.strategy == "random":
         typed = [name for name in ("select", "mutation", "crossover", "mutation_prob") if name in parser.typed]
         parser.refuse("--strategy random", *(name.replace("_", "-") for name in typed))
-    if not wants_latency(args) and (args.latency_table or args.foreign_latency_table):
+    if "latency" not in named_costs(args) and (args.latency_table or args.foreign_latency_table):
         name = "--latency-table" if args.latency_table else "--foreign-latency-table"
         raise UserError(f"{name} has no effect without a limit on latency: leave it out, or say --limit latency")
 
 
 def settings_of(parser, given):
     """The settings (attribute -> value) of the search in OUT, as flags; none where there is no search."""
-    state = read_state(given["out"])
     path = state_path(given["out"]).with_name("config.yml")
-    if not (state and path.exists()):
+    if not (has_search(given["out"]) and path.exists()):
         return {}
+    state = read_state(given["out"])
     found = parser.read_settings(path)
     if given["limit"] or given["flops_limit"]:  # then these are all limits, as in a new search
         found = {name: value for name, value in found.items() if name not in ("limit", "flops_limit")}
@@ -180,14 +175,9 @@ def settings_of(parser, given):
 def started_with(out):
     """(demo, config): whether the search in `out` was started with --demo, and its file of settings."""
     state = read_state(out)
-    found = [state.get("started_with", {}), *starts(state)][-1]  # the former in searches of before there were starts
+    found = [state.get("started_with", {}), *state["starts"]][-1]  # the former in searches of before there were starts
     path = found.get("config")
     return bool(found.get("demo")), path if path and os.path.exists(path) else None
-
-
-def wants_latency(args):
-    """Whether the flags limit latency, or make it an objective."""
-    return "latency" in named_costs(args)
 
 
 def named_costs(args):
@@ -246,11 +236,12 @@ def find_latency_table(args, out, supernet):
 
 
 def trial_settings(args, out, supernet_path):
-    """The flags of a trial: those of this search, with a share of the cores."""
-    settings = {name: getattr(args, name) for name in OF_A_TRIAL}
+    """The flags of a trial: those that it shares with this search, with a share of the cores."""
+    subjects = (Run, DataConfig, Images, Evaluation)
+    settings = {name: getattr(args, name) for subject in subjects for name in names(subject)}
     share = max(1, cores() // args.concurrency)
     workers = min(MAX_WORKERS, share) if args.workers is None else args.workers
-    settings |= {"threads": args.threads or share, "workers": workers}
+    settings |= {"own": args.own, "threads": args.threads or share, "workers": workers}
     return settings | {"checkpoint": str(supernet_path), "out": str(out)}
 
 
@@ -279,11 +270,9 @@ def check(args, out):
         raise UserError(NO_GPU)  # trials initialise CUDA, this process does not
     table = args.flops_table and read_flops_table(args.flops_table)
     values = vars(args)
-    images = Images.of(vars(args))
-    prepare_images(images, args.demo)
     own.load(args.own)
     check_own(args)
-    _, supernet, config, data = checkpoint.open_supernet(args.checkpoint, args.out, images, DataConfig.given(values))
+    _, supernet, config, data = checkpoint.open_supernet(values)
     calibration = calibration_warning(Evaluation.of(values), len(data.train) - len(data.heldout))
     warnings = data.warnings + list(filter(None, [checkpoint.unfinished(supernet), calibration]))
     space = supernet.space
@@ -292,7 +281,7 @@ def check(args, out):
         space, differences = with_flops_table(space, table, args.flops_table)
         costs = comparison(differences, args.flops_table)
     latency = None
-    if wants_latency(args):
+    if "latency" in named_costs(args):
         path = find_latency_table(args, out, supernet.path)
         latency = read_table(path, space, args.foreign_latency_table, tester_command(args, "latency"))
         space = with_latency(space, latency)
@@ -354,7 +343,7 @@ def prepare(search, args, out):
     start |= {"config": args.config and os.path.abspath(args.config), "own": args.own and os.path.abspath(args.own)}
     start |= {"share": share}  # the report does not know functions of a candidate
     state = prepare_search(out, search.settings, args.resume, search.warnings, start)
-    folder = out / "checkpoints" / "search"
+    folder = state_path(out).parent
     start_logging(folder, args.device, args.seed, own.commits())
     write_settings(folder / "config.yml", "search", vars(args))
     if search.costs:
@@ -381,7 +370,7 @@ def run(search, args, out):
     try:
         with signals(interrupt):
             while True:
-                state = read_json(state_path(out))
+                state = read_state(out)
                 if not state["done"]:
                     run_engine(search, args, out)
                 elif search.latency and unconfirmed(state):
@@ -395,7 +384,7 @@ def run(search, args, out):
     except Interrupted as error:
         words = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
         again = shlex.join(["python", "search.py", *words, "--resume"])
-        state = read_json(state_path(out))
+        state = read_state(out)
         lost = args.population - sum(map(len, read_generations(out, skip=state["generation"])))
         lost = max(1, min(lost, n_generations(state) * args.population - state["evaluated"]))  # one is the largest
         text = "stopped by %s: %d candidates are kept, at most %d that were being evaluated start anew; resume with: %s"
@@ -406,13 +395,12 @@ def run(search, args, out):
 def run_engine(search, args, out):
     """Runs the generations that are left on the engine of the flags."""
     trial = trial_settings(args, out, search.supernet)
-    sizes = {"concurrency": args.concurrency, "candidates_per_trial": args.candidates_per_trial}
-    sizes["trial_timeout"] = args.trial_timeout
+    how = {name: getattr(args, name) for name in ("concurrency", "candidates_per_trial", "trial_timeout")}
     if args.engine == "local":
-        search_locally(out, trial, **sizes)
+        search_locally(out, trial, **how)
     else:
-        command = trial_command(search.experiment, out, trial)
-        search_with_nni(out, command, search.experiment, host=args.host, port=args.port, **sizes)
+        words = trial_command(search.experiment, out, trial)
+        search_with_nni(out, words, search.experiment, host=args.host, port=args.port, **how)
 
 
 def print_best(found):
@@ -424,8 +412,7 @@ def print_best(found):
         "latency_ms": ("ms       ", lambda r: milliseconds(r["latency_ms"])),
         "score": ("loss    ", lambda r: f"{r['loss']:.3f}"),
     }
-    for name, cost in found.space.costs.own.items():
-        head = f"{name} {cost.unit}".strip()
+    for name, head in found.own_heads.items():
         columns[name] = f"{head:<9}  ", lambda r, name=name: f"{r[name]:.4g}"
     more = [column for key, column in columns.items() if key in best[0]]
     print(f"rank  top-1 %  top-5 %  MFLOPs  {''.join(head for head, _ in more)}architecture")
@@ -481,7 +468,7 @@ def best_path(args):
 
 def main(args):
     """Checks, prepares, runs and reports the search; returns the best candidate's result."""
-    if args.resume and not read_state(args.out):
+    if args.resume and not has_search(args.out):
         what = f"--resume: there is no search in {args.out}"
         raise UserError(f"{what}; name the --out of one, or leave --resume out to start a search")
     out = output_folder(args.out).resolve()
@@ -489,10 +476,10 @@ def main(args):
         search = check(args, out)
         prepare(search, args, out)
         run(search, args, out)
-        state = read_json(state_path(out))
-        if confirmations(state) and unconfirmed(state):
+        state = read_state(out)
+        if state["confirmations"] and unconfirmed(state):
             return None  # a warning says what it waits for
-        if confirmations(state) and not state["best"]:
+        if state["confirmations"] and not state["best"]:
             page = write_report(out)
             raise UserError(
                 f"none of the best candidates holds the limit on latency when measured: see {page}; raise it"

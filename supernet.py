@@ -29,7 +29,7 @@ from space.sampler import PathSampler, default_flops_range
 from training import distributed
 from training.evaluation import calibration_batches, calibration_warning, evaluate
 from training.loop import train
-from training.start import Start, given_config
+from training.start import Start
 
 
 def make_parser():
@@ -69,7 +69,7 @@ def make_sampler(sampling, space, seed, iterations):
 
 def main(args):
     distributed.join(args.device)
-    start = Start("supernet", vars(args), given_config(vars(args)))
+    start = Start("supernet", vars(args))
     classes = len(start.data.classes)
     where = f"{args.config}: space"
     space = make_space(args.space, args.architecture, args.own, start.config.input_size, classes, where)

@@ -16,6 +16,7 @@ Source: paper section 3.4; official `src/Search/tester.py`.
 import utils  # first: sets GOMP_SPINCOUNT before torch is imported
 
 # isort: split
+import contextlib
 import json
 import os
 import pathlib
@@ -33,7 +34,6 @@ from devices.table import (
 )
 from engines import trial
 from engines.search_files import listed_images
-from images.dataset import prepare
 from settings.command_line import Parser, command, setting_in, write_settings
 from settings.subjects import DataConfig, Evaluation, Images, Run, Space, Testing, Weights
 from space import own, weight_files
@@ -84,7 +84,8 @@ def open_space(args):
         return make_space(name, args.architecture, args.own, *images, where=f"{args.config}: space")
 
     if not supernet:
-        space = given(args.input_size or 224, count_classes(args.data_dir) or 1000, name=in_file)
+        classes = [path for path in pathlib.Path(args.data_dir, "train").glob("[!.]*") if path.is_dir()]
+        space = given(args.input_size or 224, len(classes) or 1000, name=in_file)
         return space, f"no supernet in {args.out}: train it by supernet.py, or name its --out"
     space = given(args.input_size or 224)
     try:
@@ -100,20 +101,6 @@ def open_space(args):
     return found, None if same else other
 
 
-def count_classes(folder):
-    """The number of classes of a tree, 0 where it is not there."""
-    return len([path for path in pathlib.Path(folder, "train").glob("[!.]*") if path.is_dir()])
-
-
-def with_measured_latency(space, path):
-    """(the space with the latencies in a file, their runtime); (the space,) where the file has no table of it."""
-    try:
-        table = read_table(path, space, foreign=True)
-    except utils.UserError:
-        return (space,)
-    return with_latency(space, table), table["runtime"]
-
-
 def generate(args):
     """Writes the search space in NNI's form, and prints what its candidates cost."""
     path = pathlib.Path(args.out) / "nni_auto_gen_search_space.json"
@@ -123,8 +110,11 @@ def generate(args):
     operations = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
     widths = f" at {space.n_widths} widths" if space.n_widths > 1 else ""
     print(f"{path}: {space.n_blocks} choice blocks of {operations} operations{widths}")
-    tables = own.with_costs(space, own.REGISTRIES["cost"])
-    print(offer(*with_measured_latency(tables, pathlib.Path(args.out) / "latency.json")))
+    offered = [own.with_costs(space, own.REGISTRIES["cost"])]
+    with contextlib.suppress(utils.UserError):  # where there is no table of this space
+        table = read_table(pathlib.Path(args.out) / "latency.json", space, foreign=True)
+        offered = with_latency(*offered, table), table["runtime"]
+    print(offer(*offered))
     if line := official_comparison(SearchSpace()):
         print(line)
     if note:
@@ -166,21 +156,13 @@ def start_logging(args, device):
     write_settings(folder / "config.yml", "tester", vars(args))
 
 
-def open_supernet(args, listed=None):
-    """(supernet on the device, calibration batches, validation batches) of the arguments; `listed` as for Data."""
-    if not listed:
-        prepare(Images.of(vars(args)), args.demo)
-    own.load(args.own)
-    return open_evaluation(vars(args), listed)
-
-
 def run_trial(args):
     """An NNI trial: evaluates the candidates that NNI sends, and reports their results."""
     utils.end_with_parent()  # NNI's trial runner: without it nobody would receive the results
     candidates = trial.receive_candidates()
     with trial.heartbeats(), trial.errors_reported(candidates):
         trial.take_gpu(args.device)
-        supernet, *batches = open_supernet(args, listed_images(args.out))
+        supernet, *batches = open_evaluation(vars(args), listed_images(args.out))
         trial.report(evaluate_in_lists(supernet, candidates, *batches, args.bn, amp=args.eval_amp))
 
 
@@ -190,7 +172,7 @@ def main(args):
     elif args.mode == "latency":
         measure(args)
     elif args.architecture:
-        supernet, calibration, validation = open_supernet(args)
+        supernet, calibration, validation = open_evaluation(vars(args))
         candidate = supernet.space.load_architecture(args.architecture)
         start_logging(args, calibration.loader.device)
         (result,) = evaluate(supernet, [candidate], calibration, validation, args.bn, amp=args.eval_amp)

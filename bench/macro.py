@@ -29,7 +29,7 @@ from space import own
 from space.custom import make_space
 from space.evolution import Evolution
 from training import checkpoint
-from training.evaluation import evaluate
+from training.evaluation import evaluate, open_evaluation
 
 SETTINGS = ROOT / "bench" / "macro.yml"
 OPERATIONS = ROOT / "bench" / "macro_operations.py"
@@ -90,7 +90,7 @@ def score(folder, n_networks, every):
     wanted = [network for network in some_distinct(n_networks) if network not in done]
     words = ["--config", folder / "settings.yml", "--own", OPERATIONS, "--checkpoint", file, "--threads", 1]
     args = tester.parse_args([*map(str, words)])
-    supernet, calibration, validation = tester.open_supernet(args)
+    supernet, calibration, validation = open_evaluation(vars(args))
     validation = [(images[::every], labels[::every]) for images, labels in validation]
     for chunk in (wanted[i : i + CHUNK] for i in range(0, len(wanted), CHUNK)):
         measured = measure(supernet, chunk, calibration, validation, args.bn)

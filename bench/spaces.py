@@ -40,8 +40,8 @@ from settings.fields import count
 from space import own
 from space.limits import make_bounds
 from space.own import REGISTRIES
-from training.evaluation import evaluate
-from training.start import Start, given_config
+from training.evaluation import evaluate, open_evaluation
+from training.start import Start
 from training.step import Step, find_rule
 
 RESULTS = study.RESULTS / "spaces.jsonl"  # of the project's own studies; read, not written
@@ -172,7 +172,7 @@ class Study:
             return self.keep(kind, task.numbers() | {"seed": key[1]})
         seed, rule, steps = key
         args = tester.parse_args([*self.words, "--out", str(task.command.folder), "--threads", "1"])
-        model, calibration, validation = tester.open_supernet(args)
+        model, calibration, validation = open_evaluation(vars(args))
         wanted = self.trained_by(rule)
         forms = map(self.space.canonical, wanted)  # as a search evaluates them
         measured = evaluate(model, list(forms), calibration, validation, args.bn)
@@ -206,7 +206,7 @@ class Study:
 def relative_cost(words, space, rule):
     """CPU time (on a GPU: time) of a step of a rule over that of the paper's: medians of turns, with their images."""
     args = supernet.parse_args(words)
-    start = Start("supernet", vars(args), given_config(vars(args)))
+    start = Start("supernet", vars(args))
     loader = start.loader("supernet", augment=True)
     batches = loader.batches(training_plan(len(loader.images), args.batch_size, 0, 0, 2 * ROUNDS * EACH))
     steps = [Step(ShuffleNetV2OneShot(space=space).train(), start.training, start.device, 0, r) for r in (PAPER, rule)]

@@ -34,7 +34,7 @@ import utils
 from bench import study
 from bench.spaces import CANDIDATES, Study
 from dataloader import Loader
-from engines.search_files import read_state
+from engines.search_files import has_search
 from images.dataset import open_data, training_plan
 from reports.figures import BEST, GREY, MEAN, STYLE
 from reports.figures import RANDOM as RANDOM_COLOUR
@@ -169,7 +169,7 @@ class Tasks:
             weights = max((supernet / "checkpoints" / "supernet").glob("checkpoint-*.pth"))
             folder.mkdir(parents=True, exist_ok=True)
             command.words[command.words.index("WEIGHTS")] = str(weights)
-            if read_state(folder):
+            if has_search(folder):
                 command.words.append("--resume")
             write_json(folder / "nni_auto_gen_search_space.json", self.of.space.nni_search_space())
 

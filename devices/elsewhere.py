@@ -83,8 +83,8 @@ def read_results(folder, candidates):
         raise UserError(f"{path}: not what on_device.py writes; it needs {', '.join(kinds)}")
     found = {}
     for candidate in candidates:
-        own = results["ns"].get(name_of(candidate))
-        if type(own) is not list or not own or not all(type(ns) in (int, float) and 0 < ns < 1e12 for ns in own):
+        times = results["ns"].get(name_of(candidate))
+        if type(times) is not list or not times or not all(type(ns) in (int, float) and 0 < ns < 1e12 for ns in times):
             raise UserError(f"{path}: has no nanoseconds of {name_of(candidate)}.onnx; measure this folder again")
-        found[candidate] = own[0], own[-1]
+        found[candidate] = times[0], times[-1]
     return results, found

@@ -6,6 +6,7 @@
 NumPy and onnxruntime. networks.json says the shape of the input, the threads, and the reference.
 """
 
+import itertools
 import json
 import pathlib
 import platform
@@ -40,6 +41,27 @@ def open_session(model, threads):
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def rounds(most, seconds, fewest):
+    """Counts rounds: up to `most`, or as many as begin within `seconds`, but at least `fewest`."""
+    end = time.monotonic() + seconds
+    return itertools.takewhile(lambda i: i < fewest or time.monotonic() < end, range(most))
+
+
+def ratio(run, reference, warm_up, runs):
+    """The median ratio of what `run()` takes to what `reference()` takes, in ns, each timed directly after the other.
+
+    After `warm_up` runs, `runs` of them count, or as many as begin within RUN_NS.
+    """
+    for _ in range(warm_up):
+        run()
+    found, passed, before = [], 0, reference()
+    while len(found) < runs and passed < RUN_NS:
+        ns, after = run(), reference()
+        found.append(2 * ns / (before + after))
+        passed, before = passed + ns, after
+    return statistics.median(found)
+
+
 def main():
     import numpy as np
     import onnxruntime
@@ -59,30 +81,23 @@ def main():
 
         return ns
 
-    reference = open_network(setup["reference"])
+    run_reference, reference_ns = open_network(setup["reference"]), []
+
+    def reference():
+        reference_ns.append(run_reference())
+        return reference_ns[-1]
+
     names = sorted(path.stem for path in folder.glob("*.onnx"))
-    ratios, usual = {name: [] for name in names}, []
-    end = time.monotonic() + SECONDS
-    for number in range(ROUNDS):
-        if number >= FEWEST and time.monotonic() > end:
-            break
+    ratios = {name: [] for name in names}
+    for number in rounds(ROUNDS, SECONDS, FEWEST):
         for name in names:
-            run = open_network(name)
-            for _ in range(WARM_UP):
-                run()
-            found, passed, before = [], 0, reference()
-            while len(found) < RUNS and passed < RUN_NS:
-                ns, after = run(), reference()
-                found.append(2 * ns / (before + after))
-                passed, before = passed + ns, after
-                usual.append(after)
-            ratios[name].append(statistics.median(found))
+            ratios[name].append(ratio(open_network(name), reference, WARM_UP, RUNS))
         print(f"round {number + 1} of at most {ROUNDS}", flush=True)
-    usual = statistics.median(usual)
+    usual = statistics.median(reference_ns)
     results = {"device": cpu_name(), "onnxruntime": onnxruntime.__version__, "threads": setup["threads"]}
     results |= {"batch_size": setup["input"][0], "ns": {}}
-    for name, own in ratios.items():
-        results["ns"][name] = [round(statistics.median(half) * usual) for half in (own[::2], own[1::2])]
+    for name, found in ratios.items():
+        results["ns"][name] = [round(statistics.median(half) * usual) for half in (found[::2], found[1::2])]
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     print(f"{folder / 'results.json'}: {len(names)} networks")
 

@@ -66,17 +66,13 @@ class OnnxRuntime(Runtime):
         )
 
     def prepare(self, candidate):
-        return functools.partial(_open, self.graphs, candidate)
+        return lambda: functools.partial(session(self.graphs.network(candidate)).run, None)
 
 
 @functools.lru_cache(maxsize=1)
 def graphs_of(space):
     """The Graphs of a space; those of the last one are kept, for further measurements of a search."""
     return Graphs(space)
-
-
-def _open(graphs, candidate):
-    return functools.partial(session(graphs.network(candidate)).run, None)
 
 
 def session(content):

@@ -6,6 +6,7 @@ times the median latency of the reference. With one thread of the CPU the clock 
 still while another process has the core; on an idle machine it shows the same.
 """
 
+import functools
 import itertools
 import statistics
 import time
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from devices.on_device import RUN_NS, cpu_name
+from devices.on_device import cpu_name, ratio, rounds
 from network import ShuffleNetV2, fold_bn
 from utils import cores
 
@@ -74,11 +75,15 @@ class Runtime:
         self.reference = self.prepare(space.uniform_candidate(0))()
         self.reference_ns = []
 
+    def ns(self, network):
+        """The ns that a network takes now."""
+        (ns,) = run_timed([network], self.x)
+        return ns
+
     def run_reference(self):
         """The ns that the reference takes now."""
-        (ns,) = run_timed([self.reference], self.x)
-        self.reference_ns.append(ns)
-        return ns
+        self.reference_ns.append(self.ns(self.reference))
+        return self.reference_ns[-1]
 
     def usual_ns(self):
         """The median latency of the reference."""
@@ -114,35 +119,15 @@ class Networks:
         self.seconds = 0.0
 
     def round(self):
-        for prepared, own in zip(self.prepared, self.ratios):
-            own.append(self._ratio(prepared()))
-
-    def _ratio(self, network):
-        """The median ratio of a network's latency to that of the reference, each timed directly after the other."""
         runtime = self.runtime
-        list(self._runs(network, runtime.WARM_UP))
-        found = []
-        before = runtime.run_reference()
-        for ns in self._runs(network, runtime.RUNS):
-            after = runtime.run_reference()
-            found.append(2 * ns / (before + after))
-            before = after
-        return statistics.median(found)
-
-    def _runs(self, network, most):
-        """Runs a network up to `most` times, at least once, until that took RUN_NS; yields the ns of each."""
-        passed = 0
-        for _ in range(most):
-            (ns,) = run_timed([network], self.runtime.x)
-            yield ns
-            passed += ns
-            if passed >= RUN_NS:
-                return
+        for prepared, ratios in zip(self.prepared, self.ratios):
+            run = functools.partial(runtime.ns, prepared())
+            ratios.append(ratio(run, runtime.run_reference, runtime.WARM_UP, runtime.RUNS))
 
     def medians(self):
         """The median latency of each candidate, in ns."""
         usual = self.runtime.usual_ns()
-        return [round(statistics.median(own) * usual) for own in self.ratios]
+        return [round(statistics.median(ratios) * usual) for ratios in self.ratios]
 
 
 class Parts:
@@ -170,13 +155,13 @@ class Parts:
                 reference = runtime.run_reference()
                 first, *found, last = run_timed(parts, runtime.x)
                 self.ends.append((first + last) / reference)
-                for own, choice, ns in zip(self.ratios, choices, found):
-                    own[choice].append(ns / reference)
+                for row, choice, ns in zip(self.ratios, choices, found):
+                    row[choice].append(ns / reference)
 
     def medians(self):
         """(a list for each block of the ns of its choices, the ns of stem and head together)."""
         usual = self.runtime.usual_ns()
-        table = [[round(statistics.median(own) * usual) for own in row] for row in self.ratios]
+        table = [[round(statistics.median(ratios) * usual) for ratios in row] for row in self.ratios]
         return table, round(statistics.median(self.ends) * usual)
 
 
@@ -191,12 +176,6 @@ def rows(rng, n_choices):
         return np.concatenate([rng.permutation(choices) for _ in range(-(-n // choices))])[:n].tolist()
 
     return list(zip(*map(column, n_choices)))
-
-
-def rounds(most, seconds, fewest):
-    """Counts rounds: up to `most`, or as many as begin within `seconds`, but at least `fewest`."""
-    end = time.monotonic() + seconds
-    return itertools.takewhile(lambda i: i < fewest or time.monotonic() < end, range(most))
 
 
 @torch.inference_mode()

@@ -53,13 +53,13 @@ def score_text(result):
     return top1 if result.get("loss") is None else f"{top1} (loss {result['loss']:.3f})"
 
 
-def difference_text(result, other, name):
-    """How far the top-1 of a result is from that of another one, `name`, and whether they can be told apart."""
-    points = result["acc1"] - other["acc1"]
-    error = math.hypot(*(standard_error(r)[0] for r in (result, other)))
+def beside_best(result, best):
+    """How far the top-1 of a result is from that of the best, and whether they can be told apart."""
+    points = result["acc1"] - best["acc1"]
+    error = math.hypot(*(standard_error(r)[0] for r in (result, best)))
     side = "above" if points >= 0 else "below"
     apart = "" if abs(points) > 2 * error else ": they can't be told apart"
-    return f"{abs(points):.2f} points {side} {name}, standard error {error:.2f}{apart}"
+    return f"{abs(points):.2f} points {side} the best, standard error {error:.2f}{apart}"
 
 
 def reliability(results):

@@ -13,7 +13,6 @@ from engines.search_files import listed_images
 from engines.search_record import SearchRecord
 from engines.trial import gpu_names, reason_of, take_gpu
 from settings.subjects import Evaluation
-from space import own
 from space.splitting import chunks, cut
 from utils import (
     POLL_S,
@@ -30,16 +29,16 @@ HEARTBEAT_S = 0.2  # between those of a worker
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 
 
-def search_locally(out, trial, concurrency=1, candidates_per_trial=None, trial_timeout=300):
+def search_locally(out, settings, concurrency=1, candidates_per_trial=None, trial_timeout=300):
     """Runs the search that `prepare_search` has set up in `out`, to its end.
 
-    `trial` has the settings of a trial (name -> value). Candidates whose evaluation fails, whose worker dies, or whose
+    `settings` are those of a trial (name -> value). Candidates whose evaluation fails, whose worker dies, or whose
     worker gives no heartbeat for `trial_timeout` seconds, are evaluated again; those that fail again, on their own,
     count as failed. Raises UserError if no candidate can be evaluated.
     """
     record = SearchRecord(out)
     progress = Progress(out)
-    with Workers(trial, concurrency, trial_timeout) as workers:
+    with Workers(settings, concurrency, trial_timeout) as workers:
         while waiting := record.pending():
             progress.read()
             # The lists of NNI's trials, each cut as a trial cuts its own.
@@ -72,11 +71,11 @@ def _give_up(record, candidates, error):
 class Workers:
     """Processes that evaluate lists of candidates: `concurrency` of them, at most one per GPU."""
 
-    def __init__(self, trial, concurrency, trial_timeout=300):
+    def __init__(self, settings, concurrency, trial_timeout=300):
         self.trial_timeout = trial_timeout
-        self.out = trial["out"]
-        n_gpus = len(gpu_names()) if trial["device"] != "cpu" else 0
-        self.trial = json.dumps(trial)
+        self.out = settings["out"]
+        n_gpus = len(gpu_names()) if settings["device"] != "cpu" else 0
+        self.settings = json.dumps(settings)
         self.n = min(concurrency, n_gpus or concurrency)
         self.pool = None
 
@@ -120,10 +119,10 @@ class Workers:
 
     def _submit(self, candidates):
         try:
-            return self._workers().submit(_work, _evaluate, self.out, self.trial, candidates)
+            return self._workers().submit(_work, _evaluate, self.out, self.settings, candidates)
         except concurrent.futures.process.BrokenProcessPool:  # a worker died while it was idle
             self._end()
-            return self._workers().submit(_work, _evaluate, self.out, self.trial, candidates)
+            return self._workers().submit(_work, _evaluate, self.out, self.settings, candidates)
 
     def _workers(self):
         if self.pool is None:
@@ -148,34 +147,33 @@ class Workers:
 # --- in a worker ---------------------------------------------------------------------------------------------
 
 
-def _work(evaluation, out, trial, candidates):
-    """Returns `evaluation(trial, candidates)`; its heartbeats reach the search in `out`."""
+def _work(evaluation, out, settings, candidates):
+    """Returns `evaluation(settings, candidates)`; its heartbeats reach the search in `out`."""
     file = heartbeat_file(out, os.getpid())
     with heartbeats_to(lambda: note_heartbeat(file), HEARTBEAT_S):
         try:
             heartbeat()
-            return evaluation(trial, candidates)
+            return evaluation(settings, candidates)
         finally:
             file.unlink(missing_ok=True)
 
 
-def _evaluate(trial, candidates):
+def _evaluate(settings, candidates):
     from training.evaluation import evaluate
 
-    evaluation, supernet, calibration, validation = _opened(trial)
+    evaluation, supernet, calibration, validation = _opened(settings)
     return evaluate(supernet, candidates, calibration, validation, evaluation.bn, amp=evaluation.eval_amp)
 
 
 @functools.cache
-def _opened(trial):
+def _opened(settings):
     """(Evaluation, supernet, calibration batches, validation batches) of this worker, on a device of its own.
 
-    `trial` has the settings of a trial as JSON. Opened for the first list instead of when the worker starts, so that a
+    `settings` are those of a trial as JSON. Opened for the first list instead of when the worker starts, so that a
     UserError reaches the search.
     """
     from training.evaluation import open_evaluation
 
-    values = json.loads(trial)
+    values = json.loads(settings)
     take_gpu(values["device"])
-    own.load(values["own"])
     return Evaluation.of(values), *open_evaluation(values, listed_images(values["out"]))

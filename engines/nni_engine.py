@@ -108,7 +108,7 @@ def search_with_nni(out, command, experiment, concurrency=1, candidates_per_tria
         concurrency = max(1, concurrency * len(left) // len(machines))
         experiment = {**experiment, "trainingService": {"platform": "remote", "machineList": left}}
         before = read_state(out)
-        prepare_search(out, before["settings"], resume=True, warnings=before.get("warnings", ()))
+        prepare_search(out, before["settings"], resume=True, warnings=before["warnings"])
 
 
 def _nni_config(out, command, experiment, concurrency, candidates_per_trial):
@@ -258,7 +258,7 @@ def _check_alive(progress, manager, folder):
     if not manager.is_running() or manager.status() == psutil.STATUS_ZOMBIE:
         raise UserError(f"NNI's manager ended unexpectedly{advice}")
     tuner = progress.state["pid"]  # this process until the tuner has started
-    if not psutil.pid_exists(tuner) or (tuner == os.getpid() and progress.idle_s > START_S):
+    if not psutil.pid_exists(tuner) or (tuner == os.getpid() and time.monotonic() - progress.changed > START_S):
         raise UserError(f"NNI's tuner ended or did not start{advice}")
 
 

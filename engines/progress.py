@@ -12,14 +12,16 @@ from engines.search_files import (
     by_score,
     children_wanted,
     cost_of,
+    is_exhausted,
     n_generations,
     own_costs_of,
     read_generations,
+    read_state,
     space_of,
     state_path,
 )
 from space.limits import bounding, bounds_of, shown
-from utils import Pace, UserError, log, read_json
+from utils import Pace, UserError, log
 
 UNITS = {"flops": " FLOPs", "params": " parameters", "latency": ""}
 LINE_S = 30  # between lines in the log within a generation
@@ -42,35 +44,27 @@ class Progress:
         self.board = None
         self.limited = None  # the costs whose limits exclude candidates
         self.pace = Pace()
-        self.changed = time.monotonic()
+        self.changed = time.monotonic()  # the time of the last result
         self.reported = -math.inf
-
-    @property
-    def idle_s(self):
-        """Seconds since the last result."""
-        return time.monotonic() - self.changed
 
     def read(self):
         """Shows what is new, and returns the state of the search. Raises UserError if the tuner gave up."""
-        state = self.state = read_json(state_path(self.out))
+        state = self.state = read_state(self.out)
         if state["error"]:
             raise UserError(f"the search cannot continue: {state['error']}")
         if (state["evaluated"], state["generation"]) != (self.evaluated, self.n_closed):
-            self._read_generations(state["generation"])
+            closed = [generation for generation in self.generations if generation.closed]
+            opened = enumerate(read_generations(self.out, skip=len(closed)), len(closed) + 1)
+            self.generations = closed + [Generation(n, results, n <= state["generation"]) for n, results in opened]
             self._show(state)
         elif sys.stderr.isatty():
             self.bar.refresh()  # the elapsed time
         if state["done"]:
             self.bar.close()
-            if state["evaluated"] < n_generations(state) * state["settings"]["population"]:
+            if is_exhausted(state):
                 text = "the space is exhausted: no further candidate within the limits is new; the search ends with %d"
                 log.warning(text, state["evaluated"])
         return state
-
-    def _read_generations(self, n_closed):
-        closed = [generation for generation in self.generations if generation.closed]
-        opened = enumerate(read_generations(self.out, skip=len(closed)), len(closed) + 1)
-        self.generations = closed + [Generation(number, results, number <= n_closed) for number, results in opened]
 
     def _show(self, state):
         settings = state["settings"]
@@ -124,7 +118,7 @@ class Progress:
     def _children(state):
         """A text where fewer children than wanted were new in the last closed generation, or nothing."""
         wanted = children_wanted(state["settings"])
-        new = dict(enumerate(state.get("children", ()), 2)).get(state["generation"], wanted)
+        new = dict(enumerate(state["children"], 2)).get(state["generation"], wanted)
         return [f"{new} of {wanted} children were new, random candidates stand for the others"] if new < wanted else []
 
     def _judge_first(self, settings):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import pathlib
 
@@ -21,24 +20,19 @@ LARGE = {  # settings of a search whose values nobody reads: (where they come fr
 }  # fmt: skip
 
 
-def confirmations(state):
-    """The rows about candidates that were measured as whole networks, in the state of a search."""
-    return state.get("confirmations", [])
-
-
-def starts(state):
-    """The starts of a search, in its state, the last one last; none in searches of before they were kept."""
-    return state.get("starts", [])
-
-
 def n_generations(state):
     """How many generations a search has in all, with those that confirmations added."""
-    return state["settings"]["generations"] + sum(row["generations"] for row in confirmations(state))
+    return state["settings"]["generations"] + sum(row["generations"] for row in state["confirmations"])
+
+
+def is_exhausted(state):
+    """Whether a search ended because no further candidate within the limits was new."""
+    return state["done"] and state["evaluated"] < n_generations(state) * state["settings"]["population"]
 
 
 def unconfirmed(state):
     """Whether a search whose generations are complete limits latency, and its best candidates are to be measured."""
-    rows = confirmations(state)
+    rows = state["confirmations"]
     return "latency" in state["settings"].get("limits", ()) and not (rows and rows[-1]["after"] == state["generation"])
 
 
@@ -106,16 +100,22 @@ def listed_images(out):
     return path if path.exists() else None
 
 
+def has_search(out):
+    """Whether there is a search in a folder."""
+    return state_path(out).exists()
+
+
 def read_state(out):
-    """The state of the search in a folder, None where there is none. Raises UserError if it is damaged."""
+    """The state of the search in a folder; see SearchRecord. Raises UserError if there is none, or it is damaged."""
     path = state_path(out)
     if not path.exists():
-        return None
+        raise UserError(f"{out}: no search here ({path} is missing); name the --out folder of a search")
     found = read_json(path)
     keys = ("settings", "generation", "evaluated", "best", "done")
     if not isinstance(found, dict) or not found.keys() >= {*keys} or not isinstance(found["settings"], dict):
         raise UserError(f"{path}: not the state of a search; name another --out")
-    return found
+    # Searches of before have no such lists.
+    return {"error": None, "warnings": [], "starts": [], "children": [], "confirmations": [], **found}
 
 
 def settings_difference(before, now, ignore=()):
@@ -144,11 +144,6 @@ def _by_flags(settings):
     if settings.keys() & {"limits", "flops_limit"}:
         settings["limit"] = describe(bounds_of(settings), own_costs_of(settings))
     return {name: value for name, value in settings.items() if name not in ("limits", "flops_limit")}
-
-
-def read_results(out, repair=False):
-    """The results of all generations in one list; see `read_generations`."""
-    return list(itertools.chain(*read_generations(out, repair)))
 
 
 def read_generations(out, repair=False, skip=0):

@@ -9,17 +9,15 @@ import time
 
 from engines.search_files import (
     by_score,
-    confirmations,
     costs_of,
     read_generations,
     read_state,
     settings_difference,
     space_of,
-    starts,
     state_path,
 )
 from space.evolution import Evolution
-from utils import UserError, atomic_write, hold_lock, read_json, write_json
+from utils import UserError, atomic_write, hold_lock, write_json
 
 MEASURED = ("acc1", "acc5", "loss", "n_images", "seconds")  # the numbers of a result that its evaluation gives
 MAX_CORRECTIONS = 3  # so often a search corrects its limit on latency
@@ -53,10 +51,10 @@ class SearchRecord:
     def __init__(self, out):
         self.out = pathlib.Path(out)
         self.lock = _hold_writer_lock(out)
-        self.state = {**read_json(state_path(out)), "error": None, "pid": os.getpid()}
+        self.state = {**read_state(out), "error": None, "pid": os.getpid()}
         self.space = _open_space(self.state)
         self.evolution = Evolution.from_settings(self.space, self.state["settings"])
-        self.confirmations = list(confirmations(self.state))  # rows that are still to be replayed
+        self.confirmations = list(self.state["confirmations"])  # rows that are still to be replayed
         self.evolution.generations += sum(row["generations"] for row in self.confirmations)
         self.results, self.trials = {}, {}  # candidate -> result; candidate -> trial id, of the open generation
         self.largest = None  # the largest legal candidate while it is to be evaluated, after the last generation
@@ -80,7 +78,8 @@ class SearchRecord:
             if waiting := self.waiting():
                 self._write_state()
                 return waiting
-            self.evolution.tell({c: _reward(self.results[c]) for c in population})
+            results = {c: self.results[c] for c in population}
+            self.evolution.tell({c: None if r["acc1"] is None else by_score(r) for c, r in results.items()})
             self._close(self.evolution.generation - 1, population)
         self._find_largest()
         if not self.largest:
@@ -111,8 +110,7 @@ class SearchRecord:
 
     def _keep_largest(self, result):
         self.largest = None
-        path = self.out / "checkpoints" / "largest.json"
-        write_json(path, self.space.to_architecture(result["architecture"]))
+        self._write_architecture("largest.json", result["architecture"])
         self._write_state(largest={**result, "of_all": self.of_all})
 
     def _check_replay(self, population):
@@ -139,13 +137,12 @@ class SearchRecord:
         """
         limits = self.evolution.limits
         settings = self.state["settings"]
-        earlier = confirmations(self.state)
-        found = []
-        for candidate, ns in measured.items():
-            predicted = self.space.cost("latency", candidate)
-            holds = limits.holds("latency", ns)
-            found.append({"architecture": list(candidate), "predicted_ms": predicted / 1e6, "measured_ms": ns / 1e6})
-            found[-1]["holds"] = holds
+        earlier = self.state["confirmations"]
+        found = [
+            {"architecture": list(candidate), "predicted_ms": self.space.cost("latency", candidate) / 1e6,
+             "measured_ms": ns / 1e6, "holds": limits.holds("latency", ns)}
+            for candidate, ns in measured.items()
+        ]  # fmt: skip
         row = {"after": self.evolution.generation, "measured": found, "correction": None, "generations": 0}
         none_holds = bool(found) and not any(m["holds"] for m in found)
         if none_holds and sum(e["correction"] is not None for e in earlier) < MAX_CORRECTIONS:
@@ -154,14 +151,14 @@ class SearchRecord:
         self.evolution.limits = limits.after(row)
         best = self.results[self.evolution.best[0]] if self.evolution.best and not none_holds else None
         if best:
-            write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best["architecture"]))
+            self._write_architecture("best.json", best["architecture"])
         else:
             (self.out / "checkpoints" / "best.json").unlink(missing_ok=True)
         self._write_front()
         self._write_state(confirmations=[*earlier, row], best=best, done=not row["generations"])
         return row
 
-    def add(self, result, trial=None):
+    def add(self, result, trial_id=None):
         """Records a result and returns True; returns False for a candidate that is not pending.
 
         A candidate whose accuracies are not percentages (None or NaN, for example) has failed, and so has one without a
@@ -171,19 +168,18 @@ class SearchRecord:
         numbers = {key: result.get(key) for key in MEASURED}
         numbers |= {key: result[key] for key in ("halves", "acc1_error") if key in result}
         if not all(isinstance(numbers[k], (int, float)) and 0 <= numbers[k] <= 100 for k in ("acc1", "acc5")):
-            return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial)
+            return self.fail(candidate, f"accuracy {numbers['acc1']}, {numbers['acc5']}", trial_id)
         if self.state["settings"].get("rank_by") == "loss":
             if numbers["loss"] is None:
-                return self.fail(candidate, "the loss is not a finite number", trial)
+                return self.fail(candidate, "the loss is not a finite number", trial_id)
             numbers["score"] = -numbers["loss"]
-        return self._append(candidate, numbers, trial)
+        return self._append(candidate, numbers, trial_id)
 
-    def fail(self, candidate, error, trial=None):
+    def fail(self, candidate, error, trial_id=None):
         """Records that a candidate has failed for good; returns as `add`."""
-        numbers = dict.fromkeys(MEASURED)
-        return self._append(candidate, {**numbers, "error": error}, trial)
+        return self._append(candidate, {**dict.fromkeys(MEASURED), "error": error}, trial_id)
 
-    def _append(self, candidate, numbers, trial):
+    def _append(self, candidate, numbers, trial_id):
         if candidate not in self.waiting():
             return False
         result = {"architecture": list(candidate), **self._costs(candidate), **numbers}
@@ -193,10 +189,10 @@ class SearchRecord:
         path = self.out / "acc" / f"{self.evolution.generation:03}.jsonl"
         path.parent.mkdir(exist_ok=True)
         with open(path, "a") as file:
-            file.write(json.dumps({**result, "trial": trial}) + "\n")
+            file.write(json.dumps({**result, "trial": trial_id}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.results[candidate], self.trials[candidate] = result, trial
+        self.results[candidate], self.trials[candidate] = result, trial_id
         self._write_state()
         return True
 
@@ -215,34 +211,36 @@ class SearchRecord:
         candidates += [c for c in population if c not in candidates]
         trials = collections.defaultdict(list)
         for candidate in candidates:
-            if trial := self.trials.get(candidate):
-                trials[trial].append(list(candidate))
+            if trial_id := self.trials.get(candidate):
+                trials[trial_id].append(list(candidate))
         # A search that was killed while it closed this generation may have lost the trials; then this file is on disk.
         if trials:
             write_json(self.out / "id2cand" / f"{generation:03}.json", trials, sort_keys=True)
         with atomic_write(self.out / "acc" / f"{generation:03}.jsonl") as file:
             file.writelines(json.dumps(self.results[c]) + "\n" for c in candidates)
         for rank, candidate in enumerate(candidates):
-            path = self.out / "checkpoints" / f"{generation:03}_{rank:03}.json"
-            write_json(path, self.space.to_architecture(candidate))
+            self._write_architecture(f"{generation:03}_{rank:03}.json", candidate)
         if best := self.evolution.best:
-            write_json(self.out / "checkpoints" / "best.json", self.space.to_architecture(best[0]))
+            self._write_architecture("best.json", best[0])
             self.state["best"] = self.results[best[0]]
         self._write_front()
-        self.state["generation"] = generation + 1
-        self._write_state()
+        self._write_state(generation=generation + 1)
 
     def _write_front(self):
         front = self.evolution.front() if self.evolution.objectives else []
-        paths = [self.out / "checkpoints" / "front" / f"{i:03}.json" for i in range(len(front))]
-        for path, candidate in zip(paths, front):
-            write_json(path, self.space.to_architecture(candidate))
-        for path in set((self.out / "checkpoints" / "front").glob("*.json")) - set(paths):
-            path.unlink()
+        names = [f"{i:03}.json" for i in range(len(front))]
+        for name, candidate in zip(names, front):
+            self._write_architecture(f"front/{name}", candidate)
+        for path in (self.out / "checkpoints" / "front").glob("*.json"):
+            if path.name not in names:
+                path.unlink()
+
+    def _write_architecture(self, name, candidate):
+        write_json(self.out / "checkpoints" / name, self.space.to_architecture(candidate))
 
     def _write_state(self, **changes):
         self.state |= {"evaluated": len(self.results), **changes}
-        for start in starts(self.state)[-1:]:
+        for start in self.state["starts"][-1:]:
             start["last"] = time.time()
         write_json(state_path(self.out), self.state, indent=1)
 
@@ -258,13 +256,9 @@ def _open_space(state):
         return space_of(settings)
     from space import own  # here, because it needs torch, which NNI's tuner does without
 
-    own.load(next((start["own"] for start in reversed(starts(state)) if "own" in start), None))
+    own.load(next((start["own"] for start in reversed(state["starts"]) if "own" in start), None))
     space = space_of(settings)
     return space_of(settings, lambda name: own.function_of(space, name))
-
-
-def _reward(result):
-    return None if result["acc1"] is None else by_score(result)
 
 
 def prepare_search(out, settings, resume, warnings=(), start=None):
@@ -279,11 +273,12 @@ def prepare_search(out, settings, resume, warnings=(), start=None):
     path = state_path(out)
     settings = json.loads(json.dumps(settings))
     state = {"settings": settings, "generation": 0, "evaluated": 0, "best": None, "done": False}
+    state |= {"starts": [], "children": [], "confirmations": []}
     with _hold_writer_lock(out):
         if any((pathlib.Path(out) / "acc").glob("*.jsonl")):
             if not resume:
                 raise UserError(f"--out {out} holds a search already: resume it with --resume, or name another --out")
-            found = read_state(out) or read_json(path)
+            found = read_state(out)
             before, now = found["settings"].get("generations"), settings.get("generations")
             if isinstance(before, int) and isinstance(now, int) and before < now:
                 found["settings"]["generations"] = now
@@ -293,7 +288,7 @@ def prepare_search(out, settings, resume, warnings=(), start=None):
                 advice = "leave the flags out, or name another --out"
                 raise UserError(f"--resume: the search in {out} has other settings: {text}; {advice}")
             state = found
-        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings), "starts": starts(state)}
+        state |= {"error": None, "pid": os.getpid(), "warnings": list(warnings)}
         if start:
             state["starts"] += [{**start, "begun": time.time(), "last": time.time()}]
         write_json(path, state, indent=1)

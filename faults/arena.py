@@ -200,7 +200,7 @@ class Arena:
         """(hash, steps or candidates done) of the state in `out`. Raises Lost if a file of it is damaged."""
         try:
             if script == "search.py":
-                results = [r | {"seconds": 0} for r in search_files.read_results(out)]
+                results = [r | {"seconds": 0} for results in search_files.read_generations(out) for r in results]
                 architectures = {p.name: utils.read_json(p) for p in sorted((out / "checkpoints").glob("*.json"))}
                 if search_files.state_path(out).exists():
                     utils.read_json(search_files.state_path(out))

@@ -247,7 +247,7 @@ def not_finite(arena, script):
 def bad_trial(arena, kind):
     out = arena.new()
     process = arena.command("search.py", out, fault=lambda: bad_trials(kind)).wait()
-    results = search_files.read_results(out)
+    results = [result for generation in search_files.read_generations(out) for result in generation]
     failed = [r for r in results if r["acc1"] is None]
     if process.code or len(results) != 12 or not failed or any(sum(r["architecture"]) % 3 for r in failed):
         raise Lost(f"exit code {process.code}, {len(failed)} of {len(results)} failed: {process.stderr()[-200:]}")

@@ -64,7 +64,7 @@ def _replace(owner, name, wrap):
 BREAKS = {
     "atomic-write": lambda: _everywhere("atomic_write", _plain_write),
     "lock": lambda: _everywhere("hold_lock", lambda path, wait_s=0: contextlib.nullcontext()),
-    "repair": lambda: _replace(search_files, "read_generations", _unrepaired),
+    "repair": lambda: _everywhere("read_generations", _unrepaired(search_files.read_generations)),
     "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
     "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
     "finite": lambda: _replace(loop._Meter, "fetch", _blind),

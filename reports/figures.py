@@ -97,8 +97,8 @@ def _generations(search, random):
     x = [g.number + _jitter(i) for g in shown for i in range(len(g.succeeded))]
     left.scatter(x, [*itertools.chain(*values)], 9, PALE, linewidths=0, gid="candidates", label="a candidate")
     numbers = [g.number for g in shown]
-    means = [statistics.fmean(own) for own in values]
-    spread = [statistics.pstdev(own) if len(own) < 2 else statistics.stdev(own) for own in values]
+    means = [statistics.fmean(each) for each in values]
+    spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
     left.errorbar(numbers, means, spread, color=MEAN, capsize=3, linestyle="none", label="± 1 standard deviation")
     left.plot(numbers, means, "o-", color=MEAN, markersize=4, gid="mean", label="mean")
     best = [search.as_read(search.score(g.best)) for g in shown]
@@ -118,20 +118,12 @@ def _generations(search, random):
     right.plot(n, best, color=BEST, drawstyle="steps-post")
     if random.measured:
         n = range(1, len(random.measured) + 1)
-        right.plot(
-            n,
-            random.measured,
-            color=RANDOM,
-            linestyle="--",
-            gid="random",
-            label=f"random search (from {random.size} candidates)",
-        )
+        label = f"random search (from {random.size} candidates)"
+        right.plot(n, random.measured, "--", color=RANDOM, gid="random", label=label)
     if random.extrapolated:
         n, values, low, high = zip(*random.extrapolated)
         right.fill_between(n, low, high, color=RANDOM, alpha=0.13, linewidth=0)
-        right.plot(
-            n, values, color=RANDOM, linestyle=":", gid="random-extrapolated", label="extrapolated, not measured"
-        )
+        right.plot(n, values, ":", color=RANDOM, gid="random-extrapolated", label="extrapolated, not measured")
     right.set(xlabel="candidates evaluated", title="(b) Best so far, same budget")
     right.set_xlim(0, len(search.succeeded) * 1.04)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -214,10 +206,10 @@ def _plane(search, cost, circled, **drawn):
 
 def _look(space, name):
     """How an operation is drawn, as in OPERATIONS; an own one is named by its first letter."""
-    own = [operation for operation in space.operations if operation not in OPERATIONS]
-    if name not in own:
+    others = [operation for operation in space.operations if operation not in OPERATIONS]
+    if name not in others:
         return OPERATIONS[name]
-    return name, name[0].upper(), OTHERS[own.index(name) % len(OTHERS)], INK, 0.60
+    return name, name[0].upper(), OTHERS[others.index(name) % len(OTHERS)], INK, 0.60
 
 
 def _operations(search):
@@ -335,8 +327,8 @@ def _columns(search, best):
         columns["predicted ms"] = [milliseconds(r["latency_ms"]) for r in best]
     if any(measured := [search.measured_text(r) for r in best]):
         columns["measured ms"] = measured
-    for name, cost in search.own.items():
-        columns[f"{name} {cost.unit}".strip()] = [f"{r[name]:.4g}" for r in best]
+    for name, head in search.own_heads.items():
+        columns[head] = [f"{r[name]:.4g}" for r in best]
     return columns | {"generation": [str(r["generation"]) for r in best]}
 
 

@@ -6,11 +6,11 @@ import pathlib
 
 import jinja2
 
-from engines.generations import standard_error
-from engines.search_files import n_generations
+from engines.generations import reliability_text, standard_error
+from engines.search_files import is_exhausted, n_generations
 from reports.figures import draw
 from reports.search_results import SAME, RandomSearch, SearchResults, check_comparable
-from space.limits import describe, milliseconds, share_text, shown
+from space.limits import bounding, describe, milliseconds, share_text, shown
 from utils import atomic_write, duration
 
 ENVIRONMENT = jinja2.Environment(
@@ -52,6 +52,7 @@ def page(search, comparison, svgs):
         runtime=latency["runtime"] if latency else "torch",
         main_cost=_main_cost(search, best),
         measured=any(map(search.measured_text, search.legal[:10])),
+        reliability=reliability_text(search.generations[0].results),
         beyond=[r for r in search.succeeded if search.is_beyond(r)],
         status=_status(search),
         tiles=_tiles(search, comparison, best),
@@ -63,13 +64,13 @@ def page(search, comparison, svgs):
 
 def _status(search):
     generations = n_generations(search.state)
-    if search.is_exhausted:
+    if is_exhausted(search.state):
         return f"{len(search.generations)} generations, finished: no further candidate within the limits is new"
-    if search.state.get("done"):
+    if search.state["done"]:
         return f"{len(search.generations)} generations, finished"
     text = f"Not finished: {len(search.results)} of {search.settings['population'] * generations} candidates"
     text += f", in generation {search.generations[-1].number} of {generations}"
-    return f"{text}. It stopped: {search.state['error']}" if search.state.get("error") else text
+    return f"{text}. It stopped: {search.state['error']}" if search.state["error"] else text
 
 
 def _tiles(search, comparison, best):
@@ -82,14 +83,9 @@ def _tiles(search, comparison, best):
     tiles = [(f"{best['acc1']:.2f} %", label), (_main_cost(search, best), _costs(search, best))]
     if comparison.at_budget:
         tiles.append(_beside_random(search, comparison, best))
-    return [
-        *tiles,
-        (
-            f"{len(search.results):,}",
-            f"candidates in {len(search.generations)} generations, {search.n_failed or 'none'} failed",
-        ),
-        (duration(seconds), f"of evaluation, {seconds / len(search.succeeded):.1f} s per candidate"),
-    ]
+    candidates = f"candidates in {len(search.generations)} generations, {search.n_failed or 'none'} failed"
+    each = f"of evaluation, {seconds / len(search.succeeded):.1f} s per candidate"
+    return [*tiles, (f"{len(search.results):,}", candidates), (duration(seconds), each)]
 
 
 def _beside_random(search, comparison, best):
@@ -130,11 +126,9 @@ def _costs(search, best):
         words = [f"its {search.main_cost}", flops, params]
     else:
         words = ["its FLOPs", params] if search.main_cost == "flops" else ["its parameters", flops]
-    limits = (
-        f"Limits: {describe(search.bounds, search.own)}, {share_text(search.share)}"
-        if search.limited
-        else "No limit excludes a candidate"
-    )
+    limits = "No limit excludes a candidate"
+    if bounding(search.space, search.bounds):
+        limits = f"Limits: {describe(search.bounds, search.own)}, {share_text(search.share)}"
     return f"{words[0]}; {', '.join(words[1:])}. {limits}"
 
 

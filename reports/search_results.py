@@ -1,27 +1,25 @@
 """The results of a search in numbers: generations, Pareto front, shares of operations, and random search beside it."""
 
 import functools
-import math
+import itertools
 import pathlib
 
 import numpy as np
 
-from engines.generations import Generation, difference_text, first_generation_warning, reliability_text
+from engines.generations import Generation, beside_best, first_generation_warning
 from engines.search_files import (
     children_wanted,
-    confirmations,
     cost_of,
-    n_generations,
     ranked,
     read_generations,
+    read_state,
     settings_difference,
     space_of,
-    starts,
     state_path,
 )
 from space.evolution import EVOLUTION
-from space.limits import Limits, bounding, bounds_of, milliseconds, shown
-from utils import UserError, read_json
+from space.limits import Limits, bounds_of, milliseconds, shown
+from utils import UserError
 
 FEWEST = 8  # accuracies, to estimate a spread from
 SKEWED = 1  # skewness from which accuracies count as not normal; 5% of 16 normal draws have more, 0.5% of 50
@@ -38,9 +36,7 @@ class SearchResults:
 
     def __init__(self, out):
         self.out = pathlib.Path(out)
-        if not state_path(out).exists():
-            raise UserError(f"{out}: no search here ({state_path(out)} is missing); name the --out folder of a search")
-        self.state = read_json(state_path(out))
+        self.state = read_state(out)
         try:
             self.settings = self.state["settings"]
             # The report has the recorded numbers of a cost that is a function, not the function.
@@ -65,8 +61,8 @@ class SearchResults:
             raise UserError(f"{out}: no candidate is evaluated yet; run the report again when search.py has some")
         self.by_loss = "score" in self.succeeded[0]
         self.objectives = self.settings.get("objectives", [])
-        self.confirmations = confirmations(self.state)
-        self.starts = starts(self.state)
+        self.confirmations = self.state["confirmations"]
+        self.starts = self.state["starts"]
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
         self.winner = self.legal[0]
@@ -75,6 +71,11 @@ class SearchResults:
         self.largest = self.state.get("largest")
         if self.largest and "measured_ms" in self.largest:
             self.measured_ms[tuple(self.largest["architecture"])] = self.largest["measured_ms"]
+
+    @property
+    def own_heads(self):
+        """{name: name and unit} of the costs of the user's own, for columns."""
+        return {name: f"{name} {cost.unit}".strip() for name, cost in self.own.items()}
 
     def score(self, result):
         """The number in a result by which it is ranked, the higher the better: top-1 in percent, or minus the loss."""
@@ -112,7 +113,7 @@ class SearchResults:
         if ms := self.measured_text(found):
             holds = found.get("holds", tuple(found["architecture"]) not in self.limits.banned)
             name += f", {ms} ms measured" + ("" if holds else ", beyond the limit")
-        return f"{name}: top-1 {found['acc1']:.2f}%, {difference_text(found, self.winner, 'the best')}"
+        return f"{name}: top-1 {found['acc1']:.2f}%, {beside_best(found, self.winner)}"
 
     @property
     def main_cost(self):
@@ -125,11 +126,6 @@ class SearchResults:
         return self.space.cost(name, result["architecture"]) if name == "params" else cost_of(name, result, self.own)
 
     @functools.cached_property
-    def limited(self):
-        """The costs whose limits exclude candidates."""
-        return bounding(self.space, self.bounds)
-
-    @functools.cached_property
     def share(self):
         """The share of all candidates that the limits leave."""
         found = [start["share"] for start in self.starts if "share" in start]
@@ -138,48 +134,32 @@ class SearchResults:
     def new_children(self, generation):
         """How many of the children in a Generation were new, in words; empty where it has none, or it isn't known."""
         wanted = children_wanted(self.settings)
-        found = dict(enumerate(self.state.get("children", ()), 2))
+        found = dict(enumerate(self.state["children"], 2))
         return f"{found[generation.number]} of {wanted}" if wanted and generation.number in found else ""
-
-    @property
-    def is_exhausted(self):
-        """Whether the search ended because no further candidate within the limits was new."""
-        asked = n_generations(self.state) * self.settings["population"]
-        return bool(self.state.get("done")) and len(self.results) < asked
 
     @functools.cached_property
     def first_warning(self):
         """The line that says that the first generation's candidates can't be told apart, or None."""
         return first_generation_warning(self.generations[0].results, self.space.n_classes)
 
-    @functools.cached_property
-    def reliability(self):
-        """The line with the reliability of the first generation, or None."""
-        return reliability_text(self.generations[0].results)
-
     def warnings(self):
         """Reasons to doubt the results, a line each: from the start of the search, and from its first generation."""
-        none_holds = None
+        found = [*self.state["warnings"], *filter(None, [self.first_warning])]
         if self.confirmations and not self.state["best"]:
-            none_holds = (
+            found.append(
                 "none of the candidates measured holds the limit on latency: raise it, or measure the device again"
             )
-        return [*self.state.get("warnings", []), *filter(None, [self.first_warning, none_holds])]
+        return found
 
     def is_random(self):
         return not children_wanted(self.settings)
 
     def best_so_far(self):
         """(number of candidates with an accuracy, the best score of them as it is read) after each generation."""
-        points = []
-        n = 0
-        best = -math.inf
-        for generation in self.generations:
-            if generation.succeeded:
-                n += len(generation.succeeded)
-                best = max(best, self.score(generation.best))
-                points.append((n, self.as_read(best)))
-        return points
+        generations = [g for g in self.generations if g.succeeded]
+        n = itertools.accumulate(len(g.succeeded) for g in generations)
+        best = itertools.accumulate((self.score(g.best) for g in generations), max)
+        return list(zip(n, map(self.as_read, best)))
 
     def front(self):
         """The Pareto front by rising `main_cost`: candidates more accurate than all others of at most their cost."""
@@ -240,8 +220,9 @@ class RandomSearch:
             perfect = 0 if search.by_loss else 100
             self.refuted = not low <= max(sample) <= high or found[-1][1] > perfect
             if not self.refuted:
-                ends = [(n, value, low, min(high, perfect)) for n, value, low, high in found]
-                self.extrapolated = [(n, *map(search.as_read, (value, low, high))) for n, value, low, high in ends]
+                self.extrapolated = [
+                    (n, *map(search.as_read, (value, low, min(high, perfect)))) for n, value, low, high in found
+                ]
 
     @property
     def at_budget(self):

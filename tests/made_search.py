@@ -1,7 +1,9 @@
 """Made-up searches: their settings, their results, and folders that they fill without any evaluation."""
 
+import itertools
 import math
 
+from engines.search_files import read_generations
 from engines.search_record import SearchRecord, prepare_search
 from space.search_space import SearchSpace
 
@@ -25,6 +27,11 @@ def result(candidate, **numbers):
     """What an evaluation says of a candidate."""
     named = {"acc1": reward(candidate), "acc5": 99.0, "n_images": 10, "seconds": 1.5}
     return {"architecture": list(candidate), **named, **numbers}
+
+
+def read_results(out):
+    """The results of all generations in one list."""
+    return list(itertools.chain(*read_generations(out)))
 
 
 def fill(out, own, evaluate=result, stop_after=math.inf, seen=lambda: None, **how):

@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 from conftest import run
-from made_search import fill, result, settings
+from made_search import fill, read_results, result, settings
 from test_evolution import AtMost, sizes
 from test_latency import SPACE, clock, table, timed, world  # noqa: F401
 from test_report import marks
 
 import search
-from engines.search_files import read_results, state_path
+from engines.search_files import state_path
 from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.page import write_report
@@ -132,7 +132,7 @@ def test_search_for_a_front_as_a_user_types_it(world, tmp_path):  # noqa: F811
     files = sorted((tmp_path / "checkpoints" / "front").glob("*.json"))
     assert f"the front: {len(files)} candidates, " in stdout and len(files) > 1
     state = read_json(state_path(tmp_path))
-    assert state["settings"]["objectives"] == ["acc1", "flops", "latency"] and "confirmations" not in state
+    assert state["settings"]["objectives"] == ["acc1", "flops", "latency"] and not state["confirmations"]
     family = SearchResults(tmp_path).family()
     assert [path for path, _ in family] == [f"checkpoints/front/{i:03}.json" for i in range(len(files))]
     for (_, one), (_, other) in itertools.permutations(family, 2):

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIGURES, ROOT, run
-from made_search import fill, result, settings
+from made_search import fill, read_results, result, settings
 from test_evolution import reward
 
 import search
@@ -32,7 +32,7 @@ from devices import elsewhere, on_device, onnx_runtime, timing
 from devices import table as latency
 from devices.timing import Networks, Torch
 from engines import local_engine
-from engines.search_files import read_results, state_path
+from engines.search_files import state_path
 from images.dataset import Data, DataConfig
 from network import ShuffleNetV2OneShot
 from reports import page
@@ -459,7 +459,7 @@ def test_a_search_for_another_device_goes_on_when_its_best_are_measured_there(wo
     ):
         phone(folder, **changes)
         _, stderr = run("search.py", *words, "--resume", code=2)
-        assert message in stderr.splitlines()[-1] and "confirmations" not in read_json(state_path(tmp_path))
+        assert message in stderr.splitlines()[-1] and not read_json(state_path(tmp_path))["confirmations"]
     candidates = phone(folder)
     table = read_json(tmp_path / "latency.json")
     references = [tuple(c) for c in table["networks"]["architectures"][:4]]
@@ -685,7 +685,7 @@ def test_a_search_needs_no_onnx_runtime_until_its_best_are_measured(
         _, stderr = run("search.py", *words)
     warning = "the winner's latency is not checked: ONNX Runtime needs pip install onnxruntime, then --resume"
     assert warning in stderr and "latencies are those of ONNX Runtime 1.2.3 on " in stderr
-    assert "confirmations" not in read_json(state_path(tmp_path)) and (tmp_path / "checkpoints" / "best.json").exists()
+    assert not read_json(state_path(tmp_path))["confirmations"] and (tmp_path / "checkpoints" / "best.json").exists()
     _, stderr = run("search.py", *words, "--resume")
     assert "measuring the 10 best candidates as whole networks in ONNX Runtime" in stderr
     state = read_json(state_path(tmp_path))
@@ -734,7 +734,7 @@ def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measure
     assert len(stderr.splitlines()) == 1 and not state_path(tmp_path).exists()
     _, stderr = run("search.py", *words, "--foreign-latency-table")
     assert "the winner's latency is not checked" in stderr
-    assert "confirmations" not in read_json(state_path(tmp_path))
+    assert not read_json(state_path(tmp_path))["confirmations"]
     found = SearchResults(tmp_path)
     assert "No network has been measured as a whole" in page.page(found, RandomSearch(found), FIGURES)
 

@@ -11,12 +11,11 @@ import time
 
 import psutil
 import pytest
-from made_search import SPACE, result, reward, settings
+from made_search import SPACE, read_results, result, reward, settings
 
 from engines import local_engine
 from engines.heartbeats import heartbeat_file
 from engines.local_engine import search_locally
-from engines.search_files import read_results
 from engines.search_record import prepare_search
 from space.evolution import Evolution
 from utils import Interrupted, UserError, heartbeat, interrupt, signals

@@ -19,12 +19,12 @@ import requests
 import websockets.proxy
 import websockets.uri
 import yaml
-from made_search import SPACE, result, settings
+from made_search import SPACE, read_results, result, settings
 
 import search
 from engines import nni_engine
 from engines.heartbeats import heartbeat_file
-from engines.search_files import read_results, state_path
+from engines.search_files import state_path
 from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from space.evolution import Evolution

@@ -8,10 +8,10 @@ import os
 
 import made_search
 import pytest
-from made_search import SPACE, result, reward, settings
+from made_search import SPACE, read_results, result, reward, settings
 
 import utils
-from engines.search_files import ranked, read_generations, read_results, state_path
+from engines.search_files import ranked, read_generations, state_path
 from engines.search_record import SearchRecord, prepare_search
 from space.evolution import Evolution
 from space.limits import Limits, bounds_of

@@ -7,7 +7,7 @@ import types
 
 import pytest
 from conftest import ROOT, forget, run
-from made_search import fill, result, reward, settings
+from made_search import fill, read_results, result, reward, settings
 from test_front import members
 from test_latency import clock, table, timed, world  # noqa: F401
 from test_report import marks
@@ -15,7 +15,7 @@ from test_search_record import artefacts
 
 import search
 import training.evaluation
-from engines.search_files import as_own_costs, read_results, state_path
+from engines.search_files import as_own_costs, state_path
 from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops
 from reports.search_results import RandomSearch, SearchResults

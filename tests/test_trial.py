@@ -230,7 +230,6 @@ def test_both_engines_evaluate_as_the_search_says(monkeypatch):
     monkeypatch.setattr(trial, "report", list)
     for name in ("tester.open_evaluation", "training.evaluation.open_evaluation"):
         monkeypatch.setattr(name, lambda *_: ("net", "calibration", "validation"))
-    monkeypatch.setattr("tester.prepare", lambda *_: None)
     monkeypatch.setattr("tester.evaluate_in_lists", evaluated)
     monkeypatch.setattr("training.evaluation.evaluate", evaluated)
     tester.run_trial(types.SimpleNamespace(**settings))

@@ -5,13 +5,13 @@ import itertools
 import time
 
 import pytest
-from made_search import SPACE, result, reward, settings
+from made_search import SPACE, read_results, result, reward, settings
 from test_evolution import search
 
 import evolution_tuner
 from engines import trial
 from engines.heartbeats import read_heartbeats
-from engines.search_files import read_results, state_path
+from engines.search_files import state_path
 from engines.search_record import prepare_search
 from evolution_tuner import EvolutionWithFlops, KeepResults
 from space.evolution import Evolution

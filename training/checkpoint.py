@@ -5,11 +5,11 @@ import re
 
 import torch
 
-from images.dataset import Data, composed
+from images.dataset import Data, composed, prepare
 from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
-from settings.subjects import SUBJECTS, DataConfig
-from space.own import SAME_RULES
+from settings.subjects import SUBJECTS, DataConfig, Images
+from space import own
 from space.search_space import SearchSpace
 from space.weight_files import CHECKPOINT_VERSION, load, load_weights
 from utils import UserError, atomic_write, log
@@ -37,13 +37,6 @@ def checkpoints(folder):
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]))
 
 
-def prune(folder, keep):
-    """Removes all but the newest `keep` checkpoints."""
-    found = checkpoints(folder)
-    for path in found[: max(0, len(found) - keep)]:
-        path.unlink(missing_ok=True)
-
-
 def load_supernet(path, out, space=None):
     """(the supernet, its Checkpoint) from `path`, or if that is None from the newest checkpoint in `out`."""
     if path is None:
@@ -58,19 +51,24 @@ def load_supernet(path, out, space=None):
     return model, ckpt
 
 
-def open_supernet(path, out, images, given, listed=None):
+def open_supernet(values, listed=None):
     """(supernet, its Checkpoint, DataConfig, Data): the supernet of `load_supernet`, and the images that go with it.
 
-    `images` is an Images; `given` (name -> value) are settings of a DataConfig, which must equal the checkpoint's, but
+    `values` (name -> value) are settings of a search or a trial. Those of a DataConfig must equal the checkpoint's, but
     for those that only train, of which a warning says that they are ignored. `listed` is as for Data. Raises UserError
     if checkpoint, settings and images don't match.
     """
-    model, ckpt = load_supernet(path, out, SearchSpace.for_images(given.get("input_size", 224)))
+    image_settings, given = Images.of(values), DataConfig.given(values)
+    if not listed:
+        prepare(image_settings, values["demo"])
+    own.load(values["own"])
+    space = SearchSpace.for_images(given.get("input_size", 224))
+    model, ckpt = load_supernet(values["checkpoint"], values["out"], space)
     if ckpt.content is not None and ckpt.data is None:
         raise UserError(f"{ckpt.path}: trained on images given in Python: evaluate it there, by training.evaluation")
     others = {name: value for name, value in given.items() if ckpt.data and name in DataConfig.TRAINS}
     config = DataConfig.resolve({k: v for k, v in given.items() if k not in others}, ckpt.data, ckpt.path)
-    data = Data.of(images, config, listed)
+    data = Data.of(image_settings, config, listed)
     for name, value in others.items():
         if (tuple(value) if isinstance(value, list) else value) != getattr(config, name):
             data.warnings.append(
@@ -178,7 +176,7 @@ def check_settings(ckpt, content, folder):
     def known(content):
         given = {name: value for name, value in content["settings"].items() if value is not None}
         if code := given.get("rule_code"):
-            given["rule_code"] = SAME_RULES.get(code, code)
+            given["rule_code"] = own.SAME_RULES.get(code, code)
         return (DataConfig.from_dict(content["data"]).to_dict() if content["data"] else {}) | given
 
     before = ckpt.content["settings"]

@@ -55,24 +55,22 @@ def open_evaluation(values, listed=None):
 
     `listed` is a file of Data.write_list. Raises UserError if checkpoint, settings and images don't match.
     """
-    images = Images.of(values)
+    image_settings = Images.of(values)
     evaluation = Evaluation.of(values)
     device = resolve_device(values["device"], values["threads"])
-    supernet, _, config, data = checkpoint.open_supernet(
-        values["checkpoint"], values["out"], images, DataConfig.given(values), listed
-    )
+    supernet, _, config, data = checkpoint.open_supernet(values, listed)
     data.warn()
     supernet.to(device, memory_format=torch.channels_last)
 
     def loader(part, augment):
-        how = images.loader, images.workers, images.cache, images.memory_gb
+        how = image_settings.loader, image_settings.workers, image_settings.cache, image_settings.memory_gb
         return Loader(data.images(part), config, augment, values["seed"], device, *how)
 
     calibration = calibration_batches(
-        loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, values["seed"], images.cache
+        loader("supernet", True), evaluation.bn_batches, evaluation.bn_batch_size, values["seed"], image_settings.cache
     )
     validation = loader(values.get("split", "search"), False)
-    return supernet, calibration, validation_batches(validation, images.eval_batch_size, images.cache)
+    return supernet, calibration, validation_batches(validation, image_settings.eval_batch_size, image_settings.cache)
 
 
 def load_supernet(path, **settings):
@@ -84,7 +82,7 @@ def load_supernet(path, **settings):
     known = {field.name: field.default for subject in subjects for field in dataclasses.fields(subject)}
     if unknown := sorted(settings.keys() - known.keys()):
         raise UserError(f"load_supernet has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return open_evaluation(known | DataConfig.unset() | {"checkpoint": path} | settings)
+    return open_evaluation(known | DataConfig.unset() | {"checkpoint": path, "own": None} | settings)
 
 
 def evaluate(supernet, candidates, calibration, validation, bn="ema", fold=True, amp="off"):

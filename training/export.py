@@ -109,7 +109,9 @@ def export(path, model, ckpt, config, with_preprocessing=False, images=None, ops
     else:
         content, timed = onnx_file(network, config, with_preprocessing, values, opset)
     _, run = read(path, content)
-    images = images or _bundled_images()
+    if not images:
+        images = scan(bundled.unpack(HERE / "data" / "fashion-mnist") / "val")
+        images = images.take(stratified_order(images.labels, 0)[:N_IMAGES])
     found = (compare_from_files if with_preprocessing else compare)(run, model, config, images)
     if not found["max_difference"] <= TOLERANCE:
         largest = f"its logits differ from the network's by {found['max_difference']:.2g}, over {TOLERANCE}"
@@ -217,11 +219,6 @@ def _place(module, scopes):
     return ""
 
 
-def _bundled_images():
-    images = scan(bundled.unpack(HERE / "data" / "fashion-mnist") / "val")
-    return images.take(stratified_order(images.labels, 0)[:N_IMAGES])
-
-
 def compare(run, model, config, images):
     """How the logits of `run(images)` compare with the network's, on images that are resized and cropped."""
     loader = Loader(images, config, False, backend="torchvision", workers=0)
@@ -264,9 +261,9 @@ def latencies(timed, inputs):
     seconds = [[] for _ in timed]
     with torch.no_grad():
         for _ in range(WARM_UP + TIMED):
-            for run, x, own in zip(timed, inputs, seconds):
+            for run, x, taken in zip(timed, inputs, seconds):
                 start = clock()
                 run(x)
-                own.append(clock() - start)
-    alone, *forms = (round(statistics.median(own[WARM_UP:]) * 1000, 3) for own in seconds)
+                taken.append(clock() - start)
+    alone, *forms = (round(statistics.median(taken[WARM_UP:]) * 1000, 3) for taken in seconds)
     return {"network_ms": alone, "latency_ms": dict(zip(FORMS, forms))}

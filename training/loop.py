@@ -88,7 +88,7 @@ def train(model, loader, training, sampler=None, validate=None, run=None, **how)
         log.info("%d iterations of %d images, %.1f epochs; %s", training.iterations, training.batch_size, epochs, where)
         ranks = distributed.rank(), distributed.world_size()
         plan = training_plan(len(loader.images), batch_size, step.seed, state.done, training.iterations, *ranks)
-        closing.enter_context(state)
+        state.begin(closing)
         state.finish_validation()
         for number, (images, labels) in enumerate(state.waits_for(loader.batches(plan)), state.done + 1):
             with state.saved_on_error():
@@ -110,15 +110,12 @@ class _State:
         self.meter = _Meter(step, self.done, self.metrics["seconds"], rows)
         self.interruption = _Interruption()
 
-    def __enter__(self):
+    def begin(self, closing):
+        """Opens the logs and handles signals, until the ExitStack `closing` is closed."""
         kept = self.done - 1 if self.validation_due else self.done
-        self.closing = contextlib.ExitStack()
-        self.journal = self.closing.enter_context(Journal(self.run, self.done, self.step, kept))
+        self.journal = Journal(self.run, self.done, self.step, kept, closing)
         if self.run.folder:
-            self.closing.enter_context(signals(self.interruption.note))
-
-    def __exit__(self, *error):
-        return self.closing.__exit__(*error)
+            closing.enter_context(signals(self.interruption.note))
 
     def finish_validation(self):
         """Does the validation that was still due when the run stopped."""
@@ -128,15 +125,30 @@ class _State:
             self.save(self.done)
 
     def waits_for(self, batches):
-        """Yields the batches. If a signal or an error ends the wait for one, saves the last step."""
-        try:
-            yield from self.meter.waits_for(self.interruption.ends_waits_for(batches))
-        except Interrupted as error:
-            saved = self.save(self.meter.number) if self.meter.number > self.done else newest(self.run.folder)
-            self.interruption.end(saved, *error.args)
-        except Exception:
-            self.keep(self.meter.number)
-            raise
+        """Yields the batches, and measures the time spent waiting for them and computing on them.
+
+        If a signal or an error ends the wait for one, saves the last step; several ranks end together, after a step.
+        """
+        meter = self.meter
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                with contextlib.nullcontext() if distributed.world_size() > 1 else self.interruption.raised():
+                    batch = next(batches, None)
+            except Interrupted as error:
+                saved = self.save(meter.number) if meter.number > self.done else newest(self.run.folder)
+                self.interruption.end(saved, *error.args)
+            except Exception:
+                self.keep(meter.number)
+                raise
+            if batch is None:
+                return
+            ready, ready_cpu_s = time.perf_counter(), time.process_time()
+            meter.waited += ready - start
+            yield batch
+            meter.computed_s += time.perf_counter() - ready
+            meter.cpu_s += time.process_time() - ready_cpu_s
 
     def candidate_at(self, step):
         """The candidate that the sampler has for a step; None without a sampler."""
@@ -172,7 +184,7 @@ class _State:
             self.sampler.after_step(step, candidate, distributed.mean(loss))
         self.journal.progress.update()
         if step == self.done + PLAN_AFTER[self.step.device.type][1]:
-            _log_plan(self.step, self.run.folder, self.meter, self.validate)
+            self.log_plan()
         stop = distributed.all_reduce_max(self.interruption.signal)
         closes = step == training.iterations or step % training.val_every == 0
         validation_due = bool(closes and self.validate)
@@ -224,29 +236,28 @@ class _State:
             except Exception as failure:  # must not hide the first error
                 log.warning("warning: nothing is saved: %s", failure)
 
-
-def _log_plan(step, folder, meter, validate):
-    """Logs what the run will take in time, disk and memory, estimated from its first steps."""
-    step_seconds = meter.step_seconds  # on all ranks, because it sums over them
-    if distributed.rank():
-        return
-    training = step.training
-    steps = training.iterations - meter.number
-    size = 2 * sum(t.nbytes for t in step.model.state_dict().values())  # with momentum
-    kept = f" {training.keep} checkpoints of {size / 1e6:.0f} MB;" if folder else ""
-    validations = f", plus {-(-steps // training.val_every)} validations" if validate else ""
-    log.info(
-        "plan: %s for %d more steps of %.3g s%s;%s peak memory so far %.1f GB",
-        duration(steps * step_seconds), steps, step_seconds, validations, kept, _peak_memory(step.device) / 1e9,
-    )  # fmt: skip
-    disk, free = (size * (training.keep + 1), shutil.disk_usage(folder).free) if folder else (0, 0)
-    if disk > free:
-        text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
-        log.warning(text, folder, free / 1e9, disk / 1e9)
-    if step.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
-        advice = "--threads 1" if UserError.of_commands else "torch.set_num_threads(1)"
-        text = "warning: %d threads compute less than one would; other programs run: try %s"
-        log.warning(text, torch.get_num_threads(), advice)
+    def log_plan(self):
+        """Logs what the run will take in time, disk and memory, estimated from its first steps."""
+        step, meter, folder = self.step, self.meter, self.run.folder
+        step_seconds = meter.step_seconds  # on all ranks, because it sums over them
+        if distributed.rank():
+            return
+        training = step.training
+        steps = training.iterations - meter.number
+        size = 2 * sum(t.nbytes for t in step.model.state_dict().values())  # with momentum
+        kept = f" {training.keep} checkpoints of {size / 1e6:.0f} MB;" if folder else ""
+        validations = f", plus {-(-steps // training.val_every)} validations" if self.validate else ""
+        log.info(
+            "plan: %s for %d more steps of %.3g s%s;%s peak memory so far %.1f GB",
+            duration(steps * step_seconds), steps, step_seconds, validations, kept, _peak_memory(step.device) / 1e9,
+        )  # fmt: skip
+        if folder and (disk := size * (training.keep + 1)) > (free := shutil.disk_usage(folder).free):
+            text = "warning: %s has %.1f GB left, the checkpoints need %.1f GB; lower --keep"
+            log.warning(text, folder, free / 1e9, disk / 1e9)
+        if step.device.type == "cpu" and torch.get_num_threads() > 1 and meter.cpu_s < meter.computed_s:
+            advice = "--threads 1" if UserError.of_commands else "torch.set_num_threads(1)"
+            text = "warning: %d threads compute less than one would; other programs run: try %s"
+            log.warning(text, torch.get_num_threads(), advice)
 
 
 def out_of_memory(error):
@@ -302,18 +313,6 @@ class _Meter:
             yield
         finally:
             self.pauses.append(time.perf_counter() - start)
-
-    def waits_for(self, batches):
-        """Yields the batches, and measures the time spent waiting for them and computing on them."""
-        start = time.perf_counter()
-        for batch in batches:
-            ready = time.perf_counter()
-            ready_cpu_s = time.process_time()
-            self.waited += ready - start
-            yield batch
-            start = time.perf_counter()
-            self.computed_s += start - ready
-            self.cpu_s += time.process_time() - ready_cpu_s
 
     def add(self, candidate, loss, logits, labels):
         if labels.dim() > 1:  # probabilities: right is the most probable class
@@ -389,16 +388,6 @@ class _Interruption:
             yield
         finally:
             self.raises = False
-
-    def ends_waits_for(self, batches):
-        """Yields the batches; a signal ends the wait for one. Several ranks end together instead, after a step."""
-        batches = iter(batches)
-        while True:
-            with contextlib.nullcontext() if distributed.world_size() > 1 else self.raised():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
 
     @property
     def signal(self):

@@ -23,26 +23,17 @@ class _Part:
         form = self.run.form if narrow else module  # has the shapes at this width
         self.norms = batch_norms(module)
         self.channels = [norm.num_features for norm in batch_norms(form)]
-        self.folded = self.run
-        self.copy = None
+        self.folded, self.pairs, self.others = self.run, (), ()
         if fold and not (narrow and _has_other_weights(form)):
-            self.copy = copy = _FoldedCopy(form, module)
-            self.folded = (lambda x: supernet.classify(copy.module(x))) if key == "head" else copy.module
+            copy = fold_bn(form)
+            self.folded = (lambda x: supernet.classify(copy(x))) if key == "head" else copy
+            self._find_pairs(form, module, copy)
 
-    def fold(self):
-        """Brings `folded` up to date with the statistics of the norms."""
-        if self.copy:
-            self.copy.update()
-
-
-class _FoldedCopy:
-    """A copy of `form`, as `module`, with BN folded, made of the weights and statistics of `widest`."""
-
-    def __init__(self, form, widest):
-        self.module = fold_bn(form)
+    def _find_pairs(self, form, widest, copy):
+        """Pairs what `fold` reads in `widest` with what it changes in `copy`, a copy of `form`."""
         names = {module: name for name, module in form.named_modules()}
         originals = dict(widest.named_modules())
-        copies = dict(self.module.named_modules())
+        copies = dict(copy.named_modules())
         # (convolution, index of its weights at this width, norm, folded convolution)
         self.pairs = [
             (originals[names[conv]], first_channels(conv.weight.shape), originals[names[norm]], copies[names[conv]])
@@ -56,8 +47,8 @@ class _FoldedCopy:
             if originals[names[norm]] not in folded
         ]
 
-    def update(self):
-        """Folds the current statistics."""
+    def fold(self):
+        """Brings `folded` up to date with the statistics of the norms."""
         for conv, index, norm, folded in self.pairs:
             bias = None if conv.bias is None else conv.bias[index[:1]]
             folded.weight, folded.bias = fuse_conv_bn_weights(

@@ -1,6 +1,5 @@
 """The folder of a training run: its lock, checkpoints and logs."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -10,7 +9,6 @@ import pathlib
 import re
 import reprlib
 import sys
-import typing
 
 import torch
 from tqdm.auto import tqdm
@@ -69,7 +67,6 @@ def _plain(value):
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-@dataclasses.dataclass
 class TrainingRun:
     """What a training run keeps in `folder`; without a folder nothing is kept. Only rank 0 writes.
 
@@ -81,30 +78,24 @@ class TrainingRun:
         log: a function of a step and its metrics (name -> number), called for each line of the log
     """
 
-    folder: pathlib.Path | None = None
-    kind: str = ""
-    contents: dict = dataclasses.field(default_factory=dict)
-    settings: dict = dataclasses.field(default_factory=dict)
-    log: typing.Callable | None = None
-    given: dict | None = dataclasses.field(default=None, init=False)  # settings, without those that `train` adds
-    started: bool = dataclasses.field(default=False, init=False)
-    read_back: bool = dataclasses.field(default=False, init=False)  # whether a sampler's state was found readable
-    # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
-    lock: typing.Any = dataclasses.field(default=None, init=False)
-    content: typing.Any = dataclasses.field(default=None, init=False)
-
-    def __post_init__(self):
-        if self.folder is not None:
-            self.folder = pathlib.Path(self.folder)
-        if distributed.world_size() > 1:
-            self.settings = self.settings | {"processes": distributed.world_size()}
+    def __init__(self, folder=None, kind="", contents=None, settings=None, log=None):
+        self.folder = None if folder is None else pathlib.Path(folder)
+        self.kind = kind
+        self.contents = contents or {}
+        processes = {"processes": distributed.world_size()} if distributed.world_size() > 1 else {}
+        self.settings = (settings or {}) | processes
+        self.given = None  # settings, without those that `train` adds
+        self.log = log
+        self.started = False
+        self.read_back = False  # whether a sampler's state was found readable
+        # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
+        self.lock = self.content = None
 
     def start_from_python(self, step, sampler):
         """Starts a run that no command has started, with the settings of a Step and a sampler."""
-        settings = dataclasses.asdict(step.training) | {"seed": step.seed, "rule": name_of(step.rule)}
-        code = (
-            None if step.rule is single_path else own.hashes.get(("rule", name_of(step.rule))) or described(step.rule)
-        )
+        rule = step.rule
+        settings = dataclasses.asdict(step.training) | {"seed": step.seed, "rule": name_of(rule)}
+        code = "" if rule is single_path else own.hashes.get(("rule", name_of(rule))) or described(rule)
         others = {"optimizer": step.make_optimizer, "schedule": step.schedule, "paths": sampler}
         others = {name: described(value) for name, value in others.items() if value not in (None, sgd, linear)}
         if missing := {"space", "data", "split", "classes"} - self.contents.keys():
@@ -132,16 +123,10 @@ class TrainingRun:
         settings, contents or code differ between ranks.
         """
         self.started = True
-        distributed.check_same(self._identity())
-        distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
-
-    def _identity(self):
-        """What must be the same on all ranks, by its name in error messages."""
-        if distributed.world_size() == 1:
-            return {}
         flags = {flag(name): value for name, value in self.settings.items()}
         contents = {name: value for name, value in self.contents.items() if name != "counts"}  # long, and in `images`
-        return {**flags, **contents, "code of version": code_version()}
+        distributed.check_same({**flags, **contents, "code of version": code_version()})
+        distributed.on_rank0(lambda: self._start(device, seed, anew, warnings, config or {}))
 
     def _start(self, device, seed, anew, warnings, config):
         output_folder(self.folder.parent)
@@ -238,41 +223,33 @@ class TrainingRun:
             if "sampler" in parts and not self.read_back:
                 weight_files.load_file(path)  # raises now, not when it is resumed, if the state can't be read
                 self.read_back = True
-            checkpoint.prune(self.folder, step.training.keep)
+            for old in checkpoint.checkpoints(self.folder)[: -step.training.keep]:
+                old.unlink(missing_ok=True)
         return path
 
 
 class Journal:
     """Writes log.jsonl and TensorBoard's files of a run, and shows a progress bar on a terminal or in a notebook.
 
-    On rank 0 only. Removes the lines that a killed run wrote after step `kept`. Without a folder there is only the bar.
+    On rank 0 only, until the ExitStack `closing` is closed. Removes the lines that a killed run wrote after step
+    `kept`. Without a folder there is only the bar.
     """
 
-    def __init__(self, run, done, step, kept):
-        self.folder = run.folder
+    def __init__(self, run, done, step, kept, closing):
         self.report = run.log
-        self.done = done
         self.total = step.training.iterations
         self.space = step.space
-        self.kept = kept
-
-    def __enter__(self):
         shows = distributed.rank() == 0
-        self.writes = shows and self.folder is not None
-        self.closing = contextlib.ExitStack()
+        self.writes = shows and run.folder is not None
         hidden = (False if "ipykernel" in sys.modules else None) if shows else True  # None: unless on a terminal
         shown = {"unit": "step", "dynamic_ncols": True, "disable": hidden}
-        self.progress = self.closing.enter_context(tqdm(total=self.total, initial=self.done, **shown))
+        self.progress = closing.enter_context(tqdm(total=self.total, initial=done, **shown))
         if self.writes:
-            self.board = curves(self.folder / "tensorboard", self.kept + 1)
-            self.closing.callback(self.board.close)
-            path = self.folder / "log.jsonl"
-            _cut(path, self.kept)
-            self.file = self.closing.enter_context(open(path, "a"))
-        return self
-
-    def __exit__(self, *_):
-        self.closing.close()
+            self.board = curves(run.folder / "tensorboard", kept + 1)
+            closing.callback(self.board.close)
+            path = run.folder / "log.jsonl"
+            _cut(path, kept)
+            self.file = closing.enter_context(open(path, "a"))  # noqa: SIM115
 
     def log(self, step, metrics):
         """Logs the metrics of a step as one line."""

@@ -16,29 +16,30 @@ from utils import log
 class Start:
     """The settings `values` (name -> value) of a training command, and what they name: images and device.
 
-    `kind` is "supernet" or "scratch", and the name of the folder in OUT/checkpoints.
+    `kind` is "supernet" or "scratch", and the name of the folder in OUT/checkpoints; `config` is a DataConfig, by
+    default that of the settings.
     """
 
-    def __init__(self, kind, values, config):
+    def __init__(self, kind, values, config=None):
         self.kind = kind
         self.values = values
-        self.config = config  # a DataConfig
+        self.config = config or DataConfig.resolve(DataConfig.given(values))
         self.training = Training.of(values)
-        self.images = Images.of(values)
+        self.image_settings = Images.of(values)
         self.seed = values["seed"]
-        self.folder = folder_of(kind, values)
-        self.data = distributed.local_rank0_first(lambda: open_data(self.images, config, values["demo"]))
+        self.folder = pathlib.Path(values["out"]) / "checkpoints" / kind
+        self.data = distributed.local_rank0_first(lambda: open_data(self.image_settings, self.config, values["demo"]))
         self.device = resolve_device(values["device"], values["threads"])
 
     def loader(self, part, augment=False):
         """The Loader of a part of the images: "supernet", "search", "train" or "val"."""
-        images = self.images
-        how = self.seed, self.device, images.loader, images.workers, images.cache, images.memory_gb
+        settings = self.image_settings
+        how = self.seed, self.device, settings.loader, settings.workers, settings.cache, settings.memory_gb
         return Loader(self.data.images(part), self.config, augment, *how)
 
     def validation(self, part):
         """Validation batches of a part of the images."""
-        return validation_batches(self.loader(part), self.images.eval_batch_size, self.images.cache)
+        return validation_batches(self.loader(part), self.image_settings.eval_batch_size, self.image_settings.cache)
 
     def run(self, space, loader, **contents):
         """The TrainingRun in a SearchSpace with a Loader, locked and with its log; `contents` are those of checkpoints.
@@ -48,7 +49,7 @@ class Start:
         check_batch_size(len(loader.images), self.training.batch_size)
         distributed.per_rank_batch_size(self.training.batch_size, self.training.micro_batch)
         if self.training.compile:
-            prepare_compiler(self.device, self.images.cache, space.n_widths)
+            prepare_compiler(self.device, self.image_settings.cache, space.n_widths)
         settings = deciding(self.values) | {"loader": loader.backend}
         if code := own.hash_of("rule", self.training.rule):
             settings["rule_code"] = code
@@ -64,13 +65,3 @@ class Start:
         if distributed.rank() == 0 and not run.content and (advice := loader.advice()):
             log.info(advice)
         return run
-
-
-def folder_of(kind, values):
-    """The folder of the checkpoints of a kind."""
-    return pathlib.Path(values["out"]) / "checkpoints" / kind
-
-
-def given_config(values):
-    """The DataConfig of the flags."""
-    return DataConfig.resolve(DataConfig.given(values))

@@ -100,16 +100,11 @@ class Step:
             if i == 1:
                 self.changed.append(Buffers(self.known))
             found = []
-            yielded = self.rule(self, candidate, *batch)
-            if not hasattr(yielded, "__next__"):
-                raise UserError(f"--rule {name_of(self.rule)}: is no generator: write yield, not return")
-            for loss, logits in yielded:
+            for loss, logits in self.by_rule(candidate, *batch):
                 loss = loss / len(batches)
                 self.scaler.scale(loss).backward()
                 found.append(loss.detach())
                 output = logits.detach()
-            if not found:
-                raise UserError(f"--rule {name_of(self.rule)}: yields no loss")
             losses.append(found.pop())
             others += found
             outputs.append(output)
@@ -126,6 +121,18 @@ class Step:
         if others:  # a loss that is not finite shows, whichever path it is of
             total = total + 0 * torch.stack(others).sum()
         return total, torch.cat(outputs)
+
+    def by_rule(self, candidate, images, labels):
+        """Yields what the rule yields. Raises UserError if it is no generator, or yields nothing."""
+        yielded = self.rule(self, candidate, images, labels)
+        if not hasattr(yielded, "__next__"):
+            raise UserError(f"--rule {name_of(self.rule)}: is no generator: write yield, not return")
+        empty = True
+        for pair in yielded:
+            empty = False
+            yield pair
+        if empty:
+            raise UserError(f"--rule {name_of(self.rule)}: yields no loss")
 
     def undo(self):
         """Takes back what a step that failed has changed; False if the optimizer had begun to change weights."""

@@ -68,7 +68,7 @@ BREAKS = {
     "optimizer": lambda: setattr(torch.optim.SGD, "load_state_dict", lambda self, state: None),
     "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
     "finite": lambda: _replace(loop._Meter, "fetch", _blind),
-    "full-disk": lambda: _everywhere("run_script", lambda main, parse_args: main(parse_args())),
+    "full-disk": lambda: _everywhere("run_script", lambda main, parse_args, *_: main(parse_args())),
     "loader": lambda: setattr(dataloader, "UserError", RuntimeError),
     "no-code": lambda: _replace(
         torch, "load", lambda load: lambda path, **how: load(path, **how | {"weights_only": False})

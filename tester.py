@@ -85,7 +85,8 @@ def open_space(args):
 
     if not supernet:
         classes = [path for path in pathlib.Path(args.data_dir, "train").glob("[!.]*") if path.is_dir()]
-        space = given(args.input_size or 224, len(classes) or 1000, name=in_file)
+        input_size = args.input_size or setting_in(args.config, "supernet", "input-size") or 224
+        space = given(input_size, len(classes) or 1000, name=in_file)
         return space, f"no supernet in {args.out}: train it by supernet.py, or name its --out"
     space = given(args.input_size or 224)
     try:

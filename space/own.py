@@ -63,6 +63,8 @@ def register_cost(name, unit=""):
     """
     if not re.fullmatch(r"[a-z]\w*", name):
         raise UserError(f"register_cost: {name!r} is not a name such as energy: a small letter, letters, digits, _")
+    if re.match(r"[\d.%]", unit):
+        raise UserError(f"register_cost: unit {unit!r} of {name} would be read as a number, or a share of candidates")
 
     def registered(function):
         REGISTRIES["cost"][name] = Cost(function, unit)

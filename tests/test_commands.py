@@ -361,7 +361,7 @@ def test_without_imagenet_one_line_says_so(script, tmp_path):
 def test_without_a_supernet_the_space_is_that_of_the_settings_file(tree, tmp_path):
     """Of as many classes as the data has; with another supernet, that counts, and a line says so."""
     path = tmp_path / "own.yml"
-    path.write_text(f"common: {{data-dir: {tree}, input-size: 32}}\nsupernet: {{space: varied}}")
+    path.write_text(f"common: {{data-dir: {tree}}}\nsupernet: {{space: varied, input-size: 32}}")
     words = ("tester.py", "--mode", "gen", "--config", path, "--out", tmp_path / "out")
     stdout, _ = run(*words)
     assert "7 choice blocks of 5 operations" in stdout and " at 32 px with 3 classes" in stdout

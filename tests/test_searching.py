@@ -135,6 +135,7 @@ HEAD = "from space.own import register_cost, register_searcher\n"
         ("@register_cost('e')\ndef e(space, c):\n    return 0 * 1e999", r"cost 'e' of \[.*\]: is nan"),
         ("@register_cost('acc1')\ndef e(space):\n    return 7", "'acc1' is the name of an official cost"),
         ("@register_cost('a,b')\ndef e(space):\n    return 7", "register_cost: 'a,b' is not a name such as"),
+        ("@register_cost('e', unit='%')\ndef e(space):\n    return 7", "unit '%' of e would be read as a number, or a"),
         ("@register_cost('of_all')\ndef e(space):\n    return 7", "'of_all' is the name of an official cost"),
         ("@register_searcher('random')\ndef e(*_):\n    pass", "'random' is the name of an official searcher"),
     ],

@@ -17,6 +17,7 @@ import torchvision.transforms.v2  # noqa: F401
 
 import dataloader
 from engines import search_files, search_record
+from images import workers
 from training import evaluation, loop
 from utils import HERE
 
@@ -69,7 +70,7 @@ BREAKS = {
     "nan": lambda: setattr(search_record.SearchRecord, "add", _accept_anything),
     "finite": lambda: _replace(loop._Meter, "fetch", _blind),
     "full-disk": lambda: _everywhere("run_script", lambda main, parse_args, *_: main(parse_args())),
-    "loader": lambda: setattr(dataloader, "UserError", RuntimeError),
+    "loader": lambda: setattr(workers, "UserError", RuntimeError),
     "no-code": lambda: _replace(
         torch, "load", lambda load: lambda path, **how: load(path, **how | {"weights_only": False})
     ),

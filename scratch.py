@@ -28,7 +28,7 @@ import torch
 
 import network
 from dataloader import Loader
-from images.dataset import Data, composed, evaluation_plan, prepare, scan, training_plan
+from images.dataset import Data, evaluation_plan, prepare, scan, training_plan
 from network import ShuffleNetV2
 from settings.command_line import Parser, setting_in
 from settings.fields import difference, flag
@@ -201,7 +201,7 @@ def image_changes(args, search, data):
     if not path.exists():
         return []
     listed = utils.read_json(path)
-    if [*map(composed, listed["classes"])] != [*map(composed, data.classes)]:
+    if not checkpoint.same_classes(listed["classes"], data.classes):
         changes = checkpoint.class_changes(listed["classes"], data.classes)
         raise utils.UserError(f"{args.architecture}: searched for other classes: those of the data are {changes}")
     if listed["train"]["paths"] == list(data.train.paths):

@@ -291,8 +291,8 @@ class Measured:
 
     def __init__(self, folder):
         torch.set_num_threads(1)
-        self.images = scan(folder)
-        self.cache = f"{folder}/../cache"
+        self.images = scan(f"{folder}/images")
+        self.cache = f"{folder}/cache"
         self.rng = random.Random(0)
 
     @functools.cache  # noqa: B019
@@ -336,7 +336,7 @@ def main(options):
         for of in dict.fromkeys((kept, space) for kept, space, _, _ in rows):  # large tensors change malloc's ways
             os.environ["SPOS_KEEP_MEMORY"] = str(int(of[0]))
             asks[of], answers = context.Pipe()
-            context.Process(target=serve, args=(f"{folder}/images", answers), daemon=True).start()
+            context.Process(target=serve, args=(folder, answers), daemon=True).start()
         for number in range(options.rounds + 1):  # the first is a warm-up
             for kept, space, loader, how in rows:
                 repeats = max(1, options.images // (SPACES[space][1] if space else BATCH_SIZE))

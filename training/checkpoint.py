@@ -5,7 +5,8 @@ import re
 
 import torch
 
-from images.dataset import Data, composed, prepare
+from images.dataset import Data, prepare
+from images.image_check import composed
 from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
 from settings.subjects import SUBJECTS, DataConfig, Images
@@ -125,10 +126,15 @@ def count_changes(before, now, classes):
     return "numbers of images in " + "; ".join(changes) if changes else ""
 
 
+def same_classes(before, now):
+    """Whether names of classes are the same in the same order, whatever their form of Unicode."""
+    return [*map(composed, before)] == [*map(composed, now)]
+
+
 def class_changes(before, now):
     """How names of classes differ, in words."""
-    before, now = [*map(composed, before)], [*map(composed, now)]
-    found = {"without": sorted(set(before) - set(now)), "with": sorted(set(now) - set(before))}
+    before, now = set(map(composed, before)), set(map(composed, now))
+    found = {"without": sorted(before - now), "with": sorted(now - before)}
     words = [f"{what} {', '.join(map(repr, names[:8]))}{', ...' * (len(names) > 8)}" for what, names in found.items()
              if names]  # fmt: skip
     return " and ".join(words) or "in another order"
@@ -140,7 +146,7 @@ def check_classes(ckpt, classes):
     if len(ckpt.class_names) != len(classes):
         counts = f"has {len(ckpt.class_names)} classes, the data {len(classes)}"
         raise UserError(f"{ckpt.path}: {counts}: {changes}; use the same --data-dir")
-    if ckpt.classes is not None and [*map(composed, ckpt.classes)] != [*map(composed, classes)]:
+    if ckpt.classes is not None and not same_classes(ckpt.classes, classes):
         raise UserError(f"{ckpt.path}: its class names are not those of the data: {changes}; use the same --data-dir")
 
 

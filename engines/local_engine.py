@@ -134,12 +134,12 @@ class Workers:
     def _end(self):
         """Ends the workers at once; the next `evaluate` starts new ones."""
         if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
             workers = multiprocessing.active_children()
             for process in workers:
                 process.kill()
             for process in workers:
                 process.join()
+            self.pool.shutdown(cancel_futures=True)  # waits for the pool's thread, which Python's exit may collide with
             forget_heartbeats(self.out)
             self.pool = None
 

@@ -431,7 +431,7 @@ def print_best(found):
 
 
 def report(found, args):
-    """Prints the ten best of a SearchResults, and the commands that go on from its winner."""
+    """Prints the ten best of a SearchResults, and the commands that continue from its winner."""
     print(f"{len(found.succeeded)} candidates evaluated" + (f", {found.n_failed} failed" if found.n_failed else ""))
     print_best(found)
     if front := sorted(found.out.glob("checkpoints/front/*.json")):

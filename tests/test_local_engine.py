@@ -4,9 +4,11 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
 import time
 
 import psutil
@@ -110,6 +112,16 @@ def test_a_worker_that_dies_while_it_waits_is_replaced(tmp_path, fake):
             worker.kill()
             worker.join()
             time.sleep(0.3)  # the pool sees it
+
+
+def test_no_thread_of_the_workers_is_left(tmp_path, fake, monkeypatch):
+    """Python's exit fails where it meets the pool's thread while that ends."""
+    join, threads = multiprocessing.queues.Queue.join_thread, threading.active_count()
+    monkeypatch.setattr(multiprocessing.queues.Queue, "join_thread", lambda queue: (time.sleep(0.3), join(queue)))
+    fake(evaluate)
+    with local_engine.Workers(on_cpu(tmp_path), 1) as workers:
+        list(workers.evaluate([generations()[0]]))
+    assert threading.active_count() == threads
 
 
 def evaluate_and_hang(trial, candidates):

@@ -160,7 +160,7 @@ class Loader:
         first = next(batches, None)  # before DALI has threads: they would not survive a fork of the workers
         if first is None:
             return
-        names = [name for name in first[0] if name != "ends"]  # of the pipeline's inputs
+        names = [name for name in first[0] if name != "ends"]  # the pipeline's inputs
         sent = []  # the samples of the batches in the pipeline, in order
 
         def inputs():

@@ -214,7 +214,7 @@ def candidates(options, _):
         calibration = Batches(options.batches, 128 if options.large else 8)
         validation = Batches(max(1, options.batches * 200 // images), images if options.large else 8)
         evaluate(supernet, population, [*calibration][:1], [*validation][:1], **how)  # the first use of every operation
-        took = [0.0, 0.0]  # of calibration and validation
+        took = [0.0, 0.0]  # calibration and validation, in seconds
         for part in [[c] for c in population] if alone else [population]:
             evaluate(supernet, part, calibration, validation, **how)
             took[0] += validation.asked - calibration.asked
@@ -275,7 +275,7 @@ def files(options, folder):
         return {
             "images_per_second": statistics.harmonic_mean(line["train/images_per_second"] for line in later),
             "wait_percent": statistics.fmean(line["train/wait_percent"] for line in later),
-            "lines": len(later),  # of the log, of 50 steps each
+            "lines": len(later),  # in the log, every 50 steps
             "workers": workers,
         }  # fmt: skip
 

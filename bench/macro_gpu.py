@@ -39,7 +39,7 @@ from training.run import TrainingRun, contents_of
 from training.step import single_path
 
 RESULTS = study.RESULTS / "macro_gpu.json"
-IMAGES = 1_024_000  # of a training of half width, as in bench/macro.py
+IMAGES = 1_024_000  # in a training of half width, as in bench/macro.py
 FULL_IMAGES, FULL_LR = 5_000_000, 0.2
 HELD_OUT = 200  # images of each class
 CLASSES = 10

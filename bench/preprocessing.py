@@ -17,7 +17,7 @@ from space.custom import make_space
 from training import export
 
 BATCH_SIZES = (1, 8)
-REPEATS = 20  # of the runs of `export.latencies`
+REPEATS = 20  # runs of `export.latencies`
 
 
 def main():

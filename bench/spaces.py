@@ -44,7 +44,7 @@ from training.evaluation import evaluate, open_evaluation
 from training.start import Start
 from training.step import Step, find_rule
 
-RESULTS = study.RESULTS / "spaces.jsonl"  # of the project's own studies; read, not written
+RESULTS = study.RESULTS / "spaces.jsonl"  # the project's own studies; read, not written
 OUT = study.ROOT / "demo" / "spaces"
 CANDIDATES = 30
 REPEATED = 10

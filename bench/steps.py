@@ -37,7 +37,7 @@ from training.compiled import CompiledStep
 from training.evaluation import correct_counts
 from training.step import Step, begin_momentum, parameter_groups
 
-KINDS = {  # of operations other than convolutions, by parts of their names, in this order
+KINDS = {  # operations other than convolutions, by parts of their names, in this order
     "BN": ("batch_norm",), "optimizer": ("sgd", "_foreach", "optimizer"), "matrix products": ("mm", "linear"),
     "copies": ("cat", "copy", "clone", "contiguous", "fill", "zero", "slice", "index", "reshape"),
     "elementwise": ("relu", "clamp", "threshold", "add", "mul", "div"),

@@ -25,7 +25,7 @@ from space.limits import Limits
 
 ROOT = utils.HERE
 RESULTS = ROOT / "bench" / "results"
-DRAWS = 1000  # of a bootstrap
+DRAWS = 1000  # draws of a bootstrap
 ONE_THREAD = ("--workers", 0, "--threads", 1)
 FLAGS = {  # that several studies have: their type, and what they mean
     "--results": (pathlib.Path, "file of the results"),

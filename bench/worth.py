@@ -46,7 +46,7 @@ from utils import read_json, write_json
 
 RESULTS = study.RESULTS / "worth.json"
 SETTINGS = [study.ROOT / "bench" / f"varied_{name}.yml" for name in ("fashion", "cifar10")]
-SEEDS = {"varied_fashion": 3}  # of a study; others have one
+SEEDS = {"varied_fashion": 3}  # by study; others have one seed
 TARGETS = ("59%", "30%", "10%")  # FLOPs that so many candidates meet
 RANDOM = 5  # candidates
 LONGER = (3, 9)  # multiples of the steps of a retraining

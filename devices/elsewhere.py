@@ -16,7 +16,7 @@ import shutil
 from devices import on_device
 from utils import UserError, output_folder, read_json, write_json
 
-MOST_BYTES = 10**9  # of a folder
+MOST_BYTES = 10**9  # in a folder
 SHARED_BYTES, ALIGNED = 128, 64  # a tensor as large lies in the file of weights, at a multiple
 
 

@@ -29,7 +29,7 @@ from utils import UserError, cores, read_json, versions
 
 NETWORKS = 12  # that a table measures twice, and that it is compared with
 REFERENCES = 4  # so many of these are measured again with the best candidates of a search
-MEASURED_WITH = ("device", "onnxruntime", "threads", "batch_size")  # of another device's results
+MEASURED_WITH = ("device", "onnxruntime", "threads", "batch_size")  # keys of another device's results
 PER_UNKNOWN = 2  # networks to which the latencies of choices are fitted, for each unknown
 
 

@@ -49,7 +49,7 @@ class Inspection:
     shared: list = dataclasses.field(default_factory=list)  # in train and val
     copies: dict = dataclasses.field(default_factory=dict)  # first file -> all of train with its content and class
     turned: int = 0  # images with an orientation in their EXIF data
-    flat: list = dataclasses.field(default_factory=list)  # of one colour
+    flat: list = dataclasses.field(default_factory=list)  # images of one colour
     grey: int = 0  # images without colours
     small: int = 0  # images smaller than the input
 

@@ -31,7 +31,7 @@ OPERATIONS = {
     "shufflenet_7x7": ("ShuffleNet 7x7", "7", "#0b4f8a", "white", 0.78),
     "xception_3x3": ("Xception 3x3", "X", "#f0a03c", INK, 0.60),
 }  # name: (label, short label, colour, colour of text on it, height of its box)
-OTHERS = ("#7f9f6b", "#c9b26b", "#a487b5", "#8c8c8c", "#5f9ea0", "#b07a6a", "#d4a5a5")  # of other operations
+OTHERS = ("#7f9f6b", "#c9b26b", "#a487b5", "#8c8c8c", "#5f9ea0", "#b07a6a", "#d4a5a5")  # colours of other operations
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "figures",

@@ -116,7 +116,7 @@ def test_what_has_changed_since_a_supernet_was_trained_is_named(tmp_path):
         check_split(ckpt, Data(tree, CONFIG, tmp_path))
     with pytest.raises(UserError, match=r"of the images: --heldout-per-class 2 \(was 3\); use the same"):
         check_split(ckpt, Data(tree, dataclasses.replace(CONFIG, heldout_per_class=2), tmp_path))
-    ckpt.content = {}  # of before
+    ckpt.content = {}  # as before there were settings
     with pytest.raises(UserError, match="of the images: images have other names; use"):
         check_split(ckpt, Data(tree, CONFIG, tmp_path))
     with pytest.raises(UserError, match="not those of the data: those are without 'car' and with 'cars'; use the same"):

@@ -374,7 +374,7 @@ def assert_near(found, expected):
                 assert other is None, name
                 continue
             scale = tensor.abs().max()
-            if name.endswith("running_mean"):  # of what BN has just centred the mean is 0, and its digits are rounding
+            if name.endswith("running_mean"):  # BN has just centred these: the mean is 0 but for rounding
                 scale = max(scale, expected[kind][name.replace("mean", "var")].max().sqrt())
             assert (other - tensor).abs().max() <= 1e-9 * scale, name
 

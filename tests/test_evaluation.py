@@ -174,7 +174,7 @@ def test_bf16_is_near_and_its_logits_are_float(supernet):
     for path in PATHS:
         a, b = logits["off"][path], logits["bf16"][path]
         assert b.dtype == torch.float32 and not torch.equal(a, b)
-        assert (a - b).abs().mean() < a.std()  # of logits that have nothing in common it is 1.1 of these
+        assert (a - b).abs().mean() < a.std()  # logits that have nothing in common: 1.1 of these
 
 
 def test_a_result_does_not_depend_on_what_was_evaluated_before(supernet):

@@ -66,7 +66,7 @@ def test_other_costs_are_used_and_the_differences_told(write):
         ("shufflenet_5x5_stride_1", (64, 64, 32, 56, 56, 1)): (8932328, 8931328),
         ("rest_operation", (640, 1000, 7, 7, 1)): (33136641, 33136640),
     }
-    assert space.flops(WINNER) == 322_918_720 + 2001  # of blocks 2-4 the winner's 2 and 4 are 5x5
+    assert space.flops(WINNER) == 322_918_720 + 2001  # in blocks 2 to 4, the winner has 5x5 in 2 and 4
     assert space.cost_range("flops")[1] == SPACE.cost_range("flops")[1] + 1
     assert SPACE.flops(WINNER) == 322_918_720
 

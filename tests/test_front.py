@@ -111,7 +111,7 @@ def test_the_family_is_on_disk_and_resumes_to_the_same_one(tmp_path):
     assert SPACE.load_architecture(tmp_path / "whole" / "checkpoints" / "best.json") == found[0]
     for n in (9, 21):
         fill(tmp_path / str(n), own, evaluate, stop_after=n)
-        (tmp_path / str(n) / "checkpoints" / "front" / "777.json").write_text("{}")  # of a larger front, before
+        (tmp_path / str(n) / "checkpoints" / "front" / "777.json").write_text("{}")  # left by a larger front
         fill(tmp_path / str(n), own, evaluate)
         assert members(tmp_path / str(n)) == members(tmp_path / "whole")
 

@@ -119,7 +119,7 @@ def test_other_files_are_other_images(images, tmp_path):
     shutil.copyfile(tmp_path / "val" / images.paths[4], path)
     assert same(fixed(images, cache), loader_of(images).batches(evaluation_plan(N_IMAGES, 8)))
     old = path.stat()
-    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))  # of the same size, but written since
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))  # same size, but written since
     list(fixed(images, cache))
     assert len(files(cache)) == 3
 

@@ -157,7 +157,7 @@ def test_a_tree_that_passed_is_not_decoded_again_until_it_changes(tree, record, 
         image_check.check_images(tree, paths(tree), record.parent)
     image = tree / "train" / "bird" / "002.jpg"
     content, times = image.read_bytes(), image.stat()
-    image.write_bytes(bytes(len(content)))  # of the same size
+    image.write_bytes(bytes(len(content)))  # the same size
     with pytest.raises(UserError, match=r"train/bird/002\.jpg: not an image"):
         image_check.check_images(tree, paths(tree), record.parent)
     image.write_bytes(content)

@@ -468,7 +468,7 @@ def test_a_search_for_another_device_goes_on_when_its_best_are_measured_there(wo
     slow = {elsewhere.name_of(c): [1.38 * true_ns(c)] for c in candidates[4:]}  # in relation to the references
     write_json(folder / "results.json", results | {"ns": results["ns"] | slow})
     state = read_json(state_path(tmp_path))
-    write_json(state_path(tmp_path), {name: value for name, value in state.items() if name != "largest"})  # of before
+    write_json(state_path(tmp_path), {name: value for name, value in state.items() if name != "largest"})  # as before
     with monkeypatch.context() as patch:
         patch.setattr(Limits, "largest", lambda limits: tuple(state["best"]["architecture"]))
         patch.setattr(Limits, "optimum", lambda *_: candidates[-1])

@@ -72,7 +72,7 @@ def test_the_largest_and_the_smallest_within_limits(everything, limits):
 def test_the_largest_and_the_smallest_without_limits_and_where_none_is(everything):
     space = SPACES["small"]
     candidates, costs = everything
-    assert space.largest() == candidates[costs["flops"].argmax()]  # of equals, the first
+    assert space.largest() == candidates[costs["flops"].argmax()]  # the first of equals
     assert space.smallest() == candidates[costs["flops"].argmin()]
     with pytest.raises(UserError, match=r"limit 1 is below the lowest cost of any candidate, \d+; raise"):
         space.largest("params=1")
@@ -179,7 +179,7 @@ def count_legal(space, bounds, most=400_000):
             nearest, weights = gap, trial
     table = np.concatenate([table, np.tensordot(weights, table, 1)[None]])
     ends = np.append(ends, weights @ ends) + 1e-9
-    least = table.min(axis=2)  # of each sum in each block
+    least = table.min(axis=2)  # the least of each sum in each block
     states, counts = np.zeros((1, len(ends))), np.ones(1)
     for block in range(space.n_blocks):
         states = (states[:, None] + table[:, block].T[None]).reshape(-1, len(ends))

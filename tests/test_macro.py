@@ -90,7 +90,7 @@ def test_picks_by_the_truth_itself_and_by_flops(monkeypatch):
     found = bench.picks(limit, true, flops, TRUTH)
     assert found["the best legal network"] == [92.31, 100.0] and found["a random legal network"][0] == 88.74
     assert found["evolution"][1] > 97 and found["random search"][1] > 95
-    assert found["evolution by loss"][1] < 70  # of the smallest networks
+    assert found["evolution by loss"][1] < 70  # that of the smallest networks
     found = bench.picks(limit, flops, {n: -accuracy for n, accuracy in true.items()}, TRUTH)
     assert found["evolution by loss"][1] > 97
     assert found["evolution"][0] >= found["a random legal network"][0]

@@ -30,7 +30,7 @@ def test_expected_best_is_the_mean_maximum_of_all_samples():
 
 def test_expected_maximum_of_normal_draws():
     """Tabulated values of order statistics (Harter 1961)."""
-    sample = [1.0, 2.0, 3.0]  # of mean 2 and standard deviation 1
+    sample = [1.0, 2.0, 3.0]  # mean 2, standard deviation 1
     found = [value - 2 for _, value, *_ in extrapolate(sample, [1, 2, 10, 100, 1000])]
     assert found == pytest.approx([0, 0.56419, 1.53875, 2.50759, 3.24144], abs=1e-5)
 

@@ -38,7 +38,7 @@ PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "readme.
 IN_ORDER = "run in order by a test"
 DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 TAGS = ("run by a test", "run small by a test", "need ImageNet", "take long")
-LANGUAGES = ("bibtex", "python", "text", "yaml")  # of blocks without commands
+LANGUAGES = ("bibtex", "python", "text", "yaml")  # blocks without commands
 BLOCK = re.compile(r"(?:^<!-- commands: (.*?) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"^\s*(?:\$ )?(?:python3?|make|pip|git|bash|sh|\.|source|cd|export|torchrun) ", re.M)
 TEXT = "\n".join(PAGES.values())
@@ -122,7 +122,7 @@ SMALL_DEMO = {
     "search": {"population": 3, "select": 2, "mutation": 1, "crossover": 1, "generations": 2},
     "scratch": {"iterations": 4, "batch-size": 16, "warmup": 2, "val-every": 4, "save-every": 4, "bn-pass": 2},
 }
-OUTPUTS = {"nni_auto_gen_search_space.json", "latency.json", "report.html"}  # of commands that ran in this folder
+OUTPUTS = {"nni_auto_gen_search_space.json", "latency.json", "report.html"}  # of commands run in this folder
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_command_is_accepted_by_its_script(command):
     script, words = without_launcher(command)
     if "/" not in script:
         importlib.import_module(script.removesuffix(".py")).parse_args(words)
-    else:  # of data, which defines its flags in main
+    else:  # a script in data/, which defines its flags in main
         source = (ROOT / script).read_text()
         parts = [part for word in words if re.match(r"--|[a-z]", word) for part in word.split(",")]
         assert all(f'"{part}"' in source for part in parts)
@@ -317,7 +317,7 @@ def note(frame, *_):
         with open(out, "a") as file:
             file.write(f"{os.path.relpath(code.co_filename, root)}::{code.co_qualname}\\n")
 
-sys.settrace(note)  # of calls alone, since it returns nothing
+sys.settrace(note)  # calls alone, since it returns nothing
 threading.settrace(note)
 """
 
@@ -360,7 +360,7 @@ def test_the_commands_call_what_the_table_names(tmp_path):
     for _, where in table(section("readme.md", "From the paper to the code")):
         for place in re.findall(r"`([^`]+)`", where):
             if place.startswith(("bench/macro", "bench/study")) or (place.endswith("_dali_pipeline") and not DALI):
-                continue  # of a study that takes hours; where DALI is not installed
+                continue  # a study that takes hours; where DALI is not installed
             assert place in called or f"{place}.__init__" in called, place
 
 

@@ -114,7 +114,7 @@ def test_where_nothing_is_legal_the_nearest_is_named():
     text = r"no candidate was found with kinds up to 0.5, flops from .*; the nearest one has kinds 1, flops .*: \[\d, "
     with pytest.raises(UserError, match=text + r".*; change --limit kinds"):
         Limits(space, make_bounds(space, ["kinds=0.5"]) | {"flops": (1, None)}).check()
-    with pytest.raises(UserError, match="limit 7 is below the lowest"):  # of tables, with a proof
+    with pytest.raises(UserError, match="limit 7 is below the lowest"):  # costs are tables: with a proof
         Limits(space, make_bounds(space, ["kinds=2"]) | {"flops": (None, 7)}).check()
 
     with pytest.raises(UserError, match=r"within the limits; the nearest of 100 is \[0, 0\], beyond them by 1"):

@@ -99,7 +99,7 @@ def test_what_is_kept_is_not_done_again_unless_the_settings_change(study):
     study.keep("training", {"architecture": first.key[2], "seed": 0, "acc1": 50.0})
     score_all(study, "spos", 0, study.space.flops)
     assert study.done() == [first.key, supernet.key]
-    study.candidates = study.legal(7)  # of one of them, the supernet has no score
+    study.candidates = study.legal(7)  # the supernet has no score for one of them
     assert study.done() == [first.key]
     study.key = study.key | {"settings": study.key["settings"] | {"scratch": {"lr": 0.2}}}
     assert study.done() == [] and next(study.trainings()).command.folder != first.command.folder

@@ -202,7 +202,7 @@ def test_three_steps_in_float64_are_those_of_the_reference(tmp_path, kind):
     ours, theirs, moved = model.state_dict(), reference.state_dict(), 0
     for name, expected in theirs.items():
         scale = expected.abs().max()
-        if name.endswith("running_mean"):  # of what BN has just centred the mean is 0, and its digits are rounding
+        if name.endswith("running_mean"):  # BN has just centred these: the mean is 0 but for rounding
             scale = max(scale, theirs[name.replace("mean", "var")].max().sqrt())
         assert (ours[name] - expected).abs().max() <= 1e-8 * scale, name
         moved += not torch.equal(expected, start[name])
@@ -446,7 +446,7 @@ def kill(number):
 
 
 def fail(error=None):
-    raise error or ValueError("no batch")  # of a data set in Python, say
+    raise error or ValueError("no batch")  # from a data set in Python, say
 
 
 @pytest.mark.parametrize("at, ends", [(4, signal.SIGTERM), (4, signal.SIGINT), (4, None), (1, signal.SIGTERM)])

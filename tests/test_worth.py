@@ -121,7 +121,7 @@ def made_up(study):
             add(63 + seed, 10, "retraining", seed, target, "winner", 1)
     add(64.5, 30, "retraining", 0, "59%", "winner", 3)
     names = list(worth.random_legal(study, "59%"))
-    for i, name in enumerate(names):  # of the five, the third is the typical one
+    for i, name in enumerate(names):  # the third of the five is the typical one
         add(60 + i, 10, "retraining", 0, "", name, 1)
     for multiple in (1, 3, 9):
         add(50 + math.log2(multiple), 10 * multiple, "retraining", 0, "", worth.BASELINE, multiple)

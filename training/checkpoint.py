@@ -189,7 +189,7 @@ def check_settings(ckpt, content, folder):
     if not before and content["settings"]:
         log.warning("warning: %s: has no settings to compare with those of now", ckpt.path)
         return
-    ignored = () if "rule" in before else ("paths",)  # of runs from Python before
+    ignored = () if "rule" in before else ("paths",)  # older runs from Python lack it
     changes = difference(SUBJECTS, known(ckpt.content), known(content), ignored)
     if change := changes.pop("micro_batch", None):
         log.warning("warning: %s: BN counts other numbers of images from now on", f"--micro-batch {change}")

@@ -14,7 +14,7 @@ from training import distributed
 from training.step import Buffers, Step
 from utils import UserError, duration, heartbeat, log, private_folder
 
-BACKEND = "inductor"  # of torch.compile
+BACKEND = "inductor"  # torch.compile's
 NO_WIDTHS = "--compile: operations of several widths can't be compiled; leave it out"
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from utils import POLL_S, Silence, UserError, heartbeats_to, local_world_size, log, run_script
 
-TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, and of ranks without heartbeats in `together`
+TIMEOUT = datetime.timedelta(minutes=10)  # for a collective, and for ranks without heartbeats in `together`
 NOTICE_S = 30  # after which waiting for a rank is worth a line
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 LOST_RANK = "another rank of this run ended or hangs; the same command resumes from the last checkpoint"
@@ -72,7 +72,7 @@ def meet():
         return None
     try:
         return _store_of_all(int(found["RANK"]), n, found["MASTER_ADDR"], int(found["MASTER_PORT"]))
-    except RuntimeError as error:  # of the store
+    except RuntimeError as error:  # raised by the store
         address = ":".join(found[name] for name in ADDRESS)
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"process {found['RANK']} of {n} can't meet the others at {address} ({reason})") from None

@@ -34,9 +34,9 @@ from settings.subjects import ONNX_PACKAGES
 from training.program import FORMS, SUFFIXES, open_session, read, runs
 from utils import HERE, UserError, atomic_write, commit, versions
 
-TOLERANCE = 1e-4  # of logits, absolute
-SAME_TOP1 = 0.999  # of the images of a comparison from the file on
-N_IMAGES, BATCH_SIZE = 20, 7  # of the bundled images: 7, 7 and 6
+TOLERANCE = 1e-4  # largest difference between logits
+SAME_TOP1 = 0.999  # share of images that get the same class, where pixels are compared too
+N_IMAGES, BATCH_SIZE = 20, 7  # bundled images, in batches of 7, 7 and 6
 WARM_UP, TIMED = 10, 50  # runs of one image
 # Operations of a program are bound to the device on which it was traced; .to(device) moves only its weights.
 MOVED = "cpu; elsewhere move_to_device_pass(torch.export.load(file), device).module(), from torch.export.passes"
@@ -201,7 +201,7 @@ def _to_onnx(module, example, dimensions, ends, opset):
         counts[place, node.op_type] += 1
         node.name = f"{place}{node.op_type.lower()}{counts[place, node.op_type]}"
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        part.ClearField("metadata_props")  # of the nodes, with the paths of this machine
+        part.ClearField("metadata_props")  # which names paths of this machine
     graph.ClearField("value_info")
     return model
 

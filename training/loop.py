@@ -293,7 +293,7 @@ class _Meter:
         self.logged = number, self.seconds
         self.untimed = number + PLAN_AFTER[step.device.type][0]
         self.first = None  # (step, seconds) after the untimed steps
-        self.computed_s = self.cpu_s = 0.0  # of the steps so far: seconds, and CPU seconds of all threads
+        self.computed_s = self.cpu_s = 0.0  # computing so far, and CPU seconds of all threads
 
     @property
     def seconds(self):

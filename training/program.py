@@ -78,7 +78,7 @@ def open_program(path):
         DataConfig.resolve({}, program.config)
     except OSError as error:
         raise UserError(f"--checkpoint {path}: {error.strerror}") from None
-    except Exception as error:  # of any kind, by the readers of damaged files
+    except Exception as error:  # readers of damaged files raise any kind
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"--checkpoint {path}: not a program that scratch.py exported ({reason})") from None
     return program

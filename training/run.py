@@ -170,7 +170,7 @@ class TrainingRun:
     def _newest(self):
         """The content of the newest whole checkpoint, or None. Raises UserError if it is of another run."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".checkpoint-*.tmp"):  # of a process that was killed while writing
+        for left in self.folder.glob(".checkpoint-*.tmp"):  # its writer was killed
             left.unlink()
         damaged = {}
         for path in reversed(checkpoint.checkpoints(self.folder)):

@@ -72,7 +72,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
         self.number = 0
-        self.known = {}  # of Buffers
+        self.known = {}  # shared by all Buffers
         self.changed = [Buffers(self.known)]  # what forward passes change: in the step, and since its first micro-batch
         self.paths = []  # candidates that the step trains, in order
         self.updating = False  # whether the optimizer may have changed weights in an unfinished step

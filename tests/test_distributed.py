@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, run, started
 from test_training import SPACE, Images, settings
 from torch import nn
+from torch.distributed import HashStore
 
 import training.run
 import utils
@@ -472,6 +473,33 @@ def test_a_long_first_image_check_is_no_hang(lives):
     """The data set is read by local rank 0, for longer than a collective may take, while the other waits."""
     (_, _), (code, stderr) = outcomes(_checking, lives)
     assert code == 0 if lives else (code == 2 and "no heartbeat for 1 s" in stderr), stderr
+
+
+class GoneStore:
+    def add(self, key, n):
+        raise RuntimeError("Broken pipe")
+
+
+def test_an_error_of_a_rank_is_not_taken_for_a_lost_one(monkeypatch, capsys):
+    """Nor does a store that ended with its rank hide the line, or turn it into a traceback."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_store", HashStore())
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        distributed.together(lambda: exec("raise RuntimeError('CUDA out of memory')"))
+    monkeypatch.setattr(distributed, "meet", GoneStore)
+    with pytest.raises(SystemExit, match="2"):
+        distributed.run(lambda args: distributed.together(list), list)
+    stderr = capsys.readouterr().err
+    assert "another rank of this run ended or hangs" in stderr and len(stderr.splitlines()) == 1
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_one_line(monkeypatch):
+    monkeypatch.setattr(distributed, "_store", HashStore())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of a scheduler that gives each process one GPU
+    with pytest.raises(UserError, match="nproc-per-node 4: this machine has 1 GPUs; start one process for each"):
+        distributed.join()
 
 
 def test_the_code_has_a_version(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ rank. A script started without torchrun is a single process, for which every fun
 Source: paper section 3.3 (one path per step); the official code uses nn.DataParallel in one process.
 """
 
+import contextlib
 import ctypes
 import datetime
 import os
@@ -48,7 +49,12 @@ def run(main, parse_args):
         if _store is not None:
             dist.destroy_process_group()
 
-    run_script(run_rank, begin, lambda line: _store is None or _store.add(f"printed {line}", 1) == 1)
+    def is_first(line):
+        with contextlib.suppress(UserError):  # the store may have ended with its rank
+            return _store is None or _add(f"printed {line}", 1) == 1
+        return True
+
+    run_script(run_rank, begin, is_first)
 
 
 def meet():
@@ -118,12 +124,12 @@ def join(device="auto"):
         return
     on_gpus = device != "cpu" and torch.cuda.is_available()
     if on_gpus:
-        if local_world_size() > torch.cuda.device_count():
+        number = int(os.environ["LOCAL_RANK"])
+        if (n := max(local_world_size(), number + 1)) > torch.cuda.device_count():
             raise UserError(
-                f"--nproc-per-node {local_world_size()}: this machine has {torch.cuda.device_count()} GPUs; "
-                "start one process for each"
+                f"--nproc-per-node {n}: this machine has {torch.cuda.device_count()} GPUs; start one process for each"
             )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(number)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=_store, rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]), timeout=TIMEOUT,
@@ -213,19 +219,24 @@ def together(function):
     """
     if world_size() == 1:
         return function()
+    call = f"call {_add(f'calls of {rank()}', 1)}"
+    with heartbeats_to(lambda: _add("heartbeats", 1), every_s=POLL_S):
+        result = function()
+    ready = _add(call, 1)
+    silence = Silence()
+    while ready < world_size():
+        time.sleep(POLL_S / 10)
+        ready = _add(call, 0)
+        if silence.seconds("ranks", _add("heartbeats", 0)) > TIMEOUT.total_seconds():
+            raise UserError(f"{LOST_RANK} (no heartbeat for {TIMEOUT.total_seconds():.0f} s)")
+    return result
+
+
+def _add(key, n):
+    """Adds `n` to a number in the ranks' store, and returns it. Raises UserError if the store is gone."""
     try:
-        call = f"call {_store.add(f'calls of {rank()}', 1)}"
-        with heartbeats_to(lambda: _store.add("heartbeats", 1), every_s=POLL_S):
-            result = function()
-        ready = _store.add(call, 1)
-        silence = Silence()
-        while ready < world_size():
-            time.sleep(POLL_S)
-            ready = _store.add(call, 0)
-            if silence.seconds("ranks", _store.add("heartbeats", 0)) > TIMEOUT.total_seconds():
-                raise UserError(f"{LOST_RANK} (no heartbeat for {TIMEOUT.total_seconds():.0f} s)")
-        return result
-    except RuntimeError as error:  # the store is gone
+        return _store.add(key, n)
+    except RuntimeError as error:
         raise UserError(f"{LOST_RANK} ({str(error).splitlines()[0][:100]})") from None
 
 
@@ -233,7 +244,7 @@ def local_rank0_first(function):
     """Returns `function()`, called on local rank 0 of each machine first, so that the others find its files."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     result = together(function if first else lambda: None)
-    return result if first else function()
+    return together(lambda: result if first else function())
 
 
 def on_rank0(function):

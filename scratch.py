@@ -108,7 +108,9 @@ def evaluate_checkpoint(args, folder):
     device = resolve_device(args.device, args.threads)
     program = program_of(args)
     model, ckpt, config = (program.run, program, program.config) if program else open_network(args, folder)
-    data = Data.of(image_settings, config)
+    # Which images val has, and their groups; a CSV may have moved.
+    given = {name: value for name in ("jfif", "group_by") if (value := getattr(args, name)) is not None}
+    data = Data.of(image_settings, dataclasses.replace(config, **given))
     data.warn()
     checkpoint.check_classes(ckpt, data.classes)
     if program:
@@ -200,7 +202,7 @@ def image_changes(args, search, data):
     path = search["state"].with_name("images.json")
     if not path.exists():
         return []
-    listed = utils.read_json(path)
+    listed = utils.read_json(path, most=None)
     if not checkpoint.same_classes(listed["classes"], data.classes):
         changes = checkpoint.class_changes(listed["classes"], data.classes)
         raise utils.UserError(f"{args.architecture}: searched for other classes: those of the data are {changes}")

@@ -250,12 +250,24 @@ def run_script(main, parse_args, may_print=lambda line: True):
         line = f"error: {what}; files written before are intact: fix this, then give the same command again"
     except KeyboardInterrupt:
         code, line = 128 + signal.SIGINT, INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        what = "evaluation takes --eval-batch-size images at a time, the BN pass --batch-size"
+        line = f"error: out of memory ({str(error).partition('. ')[0][:100] or 'of the CPU'}): {what}"
     line = f"{pathlib.Path(sys.argv[0]).name}: {' '.join(line.split())}"
     line = line.encode(errors="backslashreplace").decode()
     if may_print(line):
         with above_progress_bars():
             print(line, file=sys.stderr)
     sys.exit(code)
+
+
+def out_of_memory(error):
+    """Whether an error says that memory ran out, of a GPU or of the CPU; torch's errors are RuntimeErrors."""
+    known = ("CUDA out of memory", "DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+    in_text = isinstance(error, RuntimeError) and any(text in str(error) for text in known)
+    return in_text or isinstance(error, MemoryError)
 
 
 class Screen:
@@ -318,23 +330,26 @@ if pathlib.Path(sys.argv[0]).resolve().is_relative_to(HERE):  # a command of thi
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-def read_bytes(path, most):
+def read_bytes(path, most=None):
     """The content of a file. Raises UserError if it can't be read, or has more than `most` bytes."""
     try:
         with open(path, "rb") as file:
-            data = file.read(most + 1)
+            data = file.read() if most is None else file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:  # such as a null character in the name
         raise UserError(f"{path!r}: {error}") from None
-    if len(data) > most:
+    if most is not None and len(data) > most:
         raise UserError(f"{path}: over {most} bytes, larger than any such file of this project")
     return data
 
 
-def read_json(path):
-    """The JSON in a file. Raises UserError if it is missing, too large, nested too deeply or not JSON."""
-    data = read_bytes(path, MAX_JSON_BYTES)
+def read_json(path, most=MAX_JSON_BYTES):
+    """The JSON in a file of at most `most` bytes, or of any size (None), as lists of images have.
+
+    Raises UserError if it is missing, too large, nested too deeply or not JSON.
+    """
+    data = read_bytes(path, most)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

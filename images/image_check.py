@@ -184,7 +184,7 @@ def remember(folder, files, counts, cache):
 
 def _record(cache):
     try:
-        record = read_json(pathlib.Path(cache, RECORD))
+        record = read_json(pathlib.Path(cache, RECORD), most=None)
     except UserError:  # missing or damaged
         return {}
     return record if isinstance(record, dict) else {}

@@ -387,6 +387,25 @@ def test_official_files_have_numbers_for_names(tree, tmp_path, capsys):
     assert re.search(r"bird/\d+\.jpg: class \d [\d.]+%, class \d ", capsys.readouterr().out)
 
 
+def test_an_exported_official_file_can_be_measured_on_classes_of_any_name():
+    program = Program("network.pt2", {"classes": ["class 0", "class 1"]}, None)
+    checkpoint.check_classes(program, ["bird", "car"])
+    with pytest.raises(UserError, match="has 2 classes, the data 3: the file has no names"):
+        checkpoint.check_classes(program, ["bird", "car", "dog"])
+
+
+def test_the_csv_of_groups_may_have_moved_since_training(trained, tree, tmp_path):
+    content = torch.load(trained["spos"][0], weights_only=False)
+    content["data"]["group_by"] = f"{tmp_path}/gone.csv"
+    torch.save(content, tmp_path / "moved.pth")
+    (tmp_path / "groups.csv").write_text("bird/000.jpg,one\nbird/001.jpg,one\n")
+    words = ("--eval", "--checkpoint", tmp_path / "moved.pth", "--data-dir", tree, "--loader torchvision --workers 0")
+    _, stderr = run("scratch.py", *words, code=2)
+    assert f"--group-by {tmp_path}/gone.csv: No such file or directory" in stderr
+    stdout, stderr = run("scratch.py", *words, "--group-by", tmp_path / "groups.csv")
+    assert "acc1" in stdout and "group 'one' is in train and val" in stderr
+
+
 def test_the_modes_exclude_each_other(tmp_path):
     with pytest.raises(UserError, match="not allowed with"):
         scratch.parse_args(["--eval", "--export", str(tmp_path / "network.pt2")])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from images import image_check
 from images.dataset import Data, DataConfig, scan, tree_paths
-from utils import UserError
+from utils import MAX_JSON_BYTES, UserError
 
 SCRATCH = (
     "--input-size",
@@ -179,6 +179,14 @@ def test_a_damaged_record_is_made_anew(tree, record, content):
     record.write_text(content)
     image_check.check_images(tree, paths(tree), record.parent)
     assert list(json.loads(record.read_text())) == [str(tree)]
+
+
+def test_the_record_of_a_tree_with_many_copies_is_read(tree, record, monkeypatch):
+    """It has the names of all copies."""
+    image_check.check_images(tree, paths(tree), record.parent)
+    record.write_text(record.read_text() + " " * MAX_JSON_BYTES)
+    monkeypatch.setattr(image_check, "inspect", None)
+    image_check.check_images(tree, paths(tree), record.parent)
 
 
 def test_a_record_that_cannot_be_written_does_no_harm(tree, record, caplog):

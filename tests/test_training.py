@@ -335,6 +335,11 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--loader synthetic \(was torchvision\)"):
         supernet_run(tmp_path, settings(iterations=2), loader="synthetic")
     supernet_run(tmp_path, settings(iterations=2, keep=7))  # harmless
+    ckpt = load(newest(tmp_path), "supernet")
+    files = {"architecture": "best.json", "space": "own.yml", "group_by": "groups.csv"}
+    ckpt.content["settings"] |= files
+    moved = {name: f"elsewhere/{file}" for name, file in files.items()}  # contents have what they say
+    training.checkpoint.check_settings(ckpt, {**ckpt.content, "settings": ckpt.content["settings"] | moved}, tmp_path)
     before = (tmp_path / "checkpoint-0000002.pth").read_bytes()
     supernet_run(tmp_path, settings(iterations=2, lr=0.3, resume="none"))
     assert tmp_path.with_suffix(".1").joinpath("checkpoint-0000002.pth").read_bytes() == before
@@ -802,6 +807,19 @@ def test_out_of_memory_is_a_line_with_advice(tmp_path, changes, advice):
     for error in (RuntimeError(texts), torch.OutOfMemoryError("CUDA out of memory")):
         with pytest.raises(UserError, match=f"^out of memory in step 4: [248] images .* GB; .*{advice}"):
             fails(tmp_path / type(error).__name__, "forward", error, **changes)
+
+
+def test_out_of_memory_elsewhere_is_a_line(capsys):
+    def main(error):
+        raise error
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError()):
+        with pytest.raises(SystemExit, match="2"):
+            utils.run_script(main, lambda error=error: error)
+        stderr = capsys.readouterr().err
+        assert "error: out of memory (" in stderr and "--eval-batch-size" in stderr and len(stderr.splitlines()) == 1
+    with pytest.raises(RuntimeError, match="shape"):
+        utils.run_script(main, lambda: RuntimeError("shape"))
 
 
 def test_a_run_is_resumed_with_other_micro_batches(tmp_path, caplog):

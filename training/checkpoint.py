@@ -9,7 +9,7 @@ from images.dataset import Data, prepare
 from images.image_check import composed
 from network import ShuffleNetV2OneShot
 from settings.fields import difference, flag
-from settings.subjects import SUBJECTS, DataConfig, Images
+from settings.subjects import SUBJECTS, DataConfig, Images, is_path
 from space import own
 from space.search_space import SearchSpace
 from space.weight_files import CHECKPOINT_VERSION, load, load_weights
@@ -183,7 +183,9 @@ def check_settings(ckpt, content, folder):
         given = {name: value for name, value in content["settings"].items() if value is not None}
         if code := given.get("rule_code"):
             given["rule_code"] = own.SAME_RULES.get(code, code)
-        return (DataConfig.from_dict(content["data"]).to_dict() if content["data"] else {}) | given
+        given = (DataConfig.from_dict(content["data"]).to_dict() if content["data"] else {}) | given
+        paths = [name for name in ("architecture", "space", "group_by") if is_path(name, given.get(name))]
+        return {k: v for k, v in given.items() if k not in paths}  # files may have moved; contents know what they say
 
     before = ckpt.content["settings"]
     if not before and content["settings"]:

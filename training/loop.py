@@ -27,6 +27,7 @@ from utils import (
     UserError,
     duration,
     log,
+    out_of_memory,
     show_log,
     signals,
     watch_parent,
@@ -258,13 +259,6 @@ class _State:
             advice = "--threads 1" if UserError.of_commands else "torch.set_num_threads(1)"
             text = "warning: %d threads compute less than one would; other programs run: try %s"
             log.warning(text, torch.get_num_threads(), advice)
-
-
-def out_of_memory(error):
-    """Whether an error says that memory ran out, of a GPU or of the CPU."""
-    known = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
-    in_text = isinstance(error, RuntimeError) and any(text in str(error) for text in known)
-    return in_text or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _peak_memory(device):

@@ -36,7 +36,11 @@ class Program:
     def class_names(self):
         return tuple(self.values["classes"])
 
-    classes = class_names  # as of a Checkpoint
+    @property
+    def classes(self):
+        """As of a Checkpoint: None for an official file, whose classes have no names."""
+        names = self.class_names
+        return None if names == tuple(f"class {i}" for i in range(len(names))) else names
 
     @property
     def config(self):

@@ -185,10 +185,11 @@ def test_the_search_continues_with_the_machines_that_are_left(tmp_path, monkeypa
         state = read_json(state_path(out))
         tried.append(([machine["host"] for machine in asked], config["trialConcurrency"], state["error"]))
         assert state["warnings"] == ["odd"]
+        assert [start["own"] for start in state["starts"]] == ["own.py"]  # without any result, too
         write_json(state_path(out), state | {"error": "the machine is gone"})
         raise MachinesLost(asked[:1], "no SSH connection")
 
-    prepare_search(tmp_path, {"seed": 0}, resume=False, warnings=["odd"])
+    prepare_search(tmp_path, {"seed": 0}, resume=False, warnings=["odd"], start={"command": "a", "own": "own.py"})
     monkeypatch.setattr(nni_engine, "FORGET_S", 0)
     monkeypatch.setattr(nni_engine, "host_experiment", host)
     with pytest.raises(UserError, match="no machine is left; resume the search with --resume"):

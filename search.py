@@ -425,7 +425,8 @@ def print_best(found):
         mark = "  beyond the limit" if found.is_beyond(result) else ""
         print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
     if place:
-        print(f"the best that holds, measured: rank {place + 1}")
+        how = "measured" if found.measured_text(found.winner) else "predicted"
+        print(f"the best that holds, {how}: rank {place + 1}")
     if found.largest_text:
         print(found.largest_text)
 
@@ -477,7 +478,7 @@ def main(args):
         prepare(search, args, out)
         run(search, args, out)
         state = read_state(out)
-        if state["confirmations"] and unconfirmed(state):
+        if search.latency and state["confirmations"] and unconfirmed(state):
             return None  # a warning says what it waits for
         if state["confirmations"] and not state["best"]:
             page = write_report(out)

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -737,6 +738,36 @@ def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measure
     assert not read_json(state_path(tmp_path))["confirmations"]
     found = SearchResults(tmp_path)
     assert "No network has been measured as a whole" in page.page(found, RandomSearch(found), FIGURES)
+
+
+def test_a_confirmed_search_is_extended_with_a_foreign_table(world, tmp_path, monkeypatch):
+    """The best two are measured as beyond the limit; what follows on another device is reported as predicted."""
+    reported = []
+    monkeypatch.setattr(search, "write_report", lambda out: reported.append(out) or out)
+    like = latency.measure_like
+
+    def measure_like(*how):
+        measured, scale = like(*how)
+        return [9 * ns if i < 2 else ns for i, ns in enumerate(measured)], scale
+
+    monkeypatch.setattr("engines.confirmation.measure_like", measure_like)
+    words = (*world, "--limit", "latency=50%")
+    stdout, _ = run("search.py", *words)
+    assert "the best that holds, measured: rank 3\n" in stdout
+    before = read_json(state_path(tmp_path))
+    acc1 = statistics.fmean(r["acc1"] for r in SearchResults(tmp_path).succeeded[1:3])  # what follows is third
+    monkeypatch.setattr(f"{__name__}.reward", lambda candidate: acc1)
+    monkeypatch.setattr(latency, "device_name", lambda device: "Cray-1")
+    stdout, stderr = run("search.py", *words, "--resume --generations 4 --foreign-latency-table")
+    assert "this is Cray-1: the winner's latency is not checked" in stderr
+    assert "24 candidates evaluated" in stdout and len(reported) == 2
+    state = read_json(state_path(tmp_path))
+    assert state["confirmations"] == before["confirmations"] and state["generation"] == 4 and state["done"]
+    found = SearchResults(tmp_path)
+    assert found.winner["architecture"] == state["best"]["architecture"] != before["best"]["architecture"]
+    assert SPACE.load_architecture(tmp_path / "checkpoints" / "best.json") == tuple(state["best"]["architecture"])
+    assert "latency in torch, predicted" in page.page(found, RandomSearch(found), FIGURES)
+    assert "the best that holds, predicted: rank 3\n" in stdout
 
 
 @pytest.mark.parametrize(

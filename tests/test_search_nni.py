@@ -536,7 +536,7 @@ def test_report_has_the_ten_best_and_the_next_command(tmp_path, capsys):
     args = search.parse_args(["--out", "my runs", "--data-dir", "tree"])
     limits = Limits(SPACE, {"flops": (None, 10**9)}, banned=[(1,) * 20])
     found = types.SimpleNamespace(succeeded=results, n_failed=1, winner=results[0], space=SPACE, out=tmp_path,
-                                  largest_text="the largest", own_heads={},
+                                  largest_text="the largest", own_heads={}, measured_text=lambda result: "8.000",
                                   is_beyond=lambda result: limits.excess(result["architecture"]))  # fmt: skip
     search.report(found, args)
     lines = capsys.readouterr().out.splitlines()

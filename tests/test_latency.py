@@ -517,6 +517,19 @@ def test_the_script_for_another_device_measures_what_is_written(tmp_path, monkey
     assert not (tmp_path / "large").exists()
 
 
+def test_the_script_for_another_device_counts_time_on_windows_too(tmp_path, monkeypatch):
+    """There the clock of a thread advances in ticks, longer than a network takes."""
+    write_json(tmp_path / "networks.json", {"threads": 1, "input": [1], "reference": "0"})
+    (tmp_path / "0.onnx").touch()
+    monkeypatch.setitem(sys.modules, "onnxruntime", argparse.Namespace(__version__="1.2.3"))
+    session = argparse.Namespace(run=lambda *inputs: None)
+    monkeypatch.setattr(on_device, "open_session", lambda model, threads: session)
+    monkeypatch.setattr(on_device, "sys", argparse.Namespace(argv=[tmp_path / "on_device.py"], platform="win32"))
+    monkeypatch.setattr(on_device.time, "thread_time_ns", lambda: 15_625_000)
+    on_device.main()
+    assert all(ns > 0 for ns in read_json(tmp_path / "results.json")["ns"]["0"])
+
+
 # --- the record of a search ----------------------------------------------------------------------------------
 
 

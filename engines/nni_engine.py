@@ -140,6 +140,7 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
     try:
         import nni
         import psutil
+        import requests
         from nni.experiment import Experiment, ExperimentConfig, RunMode, launcher
     except ImportError as error:
         raise UserError(f"NNI is not installed ({error}): pip install -r requirements.txt") from None
@@ -178,9 +179,10 @@ def host_experiment(config, out, host="127.0.0.1", port=None, trial_timeout=300)
                 started |= set(me.children(recursive=True)) - earlier
                 connections.check()
                 _check_alive(progress, manager, folder / experiment.id)
-                for job in listener.silent(experiment):
-                    log.warning("trial %s gave no heartbeat for %d s: ending it", job, trial_timeout)
-                    experiment.kill_trial_job(job)
+                with contextlib.suppress(requests.RequestException):  # a slow manager is asked again at the next look
+                    for job in listener.silent(experiment):
+                        log.warning("trial %s gave no heartbeat for %d s: ending it", job, trial_timeout)
+                        experiment.kill_trial_job(job)
         except UserError as error:
             connections.check(NOTICE_S)  # a machine that stopped may be the cause, and is noticed some seconds later
             logs = f"; trials' logs are on the machines, in ~/nni-experiments/{experiment.id}"

@@ -30,7 +30,7 @@ from evolution_tuner import EvolutionWithFlops
 from space.evolution import Evolution
 from space.limits import Limits, make_bounds
 from space.search_space import SearchSpace
-from utils import HERE, UserError, read_json
+from utils import HERE, UserError, read_json, write_json
 
 SETTINGS = settings(generations=2)
 
@@ -390,6 +390,49 @@ def test_addresses_of_this_machine_go_through_no_proxy(started, proxied, monkeyp
         for host in ("localhost", "127.0.0.1", "[::1]"):
             assert proxies(host) == (None, None), (host, names)
         assert None not in proxies("other.example") and (None in proxies("a.b")) == ("a.b" in environment[names[0]])
+
+
+@pytest.mark.parametrize("failed", ["list_trial_jobs", "kill_trial_job"])
+@pytest.mark.parametrize("error", [requests.ReadTimeout("slow"), requests.HTTPError("500"), OSError(28, "full")])
+def test_an_answer_of_nni_that_fails_is_asked_for_again(tmp_path, monkeypatch, failed, error):
+    """An error of a file still ends the search."""
+    from nni import experiment as nni_experiment
+
+    asked = []
+
+    class Experiment:
+        id = "none"
+
+        def __init__(self, config):
+            self.manager = None
+
+        def start(self, port, run_mode):
+            self.manager = subprocess.Popen(["sleep", "60"])
+
+        def list_trial_jobs(self):
+            return self.answer("list_trial_jobs") or [types.SimpleNamespace(trialJobId="a", status="RUNNING")]
+
+        def kill_trial_job(self, job):
+            self.answer("kill_trial_job")
+            write_json(state_path(tmp_path), read_json(state_path(tmp_path)) | {"done": True})
+
+        def answer(self, name):
+            asked.append(name)
+            if name == failed and asked.count(name) == 1:
+                raise error
+
+        def stop(self):
+            self.manager.kill()
+            self.manager.wait()
+
+    monkeypatch.setattr(nni_experiment, "Experiment", Experiment)
+    monkeypatch.setattr(nni_engine, "POLL_S", 0.01)
+    (tmp_path / "nni_auto_gen_search_space.json").write_text("{}")
+    prepare_search(tmp_path, SETTINGS, resume=False)
+    experiment = nni_engine.read_experiment(HERE / "config_search.yml")
+    with pytest.raises(OSError, match="full") if error.errno else contextlib.nullcontext():
+        nni_engine.search_with_nni(tmp_path, ["trial"], experiment, trial_timeout=0.01)
+    assert (asked.count(failed) == 1) == bool(error.errno)
 
 
 def test_searches_that_start_at_once_take_different_ports():

@@ -127,6 +127,7 @@ def parse_args(argv=None):
     args = parser.parse(argv, defaults)
     if before and not args.config:
         args.demo, args.config = started_with(args.out)
+    replace_flops_limit(parser, args)
     refuse_contradictions(parser, args, before)
     if "population" in parser.given and not before:  # the experiment's numbers are shares of another population
         for name in {"select", "mutation", "crossover"} - parser.given.keys():
@@ -138,6 +139,16 @@ def parse_args(argv=None):
         args.population, args.select, args.mutation, args.crossover
     )
     return args
+
+
+def replace_flops_limit(parser, args):
+    """Has a limit on FLOPs that is typed replace that of a settings file, which may have the other form."""
+    short = "flops_limit" in parser.typed
+    long = any(text.startswith("flops=") for text in parser.typed.get("limit", ()))
+    if short and not long:
+        args.limit = [text for text in args.limit or () if not text.startswith("flops=")] or None
+    elif long and not short:
+        args.flops_limit = None
 
 
 def refuse_contradictions(parser, args, before):

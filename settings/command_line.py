@@ -81,10 +81,11 @@ class Parser(argparse.ArgumentParser):
 
         `more(values)` is called with the values so far, and returns values (attribute -> value) that override the
         defaults. Afterwards the parser's `given` maps the attributes that the command line or the file sets to their
-        values; `typed` holds the attributes that the command line sets.
+        values; `typed` does so for the command line alone.
         """
         unset = argparse.Namespace(**{action.dest: self for action in self._actions})  # no flag has this value
         typed = {k: v for k, v in vars(self.parse_args(argv, unset)).items() if v is not self and k != "help"}
+        self.typed = dict(typed)
         path = HERE / "demo.yml" if typed.get("demo") else typed.get("config")
         settings = self.read_settings(path) if path else {}
         for name in typed.keys() & settings.keys():
@@ -94,7 +95,6 @@ class Parser(argparse.ArgumentParser):
         if more:
             values |= more(values | settings | typed)
         values |= settings | typed
-        self.typed = typed.keys()
         self.given = {k: v for k, v in settings.items() if k != "space"} | typed  # `space` serves all scripts
         return argparse.Namespace(**values | {"config": path and str(path)})
 

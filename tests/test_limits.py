@@ -277,6 +277,20 @@ def test_limits_of_the_command_line_join_those_of_a_file(tmp_path):
         make_bounds(space, args.limit, args.flops_limit)
 
 
+@pytest.mark.parametrize("typed", ["--flops-limit 310M", "--limit flops=310M", "--limit params=2M flops=310M"])
+@pytest.mark.parametrize("file", ["flops-limit: 300M", "limit: [flops=300M]", "limit: [flops=290M:300M, params=3M]"])
+def test_a_limit_on_flops_replaces_that_of_a_file_in_either_form(tmp_path, file, typed):
+    config = tmp_path / "c.yml"
+    config.write_text(f"search: {{{file}}}")
+    args = search.parse_args(["--config", str(config), *typed.split()])
+    params = 2_000_000 if "params" in typed else 3_000_000 if "params" in file else None
+    expected = {"flops": (None, 310_000_000)} | ({"params": (None, params)} if params else {})
+    assert make_bounds(SPACES["blocks"], args.limit or (), args.flops_limit) == expected
+    args = search.parse_args(["--config", str(config), "--flops-limit", "310M", "--limit", "flops=320M"])
+    with pytest.raises(UserError, match="leave one of them out"):
+        make_bounds(SPACES["blocks"], args.limit, args.flops_limit)
+
+
 # --- what a space offers -------------------------------------------------------------------------------------
 
 

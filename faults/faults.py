@@ -323,7 +323,11 @@ def nni_trial_hangs(arena, _script):
 
 
 KILLED = {"supernet.py": ("optimizer",), "scratch.py": ("optimizer",), "search.py": ("parent-watch",)}
-WRITTEN = {"supernet.py": ("atomic-write",), "scratch.py": ("atomic-write",), "search.py": ("atomic-write", "repair")}
+WRITTEN = {
+    "supernet.py": ("atomic-write",),
+    "scratch.py": ("atomic-write", "optimizer"),
+    "search.py": ("atomic-write", "repair"),
+}
 
 # (fault, function, its argument, the guards that it relies on)
 ROWS = [

@@ -31,7 +31,7 @@ def test_a_guard_that_is_taken_out_is_seen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "guard, rows", [("atomic-write", "rename supernet"), ("optimizer", "time scratch"), ("finite", "not finite"),
+    "guard, rows", [("atomic-write", "rename supernet"), ("optimizer", "rename scratch"), ("finite", "not finite"),
     ("loader", "loader"),
                     ("nan", "nan"), ("full-disk", "full at every write tester"), ("lock", "folder search"), ("repair",
                     "rename search"),

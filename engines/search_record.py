@@ -275,8 +275,8 @@ def prepare_search(out, settings, resume, warnings=(), start=None):
     state = {"settings": settings, "generation": 0, "evaluated": 0, "best": None, "done": False}
     state |= {"starts": [], "children": [], "confirmations": []}
     with _hold_writer_lock(out):
-        goes_on = resume and not start and path.exists()  # of this very start, before its first result, too
-        if goes_on or any((pathlib.Path(out) / "acc").glob("*.jsonl")):
+        resumes = resume and not start and path.exists()  # of this very start, before its first result, too
+        if resumes or any((pathlib.Path(out) / "acc").glob("*.jsonl")):
             if not resume:
                 raise UserError(f"--out {out} holds a search already: resume it with --resume, or name another --out")
             found = read_state(out)

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import time
 import warnings
 
@@ -257,7 +258,8 @@ def latencies(timed, inputs):
 
     By the clock of this thread, where torch has one: it stands still while another process has the core.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    by_thread = torch.get_num_threads() == 1 and sys.platform != "win32"  # where it ticks every 15.6 ms
+    clock = time.thread_time if by_thread else time.perf_counter
     seconds = [[] for _ in timed]
     with torch.no_grad():
         for _ in range(WARM_UP + TIMED):

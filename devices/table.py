@@ -83,7 +83,7 @@ def table_elsewhere(space, folder):
     """As `measure_table`, of what `write_networks` wrote, from the results in the folder."""
     drawn, rng = draw(space)
     even = evenly(space, rng)
-    results, ns = read_results(folder, [*drawn, *even])
+    results, ns = read_results(folder, space, [*drawn, *even])
     first, second = (list(measured) for measured in zip(*(ns[c] for c in drawn)))
     found = fitted(space, even, [statistics.fmean(ns[c]) for c in even], drawn, first, second)
     setting = {"device": results["device"], "kind": "cpu", "runtime": OnnxRuntime.NAME, "elsewhere": True}
@@ -155,7 +155,7 @@ def measure_like(table, space, candidates, folder=None):
     """
     references = _references(table, space)
     if folder:
-        results, ns = read_results(folder, [*references, *candidates])
+        results, ns = read_results(folder, space, [*references, *candidates])
         if other := [name for name in MEASURED_WITH if results[name] != table[name]]:
             change = f"{other[0]} {results[other[0]]}, the table with {table[other[0]]}"
             raise UserError(f"{folder}: measured with {change}; measure both in the same way")

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -528,6 +529,42 @@ def test_the_script_for_another_device_counts_time_on_windows_too(tmp_path, monk
     monkeypatch.setattr(on_device.time, "thread_time_ns", lambda: 15_625_000)
     on_device.main()
     assert all(ns > 0 for ns in read_json(tmp_path / "results.json")["ns"]["0"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="onnx is not installed")
+def test_a_folder_for_another_device_is_of_one_space(tmp_path):
+    """Networks of the same names may be those of other images; a folder is written anew without its results."""
+    import onnx
+
+    def written(space):
+        graphs = argparse.Namespace(network=lambda candidate: onnx.ModelProto().SerializeToString())
+        runtime = argparse.Namespace(space=space, graphs=graphs, x={"images": np.zeros((1, 3, 16, 16))})
+        return latency.write_networks(folder, runtime)[0]
+
+    folder, larger = tmp_path / "phone", dataclasses.replace(SPACE, input_size=32)
+    n = written(SPACE)
+    ns = {path.stem: [9] for path in folder.glob("*.onnx")}
+    setting = {"device": "a phone", "onnxruntime": "1.0", "threads": 1, "batch_size": 1}
+    write_json(folder / "results.json", setting | {"ns": ns})
+    table = latency.table_elsewhere(SPACE, folder)
+    references = [tuple(c) for c in table["networks"]["architectures"][:4]]
+    assert latency.measure_like(table, SPACE, references, folder)[0] == [9] * 4
+    message = re.escape(f"{folder}: its networks are of another search space; remove this folder, or name another one")
+    with pytest.raises(UserError, match=message):
+        latency.table_elsewhere(larger, folder)
+    with pytest.raises(UserError, match=message):
+        latency.measure_like(table, larger, references, folder)
+    (folder / "results.json").unlink()
+    (folder / "network.onnx").touch()  # is not one of them
+    (folder / "0-0.onnx").touch()
+    assert written(larger) == n and len([*folder.glob("*.onnx")]) == n + 1 and (folder / "network.onnx").exists()
+    setup = read_json(folder / "networks.json")
+    write_json(folder / "networks.json", {name: value for name, value in setup.items() if name != "space"})
+    write_json(folder / "results.json", setting | {"ns": ns})
+    assert latency.table_elsewhere(SPACE, folder)["medians"] == table["medians"]  # as a folder of before
+    write_json(folder / "results.json", setting | {"ns": {}})
+    with pytest.raises(UserError, match=r"has no nanoseconds of .*; measure this folder again, or remove it first"):
+        latency.table_elsewhere(SPACE, folder)
 
 
 # --- the record of a search ----------------------------------------------------------------------------------

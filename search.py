@@ -72,6 +72,7 @@ from space.evolution import Evolution, official_shares
 from space.flops_table import comparison, official_comparison, read_flops_table, with_flops_table
 from space.limits import (
     Limits,
+    as_before,
     as_settings,
     bounds_of,
     describe,
@@ -300,11 +301,14 @@ def check(args, out):
             warnings.append(f"the table of latencies was measured {other}: the winner's latency is not checked")
     space = own.with_costs(space, named_costs(args))
     check_space_file(out / experiment["searchSpaceFile"], space, tester_command(args, "gen"))
+    bounds = make_bounds(space, args.limit or (), args.flops_limit)
+    if args.resume:
+        bounds = as_before(space, bounds, read_state(out)["settings"])
     with open(supernet.path, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     settings = {
         **{name: getattr(args, name) for name in EVOLUTION},
-        **as_settings(make_bounds(space, args.limit or (), args.flops_limit)),
+        **as_settings(bounds),
         "space": space.to_dict(),
         "checkpoint": weights,
         "data": config.to_dict(),

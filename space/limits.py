@@ -68,6 +68,17 @@ def bounds_of(settings):
     return {"flops": (None, settings["flops_limit"])}
 
 
+def as_before(space, bounds, settings):
+    """The bounds of a search that is resumed: one of before, with these settings, keeps what 100% was then."""
+    before = bounds_of(settings) if settings.keys() & {"limits", "flops_limit"} else {}
+    found = dict(bounds)
+    for name in filter(space.has_table, bounds.keys() & before.keys()):
+        now, then = space.cost_range(name)[1], space.grid_quantile(name, 1)
+        ends = zip(bounds[name], before[name])
+        found[name] = tuple(then if (end, old) == (now, then) else end for end, old in ends)
+    return found
+
+
 def as_settings(bounds):
     """The settings that `bounds_of` reads."""
     if bounds.keys() == {"flops"} and bounds["flops"][0] is None:

@@ -373,7 +373,12 @@ class SearchSpace:
         return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
     def quantile(self, name, share):
-        """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range.
+        """The cost at or under which `share` (0 to 1) of uniform candidates lie: of 1 exactly, else to about 1e-4 of
+        the range."""
+        return self.grid_quantile(name, share) if share < 1 else self.cost_range(name)[1]
+
+    def grid_quantile(self, name, share):
+        """`quantile` on a grid, which can end below the highest cost.
 
         Adds the blocks up one by one on a grid of 1/8192 of the range: exact enumeration of 4^20 candidates is out of
         reach and sampling would need a seed.

@@ -26,6 +26,7 @@ import search
 import utils
 from engines.search_files import read_generations, read_state
 from reports.search_results import SearchResults
+from space.search_space import SearchSpace
 from training import loop
 from training.checkpoint import checkpoints
 
@@ -173,20 +174,24 @@ def test_an_extended_search_finds_what_a_longer_one_finds(data, out, tmp_path, f
 
 
 def test_a_resumed_search_has_its_settings_without_flags(data, out, tmp_path, forked, monkeypatch):
-    """Those that decide may be repeated or extended, and not changed; others may."""
+    """Those that decide may be repeated or extended, and not changed; others may. In searches of before, 100% was less
+    than the highest cost: they keep that limit."""
+    monkeypatch.setattr(SearchSpace, "grid_quantile", lambda space, name, share: space.cost_range(name)[1] * 19 // 20)
     monkeypatch.setattr(search, "write_report", lambda out: out)
     (tmp_path / "own.yml").write_text("search: {mutation-prob: 0.25}")
     shutil.copytree(out / "checkpoints" / "supernet", tmp_path / "supernet")
     weights = next((tmp_path / "supernet").glob("*.pth"))
     other = tmp_path / "other"
     run("tester.py", "--mode gen", "--checkpoint", weights, "--out", other)
-    typed = (*data, SEARCH, "--limit params=90%", "--seed 3 --rank-by loss --strategy evolution", "--config",
+    typed = (*data, SEARCH, "--limit params=100%", "--seed 3 --rank-by loss --strategy evolution", "--config",
              tmp_path / "own.yml", "--checkpoint", weights, "--out", other)  # fmt: skip
-    first, _ = run("search.py", *typed, "--generations 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchSpace, "quantile", SearchSpace.grid_quantile)
+        first, _ = run("search.py", *typed, "--generations 1")
     settings = read_state(other)["settings"]
     again, _ = run("search.py", "--resume", "--out", other)
     assert again == first and f"--config {tmp_path / 'own.yml'}" in again and read_state(other)["settings"] == settings
-    run("search.py", "--resume --concurrency 1 --workers 1 --seed 3 --population 4 --limit params=90%", "--out", other)
+    run("search.py", "--resume --concurrency 1 --workers 1 --seed 3 --population 4 --limit params=100%", "--out", other)
     run("search.py", "--resume --generations 2", "--out", other)
     assert read_state(other)["settings"] == settings | {"generations": 2} and read_state(other)["generation"] == 2
     for words, message in (

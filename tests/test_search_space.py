@@ -14,6 +14,7 @@ from torch import nn
 
 import network
 from space import own
+from space.custom import make_space
 from space.search_space import OPERATIONS, SearchSpace
 from utils import HERE, UserError
 
@@ -148,6 +149,9 @@ def test_quantiles_against_all_candidates():
         exact = costs[max(round(share * len(costs) + 0.499) - 1, 0)]
         assert abs(TINY.quantile("flops", share) - exact) <= grid_error + 1, share
     assert TINY.quantile("flops", 0) == costs[0]
+    for name in ("varied", "paper"):  # whatever the grid rounds, all candidates are at or under the highest cost
+        space = make_space(name, input_size=28, n_classes=10) if name == "varied" else SPACE
+        assert space.cost_value("flops", "100%") == space.cost_range("flops")[1], name
 
 
 def test_a_share_that_is_met_exactly_is_that_of_its_cost():

@@ -441,7 +441,8 @@ def print_best(found):
         print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
     if place:
         how = "measured" if found.measured_text(found.winner) else "predicted"
-        print(f"the best that holds, {how}: rank {place + 1}")
+        what = "the first of the front" if found.objectives else f"the best that holds, {how}"
+        print(f"{what}: rank {place + 1}")
     if found.largest_text:
         print(found.largest_text)
 

@@ -65,12 +65,17 @@ class SearchResults:
         self.starts = self.state["starts"]
         self.limits = Limits.of_search(self.space, self.bounds, self.confirmations)
         self.legal = [r for r in self.succeeded if not self.is_beyond(r)] or self.succeeded
-        self.winner = self.legal[0]
+        self.winner = self._winner()
         self.measured_ms = {tuple(m["architecture"]): m["measured_ms"] for row in self.confirmations
                             for m in row["measured"]}  # fmt: skip
         self.largest = self.state.get("largest")
         if self.largest and "measured_ms" in self.largest:
             self.measured_ms[tuple(self.largest["architecture"])] = self.largest["measured_ms"]
+
+    def _winner(self):
+        """The most accurate legal result; with objectives that of best.json, which the front has of equals."""
+        best = self.state["best"] if self.objectives else None
+        return next((r for r in self.succeeded if best and r["architecture"] == best["architecture"]), self.legal[0])
 
     @property
     def own_heads(self):

@@ -20,7 +20,7 @@ from evolution_tuner import EvolutionWithFlops
 from reports.page import write_report
 from reports.search_results import SearchResults
 from space.evolution import Evolution, by_fronts, crowding, fronts
-from utils import UserError, read_json
+from utils import UserError, read_json, write_json
 
 
 def beats(one, other):
@@ -150,6 +150,21 @@ def test_a_report_of_a_front_needs_no_latency(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "predicted" not in page and page.count('<a href="checkpoints/front/') == len(members(tmp_path)) > 1
     assert len(marks(tmp_path, "front-params")["members"]) == len(members(tmp_path))
+
+
+def test_of_equals_in_top1_the_winner_is_the_cheapest_as_in_best_json(tmp_path, capsys):
+    """Top-5 ranks it behind others, which the front does not have."""
+    own = own_settings("flops")
+    fill(tmp_path, own, lambda c: result(c, acc1=50.0, acc5=60 + SPACE.flops(c) / SPACE.cost_range("flops")[1]))
+    found = SearchResults(tmp_path)
+    best = list(SPACE.load_architecture(tmp_path / "checkpoints" / "best.json"))
+    assert found.winner["architecture"] == best == found.succeeded[-1]["architecture"]
+    search.print_best(found)
+    rank = len(found.succeeded)
+    assert f"\nthe first of the front: rank {rank}\n" in capsys.readouterr().out and rank > 10
+    state = read_json(state_path(tmp_path))
+    write_json(state_path(tmp_path), state | {"best": None})  # where none that was measured holds
+    assert SearchResults(tmp_path).winner == found.legal[0]
 
 
 @pytest.mark.parametrize("text", ["acc1", "flops,params", "acc1,", "acc1,flops,flops", "acc1,flops,params,latency"])

@@ -68,7 +68,7 @@ def draw(search, random, folder):
             "operations": _operations(search),
             "best": _best(search),
         }
-        for cost in search.objectives[1:]:
+        for cost in (name for name in search.objectives if name != "acc1"):
             members = sorted((r for _, r in search.family()), key=_axis(search, cost)[1])
             figures[f"front-{cost}"] = _plane(search, cost, members, gid="members", label="the front")
         return {name: save_figure(name, figure, folder) for name, figure in figures.items()}

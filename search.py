@@ -466,7 +466,7 @@ def retrain_command(args):
 
     Where no file gives the settings of training, a second line says so.
     """
-    known = parse_args(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
+    known = make_parser().parse(["--demo"] if args.demo else ["--config", args.config] if args.config else [])
     words = ["--architecture", best_path(args)]
     for name in ("data_dir", "loader", "memory_gb", "workers", "cache", "seed"):
         if getattr(args, name) != getattr(known, name):

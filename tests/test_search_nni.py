@@ -555,6 +555,7 @@ def test_settings_of_trials_go_through_a_file(tmp_path):
         ),
         (["--config", "a.yml"], ["--config", "a.yml"], True),
         (["--config", "b.yml"], ["--config", "b.yml"], False),
+        (["--config", "c.yml", "--limit", "latency=8ms"], ["--config", "c.yml"], True),
     ],
 )
 def test_the_command_that_retrains_the_winner(tmp_path, monkeypatch, words, expected, chooses):
@@ -562,6 +563,7 @@ def test_the_command_that_retrains_the_winner(tmp_path, monkeypatch, words, expe
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yml").write_text("common: {data-dir: images, crop-scale: [0.5, 1]}")
     (tmp_path / "b.yml").write_text("scratch: {iterations: 5}")
+    (tmp_path / "c.yml").write_text("search: {latency-table: phone.json}")  # refused without a limit on latency
     args = search.parse_args(words)
     text, *more = search.retrain_command(args).splitlines()
     command = shlex.split(text)

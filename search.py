@@ -436,7 +436,7 @@ def print_best(found):
         result = best[rank]
         mflops = f"{result['flops'] / 1e6:6.{1 if result['flops'] >= 1e8 else 3}f}"
         numbers = f"{rank + 1:4}  {result['acc1']:7.2f}  {result['acc5']:7.2f}  {mflops}  "
-        numbers += "".join(f"{text(result):<{len(head)}}" for head, text in more)
+        numbers += "".join(f"{text(result):<{len(head) - 1}} " for head, text in more)
         mark = "  beyond the limit" if found.is_beyond(result) else ""
         print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
     if place:
@@ -451,7 +451,7 @@ def report(found, args):
     """Prints the ten best of a SearchResults, and the commands that continue from its winner."""
     print(f"{len(found.succeeded)} candidates evaluated" + (f", {found.n_failed} failed" if found.n_failed else ""))
     print_best(found)
-    if front := sorted(found.out.glob("checkpoints/front/*.json")):
+    if front := found.front_files:
         print(f"the front: {len(front)} candidates, {front[0]} to {front[-1].name}")
     print(f"retrain the best:\n  {retrain_command(args)}")
     if found.space.n_widths == 1:

@@ -61,6 +61,9 @@ def make_sampler(sampling, space, seed, iterations):
     if sampling.sampler == "flops-uniform":
         given = [space.cost_value("flops", text, "--flops-range") for text in sampling.flops_range or ()]
         flops_range = given or default_flops_range(space)
+        if not given and flops_range[0] >= flops_range[1]:
+            what = f"--sampler flops-uniform: candidates all cost {flops_range[0]} multiply-adds, so there are no bins"
+            raise utils.UserError(f"{what}: give --sampler uniform")
     if warmup and space.n_widths == 1:
         raise utils.UserError(f"--width-warmup {warmup}: this search space has no widths to choose from")
     warmup = iterations // 4 if warmup is None else warmup

@@ -173,6 +173,12 @@ def main(options):
     common = ("--demo", "--seed", options.seed, "--out", out)
     steps = Steps(out)
     check(out, steps)
+    given = {"seed": options.seed, "overrides": overrides}
+    before = steps.done["flags"]["value"] if "flags" in steps.done else given  # older ones don't tell
+    if before != given:
+        raise UserError(f"{out}: has a demo with {before}, not {given}; name another --out, or remove it")
+    if not steps.done:
+        steps.run("flags", lambda: given)
 
     steps.run("supernet", lambda: command("supernet.py", *common, *overrides))
     steps.run("search space", lambda: command("tester.py", "--mode", "gen", "--demo", "--out", out))

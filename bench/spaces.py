@@ -45,7 +45,9 @@ from training.start import Start
 from training.step import Step, find_rule
 
 RESULTS = study.RESULTS / "spaces.jsonl"  # the project's own studies; read, not written
-OUT = study.ROOT / "demo" / "spaces"
+OUT = study.ROOT / "studies"
+if (study.ROOT / "demo" / "spaces").exists():  # where studies were before
+    OUT = study.ROOT / "demo" / "spaces"
 CANDIDATES = 30
 REPEATED = 10
 PAPER = "spos"
@@ -63,16 +65,19 @@ class Study:
         self.path = pathlib.Path(path).resolve()
         self.name = self.path.stem
         self.out = out
-        self.words = [*(["--demo"] if self.path == utils.HERE / "demo.yml" else ["--config", str(self.path)]), *more]
-        self.words += ["--own", str(pathlib.Path(own_file).resolve())] if own_file else []
+        self.without_flags = ["--demo"] if self.path == utils.HERE / "demo.yml" else ["--config", str(self.path)]
+        self.without_flags += ["--own", str(pathlib.Path(own_file).resolve())] if own_file else []
+        self.words = [*self.without_flags, *more]
         args = scratch.parse_args(self.words)
         if args.demo:
             bundled.unpack(args.data_dir)
-        n_classes = len(scan(pathlib.Path(args.data_dir, "val")).classes)
-        self.space = scratch.space_of(args, args.input_size, n_classes)
+        data_dir = pathlib.Path(args.data_dir).resolve()
+        space = scratch.space_of(args, args.input_size, len(scan(data_dir / "val").classes))
         content = utils.read_yaml(path)
-        limits = content.get("search", {}).get("limit", ())
-        self.bounds = make_bounds(self.space, [limits] if isinstance(limits, str) else limits)
+        search = content.get("search", {})
+        limits = [search["limit"]] if isinstance(search.get("limit"), str) else search.get("limit", ())
+        self.space = own.with_costs(space, {str(text).partition("=")[0] for text in limits})
+        self.bounds = make_bounds(self.space, limits, search.get("flops-limit"))
         self.iterations = args.iterations
         self.training = supernet.parse_args(self.words)
         self.steps = self.training.iterations
@@ -81,6 +86,11 @@ class Study:
             "space": self.space.to_dict(),
             "settings": {name: content[name] for name in ("common", "supernet", "scratch") if name in content},
         } | ({"flags": list(more)} if more else {})
+        bundled_or_made = data_dir.is_relative_to(utils.HERE / "data")
+        if not (bundled_or_made or self.folder().exists()):  # a study of before goes by its settings alone
+            names = [name for part in ("train", "val") for name in scan(data_dir / part).paths]
+            digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+            self.key |= {"images": [str(data_dir), digest], "tester": content.get("tester")}
         self.repeats = repeats
         self.given = truth and read_truth(truth, self.space)
         known = list(dict.fromkeys(tuple(row["architecture"]) for row in self.given or ()))
@@ -106,9 +116,10 @@ class Study:
 
     def rows(self, kind="training"):
         """The results of this study: those of the project, and those below `out`."""
-        files = [file for file in (RESULTS, self.folder() / "results.jsonl") if file.exists()]
-        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        return [row for row in rows if row["kind"] == kind and self.key.items() <= row.items()]
+        rows = [row for file in (RESULTS, self.folder() / "results.jsonl") for row in study.lines(file)]
+        flags = self.key.get("flags")
+        same = [row for row in rows if self.key.items() <= row.items() and row.get("flags") == flags]
+        return [row for row in same if row["kind"] == kind]
 
     def truth(self):
         """The trainings of the candidates, [{"architecture", "acc1"}]."""
@@ -137,9 +148,14 @@ class Study:
 
     def keep(self, kind, row):
         row = {"kind": kind, **self.key, **row, "versions": utils.versions(), "commit": utils.commit()}
-        self.folder().mkdir(parents=True, exist_ok=True)
-        with open(self.folder() / "results.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        study.add_line(self.folder() / "results.jsonl", row)
+
+    def tested(self, folder):
+        """The settings of tester.py for the supernet in a folder: of the flags, those that it has."""
+        args = tester.parse_args([*self.without_flags, "--out", str(folder), "--threads", "1"])
+        plain = vars(supernet.parse_args(self.without_flags))
+        given = {name: value for name, value in vars(self.training).items() if value != plain[name]}
+        return argparse.Namespace(**vars(args) | {name: given[name] for name in given.keys() & vars(args).keys()})
 
     # --- its tasks --------------------------------------------------------------------------------------------
 
@@ -171,7 +187,7 @@ class Study:
         if kind == "training":
             return self.keep(kind, task.numbers() | {"seed": key[1]})
         seed, rule, steps = key
-        args = tester.parse_args([*self.words, "--out", str(task.command.folder), "--threads", "1"])
+        args = self.tested(task.command.folder)
         model, calibration, validation = open_evaluation(vars(args))
         wanted = self.trained_by(rule)
         forms = map(self.space.canonical, wanted)  # as a search evaluates them
@@ -387,11 +403,13 @@ def main(options):
             of.keep_task(task)
             print(f"{task.key}: kept", flush=True)
 
-        study.run(lambda: tasks, of.done, keep, options.jobs, time.time() + options.seconds)
+        failed = study.run(lambda: tasks, of.done, keep, options.jobs, time.time() + options.seconds)
         text = page(of, options.rules, options.scores, options.seeds, steps)
         with utils.atomic_write(of.folder() / "report.md") as file:
             file.write(text)
         print(f"{text}\n{of.folder() / 'report.md'}")
+        if failed:
+            raise utils.UserError(f"{len(failed)} of the trainings failed, see above; the same command repeats them")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,19 @@ def write(path, content, indent=None):
     utils.write_json(path, content | {"commit": utils.commit(), "versions": utils.versions()}, indent=indent)
 
 
+def lines(path):
+    """The rows of a file of JSON lines; of a process that was killed, the last one may be torn."""
+    whole = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(text) for text in whole if text.endswith("\n")]
+
+
+def add_line(path, row):
+    """Adds a row to a file of JSON lines."""
+    rows = [*lines(path), row]
+    with utils.atomic_write(path) as file:
+        file.writelines(json.dumps(one) + "\n" for one in rows)
+
+
 def line(cells):
     """A row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
@@ -147,8 +160,8 @@ class Command:
 
     def done(self):
         """Whether it has ended well."""
-        path = self.folder / "costs.jsonl"
-        return path.exists() and json.loads(path.read_text().splitlines()[-1])["exit"] == 0
+        ended = lines(self.folder / "costs.jsonl")
+        return bool(ended) and ended[-1]["exit"] == 0
 
     def running(self):
         return self.child is not None and not os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
@@ -163,16 +176,14 @@ class Command:
         _, status, usage = os.wait4(self.child.pid, 0)
         self.child.returncode = code = os.waitstatus_to_exitcode(status)
         self.child = None
-        with open(self.folder / "costs.jsonl", "a") as file:
-            row = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "exit": code}
-            file.write(json.dumps(row) + "\n")
+        row = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "exit": code}
+        add_line(self.folder / "costs.jsonl", row)
         return code
 
     @property
     def cpu_seconds(self):
         """Of all processes up to now."""
-        rows = map(json.loads, (self.folder / "costs.jsonl").read_text().splitlines())
-        return round(sum(row["cpu_seconds"] for row in rows), 1)
+        return round(sum(row["cpu_seconds"] for row in lines(self.folder / "costs.jsonl")), 1)
 
     def result(self):
         """What the command printed last."""
@@ -216,7 +227,7 @@ def run(tasks, done, keep, jobs, end):
     """Runs the Tasks of `tasks()` whose keys are not in `done()`, `jobs` at a time, in their order.
 
     Calls `keep(task)` when one ends, and ends all at the time `end`. A task that fails is named, and so ends what needs
-    it.
+    it. Returns the keys of those that failed.
     """
     running, failed = [], []
     try:
@@ -225,7 +236,7 @@ def run(tasks, done, keep, jobs, end):
             waiting = [task for task in tasks() if task.key not in done() + begun]
             ready = [task for task in waiting if task.needs is None or task.needs in done()]
             if not ready and not running:
-                return  # all is done, or what the others need has failed
+                return failed  # all is done, or what the others need has failed
             for task in ready[: max(0, jobs - len(running))]:
                 task.prepare()
                 if not task.command.done():
@@ -235,7 +246,7 @@ def run(tasks, done, keep, jobs, end):
                 time.sleep(0.2)
                 if time.time() > end:
                     print(f"out of time: {len(waiting)} tasks are left", flush=True)
-                    return
+                    return failed
             for task in [task for task in running if not task.command.running()]:
                 running.remove(task)
                 if code := 0 if task.command.done() else task.command.end():

@@ -32,7 +32,7 @@ from torch import nn
 import scratch
 import utils
 from bench import study
-from bench.spaces import CANDIDATES, Study
+from bench.spaces import CANDIDATES, OUT, Study
 from dataloader import Loader
 from engines.search_files import has_search
 from images.dataset import open_data, training_plan
@@ -395,7 +395,7 @@ def report(studies, rows):
 
 
 def parse_args(argv=None):
-    parser = study.parser(__doc__, {"--jobs": 1, "--seconds": 1e9, "--out": study.ROOT / "demo" / "spaces"})
+    parser = study.parser(__doc__, {"--jobs": 1, "--seconds": 1e9, "--out": OUT})
     parser.add_argument("--settings", type=pathlib.Path, nargs="+", default=SETTINGS, metavar="FILE")
     parser.add_argument("--report", action="store_true", help="print the numbers, and draw the figure")
     return parser.parse_args(argv)

@@ -182,7 +182,7 @@ def draw_heldout(images, config, groups):
     if counts.min() <= per_class:
         smallest = f"class {images.classes[counts.argmin()]!r} has {counts.min()} images"
         what = f"{per_class} held-out images per class leave nothing to train on: {smallest}"
-        raise UserError(f"{what}; lower --heldout-per-class")
+        raise UserError(f"{what}; {'lower --heldout-per-class' if counts.min() > 1 else 'give it more, or remove it'}")
     pairs = count_pairs(groups, images.labels)
     if len(pairs[0]) > groups.max() + 1:
         wanted = np.full(len(counts), per_class)

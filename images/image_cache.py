@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 import torch
 
-from utils import UserError, atomic_write, log, wait_for_lock
+from utils import UserError, atomic_write, heartbeat, log, wait_for_lock
 
 CACHE_VERSION = 2  # files of another version have other names, and may be deleted
 
@@ -120,6 +120,7 @@ def files_hash(images, indices):
     """A hash of names, sizes and times of the files of an ImageSet."""
     files = hashlib.sha256()
     for index in indices:
+        heartbeat()  # a file server may take long
         path = images.paths[index]
         state = os.stat(os.path.join(images.root, path)) if images.root else None
         text = f"{index} {path} {state and (state.st_size, state.st_mtime_ns)}\n"

@@ -78,6 +78,11 @@ class SearchResults:
         return next((r for r in self.succeeded if best and r["architecture"] == best["architecture"]), self.legal[0])
 
     @property
+    def front_files(self):
+        """The architectures of the front, the most accurate first; none without objectives."""
+        return sorted(self.out.glob("checkpoints/front/*.json"), key=lambda path: (len(path.name), path.name))
+
+    @property
     def own_heads(self):
         """{name: name and unit} of the costs of the user's own, for columns."""
         return {name: f"{name} {cost.unit}".strip() for name, cost in self.own.items()}
@@ -178,7 +183,7 @@ class SearchResults:
         """(path below the folder, result) of each member of the front of a search with objectives."""
         by_architecture = {tuple(r["architecture"]): r for r in self.succeeded}
         found = []
-        for path in sorted(self.out.glob("checkpoints/front/*.json")):
+        for path in self.front_files:
             if result := by_architecture.get(self.space.load_architecture(path)):
                 found.append((path.relative_to(self.out).as_posix(), result))
         return found

@@ -77,7 +77,8 @@ def make_space(name=None, architecture=None, own_file=None, input_size=224, n_cl
 
 def searched(path):
     """The settings of the search with a record next to an architecture, or None. Raises UserError if it is damaged."""
-    state = pathlib.Path(path).with_name("search") / "state.json"
+    folder = pathlib.Path(path).absolute().parent
+    state = (folder.parent if folder.name == "front" else folder) / "search" / "state.json"
     if not state.exists():
         return None
     try:

@@ -56,6 +56,16 @@ def test_the_space_has_the_papers_operations_and_networks_of_it_run():
     assert network(torch.rand(1, 3, 28, 28)).shape == (1, 10)
 
 
+def test_a_demo_of_another_seed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        demo, "command", lambda *words: exec("raise UserError('interrupted')", {"UserError": UserError})
+    )
+    with pytest.raises(UserError, match="interrupted"):
+        demo.main(demo.parse_args(["--out", str(tmp_path)]))
+    with pytest.raises(UserError, match=r"has a demo with \{'seed': 0, 'overrides': \[\]\}, not \{'seed': 1"):
+        demo.main(demo.parse_args(["--out", str(tmp_path), "--seed", "1"]))
+
+
 def test_an_unfinished_demo_of_another_space_is_named(tmp_path, monkeypatch):
     """As one of the time when its cheap operations came from a file of their own."""
     space = yaml.safe_load((demo.HERE / "demo.yml").read_text())["space"]

@@ -10,7 +10,7 @@ from conftest import run
 import utils
 from engines.search_record import prepare_search
 from images.dataset import Data, DataConfig
-from space.custom import PRESETS
+from space.custom import PRESETS, searched
 from space.limits import make_bounds
 from space.search_space import SearchSpace
 
@@ -92,6 +92,13 @@ def test_what_only_trains_and_images_may_be_others_with_a_line(best, tree, tmp_p
         (other / part / "bird").rename(other / part / "birds")
     _, stderr = run("scratch.py", *words(other), "--architecture", best, "--out", tmp_path / "three", code=2)
     assert "searched for other classes: those of the data are without 'bird' and with 'birds'\n" in stderr
+
+
+def test_a_member_of_the_front_has_the_record_of_its_search(best):
+    front = best.with_name("front")
+    front.mkdir()
+    member = shutil.copy(best, front / "001.json")
+    assert searched(member) == searched(best) is not None
 
 
 @pytest.mark.parametrize("section", ["supernet: {space: varied}", "scratch: {space: varied}"])

@@ -1,12 +1,15 @@
 """The path sampler: flat over the bins, uniform within each, a pure function of seed and step, finite."""
 
 import collections
+import dataclasses
 import itertools
 import random
 
 import numpy as np
 import pytest
 
+import supernet
+from settings.subjects import Sampling
 from space import sampler
 from space.sampler import PathSampler, default_flops_range
 from space.search_space import SearchSpace
@@ -154,3 +157,11 @@ def test_the_paths_of_a_seed_are_those_of_every_version():
     binned, free = PathSampler(SearchSpace(), 0, default_flops_range(SearchSpace())), PathSampler(SearchSpace(), 3)
     assert binned.candidate(1) == (0, 3, 2, 2, 0, 1, 0, 1, 2, 1, 1, 1, 0, 3, 2, 0, 3, 2, 3, 1)
     assert free.candidate(2000) == (3, 1, 3, 1, 1, 1, 1, 0, 1, 0, 2, 3, 3, 1, 1, 0, 2, 0, 2, 1)
+
+
+def test_where_all_candidates_cost_the_same_the_other_sampler_is_named():
+    space = dataclasses.replace(SPACE, operations=("shufflenet_3x3",))
+    with pytest.raises(
+        UserError, match=r"candidates all cost \d+ multiply-adds, so there are no bins: give --sampler uni"
+    ):
+        supernet.make_sampler(Sampling(), space, 0, 10)

@@ -582,7 +582,7 @@ def test_report_has_the_ten_best_and_the_next_command(tmp_path, capsys):
     limits = Limits(SPACE, {"flops": (None, 10**9)}, banned=[(1,) * 20])
     found = types.SimpleNamespace(succeeded=results, n_failed=1, winner=results[0], space=SPACE, out=tmp_path,
                                   largest_text="the largest", own_heads={}, measured_text=lambda result: "8.000",
-                                  objectives=[],
+                                  objectives=[], front_files=[],
                                   is_beyond=lambda result: limits.excess(result["architecture"]))  # fmt: skip
     search.report(found, args)
     lines = capsys.readouterr().out.splitlines()

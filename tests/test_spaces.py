@@ -169,6 +169,57 @@ def test_a_gain_is_none_where_the_interval_holds_zero(monkeypatch):
     assert spaces.gain([true], [almost], true) == "none"  # many draws have one of the two only
 
 
+def test_a_study_of_other_images_or_flags_is_another_one(settings, tmp_path):
+    def study(*flags):
+        return spaces.Study(settings, flags, tmp_path / "out", candidates=3, repeats=0)
+
+    first, folder = study(), study().folder()
+    first.keep("training", {"architecture": first.candidates[0], "seed": 0, "acc1": 50.0})
+    assert len(study().rows()) == 1 and not study("--lr", "0.3").rows()
+    settings.write_text(SPACE + "tester: {bn: ema}\n")
+    assert not study().rows()
+    settings.write_text(SPACE)
+    image = next((tmp_path / "images" / "val").rglob("*.jpg"))
+    image.rename(image.with_name("other.jpg"))
+    assert not study().rows() and study().folder() != folder
+    of_before = [key for key in first.key if key not in ("images", "tester")]
+    first.key = {key: first.key[key] for key in of_before}
+    first.keep("training", {"architecture": first.candidates[0], "seed": 0, "acc1": 50.0})
+    assert len(study().rows()) == 1  # the study of before resumes
+
+
+def test_flags_of_training_do_not_reach_the_evaluation_but_its_own_do(settings, tmp_path):
+    study = spaces.Study(settings, ["--lr", "0.3", "--workers", "1"], tmp_path / "out", candidates=3)
+    args = study.tested(tmp_path / "supernet")
+    assert study.training.lr == 0.3 and not hasattr(args, "lr") and args.workers == 1 and args.bn_batches == 2
+
+
+def test_the_limits_of_the_file_count_in_all_forms(settings, tmp_path):
+    own_file = tmp_path / "own.py"
+    own_file.write_text("from space.own import register_cost\n@register_cost('kinds')\n"
+                        "def kinds(space, candidate):\n    return len(set(candidate))\n")  # fmt: skip
+    for text, expected in (("flops-limit: 20%", 0.2), ("limit: [kinds=1, flops=20%]", 0.2)):
+        settings.write_text(SPACE.replace('limit: "flops=100%"', text))
+        study = spaces.Study(settings, out=tmp_path / "out", own_file=own_file, candidates=1)
+        assert study.bounds["flops"] == (None, study.space.quantile("flops", expected))
+    assert study.bounds["kinds"] == (None, 1) and study.candidates[0][0] == study.candidates[0][1]
+
+
+def test_a_torn_last_line_is_left_out_and_written_over(tmp_path):
+    path = tmp_path / "results.jsonl"
+    shared.add_line(path, {"a": 1})
+    path.write_text(path.read_text() + '{"b": ')
+    assert shared.lines(path) == [{"a": 1}]
+    shared.add_line(path, {"c": 3})
+    assert path.read_text() == '{"a": 1}\n{"c": 3}\n' and shared.lines(tmp_path / "none") == []
+
+
+def test_trainings_that_fail_are_said_and_give_exit_code_2(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "run", lambda *_: [["two", "training", [0, 0], 0]])
+    out, err = run("bench.spaces", settings, "--candidates", 3, "--out", tmp_path / "out", code=2)
+    assert "report.md" in out and "1 of the trainings failed, see above; the same command repeats them" in err
+
+
 def test_truths_that_are_known():
     macro = spaces.macro.full_space()
     rows = spaces.read_truth(spaces.macro.TRUTH, macro)

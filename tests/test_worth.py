@@ -1,5 +1,6 @@
 """bench/worth.py and lengths.py: what they draw, keep, resume, and conclude from rows that are made up."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -25,9 +26,9 @@ def study(tmp_path, monkeypatch):
     """The study of the bundled images, with an empty file of results."""
     monkeypatch.setattr(spaces, "RESULTS", tmp_path / "spaces.jsonl")
     monkeypatch.setattr(worth, "RESULTS", tmp_path / "worth.json")
-    for name in map(str, range(10)):
-        (tmp_path / "images" / "val" / name).mkdir(parents=True)
-        (tmp_path / "images" / "val" / name / "0.png").touch()
+    for part, name in itertools.product(("train", "val"), map(str, range(10))):
+        (tmp_path / "images" / part / name).mkdir(parents=True)
+        (tmp_path / "images" / part / name / "0.png").touch()
     return spaces.Study(ROOT / "bench" / "varied_fashion.yml", ["--data-dir", str(tmp_path / "images")], tmp_path)
 
 

@@ -440,8 +440,10 @@ def print_best(found):
         mark = "  beyond the limit" if found.is_beyond(result) else ""
         print(f"{numbers}{' '.join(map(str, result['architecture']))}{mark}")
     if place:
-        how = "measured" if found.measured_text(found.winner) else "predicted"
-        what = "the first of the front" if found.objectives else f"the best that holds, {how}"
+        measured = found.measured_text(found.winner)
+        what = f"the best that holds, {'measured' if measured else 'predicted'}"
+        if found.objectives:
+            what = "the first of the front" + (" that was measured and holds" if measured else "")
         print(f"{what}: rank {place + 1}")
     if found.largest_text:
         print(found.largest_text)

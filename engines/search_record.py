@@ -149,7 +149,8 @@ class SearchRecord:
             row["correction"] = statistics.median(m["measured_ms"] / m["predicted_ms"] for m in found)
             row["generations"] = max(1, settings["generations"] // 4)
         self.evolution.limits = limits.after(row)
-        best = self.results[self.evolution.best[0]] if self.evolution.best and not none_holds else None
+        # A front without those that are banned has others, too, which only they dominated: nobody measured these.
+        best = next((self.results[tuple(m["architecture"])] for m in found if m["holds"]), None)
         if best:
             self._write_architecture("best.json", best["architecture"])
         else:

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import re
 import shlex
 import statistics
@@ -585,7 +586,8 @@ def run_search(out, timed, own, measure, stop_after=10**9):
             return None
         if not search.unconfirmed(record.state):
             return record.state
-        best = record.evolution.legal_ranked()[:10]
+        evolution = record.evolution
+        best = (evolution.front() if evolution.objectives else evolution.legal_ranked())[:10]
         record.confirm({c: measure(c) for c in best})
         record.lock.close()
 
@@ -631,6 +633,30 @@ def test_the_next_one_that_holds_wins(timed, tmp_path):
     assert timed.load_architecture(tmp_path / "checkpoints" / "best.json") == tuple(state["best"]["architecture"])
     assert state["best"]["latency_ms"] == row["measured"][2]["predicted_ms"] and "params" not in state["best"]
     assert SearchResults(tmp_path).legal[0]["architecture"] == state["best"]["architecture"]
+
+
+def test_the_winner_of_a_front_was_measured(timed, tmp_path, monkeypatch, capsys):
+    """Without the first of the front, which breaks the limit, candidates that only it dominates are in the front."""
+    monkeypatch.setattr(f"{__name__}.reward", lambda candidate: 100 * random.Random(str(candidate)).random())
+    high = timed.quantile("latency", 0.5)
+    own, found = own_settings(high) | {"objectives": ["acc1", "flops"]}, []
+
+    def measure(candidate):
+        found.append(candidate)
+        return high + (candidate == found[0])
+
+    state = run_search(tmp_path, timed, own, measure)
+    (row,) = state["confirmations"]
+    checkpoints = tmp_path / "checkpoints"
+    assert [m["holds"] for m in row["measured"][:2]] == [False, True]
+    assert timed.load_architecture(checkpoints / "front" / "000.json") not in found
+    assert state["best"]["architecture"] == row["measured"][1]["architecture"]
+    assert timed.load_architecture(checkpoints / "best.json") == found[1]
+    results = SearchResults(tmp_path)
+    assert results.winner["architecture"] == list(found[1])
+    search.print_best(results)
+    assert "\nthe first of the front that was measured and holds: rank " in capsys.readouterr().out
+    assert run_search(tmp_path, timed, own, measure)["best"] == state["best"]  # as --resume finds it
 
 
 def by_latency(timed):

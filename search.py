@@ -160,7 +160,9 @@ def refuse_contradictions(parser, args, before):
     if args.engine == "local":
         parser.refuse("--engine local", "host", "port")
     if args.objectives and args.rank_by != "acc1":
-        parser.refuse("--objectives, which ranks by what it names", "rank-by")
+        if "rank_by" in parser.typed:
+            parser.refuse("--objectives, which ranks by what it names", "rank-by")
+        args.rank_by = "acc1"  # a file's is for its other searches
     if args.mutation == 0:
         parser.refuse("--mutation 0", "mutation-prob")
     if args.strategy == "random":

@@ -174,7 +174,11 @@ def test_wrong_objectives_are_one_line(text):
         search.parse_args(["--objectives", text])
 
 
-def test_objectives_and_another_ranking_exclude_each_other():
+def test_objectives_and_another_ranking_exclude_each_other(tmp_path):
     with pytest.raises(UserError, match="--rank-by has no effect with --objectives"):
         search.parse_args(["--objectives", "acc1,flops", "--rank-by", "loss"])
     assert search.parse_args(["--rank-by", "loss"]).rank_by == "loss"
+    path = tmp_path / "own.yml"
+    path.write_text("search: {rank-by: loss}")  # for the file's other searches
+    assert search.parse_args(["--config", str(path)]).rank_by == "loss"
+    assert search.parse_args(["--config", str(path), "--objectives", "acc1,flops"]).rank_by == "acc1"

@@ -715,7 +715,7 @@ def world(tree, images, tmp_path, table, monkeypatch, forked):
 
 
 def evaluate(trial, candidates):
-    return [result(c, acc1=reward(c)) for c in candidates]
+    return [result(c, acc1=reward(c), loss=1 / (1 + reward(c))) for c in candidates]
 
 
 def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
@@ -880,7 +880,7 @@ def test_random_search_is_a_search_without_children(world, tmp_path, monkeypatch
 
 OWN = {
     "common": {"heldout-per-class": 3, "loader": "torchvision", "workers": 0, "device": "cpu", "threads": 1},
-    "search": {"population": 6, "generations": 3, "concurrency": 1},
+    "search": {"rank-by": "loss", "population": 6, "generations": 3, "concurrency": 1},
 }
 
 

@@ -232,6 +232,9 @@ class Evolution:
             left = [c for c in everything if self._is_new(c, population)]
             population += self.rng.sample(left, min(missing, len(left)))
         elif missing:  # few are legal: try neighbours, also of those that this loop adds
+            if not self.history and not population:  # none was found: as under a limit on how many choices differ
+                same = (tuple(min(choice, n - 1) for n in self.choices) for choice in range(max(self.choices)))
+                self._add_new(population, missing, (self.limits.repair(c, self.rng) for c in same))
             for candidate in population:
                 wanted = self.population_size - len(population)
                 self._add_new(population, wanted, self.limits.neighbours(candidate, self.rng))

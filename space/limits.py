@@ -367,7 +367,8 @@ class Limits:
     def check(self):
         """Raises UserError if no candidate meets all limits; names the tightest one and the nearest possible cost.
 
-        Nothing is proved about functions of a candidate: there the nearest one is named that SEARCHES repairs found.
+        Nothing is proved about functions of a candidate: there the nearest one is named that repairs found, of SEARCHES
+        random candidates and of those with one choice in all blocks.
         """
         rng = random.Random(0)
         candidate = self.repair(self.space.random_candidate(rng), rng)
@@ -386,7 +387,9 @@ class Limits:
             within, candidate = limits, found
         if not self.functions:
             return
-        found = [self.repair(self.space.random_candidate(rng), rng) for _ in range(SEARCHES)]
+        starts = [self.space.random_candidate(rng) for _ in range(SEARCHES)]
+        starts += map(self.space.uniform_candidate, range(max(self.space.n_choices)))
+        found = [self.repair(start, rng) for start in starts]
         if self.excess(nearest := min([candidate, *found], key=self.excess)):
             own = self.space.costs.own
             costs = ", ".join(f"{name} {shown(name, self.space.cost(name, nearest), own)}" for name in self.bounds)

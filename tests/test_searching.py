@@ -96,6 +96,17 @@ def test_a_function_of_a_candidate_is_a_limit_beside_others():
         space.largest("kinds=2")
 
 
+def test_where_few_candidates_have_so_few_kinds_those_of_one_kind_are_tried():
+    """In the paper's 20 blocks, where no repair of a random candidate arrives at one kind, and few at two."""
+    own.load(EXAMPLE)
+    space = own.with_costs(SearchSpace(), ["kinds"])
+    for n in (1, 2):
+        bounds = make_bounds(space, [f"kinds={n}"])
+        Limits(space, bounds).check()
+        population = Evolution.from_settings(space, {**as_settings(bounds), "population": 8}).ask()
+        assert len(population) == (4 if n == 1 else 8) and {len(set(c)) for c in population} <= {1, n}
+
+
 class Never:
     """Limits that no candidate meets."""
 

@@ -24,7 +24,7 @@ from space.costs import OwnCost
 from space.evolution import Evolution
 from space.limits import Limits, as_settings, describe, idle_limits, known_costs, make_bounds, offer, read_limits
 from space.search_space import SearchSpace
-from utils import UserError, read_json
+from utils import UserError, read_json, read_yaml
 
 EXAMPLE = ROOT / "examples" / "searching.py"
 SPACE = SearchSpace(28, 10, stage_blocks=(2, 2), stage_channels=(32, 64), stage_strides=(2, 2))  # 256 candidates
@@ -254,6 +254,8 @@ def test_the_programs_of_the_page_run(monkeypatch):
     text = (ROOT / "docs" / "search.md").read_text().split("## Costs and searchers of your own")[1].split("\n## ")[0]
     costs, program = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     assert len(text.split()) <= 300
+    (last,) = re.findall(r'"demo/checkpoints/supernet/checkpoint-(\d+)\.pth"', program)
+    assert int(last) == read_yaml(ROOT / "demo.yml")["supernet"]["iterations"]
     exec(costs, {})
     space = own.with_costs(SPACE, ["energy", "kinds"])
     assert known_costs(space).keys() == {"flops", "params", "energy"}

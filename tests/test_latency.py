@@ -920,6 +920,15 @@ def test_the_searches_of_the_page_run_in_order(own, tmp_path):
     assert states["front"]["settings"]["objectives"] == ["acc1", "flops"] and states["front"]["generation"] == 12
 
 
+def test_the_random_search_of_the_page_runs(own, tmp_path):
+    text = (ROOT / "docs" / "search.md").read_text().split("## Random search")[1]
+    for line in re.search(r"^```sh\n(.*?)^```$", text, re.M | re.S)[1].splitlines():
+        line = line.replace("--checkpoint checkpoints/supernet/checkpoint-0150000.pth", own)
+        line = line.replace("search.py", "search.py --engine local").replace("report.py .", "report.py own")
+        typed(line)
+    assert SearchResults(tmp_path / "random").is_random()
+
+
 def test_a_space_given_for_other_images_is_that_of_the_supernet(own, tmp_path):
     """As in a settings file, which has the space and not the number of classes."""
     stages = [{"blocks": 2, "channels": 16, "stride": 2}, {"blocks": 3, "channels": 24, "stride": 2}]

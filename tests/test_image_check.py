@@ -1,7 +1,9 @@
 """The check of an image tree: `python dataloader.py --check DIR`, and scripts that refuse a tree that failed it."""
 
+import argparse
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -147,6 +149,16 @@ def test_accepted_files_may_be_trained_on(tree, tmp_path):
     stdout, _ = run("dataloader.py", "--check", tree, "--accept")
     assert "train/car/twice.jpg" in stdout and "1 mislabelled" in stdout
     run(*words)
+
+
+def test_the_code_about_apps_takes_accepted_files(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tree / "train" / "apple" / "000.jpg", tree / "train" / "car" / "twice.jpg")
+    run("dataloader.py", "--check", tree, "--accept", "--cache", "data/cache")
+    (code,) = re.findall(r"^train = (Data\(.*\))\.train$", (ROOT / "docs" / "deploy.md").read_text(), re.M)
+    program = argparse.Namespace(config=DataConfig(32, 32))
+    found = eval(code.replace('"sorted"', "tree"), {"Data": Data, "tree": tree, "program": program})
+    assert "car/twice.jpg" in found.train.paths
 
 
 def test_a_tree_that_passed_is_not_decoded_again_until_it_changes(tree, record, monkeypatch):

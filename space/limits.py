@@ -69,13 +69,18 @@ def bounds_of(settings):
 
 
 def as_before(space, bounds, settings):
-    """The bounds of a search that is resumed: one of before, with these settings, keeps what 100% was then."""
+    """The bounds of a search that is resumed: one of before, with these settings, keeps what 100% was then, and the
+    share of a cost of its own."""
     before = bounds_of(settings) if settings.keys() & {"limits", "flops_limit"} else {}
     found = dict(bounds)
     for name in filter(space.has_table, bounds.keys() & before.keys()):
         now, then = space.cost_range(name)[1], space.grid_quantile(name, 1)
+        near = space.grid_error(name) if name in space.costs.own else 0
         ends = zip(bounds[name], before[name])
-        found[name] = tuple(then if (end, old) == (now, then) else end for end, old in ends)
+        found[name] = tuple(
+            old if (end, old) == (now, then) or (None not in (end, old) and abs(end - old) < near) else end
+            for end, old in ends
+        )
     return found
 
 

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import operator
 import re
 import reprlib
@@ -373,9 +374,20 @@ class SearchSpace:
         return fixed + sum(row[choice] for row, choice in zip(rows, self.block_choices(candidate)))
 
     def quantile(self, name, share):
-        """The cost at or under which `share` (0 to 1) of uniform candidates lie: of 1 exactly, else to about 1e-4 of
-        the range."""
-        return self.grid_quantile(name, share) if share < 1 else self.cost_range(name)[1]
+        """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range; exactly
+        for 1, and for a user's cost that has few values, which would tell them apart."""
+        low, high = self.cost_range(name)
+        found = self.grid_quantile(name, share) if share < 1 else high
+        rows, _ = self.cost_rows(name)
+        apart = math.gcd(*(cost - min(row) for row in rows for cost in row))
+        if name in self.costs.own and apart > self.grid_error(name):
+            found = low + round((found - low) / apart) * apart
+        return found
+
+    def grid_error(self, name):
+        """By how much `grid_quantile` may be off, at most half of it: a step for each block."""
+        low, high = self.cost_range(name)
+        return len(self.cost_rows(name)[0]) * max((high - low) / 8192, 1)
 
     def grid_quantile(self, name, share):
         """`quantile` on a grid, which can end below the highest cost.

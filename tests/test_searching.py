@@ -1,7 +1,9 @@
 """Costs and searchers of one's own: limits on them, what is refused, the record, the commands."""
 
+import dataclasses
 import itertools
 import json
+import math
 import re
 import types
 
@@ -22,7 +24,17 @@ from reports.search_results import RandomSearch, SearchResults
 from space import own
 from space.costs import OwnCost
 from space.evolution import Evolution
-from space.limits import Limits, as_settings, describe, idle_limits, known_costs, make_bounds, offer, read_limits
+from space.limits import (
+    Limits,
+    as_before,
+    as_settings,
+    describe,
+    idle_limits,
+    known_costs,
+    make_bounds,
+    offer,
+    read_limits,
+)
 from space.search_space import SearchSpace
 from utils import UserError, read_json, read_yaml
 
@@ -46,6 +58,28 @@ def everything():
 
 
 # --- costs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [7, 20])
+def test_a_share_of_a_cost_with_few_values_is_one_of_them(tmp_path, n):
+    (tmp_path / "own.py").write_text("""from space.own import register_cost
+@register_cost("depth")
+def depth(space):
+    return [[0 if name == "xception_3x3" else 1 for name in names] for names in space.block_operations]""")
+    space = dataclasses.replace(SPACE, stage_blocks=(n - 2, 2))
+    own.load(tmp_path / "own.py")
+    space = own.with_costs(space, ["depth"])
+    scale = space.costs.own["depth"].scale
+    for percent in range(1, 100):
+        depth = space.cost_value("depth", f"{percent}%") / scale
+        below = [sum(math.comb(n, k) * 3**k for k in range(int(depth) + 1 - i)) / 4**n for i in (0, 1)]
+        assert depth == int(depth) and below[0] >= percent / 100 - 1e-3 and below[1] < percent / 100 + 1e-3
+    before = space.grid_quantile("depth", 0.59)
+    bounds = make_bounds(space, ["depth=59%"])
+    assert (
+        bounds != (kept := as_before(space, bounds, {"limits": {"depth": [None, before]}})) == {"depth": (None, before)}
+    )
+    assert as_before(space, bounds, {"limits": {"depth": [None, before - scale]}}) == bounds != kept
 
 
 def test_a_table_is_a_cost_as_flops_are():

@@ -1,6 +1,8 @@
 """BN recalibration and exact accuracy."""
 
 import copy
+import dataclasses
+import itertools
 import math
 import random
 import weakref
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import tree_logits
+from torch import nn
 
+import blocks
 from network import ShuffleNetV2OneShot, batch_norms, fold_bn
 from space.search_space import SearchSpace
 from training.evaluation import (
@@ -187,6 +191,22 @@ def test_a_result_does_not_depend_on_what_was_evaluated_before(supernet):
     together = results(candidates)
     assert together == [result for candidate in candidates for result in results([candidate])]
     assert together[::-1] == results(candidates[::-1])
+
+
+def test_an_operation_that_changes_its_input_in_place_changes_no_other_candidate(monkeypatch):
+    class InPlace(nn.Sequential):
+        def __init__(self, shape, width, affine):
+            layers = blocks.conv_bn(shape.in_channels, shape.out_channels, 1, shape.stride, affine=affine, relu=False)
+            super().__init__(nn.Hardswish(inplace=True), *layers)
+
+    monkeypatch.setitem(blocks.OPERATIONS, "in_place", InPlace)
+    stage = {"stage_strides": (1,), "stage_blocks": (3,), "stage_channels": (4,)}
+    space = dataclasses.replace(SPACE, **stage, operations=("skip_1x1", "in_place"))
+    supernet = ShuffleNetV2OneShot(space=space)
+    candidates = list(itertools.product((0, 1), repeat=3))
+    together = evaluate(supernet, candidates, batches(2, 4), batches(2, 8, 1))
+    alone = [evaluate(supernet, [c], batches(2, 4), batches(2, 8, 1))[0] for c in candidates]
+    assert [r["loss"] for r in together] == [r["loss"] for r in alone]
 
 
 def test_a_few_at_a_time_have_the_results_of_all_at_once(supernet):

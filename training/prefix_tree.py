@@ -19,6 +19,8 @@ class _Part:
     def __init__(self, supernet, fold, key):
         self.run = supernet.part(key)
         module = supernet.module_of(key)  # has the weights
+        # An own operation may change its input in place, which is that of other nodes, too.
+        self.copies = isinstance(key, tuple) and type(module).__module__ != "blocks"
         narrow = isinstance(self.run, Narrow)
         form = self.run.form if narrow else module  # has the shapes at this width
         self.norms = batch_norms(module)
@@ -142,7 +144,7 @@ class PrefixTree:
                 node.attach()
                 if fold:
                     node.part.fold()
-                x = (node.part.folded if fold else node.part.run)(x)
+                x = (node.part.folded if fold else node.part.run)(x.clone() if node.part.copies else x)
                 if node.candidate:
                     yield node.candidate, x
                 stack += [(child, x) for child in node.children.values()]

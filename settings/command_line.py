@@ -156,17 +156,20 @@ class Parser(argparse.ArgumentParser):
 
 def _words(path, action, name, value):
     """Converts a setting of a file to words of a command line. Raises UserError if it is not a plain value."""
-    if isinstance(action, argparse.BooleanOptionalAction):
+    if action.nargs == 0:
         if not isinstance(value, bool):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, not true or false")
-        return [f"--{name}" if value else f"--no-{name}"]
+        no = [f"--no-{name}"] if isinstance(action, argparse.BooleanOptionalAction) else []
+        return [f"--{name}"] if value else no
     values = value if isinstance(value, list) else [value]
     for v in values:
         if isinstance(v, bool) or not isinstance(v, (str, int, float)) or NOT_A_WORD.search(str(v)):
             raise UserError(f"{path}: {name} is {reprlib.repr(value)}, not a plain value")
     words = list(map(str, values))
     if is_path(action.dest, value):
-        words = (_beside(path, word) for word in words)
+        words = [_beside(path, word) for word in words]
+    if not action.nargs and len(words) == 1:
+        return [f"--{name}={words[0]}"]  # it may begin with -
     return [f"--{name}", *words]
 
 

@@ -398,7 +398,12 @@ class Retraining(Settings):
     TITLE = "network"
 
     eval: bool = setting(
-        None, "measure --checkpoint on val instead of training", nargs=0, decides=False, excludes="instead"
+        None,
+        "measure --checkpoint on val instead of training",
+        nargs=0,
+        decides=False,
+        in_files=False,
+        excludes="instead",
     )
     export: str = setting(
         None, "export --checkpoint as a program: .pt2, or .onnx", unit="FILE", path=True, decides=False,
@@ -410,7 +415,7 @@ class Retraining(Settings):
     )  # fmt: skip
     with_preprocessing: bool = setting(
         None, "export a program that takes whole images of any size, and resizes and crops them, which a limit on "
-        "latency does not count (no)", nargs=0, decides=False,
+        "latency does not count (no)", nargs=0, decides=False, in_files=False,
     )  # fmt: skip
     opset: int = setting(None, "ONNX's operator set, 18 to 20 (torch.onnx's default)", count(18, 20), decides=False)
     bn_pass: int = setting(1250, "training batches of the BN pass (default: 1250)", count(0), unit="N")

@@ -65,6 +65,8 @@ def page():
         else:
             metavar = action.metavar or name.upper()
             values = " ".join(metavar) if isinstance(metavar, tuple) else metavar
+        if not FIELDS[action.dest].metadata["in_files"]:
+            values = "on the command line only"
         of = "all" if len(by_script) == len(SCRIPTS) else ", ".join(by_script)
         rows.append(f"| `{name}` | {of} | {values.replace('|', ' or ')} | {meaning(by_script)} |\n")
     return HEAD + "".join(rows)
@@ -224,6 +226,17 @@ def test_off_in_yaml_is_the_choice_of_that_name(tmp_path, script, entry, value):
     path.write_text(f"{script}: {{{entry}}}")
     args = importlib.import_module(script).parse_args(["--config", str(path)])
     assert getattr(args, entry.split(":")[0].replace("-", "_")) == value
+
+
+def test_values_that_begin_with_a_dash_and_flags_without_a_value_stand_in_files(tmp_path):
+    path = tmp_path / "s.yml"
+    path.write_text("""common: {group-by: '-(\\d+)_'}\nsearch: {foreign-latency-table: true}\nscratch: {eval: true}""")
+    args = importlib.import_module("search").parse_args(["--config", str(path), "--limit", "latency=1ms"])
+    assert args.group_by == r"-(\d+)_" and args.foreign_latency_table is True
+    path.write_text(path.read_text().replace("table: true", "table: false"))
+    assert not importlib.import_module("search").parse_args(["--config", str(path)]).foreign_latency_table
+    with pytest.raises(UserError, match=r"scratch\.py has no setting 'eval'"):
+        importlib.import_module("scratch").parse_args(["--config", str(path)])
 
 
 @pytest.mark.parametrize("entry", ["amp: on", "amp: true", "device: off", "lr: off", "resume: no", "out: off"])

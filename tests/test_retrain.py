@@ -107,6 +107,10 @@ def test_without_an_architecture_the_best_of_the_search_is_named(best, tree, tmp
     path.write_text(section)
     _, stderr = run("scratch.py", *words(tree), "--config", path, "--out", tmp_path, code=2)
     assert f"--architecture: the published one is not of this space: name that of the search, {best}\n" in stderr
+    (tmp_path / "checkpoints" / "scratch").mkdir()
+    (tmp_path / "checkpoints" / "scratch" / "checkpoint-0000001.pth").touch()
+    _, stderr = run("scratch.py", *words(tree), "--resume none --config", path, "--out", tmp_path, code=2)
+    assert "the published one is not of this space" in stderr
     _, stderr = run("scratch.py", *words(tree), "--config", path, "--out", tmp_path / "none", code=2)
     assert "no search has written" in stderr and len(stderr.splitlines()) == 1
 

@@ -336,6 +336,9 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
         supernet_run(tmp_path, settings(iterations=2), loader="synthetic")
     supernet_run(tmp_path, settings(iterations=2, keep=7))  # harmless
     ckpt = load(newest(tmp_path), "supernet")
+    training.checkpoint.check_settings(
+        ckpt, {**ckpt.content, "settings": ckpt.content["settings"] | {"eval_batch_size": 9, "bn_pass": 0}}, tmp_path
+    )  # where memory ran out
     files = {"architecture": "best.json", "space": "own.yml", "group_by": "groups.csv"}
     ckpt.content["settings"] |= files
     moved = {name: f"elsewhere/{file}" for name, file in files.items()}  # contents have what they say
@@ -452,6 +455,21 @@ def kill(number):
 
 def fail(error=None):
     raise error or ValueError("no batch")  # from a data set in Python, say
+
+
+def test_a_run_that_was_to_start_anew_says_what_resumes_it(tmp_path, caplog, monkeypatch):
+    """Where torchrun restarts it, it resumes all the same; its settings on disk don't start it anew."""
+    caplog.set_level("INFO", "spos")
+    with pytest.raises(SystemExit):
+        supernet_run(tmp_path, settings(iterations=5, resume="none"), images=Ending(4, lambda: kill(signal.SIGTERM)))
+    assert "the same command without --resume none resumes from there" in caplog.text
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    caplog.clear()
+    supernet_run(tmp_path, settings(iterations=5, resume="none"))
+    assert "resuming at step 3" in caplog.text
+    run = training_run(tmp_path, settings(iterations=5))
+    run.start(torch.device("cpu"), 0, config={"resume": "none", "lr": 0.5})
+    assert (tmp_path / "config.yml").read_text() == "supernet:\n  lr: 0.5\n"
 
 
 @pytest.mark.parametrize("at, ends", [(4, signal.SIGTERM), (4, signal.SIGINT), (4, None), (1, signal.SIGTERM)])

@@ -195,6 +195,8 @@ def check_settings(ckpt, content, folder):
     changes = difference(SUBJECTS, known(ckpt.content), known(content), ignored)
     if change := changes.pop("micro_batch", None):
         log.warning("warning: %s: BN counts other numbers of images from now on", f"--micro-batch {change}")
+    for name in ("eval_batch_size", "bn_pass"):  # which weights don't depend on: where memory runs out, both may change
+        changes.pop(name, None)
     if changes:
         flags = {name: flag(name) for name in changes} | NO_FLAGS
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())

@@ -122,7 +122,7 @@ class _State:
         """Does the validation that was still due when the run stopped."""
         if self.validation_due:
             if stop := self.validated(self.done):
-                self.interruption.end(newest(self.run.folder), stop)
+                self.interruption.end(newest(self.run.folder), stop, self.run.again)
             self.save(self.done)
 
     def waits_for(self, batches):
@@ -139,7 +139,7 @@ class _State:
                     batch = next(batches, None)
             except Interrupted as error:
                 saved = self.save(meter.number) if meter.number > self.done else newest(self.run.folder)
-                self.interruption.end(saved, *error.args)
+                self.interruption.end(saved, *error.args, self.run.again)
             except Exception:
                 self.keep(meter.number)
                 raise
@@ -202,7 +202,7 @@ class _State:
         if step == training.iterations or stop or step % training.save_every == 0:
             saved = self.save(step, validation_due)
         if stop:
-            self.interruption.end(saved, stop)
+            self.interruption.end(saved, stop, self.run.again)
 
     def validated(self, step):
         """Validates, and writes all metrics. Returns the number of the signal that interrupted it, or 0."""
@@ -233,7 +233,7 @@ class _State:
         """Saves a finished step before an error ends the run; not if other ranks may be in another collective."""
         if self.run.folder and step > self.done and distributed.world_size() == 1:
             try:
-                log.info("saved %s; the same command resumes from there", self.save(step, validation_due))
+                log.info("saved %s; %s resumes from there", self.save(step, validation_due), self.run.again)
             except Exception as failure:  # must not hide the first error
                 log.warning("warning: nothing is saved: %s", failure)
 
@@ -398,10 +398,10 @@ class _Interruption:
         if self.raises:
             raise Interrupted(number)
 
-    def end(self, saved, number):
-        """Ends the process; `saved` is the checkpoint from which the run is resumed."""
+    def end(self, saved, number, again):
+        """Ends the process; `saved` is the checkpoint from which the run is resumed, by the command `again`."""
         if saved:
-            log.info("interrupted: saved %s; the same command resumes from there%s", saved, self.lost)
+            log.info("interrupted: saved %s; %s resumes from there%s", saved, again, self.lost)
         else:
             log.info(INTERRUPTED)
         if number == signal.SIGINT and not UserError.of_commands:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import reprlib
@@ -87,6 +88,7 @@ class TrainingRun:
         self.given = None  # settings, without those that `train` adds
         self.log = log
         self.started = False
+        self.again = "the same command"  # resumes the run
         self.read_back = False  # whether a sampler's state was found readable
         # Of a run that has been started, on rank 0: the open lock file, and what it resumes from.
         self.lock = self.content = None
@@ -123,6 +125,9 @@ class TrainingRun:
         settings, contents or code differ between ranks.
         """
         self.started = True
+        if anew:
+            self.again += " without --resume none"
+            anew = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun restarts to resume
         flags = {flag(name): value for name, value in self.settings.items()}
         contents = {name: value for name, value in self.contents.items() if name != "counts"}  # long, and in `images`
         distributed.check_same({**flags, **contents, "code of version": code_version()})
@@ -138,6 +143,7 @@ class TrainingRun:
             self.folder.rename(aside)
         start_logging(self.folder, device, seed, own.commits())
         self.content = self._newest()
+        config = {name: value for name, value in config.items() if name != "resume"}  # which may be none
         write_settings(self.folder / "config.yml", self.kind, config)
         if aside:
             log.info("the previous run was moved to %s", aside)

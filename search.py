@@ -101,6 +101,7 @@ from utils import (
     run_script,
     signals,
     start_logging,
+    write_json,
 )
 
 
@@ -123,7 +124,8 @@ def parse_args(argv=None):
 
     def defaults(given):
         before.update(settings_of(parser, given) if given["resume"] else {})
-        return experiment_defaults(parser, before.get("experiment", given["experiment"])) | before
+        experiment = parser.typed.get("experiment") or before.get("experiment", given["experiment"])
+        return experiment_defaults(parser, experiment) | before
 
     args = parser.parse(argv, defaults)
     if before and not args.config:
@@ -163,7 +165,7 @@ def refuse_contradictions(parser, args, before):
         if "rank_by" in parser.typed:
             parser.refuse("--objectives, which ranks by what it names", "rank-by")
         args.rank_by = "acc1"  # a file's is for its other searches
-    if args.mutation == 0:
+    if args.mutation == 0 and args.strategy != "random":  # of which a file may have it
         parser.refuse("--mutation 0", "mutation-prob")
     if args.strategy == "random":
         typed = [name for name in ("select", "mutation", "crossover", "mutation_prob") if name in parser.typed]
@@ -183,7 +185,8 @@ def settings_of(parser, given):
     if given["limit"] or given["flops_limit"]:  # then these are all limits, as in a new search
         found = {name: value for name, value in found.items() if name not in ("limit", "flops_limit")}
     found |= {name: state["settings"][name] for name in EVOLUTION if name in state["settings"]}
-    return {name: value for name, value in found.items() if name not in ("out", "resume")}
+    moved = () if os.path.exists(found.get("experiment", "")) else ("experiment",)  # with the project's folder
+    return {name: value for name, value in found.items() if name not in ("out", "resume", *moved)}
 
 
 def started_with(out):
@@ -241,7 +244,8 @@ def find_latency_table(args, out, supernet):
     if args.latency_table:
         return args.latency_table
     folders = [out, *list(Path(supernet).resolve().parents)[2:3]]  # the supernet is OUT/checkpoints/supernet/FILE
-    for folder in folders:
+    kept = [state_path(out).parent] if args.resume else []  # that of this search: others may be measured later
+    for folder in kept + folders:
         if (folder / "latency.json").exists():
             return folder / "latency.json"
     places = " or ".join(map(str, dict.fromkeys(folders)))
@@ -267,6 +271,7 @@ class Search:
     supernet: str  # path of its checkpoint
     space: SearchSpace  # it has the costs of --flops-table
     latency: dict | None  # the table of latencies, where it is of this device
+    table: dict | None  # the same, of any device
     costs: str  # a line for the log that compares the space's FLOPs with a table, or nothing
     warnings: list  # reasons to doubt the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
@@ -337,7 +342,7 @@ def check(args, out):
         settings["identities"] = recorded
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
     here = latency if latency and not mismatch(latency) else None
-    return Search(experiment, supernet.path, space, here, costs, warnings, settings, data)
+    return Search(experiment, supernet.path, space, here, latency, costs, warnings, settings, data)
 
 
 def identities_of(args, out, space, settings):
@@ -363,6 +368,8 @@ def prepare(search, args, out):
     folder = state_path(out).parent
     start_logging(folder, args.device, args.seed, own.commits())
     write_settings(folder / "config.yml", "search", vars(args))
+    if search.table:
+        write_json(folder / "latency.json", search.table)
     if search.costs:
         log.info(search.costs)
     for text in search.warnings:

@@ -209,6 +209,12 @@ def test_a_resumed_search_has_its_settings_without_flags(data, out, tmp_path, fo
     torch.save(content | {"step": 2}, weights)
     _, stderr = run("search.py", "--resume", "--out", other, code=2)
     assert "other settings: --checkpoint other weights than then" in stderr and len(stderr.splitlines()) == 1
+    file = other / "checkpoints" / "search" / "config.yml"
+    file.write_text(re.sub("experiment: .*", "experiment: /gone/config_search.yml", file.read_text()))
+    _, stderr = run("search.py", "--resume", "--out", other, code=2)  # the project's folder has moved
+    assert "other weights than then" in stderr
+    _, stderr = run("search.py", "--resume --experiment typed.yml --out", other, code=2)
+    assert "typed.yml: No such file" in stderr
     missing = tmp_path / "mistyped"
     _, stderr = run("search.py", "--resume", "--out", missing, code=2)
     assert f"--resume: there is no search in {missing}" in stderr and not missing.exists()

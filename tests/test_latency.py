@@ -745,8 +745,11 @@ def test_search_under_a_limit_on_latency(world, timed, tmp_path, monkeypatch):
     onnx = {"runtime": "onnxruntime", "onnxruntime": onnx_runtime.version() or "1.2.3"}
     for other in ({"batch_size": 2}, onnx, {"spread": 0.1}):
         write_json(tmp_path / "latency.json", table | other)
-        _, stderr = run("search.py", *world, "--limit", limit, "--limit", "params=90%", "--resume", code=2)
+        words = (*world, "--limit", limit, "--limit", "params=90%", "--resume")
+        _, stderr = run("search.py", *words, "--latency-table", tmp_path / "latency.json", code=2)
         assert "other settings: --latency-table other latencies than then" in stderr, other
+        again, _ = run("search.py", *words)  # has kept its own
+        assert again == stdout
 
 
 def test_a_search_needs_no_onnx_runtime_until_its_best_are_measured(
@@ -798,6 +801,7 @@ def test_a_limit_without_effect_and_candidates_beyond_one(world, pretended, tmp_
     assert f"<b>{found.measured_text(found.legal[0])} ms</b><small>its latency in onnxruntime, measured; " in text
     assert "Warning: the limit params=80k excludes no candidate" in text
     assert "Predicted from a table of onnxruntime 1.2.3 on" in text
+    assert "Predictions for networks that it was not made from are off by up to" in " ".join(text.split())
 
 
 def test_a_foreign_table_is_refused_unless_asked_for_and_then_nothing_is_measured(
@@ -874,6 +878,17 @@ def test_random_search_is_a_search_without_children(world, tmp_path, monkeypatch
     with pytest.raises(UserError, match="--mutation has no effect with --strategy random"):
         search.parse_args(["--strategy", "random", "--mutation", "5"])
     assert search.parse_args(["--strategy", "random", "--demo"]).crossover == 0
+
+
+def test_a_search_that_is_resumed_has_the_table_it_began_with(tmp_path):
+    """Another one may have been measured since."""
+    for folder in (tmp_path, state_path(tmp_path).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "latency.json").touch()
+    for resume in (False, True):
+        args = argparse.Namespace(latency_table=None, resume=resume)
+        found = search.find_latency_table(args, tmp_path, tmp_path / "supernet.pth")
+        assert (found.parent != tmp_path) == resume
 
 
 # --- several searches on one supernet ------------------------------------------------------------------------
@@ -963,7 +978,7 @@ def test_what_is_advised_leads_on(own, tmp_path):
     channels = stdout.split("search its channels, with the flags of the supernet's training:\n")[1].splitlines()[0]
     assert channels.endswith("--out other/channels")
     write_json(tmp_path / "other" / "latency.json", {**read_json(tmp_path / "other" / "latency.json"), "space": {}})
-    _, stderr = typed(f"{first} --resume", code=2)
+    _, stderr = typed(f"{first} --latency-table other/latency.json --resume", code=2)
     assert "latency.json: is of another search space than the supernet's; run python tester.py --mode latency" in stderr
     assert "--checkpoint own/" in stderr
 

@@ -253,9 +253,7 @@ def run_script(main, parse_args, may_print=lambda line: True):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        what = (
-            "evaluation takes --eval-batch-size images at a time, the BN pass --batch-size; --bn-pass 0 leaves it out"
-        )
+        what = "evaluation takes --eval-batch-size images at a time, the BN pass --batch-size (--bn-pass 0: none)"
         line = f"error: out of memory ({str(error).partition('. ')[0][:100] or 'of the CPU'}): {what}"
     line = f"{pathlib.Path(sys.argv[0]).name}: {' '.join(line.split())}"
     line = line.encode(errors="backslashreplace").decode()

@@ -398,13 +398,9 @@ class Retraining(Settings):
     TITLE = "network"
 
     eval: bool = setting(
-        None,
-        "measure --checkpoint on val instead of training",
-        nargs=0,
-        decides=False,
-        in_files=False,
+        None, "measure --checkpoint on val instead of training", nargs=0, decides=False, in_files=False,
         excludes="instead",
-    )
+    )  # fmt: skip
     export: str = setting(
         None, "export --checkpoint as a program: .pt2, or .onnx", unit="FILE", path=True, decides=False,
         excludes="instead",

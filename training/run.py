@@ -126,7 +126,7 @@ class TrainingRun:
         """
         self.started = True
         if anew:
-            self.again += " without --resume none"
+            self.again = "the same command without --resume none"
             anew = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun restarts to resume
         flags = {flag(name): value for name, value in self.settings.items()}
         contents = {name: value for name, value in self.contents.items() if name != "counts"}  # long, and in `images`

@@ -6,6 +6,7 @@ KeepResults         the assessor, which passes the trials' intermediate results 
 
 import collections
 import functools
+import os
 import threading
 
 from engines import trial
@@ -35,7 +36,11 @@ def _stops_search_on_error(method):
                 method(self, *args, **kwargs)
             except Exception as error:
                 log.exception("the search cannot continue")
-                self.record.stop(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+                try:
+                    self.record.stop(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+                except OSError:  # a full disk; the search sees that this process ends
+                    log.exception("the reason can't be written")
+                    os._exit(1)
 
     return run
 

@@ -11,7 +11,7 @@ from engines.heartbeats import forget_heartbeats, heartbeat_file, note_heartbeat
 from engines.progress import Progress
 from engines.search_files import listed_images
 from engines.search_record import SearchRecord
-from engines.trial import gpu_names, reason_of, take_gpu
+from engines.trial import gpu_names, lock_folder, reason_of, take_devices
 from settings.subjects import Evaluation
 from space.splitting import chunks, cut
 from utils import (
@@ -26,6 +26,7 @@ from utils import (
 )
 
 HEARTBEAT_S = 0.2  # between those of a worker
+SMALL = 8  # candidates of a generation that may all fail
 SPAWN = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
 
 
@@ -62,7 +63,13 @@ def search_locally(out, settings, concurrency=1, candidates_per_trial=None, tria
 
 
 def _give_up(record, candidates, error):
-    if not any(result["acc1"] is not None for result in record.results.values()):
+    """Records that candidates have failed; raises UserError if it is not they that are to blame: where all fail, of the
+    search or of a generation that is not small."""
+    population = record.evolution.population
+    known = [
+        record.results[c] for c in (population if len(population) >= SMALL else record.results) if c in record.results
+    ]
+    if not any(result["acc1"] is not None for result in known):
         raise UserError(f"no candidate can be evaluated; the last one: {error}")
     for candidate in candidates:
         record.fail(candidate, error)
@@ -74,10 +81,11 @@ class Workers:
     def __init__(self, settings, concurrency, trial_timeout=300):
         self.trial_timeout = trial_timeout
         self.out = settings["out"]
-        n_gpus = len(gpu_names()) if settings["device"] != "cpu" else 0
+        self.gpus = gpu_names() if settings["device"] != "cpu" else []
         self.settings = json.dumps(settings)
-        self.n = min(concurrency, n_gpus or concurrency)
+        self.n = min(concurrency, len(self.gpus) or concurrency)
         self.pool = None
+        self.locks = []  # open files, which reserve the GPUs of the pool
 
     def __enter__(self):
         return self
@@ -87,6 +95,8 @@ class Workers:
 
     def evaluate(self, lists, together=True):
         """Yields (list, results, error) as lists finish, in parallel or one by one; error is a line, or None."""
+        if lists and not together:
+            self._end()  # an error may have left a CUDA context in which all fails
         for group in [lists] if together else [[one] for one in lists]:
             futures = {self._submit(candidates): candidates for candidates in group}
             for future, hung in self._finished(futures):
@@ -101,6 +111,8 @@ class Workers:
                     self._end()
                     yield futures[future], [], "a worker process died"
                 except Exception as error:
+                    if not together:
+                        self._end()
                     yield futures[future], [], f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
     def _finished(self, futures):
@@ -128,7 +140,13 @@ class Workers:
         if self.pool is None:
             check_shared_memory(self.n)
             forget_heartbeats(self.out)  # a search that was killed has left some
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, SPAWN, leave_signals_to_parent)
+            # Here, and not in the workers: those of two searches could each hold a GPU and wait for the other's.
+            gpus, self.locks = take_devices(self.gpus, self.n, lock_folder()) if self.gpus else ([], [])
+            names = SPAWN.SimpleQueue()
+            for name in gpus:
+                names.put(name)
+            begin = _begin, (names if gpus else None,)
+            self.pool = concurrent.futures.ProcessPoolExecutor(len(gpus) or self.n, SPAWN, *begin)
         return self.pool
 
     def _end(self):
@@ -141,10 +159,19 @@ class Workers:
                 process.join()
             self.pool.shutdown(cancel_futures=True)  # waits for the pool's thread, which Python's exit may collide with
             forget_heartbeats(self.out)
-            self.pool = None
+            for file in self.locks:
+                file.close()
+            self.pool, self.locks = None, []
 
 
 # --- in a worker ---------------------------------------------------------------------------------------------
+
+
+def _begin(gpus):
+    """Begins a worker, on a GPU of its own from the queue `gpus`, or on the CPU (None)."""
+    leave_signals_to_parent()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
 
 def _work(evaluation, out, settings, candidates):
@@ -167,7 +194,7 @@ def _evaluate(settings, candidates):
 
 @functools.cache
 def _opened(settings):
-    """(Evaluation, supernet, calibration batches, validation batches) of this worker, on a device of its own.
+    """(Evaluation, supernet, calibration batches, validation batches) of this worker.
 
     `settings` are those of a trial as JSON. Opened for the first list instead of when the worker starts, so that a
     UserError reaches the search.
@@ -175,5 +202,4 @@ def _opened(settings):
     from training.evaluation import open_evaluation
 
     values = json.loads(settings)
-    take_gpu(values["device"])
     return Evaluation.of(values), *open_evaluation(values, listed_images(values["out"]))

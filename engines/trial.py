@@ -15,7 +15,7 @@ import os
 import pathlib
 import tempfile
 
-from utils import UserError, heartbeats_to, private_folder, wait_for_lock
+from utils import UserError, heartbeats_to, private_folder, try_lock, wait_for_lock
 
 # --- messages ------------------------------------------------------------------------------------------------
 # NNI hands `parameters` to a trial. The trial reports each result in an `intermediate` message, and all of them in a
@@ -112,7 +112,8 @@ def take_gpu(device):
     Does nothing for `device` "cpu", or without a GPU. Must be called before CUDA is initialised.
     """
     if names := gpu_names() if device != "cpu" else []:
-        os.environ["CUDA_VISIBLE_DEVICES"] = take_device(names, lock_folder())
+        (os.environ["CUDA_VISIBLE_DEVICES"],), files = take_devices(names, 1, lock_folder())
+        held.extend(files)
 
 
 def gpu_names():
@@ -124,12 +125,16 @@ def gpu_names():
     return [str(i) for i in range(n)] if visible is None else [name.strip() for name in visible.split(",")][:n]
 
 
-def take_device(names, folder):
-    """Locks the first free device until this process ends and returns its name; waits while all are taken."""
+def take_devices(names, n, folder):
+    """Locks the first free devices, `n` at most; waits while all are taken. Returns their names, and the open files,
+    which lock them until they are closed."""
     paths = {folder / f"{name.replace('/', '_')}.lock": name for name in names}
     path, file = wait_for_lock(paths, f"all {len(names)} GPUs are taken by other processes; waiting for one")
-    held.append(file)
-    return paths[path]
+    taken = {path: file}
+    for path in paths:
+        if path not in taken and len(taken) < n and (file := try_lock(path)):
+            taken[path] = file
+    return [paths[path] for path in taken], list(taken.values())
 
 
 def lock_folder():

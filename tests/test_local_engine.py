@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import multiprocessing.queues
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -172,6 +173,50 @@ def test_lists_are_so_small_that_little_is_lost(tmp_path, fake, concurrency, per
     search_locally(tmp_path, on_cpu(tmp_path), concurrency=concurrency, candidates_per_trial=per_trial)
     lists = json.loads((tmp_path / "id2cand" / "000.json").read_text())
     assert sum(map(len, lists.values())) == 30 and max(map(len, lists.values())) == size
+
+
+def evaluate_with_a_broken_context(trial, candidates):
+    """After its third list, all fails in the first process, as after an error of CUDA."""
+    first = out_of(trial) / "first"
+    with first.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    lists = first.read_text().split()
+    if lists.count(str(os.getpid())) > 3 and lists[0] == str(os.getpid()):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return evaluate(trial, candidates)
+
+
+def out_of(trial):
+    return pathlib.Path(json.loads(trial)["out"])
+
+
+def test_what_fails_alone_is_tried_in_a_new_process(tmp_path, fake):
+    fake(evaluate_with_a_broken_context)
+    results = searched(tmp_path, candidates_per_trial=1)
+    assert len(results) == 18 and not any("error" in r for r in results)
+
+
+def evaluate_where_there_is_memory(trial, candidates):
+    if (out_of(trial) / "full").exists():
+        raise RuntimeError("CUDA out of memory")
+    return evaluate(trial, candidates)
+
+
+def test_a_generation_in_which_all_fail_ends_the_search(tmp_path, fake):
+    """It can be resumed once the GPU is free again."""
+    fake(evaluate_where_there_is_memory)
+    prepare_search(tmp_path, SETTINGS | {"population": 8, "generations": 1}, False)
+    search_locally(tmp_path, on_cpu(tmp_path))
+    (tmp_path / "full").touch()
+    prepare_search(tmp_path, SETTINGS | {"population": 8, "generations": 2}, True)
+    with pytest.raises(
+        UserError, match="no candidate can be evaluated; the last one: RuntimeError: CUDA out of memory"
+    ):
+        search_locally(tmp_path, on_cpu(tmp_path))
+    (tmp_path / "full").unlink()
+    prepare_search(tmp_path, SETTINGS | {"population": 8, "generations": 2}, True)
+    search_locally(tmp_path, on_cpu(tmp_path))
+    assert len(read_results(tmp_path)) == 16 and not any("error" in r for r in read_results(tmp_path))
 
 
 def evaluate_with_a_user_error(trial, candidates):

@@ -1,6 +1,7 @@
 """Each process gets a device of its own, waits while there is none, and frees it however it ends. No GPU is needed."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ TAKE = """
 import pathlib, sys
 from engines import trial
 
-print(trial.take_device(sys.argv[2:], pathlib.Path(sys.argv[1])), flush=True)
+(name,), files = trial.take_devices(sys.argv[2:], 1, pathlib.Path(sys.argv[1]))
+print(name, flush=True)
 sys.stdin.read()
 """
 
@@ -251,6 +253,26 @@ def test_who_waits_for_a_device_lives(tmp_path):
     signs = []
     holder = utils.try_lock(tmp_path / "0.lock")
     with utils.heartbeats_to(lambda: signs.append(holder.close()) if len(signs) == 2 else signs.append(None)):
-        trial.take_device(["0"], tmp_path)
+        _, (file,) = trial.take_devices(["0"], 1, tmp_path)
     assert len(signs) == 3
-    trial.held.pop().close()
+    file.close()
+
+
+def visible(settings, candidates):
+    return [os.environ["CUDA_VISIBLE_DEVICES"]]
+
+
+def test_a_search_takes_the_gpus_that_are_free_and_waits_only_where_none_is(tmp_path, monkeypatch):
+    """Else two searches could each hold some, and wait for those of the other."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(local_engine, "gpu_names", lambda: ["4", "5", "6"])
+    monkeypatch.setattr(local_engine, "SPAWN", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(local_engine, "_evaluate", visible)
+    other = utils.try_lock(trial.lock_folder() / "5.lock")
+    with local_engine.Workers({"device": "auto", "out": str(tmp_path)}, 3) as workers:
+        found = {results[0] for _, results, error in workers.evaluate([[i] for i in range(20)]) if not error}
+        assert workers.n == 3 and found <= {"4", "6"} and found
+        assert not utils.try_lock(trial.lock_folder() / "4.lock")
+    for name in "46":
+        utils.try_lock(trial.lock_folder() / f"{name}.lock").close()
+    other.close()

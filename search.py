@@ -271,11 +271,11 @@ class Search:
     supernet: str  # path of its checkpoint
     space: SearchSpace  # it has the costs of --flops-table
     latency: dict | None  # the table of latencies, where it is of this device
-    table: dict | None  # the same, of any device
     costs: str  # a line for the log that compares the space's FLOPs with a table, or nothing
     warnings: list  # reasons to doubt the results, a line each
     settings: dict  # what determines the results: a search can only be resumed with the same
     data: Data  # the images
+    table: dict | None = None  # the table of latencies, of any device
 
 
 def check(args, out):
@@ -342,7 +342,7 @@ def check(args, out):
         settings["identities"] = recorded
     Evolution.from_settings(space, settings)  # raises where the settings allow no search
     here = latency if latency and not mismatch(latency) else None
-    return Search(experiment, supernet.path, space, here, latency, costs, warnings, settings, data)
+    return Search(experiment, supernet.path, space, here, costs, warnings, settings, data, latency)
 
 
 def identities_of(args, out, space, settings):

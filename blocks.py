@@ -55,10 +55,14 @@ def conv_bn(inp, oup, kernel_size, stride=1, groups=1, affine=True, relu=True):
 
 
 def conv_bn_pairs(model):
-    """Yields each (convolution, BN directly behind it) in the Sequentials of a model, as `conv_bn` makes them."""
-    for layers in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+    """Yields each (convolution, BN directly behind it) in the Sequentials of a model, as `conv_bn` makes them.
+
+    Not those of other classes or with hooks, as for normalised weights: they may do more with weights and inputs.
+    """
+    for layers in [m for m in model.modules() if type(m).forward is nn.Sequential.forward]:
         for conv, norm in itertools.pairwise(layers):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+            if plain and not any(m._forward_pre_hooks or m._forward_hooks for m in (conv, norm)):
                 yield conv, norm
 
 

@@ -176,15 +176,22 @@ class Odd(nn.Module):
         self.plain = nn.Conv2d(shape.in_channels, inner, 3, shape.stride, 1)
         self.norm = nn.BatchNorm2d(inner, affine=affine)
         self.drop = nn.Dropout(0.5)
-        self.last = nn.Sequential(*conv_bn(inner, shape.out_channels, 1, affine=affine))
+        self.last = nn.Sequential(*conv_bn(inner, inner, 1, affine=affine))
+        self.own = nn.Sequential(Standardised(inner, shape.out_channels, 3, 1, 1), nn.BatchNorm2d(shape.out_channels))
 
     def forward(self, x):
-        return self.last(self.drop(self.norm(self.plain(x))))
+        return self.own(self.last(self.drop(self.norm(self.plain(x)))))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
 """
 
 
 def test_an_operation_of_any_form_is_calibrated_and_folded_as_it_can_be(tmp_path):
-    """A convolution with bias, its BN apart, and dropout: folded or not, one by one or as a tree."""
+    """Bias, BN apart, dropout, standardised weights: folded or not, one by one or as a tree."""
     own.load(written(tmp_path / "odd.py", ODD))
     fields = OWN | {"operations": ["odd", "shufflenet_3x3"]}
     space = custom.make_space(written(tmp_path / "s.yml", {"space": fields}), input_size=16, n_classes=10)

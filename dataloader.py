@@ -33,7 +33,7 @@ from images import pictures
 from images.augmentation import SYNTHETIC, draw_augmentation, validation_geometry
 from images.dataset import ImageSet
 from images.in_memory import SMALL_PX, InMemory, augmented, gigabytes
-from images.preprocessing import network_input, resized
+from images.preprocessing import is_thin, network_input, resized
 from images.tree_check import check_tree
 from images.workers import Batches, made_by_workers
 from settings.command_line import Parser
@@ -312,7 +312,8 @@ class _EncodedImages(_Images):
         with pictures.named(path):
             encoded = np.fromfile(path, np.uint8)
             with pictures.open_image(io.BytesIO(encoded)) as image:
-                if not (dali := pictures.is_for_dali(image, self.config)):
+                dali = pictures.is_for_dali(image, self.config) and not is_thin(self.config, image.height, image.width)
+                if not dali:
                     image = pictures.rgb(image, self.config)
         width, height = image.size
         a = draw_augmentation(self.config, self.seed, epoch, index, height, width) if self.augment else None

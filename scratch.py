@@ -107,6 +107,8 @@ def evaluate_checkpoint(args, folder):
     prepare(image_settings, args.demo)
     device = resolve_device(args.device, args.threads)
     program = program_of(args)
+    if program and distributed.world_size() > 1:
+        raise utils.UserError("--eval: an exported file is measured by one process: start it without torchrun")
     model, ckpt, config = (program.run, program, program.config) if program else open_network(args, folder)
     # Which images val has, and their groups; a CSV may have moved.
     given = {name: value for name in ("jfif", "group_by") if (value := getattr(args, name)) is not None}

@@ -65,6 +65,13 @@ def put(source, target):
         os.replace(unfinished, target)
 
 
+def is_changed(source, target):
+    """Whether a sorted file is no longer that of its photograph, which has been edited."""
+    now, then = source.stat(), target.stat()
+    same = now.st_size == then.st_size and abs(now.st_mtime - then.st_mtime) <= 2  # as exactly as FAT keeps it
+    return not (os.path.samestat(now, then) or same)
+
+
 def main(args):
     if not os.path.isdir(args.photos):
         raise UserError(f"{args.photos}: no such folder; name the one that has a folder of images for each class")
@@ -75,8 +82,9 @@ def main(args):
     groups = number_groups(photos, args.group_by, "photos")
     val = draw_val(photos, groups, before, args.split_seed)
     for path, part in zip(photos.paths, np.where(val, "val", "train")):
-        if path not in before[part]:
-            put(pathlib.Path(args.photos, path), out / part / path)
+        source, target = pathlib.Path(args.photos, path), out / part / path
+        if path not in before[part] or is_changed(source, target):
+            put(source, target)
     if ignored:
         print(ignored_line(args.photos, ignored))
     for part in PARTS:

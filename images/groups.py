@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from images.image_check import composed
 from utils import UserError
 
 TRIES = 20  # random orders, until one leaves no class short
@@ -20,10 +21,10 @@ def groups_of(group_by, part, paths):
     both parts, or `<part>/<class>/<file>`. Raises UserError if it is neither.
     """
     if group_by.endswith(".csv"):
-        named = read_groups(group_by)
-        return [named.get(f"{part}/{path}", named.get(path)) for path in paths]
+        named = {composed(file): group for file, group in read_groups(group_by).items()}
+        return [named.get(f"{part}/{path}", named.get(path)) for path in map(composed, paths)]
     try:
-        matches = map(re.compile(group_by).search, paths)
+        matches = map(re.compile(group_by).search, map(composed, paths))
     except re.error as error:
         raise UserError(f"--group-by {group_by!r}: not a regular expression ({error})") from None
     return [match and (" ".join(match.groups("")) or match[0]) for match in matches]

@@ -33,6 +33,7 @@ from images.dataset import (
     stratified_order,
     training_plan,
 )
+from images.groups import groups_of
 from space.weight_files import Checkpoint
 from training.checkpoint import check_classes, check_split
 from utils import Interrupted, UserError
@@ -164,6 +165,27 @@ def test_several_parentheses_are_one_group(tmp_path, unchecked):
     data = grouped(tmp_path, [[2] * 5, [2] * 5], group_by=r"(.)/(\d+)_(x)?")
     pairs = {(path.split("/")[0], path.split("/")[1][:2]) for path in data.train.paths}
     assert len(set(data.groups)) == len(pairs) == 10 and np.bincount(data.groups).tolist() == [2] * 10
+
+
+def test_names_of_groups_have_one_form_of_unicode(tmp_path):
+    """A part packed on macOS has another one."""
+    (tmp_path / "g.csv").write_text("f\u00fc\u00dfe/1.jpg,one\n", encoding="utf-8")
+    paths = ["f\u00fc\u00dfe/1.jpg", "fu\u0308\u00dfe/1.jpg"]
+    assert groups_of(str(tmp_path / "g.csv"), "train", paths) == ["one"] * 2
+    assert len(set(groups_of("(.*)/", "train", paths))) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_thin_image_is_resized_where_it_is_seen(tmp_path, backend, monkeypatch):
+    """As a whole, resized, it would fill the memory."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 300, 3), np.uint8)
+    (tmp_path / "c").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "c" / "image.png")
+    images = ImageSet(str(tmp_path), ("c/image.png",), np.zeros(1, np.int64), ("c",))
+    expected = first(images, CONFIG, False, "torchvision")
+    monkeypatch.setattr("images.preprocessing.MOST_PIXELS", 9)
+    monkeypatch.setattr("torchvision.transforms.v2.functional.resize", None)
+    assert torch.equal(first(images, CONFIG, False, backend), expected)
 
 
 def test_a_csv_says_what_belongs_together(tmp_path, unchecked):

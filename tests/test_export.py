@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 import scratch
 from dataloader import Loader
+from images import preprocessing
 from images.dataset import DataConfig, evaluation_plan, scan
 from images.preprocessing import resample, scaled
 from network import ShuffleNetV2
@@ -147,7 +148,7 @@ def test_an_exported_file_is_the_network(trained, programs, tree, tmp_path, prep
             program(wrong)
 
 
-def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained):
+def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained, monkeypatch):
     """Larger and smaller, of any ratio, and where a side keeps its length or is halved."""
     model = ShuffleNetV2((0,) * 20, 32, 3)
     rng = np.random.default_rng(0)
@@ -156,7 +157,11 @@ def test_the_preprocessing_of_a_program_gives_the_pixels_of_validation(trained):
         model.config = DataConfig(input_size=32, val_resize=int(rng.choice([32, 36, 37, 64])), preprocessing="imagenet")
         images = torch.from_numpy(rng.integers(0, 256, (2, height, width, 3), np.uint8))
         found = scaled(resample(images, model.config), "imagenet")
-        assert torch.equal(found, model.preprocess(images)), (height, width, model.config.val_resize)
+        expected = model.preprocess(images)
+        assert torch.equal(found, expected), (height, width, model.config.val_resize)
+        with monkeypatch.context() as patch:
+            patch.setattr(preprocessing, "MOST_PIXELS", 9)  # as of images that would fill the memory
+            assert torch.equal(model.preprocess(images), expected)
 
 
 def test_metadata_are_those_of_the_checkpoint(trained):
@@ -239,13 +244,16 @@ def test_eval_measures_an_exported_file(programs, trained, tree, tmp_path, suffi
     assert found == expected and found["n_images"] == 21 and found["acc5"] == 100
 
 
-def test_eval_by_an_exported_file_of_other_classes_is_one_line(programs, tree, tmp_path):
+def test_eval_by_an_exported_file_of_other_classes_is_one_line(programs, tree, tmp_path, monkeypatch):
     for part in ("train", "val"):
         shutil.copytree(tree / part, tmp_path / part)
         (tmp_path / part / "car").rename(tmp_path / part / "cat")
     words = ["--checkpoint", programs[".pt2", False][0], "--data-dir", tmp_path]
     stdout, stderr = run("scratch.py", "--eval", *words, code=2)
     assert stdout == "" and "False.pt2: its class names are not those of the data" in stderr.splitlines()[-1]
+    monkeypatch.setattr("training.distributed.world_size", lambda: 2)
+    _, stderr = run("scratch.py", "--eval", *words, code=2)
+    assert "an exported file is measured by one process" in stderr.splitlines()[-1]
 
 
 @needs_onnx
@@ -324,6 +332,9 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else "found")
     with pytest.raises(UserError, match=r"network\.onnx: ONNX needs pip install onnxscript; a file named \.pt2"):
         export.export(tmp_path / "network.onnx", model, stored, config)
+    monkeypatch.setattr(export, "torch_file", lambda *_: exec("raise RuntimeError('branches on data')"))
+    with pytest.raises(UserError, match=r"network\.pt2: can't be exported: RuntimeError: branches on data"):
+        export.export(tmp_path / "network.pt2", model, stored, config)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

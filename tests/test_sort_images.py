@@ -78,6 +78,16 @@ def test_another_run_adds_what_is_new_and_moves_nothing(photos, capsys):
         sort("--group-by", "(view.)")
 
 
+def test_a_photograph_that_was_edited_is_put_again(photos):
+    """Editors write a new file and rename it; its part stays."""
+    before = sort()
+    for part in before:
+        path = min(before[part])
+        (photos / "new").write_text("edited, in another size")
+        os.replace(photos / "new", photos / path)
+        assert sort() == before and pathlib.Path("sorted", part, path).read_text() == "edited, in another size"
+
+
 def test_files_that_cannot_be_linked_are_copied_whole(photos, monkeypatch):
     def refused(*_):
         raise OSError(errno.EXDEV, "Invalid cross-device link")

@@ -33,7 +33,7 @@ from images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, network_input, res
 from network import fold_bn
 from settings.subjects import ONNX_PACKAGES
 from training.program import FORMS, SUFFIXES, open_session, read, runs
-from utils import HERE, UserError, atomic_write, commit, versions
+from utils import HERE, UserError, atomic_write, commit, in_one_line, versions
 
 TOLERANCE = 1e-4  # largest difference between logits
 SAME_TOP1 = 0.999  # share of images that get the same class, where pixels are compared too
@@ -105,11 +105,12 @@ def export(path, model, ckpt, config, with_preprocessing=False, images=None, ops
     model.to("cpu").eval()
     network = fold_bn(model)
     values = metadata(model, ckpt, config, with_preprocessing)
-    if path.suffix == ".pt2":
-        content, timed = torch_file(network, config, with_preprocessing, values)
-    else:
-        content, timed = onnx_file(network, config, with_preprocessing, values, opset)
-    _, run = read(path, content)
+    with in_one_line(f"--export {path}: can't be exported"):  # an operation of the user's, mostly
+        if path.suffix == ".pt2":
+            content, timed = torch_file(network, config, with_preprocessing, values)
+        else:
+            content, timed = onnx_file(network, config, with_preprocessing, values, opset)
+        _, run = read(path, content)
     if not images:
         images = scan(bundled.unpack(HERE / "data" / "fashion-mnist") / "val")
         images = images.take(stratified_order(images.labels, 0)[:N_IMAGES])

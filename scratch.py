@@ -240,7 +240,7 @@ def chosen(args, search, config, data):
 def retrain(args, folder):
     """Trains, runs the final BN pass, and returns the numbers before (`_no_pass`) and after it."""
     own.load(args.own)  # first: the record of a search is read with its hash of own operations
-    known = distributed.on_rank0(lambda: args.resume != "none" and checkpoint.newest(folder))  # a run has one
+    known = distributed.on_rank0(lambda: args.resume != "none" and checkpoint.newest(folder))
     given = args.architecture or args.space or known
     if not given and setting_in(args.config, "supernet", "space") not in (None, "blocks"):
         raise utils.UserError(no_architecture(args))

@@ -85,13 +85,15 @@ class Workers:
         self.settings = json.dumps(settings)
         self.n = min(concurrency, len(self.gpus) or concurrency)
         self.pool = None
-        self.locks = []  # open files, which reserve the GPUs of the pool
+        self.taken, self.locks = [], []  # names of GPUs, and the open files that reserve them until the search ends
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._end()
+        for file in self.locks:
+            file.close()
 
     def evaluate(self, lists, together=True):
         """Yields (list, results, error) as lists finish, in parallel or one by one; error is a line, or None."""
@@ -140,13 +142,13 @@ class Workers:
         if self.pool is None:
             check_shared_memory(self.n)
             forget_heartbeats(self.out)  # a search that was killed has left some
-            # Here, and not in the workers: those of two searches could each hold a GPU and wait for the other's.
-            gpus, self.locks = take_devices(self.gpus, self.n, lock_folder()) if self.gpus else ([], [])
+            if self.gpus and not self.locks:  # not in the workers: those of two searches could wait for each other's
+                self.taken, self.locks = take_devices(self.gpus, self.n, lock_folder())
             names = SPAWN.SimpleQueue()
-            for name in gpus:
+            for name in self.taken:
                 names.put(name)
-            begin = _begin, (names if gpus else None,)
-            self.pool = concurrent.futures.ProcessPoolExecutor(len(gpus) or self.n, SPAWN, *begin)
+            begin = _begin, (names if self.taken else None,)
+            self.pool = concurrent.futures.ProcessPoolExecutor(len(self.taken) or self.n, SPAWN, *begin)
         return self.pool
 
     def _end(self):
@@ -159,9 +161,7 @@ class Workers:
                 process.join()
             self.pool.shutdown(cancel_futures=True)  # waits for the pool's thread, which Python's exit may collide with
             forget_heartbeats(self.out)
-            for file in self.locks:
-                file.close()
-            self.pool, self.locks = None, []
+            self.pool = None
 
 
 # --- in a worker ---------------------------------------------------------------------------------------------

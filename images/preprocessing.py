@@ -10,7 +10,7 @@ from images import pictures
 from images.augmentation import resize_and_crop, validation_geometry
 from utils import UserError
 
-MOST_PIXELS = 50_000_000  # of a resized image
+MOST_PIXELS = 50_000_000  # in a resized image
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -1,7 +1,5 @@
 """From images as decoders return them, uint8 RGB, to the network's input, as in training and validation."""
 
-import math
-
 import numpy as np
 import torch
 from PIL import Image
@@ -47,17 +45,17 @@ def preprocess(images, config):
 
 def is_thin(config, height, width):
     """Whether an image is so long that, resized as in validation, it would fill the memory; then only the crop is."""
-    return math.prod(validation_geometry(config, height, width)[0]) > MOST_PIXELS
+    return config.val_resize**2 * max(height, width) > MOST_PIXELS * min(height, width)
 
 
 def resized(images, config):
     """uint8 (..., 3, H, W) -> (..., 3, input_size, input_size), resized and cropped as in validation."""
     from torchvision.transforms.v2 import functional as F
 
-    shape, corner = validation_geometry(config, *images.shape[-2:])
     if is_thin(config, *images.shape[-2:]):
         whole = images.reshape(-1, *images.shape[-3:]).permute(0, 2, 3, 1)
         return resample(whole, config).to(torch.uint8).reshape(*images.shape[:-2], *[config.input_size] * 2)
+    shape, corner = validation_geometry(config, *images.shape[-2:])
     images = F.resize(images, list(shape), antialias=False)
     return F.crop(images, *corner, config.input_size, config.input_size)
 

@@ -377,11 +377,14 @@ class SearchSpace:
         """The cost at or under which `share` (0 to 1) of uniform candidates lie, to about 1e-4 of the range; exactly
         for 1, and for a user's cost that has few values, which would tell them apart."""
         low, high = self.cost_range(name)
-        found = self.grid_quantile(name, share) if share < 1 else high
-        rows, _ = self.cost_rows(name)
-        apart = math.gcd(*(cost - min(row) for row in rows for cost in row))
-        if name in self.costs.own and apart > self.grid_error(name):
-            found = low + round((found - low) / apart) * apart
+        if share >= 1:
+            return high
+        found = self.grid_quantile(name, share)
+        if name in self.costs.own:
+            rows, _ = self.cost_rows(name)
+            apart = math.gcd(*(cost - min(row) for row in rows for cost in row))
+            if apart > self.grid_error(name):
+                found = low + round((found - low) / apart) * apart
         return found
 
     def grid_error(self, name):

@@ -191,12 +191,11 @@ def check_settings(ckpt, content, folder):
     if not before and content["settings"]:
         log.warning("warning: %s: has no settings to compare with those of now", ckpt.path)
         return
-    ignored = () if "rule" in before else ("paths",)  # older runs from Python lack it
+    ignored = ["eval_batch_size", "bn_pass"]  # weights don't depend on them: where memory runs out, both may change
+    ignored += [] if "rule" in before else ["paths"]  # older runs from Python lack it
     changes = difference(SUBJECTS, known(ckpt.content), known(content), ignored)
     if change := changes.pop("micro_batch", None):
         log.warning("warning: %s: BN counts other numbers of images from now on", f"--micro-batch {change}")
-    for name in ("eval_batch_size", "bn_pass"):  # which weights don't depend on: where memory runs out, both may change
-        changes.pop(name, None)
     if changes:
         flags = {name: flag(name) for name in changes} | NO_FLAGS
         text = ", ".join(f"{flags[name]} {change}" for name, change in changes.items())

@@ -223,9 +223,9 @@ def together(function):
     with heartbeats_to(lambda: _add("heartbeats", 1), every_s=POLL_S):
         result = function()
     ready = _add(call, 1)
-    silence = Silence()
+    silence, start = Silence(), time.monotonic()
     while ready < world_size():
-        time.sleep(POLL_S / 10)
+        time.sleep(min(POLL_S, 0.02 + (time.monotonic() - start) / 10))
         ready = _add(call, 0)
         if silence.seconds("ranks", _add("heartbeats", 0)) > TIMEOUT.total_seconds():
             raise UserError(f"{LOST_RANK} (no heartbeat for {TIMEOUT.total_seconds():.0f} s)")

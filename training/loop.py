@@ -109,7 +109,7 @@ class _State:
         self.validate = validate
         self.done, self.metrics, rows, self.validation_due = run.resume(step, sampler)
         self.meter = _Meter(step, self.done, self.metrics["seconds"], rows)
-        self.interruption = _Interruption()
+        self.interruption = _Interruption(run.again)
 
     def begin(self, closing):
         """Opens the logs and handles signals, until the ExitStack `closing` is closed."""
@@ -122,7 +122,7 @@ class _State:
         """Does the validation that was still due when the run stopped."""
         if self.validation_due:
             if stop := self.validated(self.done):
-                self.interruption.end(newest(self.run.folder), stop, self.run.again)
+                self.interruption.end(newest(self.run.folder), stop)
             self.save(self.done)
 
     def waits_for(self, batches):
@@ -139,7 +139,7 @@ class _State:
                     batch = next(batches, None)
             except Interrupted as error:
                 saved = self.save(meter.number) if meter.number > self.done else newest(self.run.folder)
-                self.interruption.end(saved, *error.args, self.run.again)
+                self.interruption.end(saved, *error.args)
             except Exception:
                 self.keep(meter.number)
                 raise
@@ -202,7 +202,7 @@ class _State:
         if step == training.iterations or stop or step % training.save_every == 0:
             saved = self.save(step, validation_due)
         if stop:
-            self.interruption.end(saved, stop, self.run.again)
+            self.interruption.end(saved, stop)
 
     def validated(self, step):
         """Validates, and writes all metrics. Returns the number of the signal that interrupted it, or 0."""
@@ -365,7 +365,8 @@ class _Interruption:
     signals.
     """
 
-    def __init__(self):
+    def __init__(self, again):
+        self.again = again  # the command that resumes the run
         self.noted = 0
         self.noted_at = math.inf
         self.raises = False
@@ -398,10 +399,10 @@ class _Interruption:
         if self.raises:
             raise Interrupted(number)
 
-    def end(self, saved, number, again):
-        """Ends the process; `saved` is the checkpoint from which the run is resumed, by the command `again`."""
+    def end(self, saved, number):
+        """Ends the process; `saved` is the checkpoint from which the run is resumed."""
         if saved:
-            log.info("interrupted: saved %s; %s resumes from there%s", saved, again, self.lost)
+            log.info("interrupted: saved %s; %s resumes from there%s", saved, self.again, self.lost)
         else:
             log.info(INTERRUPTED)
         if number == signal.SIGINT and not UserError.of_commands:

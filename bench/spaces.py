@@ -34,7 +34,7 @@ import tester
 import utils
 from bench import macro, study
 from images import bundled
-from images.dataset import scan, training_plan
+from images.dataset import names_hash, scan, training_plan
 from network import ShuffleNetV2OneShot
 from settings.fields import count
 from space import own
@@ -89,8 +89,7 @@ class Study:
         bundled_or_made = data_dir.is_relative_to(utils.HERE / "data")
         if not (bundled_or_made or self.folder().exists()):  # a study of before goes by its settings alone
             names = [name for part in ("train", "val") for name in scan(data_dir / part).paths]
-            digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-            self.key |= {"images": [str(data_dir), digest], "tester": content.get("tester")}
+            self.key |= {"images": [str(data_dir), names_hash(names)], "tester": content.get("tester")}
         self.repeats = repeats
         self.given = truth and read_truth(truth, self.space)
         known = list(dict.fromkeys(tuple(row["architecture"]) for row in self.given or ()))

@@ -9,7 +9,6 @@ still while another process has the core; on an idle machine it shows the same.
 import functools
 import itertools
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from devices.on_device import cpu_name, ratio, rounds
 from network import ShuffleNetV2, fold_bn
-from utils import cores
+from utils import clock_ns, cores
 
 
 def device_name(device):
@@ -52,8 +51,7 @@ def run_timed(parts, x):
             mark.record()
         torch.cuda.synchronize()
         return [int(a.elapsed_time(b) * 1e6) for a, b in itertools.pairwise(marks)]
-    by_thread = torch.get_num_threads() == 1 and sys.platform != "win32"  # where it ticks every 15.6 ms
-    clock = time.thread_time_ns if by_thread else time.perf_counter_ns
+    clock = clock_ns(torch.get_num_threads())
     marks = [clock()]
     for part in parts:
         x = part(x)

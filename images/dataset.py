@@ -353,7 +353,7 @@ class Data:
         return {
             "seed": self.config.split_seed,
             "heldout_per_class": self.config.heldout_per_class,
-            "hash": _names_hash(self.train.paths[i] for i in self.heldout),
+            "hash": names_hash(self.train.paths[i] for i in self.heldout),
             **({"group_by": group_by} if group_by else {}),
         }
 
@@ -366,7 +366,7 @@ class Data:
     def names(self):
         """What identifies the images of each part, in words; their classes are in their names."""
         parts = {"train": self.train.paths, "val": self.val.paths}
-        return {p: f"{len(paths)} images, of names with hash {_names_hash(paths)}" for p, paths in parts.items()}
+        return {p: f"{len(paths)} images, of names with hash {names_hash(paths)}" for p, paths in parts.items()}
 
     @property
     def grouping(self):
@@ -389,7 +389,8 @@ class Data:
         return self.train.take(np.setdiff1d(np.arange(len(self.train)), self.heldout))
 
 
-def _names_hash(names):
+def names_hash(names):
+    """A hash of the names of images, in their order."""
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
 
 

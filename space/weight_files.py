@@ -43,7 +43,12 @@ class Checkpoint:
     @property
     def class_names(self):
         """The names of the classes; numbered names for an official file, which has none."""
-        return self.classes or tuple(f"class {i}" for i in range(self.space.n_classes))
+        return self.classes or numbered_classes(self.space.n_classes)
+
+
+def numbered_classes(n):
+    """The names of `n` classes that have none."""
+    return tuple(f"class {i}" for i in range(n))
 
 
 def load(path, kind, space=None):

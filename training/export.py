@@ -18,8 +18,6 @@ import json
 import os
 import pathlib
 import statistics
-import sys
-import time
 import warnings
 
 import torch
@@ -33,7 +31,7 @@ from images.preprocessing import IMAGENET_MEAN, IMAGENET_STD, network_input, res
 from network import fold_bn
 from settings.subjects import ONNX_PACKAGES
 from training.program import FORMS, SUFFIXES, open_session, read, runs
-from utils import HERE, UserError, atomic_write, commit, in_one_line, versions
+from utils import HERE, UserError, atomic_write, clock_ns, commit, in_one_line, versions
 
 TOLERANCE = 1e-4  # largest difference between logits
 SAME_TOP1 = 0.999  # share of images that get the same class, where pixels are compared too
@@ -257,16 +255,15 @@ def compare_from_files(run, model, config, images):
 def latencies(timed, inputs):
     """{"network_ms", and "latency_ms" by form}: median milliseconds of three callables on their inputs, in turns.
 
-    By the clock of this thread, where torch has one: it stands still while another process has the core.
+    With one thread, by its own clock.
     """
-    by_thread = torch.get_num_threads() == 1 and sys.platform != "win32"  # where it ticks every 15.6 ms
-    clock = time.thread_time if by_thread else time.perf_counter
-    seconds = [[] for _ in timed]
+    clock = clock_ns(torch.get_num_threads())
+    ns = [[] for _ in timed]
     with torch.no_grad():
         for _ in range(WARM_UP + TIMED):
-            for run, x, taken in zip(timed, inputs, seconds):
+            for run, x, taken in zip(timed, inputs, ns):
                 start = clock()
                 run(x)
                 taken.append(clock() - start)
-    alone, *forms = (round(statistics.median(taken[WARM_UP:]) * 1000, 3) for taken in seconds)
+    alone, *forms = (round(statistics.median(taken[WARM_UP:]) / 1e6, 3) for taken in ns)
     return {"network_ms": alone, "latency_ms": dict(zip(FORMS, forms))}

@@ -18,6 +18,7 @@ from dataloader import Loader, read_image
 from images.dataset import EXTENSIONS, ImageSet, evaluation_plan
 from images.image_check import inspect
 from settings.subjects import DataConfig
+from space.weight_files import numbered_classes
 from utils import UserError, log
 
 SUFFIXES = {".pt2": "torch", ".onnx": "onnxruntime", ".ort": "onnxruntime"}  # and what runs such a file, in RUNTIMES
@@ -40,7 +41,7 @@ class Program:
     def classes(self):
         """As of a Checkpoint: None for an official file, whose classes have no names."""
         names = self.class_names
-        return None if names == tuple(f"class {i}" for i in range(len(names))) else names
+        return None if names == numbered_classes(len(names)) else names
 
     @property
     def config(self):
